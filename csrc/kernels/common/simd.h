@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Vectors of the instruction set this file is compiled for, as GCC/Clang vector types: + - * / and comparisons work lane by lane, and the
+// compiler picks the instructions. Everything lives in the instruction set's namespace, so that no two sets share a symbol.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "dtype.h"
+
+#ifndef SSM_ISA
+#error "CPU kernels are compiled once per instruction set, with SSM_ISA naming it"
+#endif
+
+namespace ssmkernels::SSM_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class Real>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float Values __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double Values __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class Real>
+using Vec = typename VectorOf<Real>::Values;
+template <class Real>
+inline constexpr int kLanes = kVectorBytes / sizeof(Real);
+
+template <class Real>
+static inline Vec<Real> load(const Real* from) {
+  Vec<Real> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class Real>
+static inline void store(Real* to, Vec<Real> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class Real>
+static inline Vec<Real> broadcast(Real x) {
+  return Vec<Real>{} + x;
+}
+
+template <class V>
+static inline V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Whether any lane differs: an OR over the bits, which the compiler folds.
+template <class Real>
+static inline bool differ(Vec<Real> a, Vec<Real> b) {
+  auto bits = a != b;
+  bool any = false;
+  for (int lane = 0; lane < kLanes<Real>; ++lane) any |= bits[lane] != 0;
+  return any;
+}
+
+// e^x: x = n ln2 + r with |r| <= ln2/2, a polynomial for e^r, times 2^n. About 1 ulp. Below the smallest normal number: exactly 0 (−inf too).
+// NaN stays NaN. The arguments here are logits less their maximum, so the top of the range is only clamped, never inf.
+static inline Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  using Bits = VectorOf<float>::Bits;
+  V clamped = x > 88.0f ? broadcast(88.0f) : x;
+  clamped = clamped < -87.3f ? broadcast(-87.3f) : clamped;
+  const V shifter = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
+  const V n_shifted = clamped * 1.44269504088896341f + shifter;
+  const V n = n_shifted - shifter;
+  const V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln2 in two parts
+  V p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const V result = p * (V)(((Bits)n_shifted + 127) << 23);  // the low bits of n_shifted are n
+  return x < -87.3f ? V{} : result;
+}
+
+static inline Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  using Bits = VectorOf<double>::Bits;
+  V clamped = x > 709.0 ? broadcast(709.0) : x;
+  clamped = clamped < -708.0 ? broadcast(-708.0) : clamped;
+  const V shifter = broadcast(6755399441055744.0);  // 1.5·2^52
+  const V n_shifted = clamped * 1.4426950408889634074 + shifter;
+  const V n = n_shifted - shifter;
+  const V r = clamped - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+  V p = broadcast(1.0 / 6227020800);  // Taylor to r^13/13!: |r| <= 0.347, so the rest is below 5e-18
+  p = p * r + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  const V result = p * (V)(((Bits)n_shifted + 1023) << 52);
+  return x < -708.0 ? V{} : result;
+}
+
+// log x for finite x > 0 (subnormal too): x = 2^n m with m in [√½, √2), log m = 2 artanh((m − 1)/(m + 1)).
+static inline Vec<float> log(Vec<float> x) {
+  using V = Vec<float>;
+  using Bits = VectorOf<float>::Bits;
+  const auto tiny = x < 1.17549435e-38f;
+  const Bits bits = (Bits)(tiny ? x * 8388608.0f : x) - 0x3f3504f3;  // √½
+  V n = __builtin_convertvector(bits >> 23, V);
+  n = tiny ? n - 23.0f : n;
+  const V m = (V)((bits & 0x007fffff) + 0x3f3504f3);
+  const V s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  V p = broadcast(2.0f / 11);
+  p = p * z + 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  return n * 0.693359375f + (s * (z * p + 2.0f) - n * 2.12194440e-4f);
+}
+
+static inline Vec<double> log(Vec<double> x) {
+  using V = Vec<double>;
+  using Bits = VectorOf<double>::Bits;
+  const auto tiny = x < 2.2250738585072014e-308;
+  const Bits bits = (Bits)(tiny ? x * 4503599627370496.0 : x) - 0x3fe6a09e667f3bcdLL;
+  V n = __builtin_convertvector(bits >> 52, V);
+  n = tiny ? n - 52.0 : n;
+  const V m = (V)((bits & 0x000fffffffffffffLL) + 0x3fe6a09e667f3bcdLL);
+  const V s = (m - 1.0) / (m + 1.0), z = s * s;
+  V p = broadcast(2.0 / 23);
+  p = p * z + 2.0 / 21;
+  p = p * z + 2.0 / 19;
+  p = p * z + 2.0 / 17;
+  p = p * z + 2.0 / 15;
+  p = p * z + 2.0 / 13;
+  p = p * z + 2.0 / 11;
+  p = p * z + 2.0 / 9;
+  p = p * z + 2.0 / 7;
+  p = p * z + 2.0 / 5;
+  p = p * z + 2.0 / 3;
+  return n * 6.93145751953125e-1 + (s * (z * p + 2.0) + n * 1.42860682030941723212e-6);
+}
+
+static inline float to_real(float x) {
+  return x;
+}
+static inline double to_real(double x) {
+  return x;
+}
+static inline float to_real(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+// float16 has 5 bits of exponent: moved to float's place and scaled by 2^112, subnormals come out right; inf and NaN keep their exponent.
+static inline float to_real(float16 x) {
+  const uint32_t magnitude = (uint32_t{x.bits} & 0x7fff) << 13;
+  float scaled;
+  std::memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled *= 5.192296858534828e33f;  // 2^112
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, sizeof bits);
+  bits |= (magnitude >= 0x0f800000 ? 0x7f800000 : 0) | (uint32_t{x.bits} & 0x8000) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+static inline void from_real(float x, float* to) {
+  *to = x;
+}
+static inline void from_real(double x, double* to) {
+  *to = x;
+}
+// Round to nearest even; NaN stays NaN.
+static inline void from_real(float x, bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = x != x;
+  to->bits = nan ? uint16_t{0x7fc0} : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline void from_real(float x, float16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value += 0.5f;
+    std::memcpy(&half, &value, sizeof half);
+    half -= 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
+
+}  // namespace ssmkernels::SSM_ISA

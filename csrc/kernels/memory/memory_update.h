@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Temporal ensemble of SimMatch (CVPR 2022): slot ← normalise(m·old + (1 − m)·new), label ← new label.
+// An index that occurs twice is applied in batch order. Normalising divides by max(‖x‖, 1e-12). An index outside [0, K) is skipped.
+#pragma once
+
+#include "../common/isa.h"
+#include "../common/parallel_for.h"
+#include "bank.h"
+
+namespace ssmkernels {
+
+template <class Storage>
+struct MemoryUpdate {
+  Storage* features;               // [K, D], element (k, d) at features[k * row_stride + d * column_stride]; read and written
+  int64_t* labels;                 // [K], element k at labels[k * label_stride]; written
+  const int64_t* index;            // [B]
+  const Storage* new_features;     // [B, D], rows contiguous
+  const int64_t* new_labels;       // [B]
+  int64_t slots;                   // K
+  int64_t dim;                     // D
+  int64_t rows;                    // B
+  int64_t row_stride;
+  int64_t column_stride;
+  int64_t label_stride;
+  double momentum;
+};
+
+}  // namespace ssmkernels
+
+SSM_PER_ISA(template <class Storage> void memory_update(const MemoryUpdate<Storage>&, ParallelFor);)
+
+namespace ssmkernels::cuda {
+
+template <class Storage>
+const char* memory_update(const MemoryUpdate<Storage>&, CudaStream);
+
+}  // namespace ssmkernels::cuda

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What every binding needs: checks, dtype dispatch, threads, streams. Users meet the checks of ssmkernels/ops first, which raise ValueError
+// and TypeError; those here keep a direct call of torch.ops.ssmkernels from reading out of bounds.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <tuple>
+#include <type_traits>
+
+#include "../kernels/common/dtype.h"
+#include "../kernels/common/isa.h"
+#include "../kernels/common/parallel_for.h"
+#include "../kernels/memory/bank.h"
+
+#ifdef SSM_WITH_CUDA
+// Lives in libtorch_cuda: present under a CUDA build of torch, null under a CPU one, so that one binary loads under both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace ssmkernels::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType compute_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be [", rows, ", ", columns, "]");
+}
+
+inline void check_shape(const Tensor& tensor, const char* name, int64_t size) {
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " must be [", size, "]");
+}
+
+inline void check_like(const Tensor& tensor, const char* name, ScalarType dtype, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device");
+}
+
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Calls f(Storage{}) with the storage type of the tensor. The only dtype dispatch there is.
+template <class F>
+void dispatch_dtype(const Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    case ScalarType::Half:
+      return f(float16{});
+    default:
+      STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// torch's threads: torch.set_num_threads is obeyed.
+inline constexpr auto torch_parallel_for = [](int64_t n, RangeBody body) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+};
+
+// Runs cpu() or, on the tensor's device and the current stream, cuda(stream), which returns an error message or null.
+template <class Cpu, class Cuda>
+void run_on_device(const Tensor& tensor, const char* op, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+  if (tensor.is_cpu()) return cpu();
+#ifdef SSM_WITH_CUDA
+  STD_TORCH_CHECK(tensor.is_cuda() && aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
+  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const char* error = cuda(static_cast<CudaStream>(stream));
+  STD_TORCH_CHECK(!error, op, ": ", error);
+#else
+  STD_TORCH_CHECK(false, op, ": ssmkernels was built without CUDA");
+#endif
+}
+
+template <class Storage>
+Bank<Storage> bank_view(const Tensor& bank, const Tensor& labels, int64_t classes) {
+  return {data<Storage>(bank), data<int64_t>(labels), bank.size(0), bank.size(1), classes, bank.stride(0), bank.stride(1)};
+}
+
+// Checks bank [K, D] and bank_labels [K] and returns the labels, contiguous.
+inline Tensor check_bank(const Tensor& bank, const Tensor& bank_labels, const Tensor& query) {
+  STD_TORCH_CHECK(bank.dim() == 2, "bank must be [K, D]");
+  check_like(bank, "bank", query.scalar_type(), query);
+  check_like(bank_labels, "bank_labels", ScalarType::Long, query);
+  check_shape(bank_labels, "bank_labels", bank.size(0));
+  return torch::stable::contiguous(bank_labels);
+}
+
+inline Tensor check_query(const Tensor& query, const char* name, const Tensor& bank) {
+  STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == bank.size(1), name, " must be [B, ", bank.size(1), "]");
+  return torch::stable::contiguous(query);
+}
+
+}  // namespace ssmkernels::binding
+
+#ifdef SSM_WITH_CUDA
+#define SSM_REGISTER(name, function)                                                                           \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) {                                                        \
+    library.impl(name, TORCH_BOX(&function));                                                                  \
+  }                                                                                                            \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CUDA, library) {                                                       \
+    library.impl(name, TORCH_BOX(&function));                                                                  \
+  }
+#else
+#define SSM_REGISTER(name, function)                    \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) { \
+    library.impl(name, TORCH_BOX(&function));           \
+  }
+#endif

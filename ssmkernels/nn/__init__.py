@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Modules: state around the ops."""
+
+from ssmkernels.nn.distribution_alignment import DistributionAlignment
+from ssmkernels.nn.ema_teacher import EMATeacher
+from ssmkernels.nn.labeled_memory import LabeledMemory
+
+__all__ = ["DistributionAlignment", "EMATeacher", "LabeledMemory"]

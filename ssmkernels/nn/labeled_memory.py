@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The labelled memory buffer of SimMatch (Zheng et al., CVPR 2022) as a module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels import ops
+from ssmkernels.distributed import all_gather_rows
+from ssmkernels.ops import _checks as check
+
+
+class LabeledMemory(nn.Module):
+    """K slots, one per labelled image: its embedding [K, D] and its class [K], both buffers of the module's state.
+
+    Slots are numbered 0 … K−1 by the caller (the place of an image in the labelled set). With ``labels`` given, rows are kept sorted by
+    class inside, which turns the class sums of :func:`ssmkernels.ops.instance_matching` into segment sums; slot numbers do not change.
+
+    In a step, first read (:meth:`instance_matching`), then write (:meth:`update`). An empty slot is 0; its first update sets it to the
+    embedding itself, and a full pass over the labelled set fills the memory.
+
+    Args:
+        num_slots: K ≥ 1.
+        dim: D ≥ 1.
+        num_classes: L ≥ 1.
+        labels: [K] int64, the class of each slot, where known beforehand.
+        mode: "temporal", for small K: slot ← normalise(momentum·slot + (1 − momentum)·embedding), embeddings from the student;
+            "teacher", for large K: slot ← normalise(embedding), embeddings from an EMA teacher.
+        momentum: share of the old embedding in "temporal" mode, in [0, 1].
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; the message names it.
+    """
+
+    bank: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        dim: int,
+        num_classes: int,
+        *,
+        labels: Tensor | None = None,
+        mode: Literal["temporal", "teacher"] = "temporal",
+        momentum: float = 0.7,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_slots", num_slots), ("dim", dim), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if mode not in ("temporal", "teacher"):
+            raise ValueError(f'mode must be "temporal" or "teacher", got {mode!r}')
+        self.num_classes = num_classes
+        self.mode = mode
+        self.momentum = check.check_fraction("momentum", momentum) if mode == "temporal" else 0.0
+        rows = torch.arange(num_slots)
+        sorted_labels = torch.zeros(num_slots, dtype=torch.int64)
+        if labels is not None:
+            check.check_tensor("labels", labels, "[K]", 1)
+            check.check_int64("labels", labels)
+            check.check_size("labels", labels, 0, num_slots, "num_slots")
+            check.check_range("labels", labels, num_classes, "the number of classes")
+            sorted_labels, order = labels.cpu().sort(stable=True)
+            rows[order] = torch.arange(num_slots)
+        self.register_buffer("bank", torch.zeros(num_slots, dim))
+        self.register_buffer("labels", sorted_labels)
+        self.register_buffer("rows", rows)  # the row of each slot
+
+    def instance_matching(
+        self,
+        query_weak: Tensor,
+        query_strong: Tensor,
+        probs_weak: Tensor,
+        *,
+        temperature_weak: float = 0.1,
+        temperature_strong: float = 0.1,
+        alpha: float = 0.9,
+    ) -> ops.InstanceMatching:
+        """:func:`ssmkernels.ops.instance_matching` against this memory: queries [B, D], probs_weak [B, L] → p̂ [B, L], loss [B]."""
+        check.check_tensor("probs_weak", probs_weak, "[B, L]", 2)
+        check.check_size("probs_weak", probs_weak, 1, self.num_classes, "num_classes")
+        return ops.instance_matching(
+            query_weak.to(self.bank.dtype),
+            query_strong.to(self.bank.dtype),
+            self.bank,
+            self.labels,
+            probs_weak,
+            temperature_weak=temperature_weak,
+            temperature_strong=temperature_strong,
+            alpha=alpha,
+        )
+
+    @torch.no_grad()
+    def update(self, slots: Tensor, embeddings: Tensor, labels: Tensor) -> None:
+        """Writes embeddings [B, D] and labels [B] into slots [B] int64; under DDP those of every rank, in rank order, on every rank."""
+        check.check_tensor("slots", slots, "[B]", 1)
+        check.check_int64("slots", slots)
+        check.check_tensor("embeddings", embeddings, "[B, D]", 2)
+        check.check_size("embeddings", embeddings, 0, slots.shape[0], "B of slots")
+        check.check_size("embeddings", embeddings, 1, self.bank.shape[1], "dim")
+        check.check_tensor("labels", labels, "[B]", 1)
+        check.check_int64("labels", labels)
+        check.check_size("labels", labels, 0, slots.shape[0], "B of slots")
+        if check.values_are_checked(slots):
+            check.check_range("slots", slots, self.bank.shape[0], "the slots of the memory")
+            check.check_range("labels", labels, self.num_classes, "the number of classes")
+        slots, embeddings, labels = (all_gather_rows(each) for each in (slots, embeddings.to(self.bank.dtype), labels))
+        ops.memory_update_(self.bank, self.labels, self.rows[slots], embeddings, labels, momentum=self.momentum)
+
+    def features(self) -> Tensor:
+        """The embeddings in slot order, [K, D], a copy."""
+        return self.bank[self.rows]
+
+    def extra_repr(self) -> str:
+        slots, dim = self.bank.shape
+        return f"num_slots={slots}, dim={dim}, num_classes={self.num_classes}, mode={self.mode!r}, momentum={self.momentum}"

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ops: C++ and CUDA kernels behind plain functions, each with its reference of the same name in :mod:`ssmkernels.reference`."""
+
+from ssmkernels.ops.memory import (
+    InstanceMatching,
+    InstanceMatchingPartial,
+    aggregate,
+    finish_instance_matching,
+    instance_matching,
+    instance_matching_partial,
+    memory_update_,
+    merge_instance_matching,
+    unfold,
+)
+
+__all__ = [
+    "InstanceMatching",
+    "InstanceMatchingPartial",
+    "aggregate",
+    "finish_instance_matching",
+    "instance_matching",
+    "instance_matching_partial",
+    "memory_update_",
+    "merge_instance_matching",
+    "unfold",
+]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of arguments, shared by every family: one clear error that names the argument, what it was and what it should be."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and statistics: half types are computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value: object, shape: str, ndim: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must be {shape}, got shape {list(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def check_int64(name: str, value: Tensor) -> None:
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}; convert it once with .long()")
+
+
+def check_size(name: str, value: Tensor, dim: int, size: int, meaning: str) -> None:
+    if value.shape[dim] != size:
+        raise ValueError(f"{name} must have {meaning} = {size} in dimension {dim}, got shape {list(value.shape)}")
+
+
+def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}; all tensors must be on one device")
+
+
+def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} is {value.dtype} but {like_name} is {like.dtype}; convert one of them, or call under torch.autocast")
+
+
+def check_positive(name: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {value}")
+    return float(value)
+
+
+def check_fraction(name: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with SSMKERNELS_CHECK=1."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("SSMKERNELS_CHECK") == "1"
+
+
+def check_range(name: str, value: Tensor, size: int, meaning: str) -> None:
+    """Every element in [0, size)."""
+    if value.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be in [0, {size}), {meaning}; got values from {low} to {high}")
+
+
+def check_weights(name: str, value: Tensor) -> None:
+    """Every element finite and >= 0."""
+    if value.numel() == 0:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (low >= 0 and math.isfinite(high)):
+        raise ValueError(f"{name} must be finite and >= 0, got values from {low} to {high}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as torch does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _tf32_setting() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allow_tf32(tensor: Tensor) -> bool:
+    """Whether float32 products may use TF32 tensor cores: what torch's own setting says for its matrix products."""
+    return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _tf32_setting()

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The labelled memory of SimMatch (Zheng et al., CVPR 2022): instance matching, aggregate, unfold, and the update of the bank.
+
+Shapes: B rows (unlabelled images), D features, K slots of the bank, L classes. Features are usually L2-normalised; nothing here assumes it.
+Dtypes: float32, float64, bfloat16, float16. Results are float32 (float64 for float64), whatever the inputs. Under ``torch.autocast`` queries
+and bank are taken in autocast's dtype, probabilities are not. The same input gives the same bits, for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssmkernels import _library
+from ssmkernels.ops import _checks as check
+
+
+class InstanceMatching(NamedTuple):
+    """What :func:`instance_matching` returns."""
+
+    pseudo_probs: Tensor
+    """[B, L] p̂ = α p^w + (1 − α) q_agg, no gradient."""
+    loss: Tensor
+    """[B] cross-entropy of q̂ and q^s, differentiable in ``query_strong``."""
+
+
+class InstanceMatchingPartial(NamedTuple):
+    """What is known after one part of a bank: log-normalisers, and means under the distributions they normalise. No gradient."""
+
+    log_weak: Tensor
+    """[B] log Σ_j e^{w_j}; −inf for an empty part."""
+    log_target: Tensor
+    """[B] log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class of the part, q̂ then being q^w."""
+    log_strong: Tensor
+    """[B] log Σ_j e^{s_j}."""
+    aggregated: Tensor
+    """[B, L] class sums of q^w."""
+    target_logit: Tensor
+    """[B] Σ_j q̂_j s_j."""
+    target_mean: Tensor
+    """[B, D] Σ_j q̂_j bank_j."""
+    strong_mean: Tensor
+    """[B, D] Σ_j q^s_j bank_j."""
+
+
+def instance_matching(
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    *,
+    temperature_weak: float = 0.1,
+    temperature_strong: float = 0.1,
+    alpha: float = 0.9,
+) -> InstanceMatching:
+    r"""Pseudo-labels and instance-matching loss of SimMatch, equations (3)-(10), in one pass over the bank.
+
+    With q^w = softmax(query_weak·bankᵀ / temperature_weak) and q^s likewise:
+
+    - q_agg[b, c] = Σ_{j: label j = c} q^w_j, and ``pseudo_probs`` = α ``probs_weak`` + (1 − α) q_agg;
+    - q̂_j ∝ q^w_j ``probs_weak``[label_j], and ``loss`` = −Σ_j q̂_j log q^s_j.
+
+    Nothing of size B×K is stored, forward or backward: extra memory is O(B·(L + D)). Where ``probs_weak`` is zero on every class of the
+    bank, q̂ = q^w. The gradient flows to ``query_strong`` only, and once (no double backward).
+
+    Args:
+        query_weak: [B, D] embeddings of the weak view.
+        query_strong: [B, D] embeddings of the strong view.
+        bank: [K, D], K ≥ 1; any strides (a transposed [D, K] buffer works in place).
+        bank_labels: [K] int64 in [0, L).
+        probs_weak: [B, L] class probabilities of the weak view, ≥ 0.
+        temperature_weak: t_w > 0.
+        temperature_strong: t_s > 0.
+        alpha: α in [0, 1], the share of ``probs_weak`` in the pseudo-label.
+
+    Returns:
+        :class:`InstanceMatching`: pseudo_probs [B, L] and loss [B].
+
+    Raises:
+        TypeError: a dtype is wrong or differs between queries and bank (outside autocast), or labels are not int64.
+        ValueError: a shape, device, temperature, alpha, label or probability is out of range; the message names it.
+    """
+    _library.require(bank)
+    args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
+    check.check_fraction("alpha", alpha)
+    if bank.shape[0] == 0:
+        raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
+    with_gradient = torch.is_grad_enabled() and query_strong.requires_grad
+    pseudo_probs, loss, _ = torch.ops.ssmkernels.instance_matching(*args, alpha, with_gradient, check.allow_tf32(args[2]))
+    return InstanceMatching(pseudo_probs, loss)
+
+
+@torch.no_grad()
+def instance_matching_partial(
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    *,
+    temperature_weak: float = 0.1,
+    temperature_strong: float = 0.1,
+) -> InstanceMatchingPartial:
+    """:func:`instance_matching` over one part of a bank, to be merged with the other parts.
+
+    For a bank split over chunks, files or ranks: one partial result each, :func:`merge_instance_matching` pairwise, then
+    :func:`finish_instance_matching`. Arguments as there; ``bank`` [K, D] may be empty.
+    """
+    _library.require(bank)
+    args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
+    return InstanceMatchingPartial(*torch.ops.ssmkernels.instance_matching_partial(*args, check.allow_tf32(args[2])))
+
+
+@torch.no_grad()
+def merge_instance_matching(a: InstanceMatchingPartial, b: InstanceMatchingPartial) -> InstanceMatchingPartial:
+    """The partial result of two disjoint parts of a bank taken together. Empty parts merge too."""
+
+    def shares(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = torch.logaddexp(log_a, log_b)
+        shift = total.nan_to_num(nan=torch.nan, neginf=0.0)  # −inf only where both parts are empty: both shares are 0 then
+        return total, (log_a - shift).exp(), (log_b - shift).exp()
+
+    log_weak, weak_a, weak_b = shares(a.log_weak, b.log_weak)
+    log_strong, strong_a, strong_b = shares(a.log_strong, b.log_strong)
+    log_target, target_a, target_b = shares(a.log_target, b.log_target)
+    unknown = log_target.isneginf()  # q̂ is q^w in both parts, so it is in the whole
+    target_a, target_b = torch.where(unknown, weak_a, target_a), torch.where(unknown, weak_b, target_b)
+
+    def mix(share_a: Tensor, x: Tensor, share_b: Tensor, y: Tensor) -> Tensor:
+        return share_a[:, None] * x + share_b[:, None] * y
+
+    return InstanceMatchingPartial(
+        log_weak=log_weak,
+        log_target=log_target,
+        log_strong=log_strong,
+        aggregated=mix(weak_a, a.aggregated, weak_b, b.aggregated),
+        target_logit=target_a * a.target_logit + target_b * b.target_logit,
+        target_mean=mix(target_a, a.target_mean, target_b, b.target_mean),
+        strong_mean=mix(strong_a, a.strong_mean, strong_b, b.strong_mean),
+    )
+
+
+def finish_instance_matching(
+    partial: InstanceMatchingPartial,
+    query_strong: Tensor,
+    probs_weak: Tensor,
+    *,
+    temperature_strong: float = 0.1,
+    alpha: float = 0.9,
+) -> InstanceMatching:
+    """Pseudo-labels [B, L] and loss [B] once every part of the bank is merged; the gradient flows to ``query_strong``.
+
+    Args:
+        partial: the merged result, made with the same queries, probabilities and temperatures.
+        query_strong: [B, D], as given to :func:`instance_matching_partial`; only its gradient is used.
+        probs_weak: [B, L].
+        temperature_strong: t_s > 0.
+        alpha: α in [0, 1].
+    """
+    temperature_strong = check.check_positive("temperature_strong", temperature_strong)
+    alpha = check.check_fraction("alpha", alpha)
+    dtype = partial.log_weak.dtype
+    pseudo_probs = alpha * probs_weak.detach().to(dtype) + (1 - alpha) * partial.aggregated
+    gradient = (partial.strong_mean - partial.target_mean) / temperature_strong
+    slope = ((query_strong - query_strong.detach()).to(dtype) * gradient).sum(dim=1)  # 0, and ∂loss/∂query_strong its gradient
+    return InstanceMatching(pseudo_probs, partial.log_strong - partial.target_logit + slope)
+
+
+def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1) -> Tensor:
+    """Class sums of the instance similarities, equation (9): out[b, c] = Σ_{j: label j = c} softmax(query·bankᵀ / temperature)_j.
+
+    Differentiable in ``query``, once; the backward sweeps the bank again. Nothing of size B×K is stored.
+
+    Args:
+        query: [B, D].
+        bank: [K, D], K ≥ 1; any strides.
+        bank_labels: [K] int64 in [0, num_classes).
+        num_classes: L ≥ 1.
+        temperature: > 0.
+
+    Returns:
+        [B, L], rows summing to 1.
+
+    Raises:
+        TypeError, ValueError: as :func:`instance_matching`.
+    """
+    _library.require(bank)
+    _check_bank("query", query, bank, bank_labels)
+    temperature = check.check_positive("temperature", temperature)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
+        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if bank.shape[0] == 0:
+        raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
+    if check.values_are_checked(bank_labels):
+        check.check_range("bank_labels", bank_labels, num_classes, "the number of classes")
+    query, bank = check.autocast(query, bank)
+    return torch.ops.ssmkernels.aggregate(query, bank, bank_labels, num_classes, temperature, check.allow_tf32(bank))[0]
+
+
+@torch.no_grad()
+def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, temperature: float = 0.1) -> Tensor:
+    """The calibrated instance similarities q̂, equations (7) and (8), materialised: out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j].
+
+    For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every class of
+    the bank, q̂ is the softmax itself.
+
+    Args:
+        query: [B, D].
+        bank: [K, D], K ≥ 1; any strides.
+        bank_labels: [K] int64 in [0, L).
+        probs: [B, L], ≥ 0.
+        temperature: > 0.
+
+    Returns:
+        [B, K], rows summing to 1.
+
+    Raises:
+        TypeError, ValueError: as :func:`instance_matching`.
+    """
+    _library.require(bank)
+    _check_bank("query", query, bank, bank_labels)
+    probs = _check_probs("probs", probs, query, bank_labels)
+    temperature = check.check_positive("temperature", temperature)
+    if bank.shape[0] == 0:
+        raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
+    query, bank = check.autocast(query, bank)
+    probs = probs.to(check.compute_dtype(bank.dtype))
+    return torch.ops.ssmkernels.unfold(query, bank, bank_labels, probs, temperature, check.allow_tf32(bank))
+
+
+@torch.no_grad()
+def memory_update_(
+    bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7
+) -> None:
+    """Temporal ensemble of SimMatch, in place: bank[index] ← normalise(momentum·bank[index] + (1 − momentum)·features), labels with it.
+
+    An index that occurs twice in a batch is applied in batch order. Read the bank (:func:`instance_matching`) before writing it in a step.
+
+    Args:
+        bank: [K, D], any strides; written.
+        bank_labels: [K] int64; written.
+        index: [B] int64 in [0, K), the slot of each row.
+        features: [B, D], dtype of the bank.
+        labels: [B] int64.
+        momentum: share of the old feature, in [0, 1]; 0 replaces the slot.
+
+    Raises:
+        TypeError, ValueError: as :func:`instance_matching`; nothing is written then.
+    """
+    _library.require(bank)
+    check.check_tensor("bank", bank, "[K, D]", 2)
+    check.check_floating("bank", bank)
+    check.check_tensor("bank_labels", bank_labels, "[K]", 1)
+    check.check_size("bank_labels", bank_labels, 0, bank.shape[0], "K of bank")
+    check.check_tensor("index", index, "[B]", 1)
+    check.check_tensor("features", features, "[B, D]", 2)
+    check.check_size("features", features, 1, bank.shape[1], "D of bank")
+    check.check_size("features", features, 0, index.shape[0], "B of index")
+    check.check_same_dtype("features", features, "bank", bank)
+    check.check_tensor("labels", labels, "[B]", 1)
+    check.check_size("labels", labels, 0, index.shape[0], "B of index")
+    for name, value in (("bank_labels", bank_labels), ("index", index), ("labels", labels)):
+        check.check_int64(name, value)
+    for name, value in (("bank_labels", bank_labels), ("index", index), ("features", features), ("labels", labels)):
+        check.check_same_device(name, value, "bank", bank)
+    momentum = check.check_fraction("momentum", momentum)
+    if check.values_are_checked(index):
+        check.check_range("index", index, bank.shape[0], "the slots of bank")
+        if labels.numel() and int(labels.min()) < 0:
+            raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
+    torch.ops.ssmkernels.memory_update_(bank, bank_labels, index, features, labels, momentum)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version((bank, bank_labels))  # autograd then sees that a saved bank has changed
+
+
+def _check_bank(name: str, query: Tensor, bank: Tensor, bank_labels: Tensor) -> None:
+    check.check_tensor(name, query, "[B, D]", 2)
+    check.check_tensor("bank", bank, "[K, D]", 2)
+    check.check_tensor("bank_labels", bank_labels, "[K]", 1)
+    check.check_floating(name, query)
+    check.check_floating("bank", bank)
+    check.check_int64("bank_labels", bank_labels)
+    check.check_same_device(name, query, "bank", bank)
+    check.check_same_device("bank_labels", bank_labels, "bank", bank)
+    check.check_size(name, query, 1, bank.shape[1], "D of bank")
+    check.check_size("bank_labels", bank_labels, 0, bank.shape[0], "K of bank")
+    if not torch.is_autocast_enabled(bank.device.type):
+        check.check_same_dtype(name, query, "bank", bank)
+
+
+def _check_probs(name: str, probs: Tensor, query: Tensor, bank_labels: Tensor) -> Tensor:
+    check.check_tensor(name, probs, "[B, L]", 2)
+    check.check_floating(name, probs)
+    check.check_same_device(name, probs, "bank", bank_labels)
+    check.check_size(name, probs, 0, query.shape[0], "B of the query")
+    if probs.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {list(probs.shape)}")
+    if check.values_are_checked(bank_labels):
+        check.check_range("bank_labels", bank_labels, probs.shape[1], f"the classes of {name}")
+        check.check_weights(name, probs)
+    return probs
+
+
+def _check_matching(
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    temperature_weak: float,
+    temperature_strong: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, float]:
+    _check_bank("query_weak", query_weak, bank, bank_labels)
+    _check_bank("query_strong", query_strong, bank, bank_labels)
+    check.check_size("query_strong", query_strong, 0, query_weak.shape[0], "B of query_weak")
+    probs_weak = _check_probs("probs_weak", probs_weak, query_weak, bank_labels)
+    temperature_weak = check.check_positive("temperature_weak", temperature_weak)
+    temperature_strong = check.check_positive("temperature_strong", temperature_strong)
+    query_weak, query_strong, bank = check.autocast(query_weak, query_strong, bank)
+    probs_weak = probs_weak.to(check.compute_dtype(bank.dtype))
+    return query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
+
+
+# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
+
+
+def _fake_instance_matching(
+    query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, alpha, with_gradient, allow_tf32
+):
+    dtype = check.compute_dtype(query_weak.dtype)
+    rows, dim = query_weak.shape
+    return (
+        bank.new_empty((rows, probs_weak.shape[1]), dtype=dtype),
+        bank.new_empty((rows,), dtype=dtype),
+        bank.new_empty((rows if with_gradient else 0, dim), dtype=dtype),
+    )
+
+
+def _fake_instance_matching_partial(
+    query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, allow_tf32
+):
+    dtype = check.compute_dtype(query_weak.dtype)
+    rows, dim = query_weak.shape
+    sizes = ((rows,), (rows,), (rows,), (rows, probs_weak.shape[1]), (rows,), (rows, dim), (rows, dim))
+    return tuple(bank.new_empty(size, dtype=dtype) for size in sizes)
+
+
+def _fake_aggregate(query, bank, bank_labels, num_classes, temperature, allow_tf32):
+    dtype = check.compute_dtype(query.dtype)
+    return bank.new_empty((query.shape[0], num_classes), dtype=dtype), bank.new_empty((query.shape[0],), dtype=dtype)
+
+
+def _fake_aggregate_backward(grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, temperature, allow_tf32):
+    return query.new_empty(query.shape, dtype=check.compute_dtype(query.dtype))
+
+
+def _fake_unfold(query, bank, bank_labels, probs, temperature, allow_tf32):
+    return bank.new_empty((query.shape[0], bank.shape[0]), dtype=check.compute_dtype(query.dtype))
+
+
+def _fake_memory_update(bank, bank_labels, index, features, labels, momentum):
+    return None
+
+
+def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    pseudo_probs, _, gradient = output
+    ctx.mark_non_differentiable(pseudo_probs, gradient)
+    ctx.save_for_backward(gradient)
+    ctx.query_dtype = inputs[1].dtype
+
+
+@once_differentiable
+def _instance_matching_backward(ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (gradient,) = ctx.saved_tensors
+    return (None, (grad_loss[:, None] * gradient).to(ctx.query_dtype), *[None] * 8)
+
+
+def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, bank, bank_labels, _, ctx.temperature, ctx.allow_tf32 = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, bank, bank_labels, *output)
+
+
+@once_differentiable
+def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
+    query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
+    grad_query = torch.ops.ssmkernels.aggregate_backward(
+        grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, ctx.temperature, ctx.allow_tf32
+    )
+    return (grad_query.to(query.dtype), *[None] * 5)
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("ssmkernels::instance_matching", _fake_instance_matching)
+    library.register_fake("ssmkernels::instance_matching_partial", _fake_instance_matching_partial)
+    library.register_fake("ssmkernels::aggregate", _fake_aggregate)
+    library.register_fake("ssmkernels::aggregate_backward", _fake_aggregate_backward)
+    library.register_fake("ssmkernels::unfold", _fake_unfold)
+    library.register_fake("ssmkernels::memory_update_", _fake_memory_update)
+    library.register_autograd("ssmkernels::instance_matching", _instance_matching_backward, setup_context=_save_instance_matching)
+    library.register_autograd("ssmkernels::aggregate", _aggregate_backward, setup_context=_save_aggregate)
+
+
+if _library.load():
+    _register()

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ops in plain PyTorch, same names and signatures as :mod:`ssmkernels.ops`: the definition of right.
+
+Tests, benchmarks and docs import these. They store every intermediate and run anywhere torch runs.
+"""
+
+from ssmkernels.reference.memory import (
+    InstanceMatching,
+    InstanceMatchingPartial,
+    aggregate,
+    instance_matching,
+    instance_matching_partial,
+    memory_update_,
+    unfold,
+)
+
+__all__ = [
+    "InstanceMatching",
+    "InstanceMatchingPartial",
+    "aggregate",
+    "instance_matching",
+    "instance_matching_partial",
+    "memory_update_",
+    "unfold",
+]
