@@ -2,8 +2,8 @@
 """The labelled memory of SimMatch (Zheng et al., CVPR 2022): instance matching, aggregate, unfold, and the update of the bank.
 
 Shapes: B rows (unlabelled images), D features, K slots of the bank, L classes. Features are usually L2-normalised; nothing here assumes it.
-Dtypes: float32, float64, bfloat16, float16. Results are float32 (float64 for float64), whatever the inputs. Under ``torch.autocast`` queries
-and bank are taken in autocast's dtype, probabilities are not. The same input gives the same bits, for any number of threads.
+Dtypes: float32, float64, bfloat16, float16. Results are float32 (float64 for float64), whatever the inputs. Under ``torch.autocast``
+queries and bank are taken in autocast's dtype, probabilities are not. The same input gives the same bits, for any number of threads.
 """
 
 from __future__ import annotations
@@ -205,9 +205,9 @@ def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
 
 @torch.no_grad()
 def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, temperature: float = 0.1) -> Tensor:
-    """The calibrated instance similarities q̂, equations (7) and (8), materialised: out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j].
+    """The calibrated instance similarities q̂, equations (7) and (8), materialised.
 
-    For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every class of
+    out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j]. For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every class of
     the bank, q̂ is the softmax itself.
 
     Args:

@@ -71,8 +71,8 @@ static inline bool differ(Vec<Real> a, Vec<Real> b) {
   return any;
 }
 
-// e^x: x = n ln2 + r with |r| <= ln2/2, a polynomial for e^r, times 2^n. About 1 ulp. Below the smallest normal number: exactly 0 (−inf too).
-// NaN stays NaN. The arguments here are logits less their maximum, so the top of the range is only clamped, never inf.
+// e^x: x = n ln2 + r with |r| <= ln2/2, a polynomial for e^r, times 2^n. About 1 ulp. Below the smallest normal number: exactly 0 (−inf
+// too). NaN stays NaN. The arguments here are logits less their maximum, so the top of the range is only clamped, never inf.
 static inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   using Bits = VectorOf<float>::Bits;

@@ -74,7 +74,8 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
       const State<Real> state = state_of(task);
       const int64_t first = task % cut.splits * cut.split_size;
       const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
-      pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows, static_cast<Real>(1 / problem.temperature), query);
+      pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows, static_cast<Real>(1 / problem.temperature),
+                 query);
       fill(state.maximum, kPanel<Real>, -static_cast<Real>(__builtin_inf()));
       fill(state.sum, (1 + bank.classes + 1) * kPanel<Real>, Real(0));
       for (int64_t slot = first; slot < last; slot += kTile) {
@@ -158,8 +159,8 @@ void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackwa
   });
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                     \
-  template void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor);         \
+#define SSM_INSTANTIATE(Storage)                                                                             \
+  template void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor); \
   template void aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

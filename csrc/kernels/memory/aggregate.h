@@ -38,9 +38,9 @@ struct AggregateBackward {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(
-    template <class Storage> void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor);
-    template <class Storage> void aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, ParallelFor);)
+SSM_PER_ISA(template <class Storage> void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor);
+            template <class Storage>
+            void aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 

@@ -157,8 +157,8 @@ class Sweep {
   const bool with_means_;
   const unsigned char* present_;
   Buffer<Real> scratch_;
-  Real *weak_, *strong_;                 // [D], scaled by 1/t
-  Real* log_probs_;                      // [L + 1]
+  Real *weak_, *strong_;                // [D], scaled by 1/t
+  Real* log_probs_;                     // [L + 1]
   Real *weak_scores_, *strong_scores_;  // [kTile]
   Real* tile_scratch_;
 };
@@ -177,9 +177,7 @@ void merge(const State<Real>& state, const State<Real>& other, int64_t classes, 
       {state.max_weak, other.max_weak, {{state.sum_weak, other.sum_weak, 1}, {state.class_sums, other.class_sums, classes + 1}, {}}},
       {state.max_target,
        other.max_target,
-       {{state.sum_target, other.sum_target, 1},
-        {state.target_logit, other.target_logit, 1},
-        {state.target_mean, other.target_mean, dim}}},
+       {{state.sum_target, other.sum_target, 1}, {state.target_logit, other.target_logit, 1}, {state.target_mean, other.target_mean, dim}}},
       {state.max_strong, other.max_strong, {{state.sum_strong, other.sum_strong, 1}, {state.strong_mean, other.strong_mean, dim}, {}}},
   };
   for (const Group& group : groups) {
@@ -293,7 +291,7 @@ void instance_matching_partial(const InstanceMatching<Storage>& problem, const I
   });
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                    \
+#define SSM_INSTANTIATE(Storage)                                                                                                   \
   template void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, ParallelFor); \
   template void instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);
 SSM_INSTANTIATE(float)

@@ -35,13 +35,13 @@ struct InstanceMatching {
 // What is known after part of a bank: log-normalisers, and means under the distributions they normalise.
 template <class Real>
 struct InstanceMatchingPartial {
-  Real* log_weak;       // [B]     log Σ_j e^{w_j}
-  Real* log_target;     // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, and then q̂ below is q^w
-  Real* log_strong;     // [B]     log Σ_j e^{s_j}
-  Real* aggregated;     // [B, L]  q_agg
-  Real* target_logit;   // [B]     Σ_j q̂_j s_j
-  Real* target_mean;    // [B, D]  m̂; null when no gradient is wanted
-  Real* strong_mean;    // [B, D]  mˢ; null when no gradient is wanted
+  Real* log_weak;      // [B]     log Σ_j e^{w_j}
+  Real* log_target;    // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, and then q̂ below is q^w
+  Real* log_strong;    // [B]     log Σ_j e^{s_j}
+  Real* aggregated;    // [B, L]  q_agg
+  Real* target_logit;  // [B]     Σ_j q̂_j s_j
+  Real* target_mean;   // [B, D]  m̂; null when no gradient is wanted
+  Real* strong_mean;   // [B, D]  mˢ; null when no gradient is wanted
 };
 
 // What the user sees.
@@ -55,13 +55,13 @@ struct InstanceMatchingResult {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(
-    template <class Storage> void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&,
-                                                    ParallelFor);
-    template <class Storage> void instance_matching_partial(const InstanceMatching<Storage>&,
-                                                            const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);)
+SSM_PER_ISA(template <class Storage>
+            void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, ParallelFor);
+            template <class Storage> void instance_matching_partial(const InstanceMatching<Storage>&,
+                                                                    const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);)
 
-// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size; nothing synchronises.
+// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size; nothing
+// synchronises.
 namespace ssmkernels::cuda {
 
 template <class Storage>

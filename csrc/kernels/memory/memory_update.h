@@ -11,14 +11,14 @@ namespace ssmkernels {
 
 template <class Storage>
 struct MemoryUpdate {
-  Storage* features;               // [K, D], element (k, d) at features[k * row_stride + d * column_stride]; read and written
-  int64_t* labels;                 // [K], element k at labels[k * label_stride]; written
-  const int64_t* index;            // [B]
-  const Storage* new_features;     // [B, D], rows contiguous
-  const int64_t* new_labels;       // [B]
-  int64_t slots;                   // K
-  int64_t dim;                     // D
-  int64_t rows;                    // B
+  Storage* features;            // [K, D], element (k, d) at features[k * row_stride + d * column_stride]; read and written
+  int64_t* labels;              // [K], element k at labels[k * label_stride]; written
+  const int64_t* index;         // [B]
+  const Storage* new_features;  // [B, D], rows contiguous
+  const int64_t* new_labels;    // [B]
+  int64_t slots;                // K
+  int64_t dim;                  // D
+  int64_t rows;                 // B
   int64_t row_stride;
   int64_t column_stride;
   int64_t label_stride;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // How the CPU kernels of this family sweep a bank: queries lie in the lanes.
 //
-// A panel is kPanel query rows, stored [D][kPanel]; a tile is up to kTile slots of the bank. In both products of a sweep (scores, tile·panel,
-// [slots][kPanel]; and means, tileᵀ·weights, [D][kPanel]) an element of the bank is then one broadcast operand and a vector is kPanel
-// queries, so the bank is read in place, without packing, and the softmax between the two products runs along the lanes without shuffles.
-// Labels select whole vectors: a bank need not be sorted, and a class-sorted one only gains locality.
+// A panel is kPanel query rows, stored [D][kPanel]; a tile is up to kTile slots of the bank. In both products of a sweep (scores,
+// tile·panel, [slots][kPanel]; and means, tileᵀ·weights, [D][kPanel]) an element of the bank is then one broadcast operand and a vector is
+// kPanel queries, so the bank is read in place, without packing, and the softmax between the two products runs along the lanes without
+// shuffles. Labels select whole vectors: a bank need not be sorted, and a class-sorted one only gains locality.
 #pragma once
 
 #include <new>
@@ -77,16 +77,17 @@ static inline void pack_panel(const Storage* rows, int64_t dim, int64_t first, i
 
 template <class Real>
 struct Tile {
-  const Real* features;  // [slots, D], row (slot) stride `stride`
+  const Real* features;  // element (slot, d) at features[slot * stride + d], or at features[d * stride + slot] if transposed
   const int64_t* labels;
   int64_t stride;
   int slots;
+  bool transposed;
 };
 
-// The scratch a tile needs: none where the bank can be read in place.
+// The scratch a tile needs: none where the bank, [K, D] or [D, K] in memory, can be read in place.
 template <class Storage>
 static inline int64_t tile_scratch(const Bank<Storage>& bank) {
-  const bool in_place = sizeof(Storage) == sizeof(Compute<Storage>) && bank.column_stride == 1;
+  const bool in_place = sizeof(Storage) == sizeof(Compute<Storage>) && (bank.column_stride == 1 || bank.row_stride == 1);
   return in_place ? 0 : kTile * bank.dim;
 }
 
@@ -96,11 +97,13 @@ static inline Tile<Compute<Storage>> load_tile(const Bank<Storage>& bank, int64_
   Tile<Real> tile;
   tile.slots = static_cast<int>(end - first < kTile ? end - first : kTile);
   tile.labels = bank.labels + first;
+  tile.transposed = false;
   const Storage* from = bank.features + first * bank.row_stride;
   if constexpr (sizeof(Storage) == sizeof(Real)) {
-    if (bank.column_stride == 1) {
+    if (bank.column_stride == 1 || bank.row_stride == 1) {
       tile.features = from;
-      tile.stride = bank.row_stride;
+      tile.transposed = bank.column_stride != 1;
+      tile.stride = tile.transposed ? bank.column_stride : bank.row_stride;
       return tile;
     }
   }
@@ -171,13 +174,19 @@ static void multiply(int64_t rows, const Real* a, int64_t stride, int64_t steps,
 // scores[slot][lane] = bank_slot · query_lane
 template <class Real>
 static inline void scores_of(const Tile<Real>& tile, int64_t dim, const Real* packed, Real* scores) {
-  multiply<Real, false, false>(tile.slots, tile.features, tile.stride, dim, packed, scores);
+  if (tile.transposed)
+    multiply<Real, true, false>(tile.slots, tile.features, tile.stride, dim, packed, scores);
+  else
+    multiply<Real, false, false>(tile.slots, tile.features, tile.stride, dim, packed, scores);
 }
 
 // sums[d][lane] += Σ_slot weights[slot][lane] · bank_slot[d]
 template <class Real>
 static inline void add_means(const Tile<Real>& tile, int64_t dim, const Real* weights, Real* sums) {
-  multiply<Real, true, true>(dim, tile.features, tile.stride, tile.slots, weights, sums);
+  if (tile.transposed)
+    multiply<Real, false, true>(dim, tile.features, tile.stride, tile.slots, weights, sums);
+  else
+    multiply<Real, true, true>(dim, tile.features, tile.stride, tile.slots, weights, sums);
 }
 
 // The row of a [L + 1] table that a label belongs to: the last one stands for labels of no class.
@@ -204,8 +213,8 @@ static inline void mark_present(const int64_t* labels, int64_t slots, int64_t cl
   for (int64_t slot = 0; slot < slots; ++slot) present[class_row(labels[slot], classes)] = 1;
 }
 
-// log_probs[c][lane] = log probs[first + lane][c], kLogZero where it is 0 or of no class. A lane whose probs are 0 on every class present is
-// marked unknown and gets 0 throughout: there q̂ = q^w.
+// log_probs[c][lane] = log probs[first + lane][c], kLogZero where it is 0 or of no class. A lane whose probs are 0 on every class present
+// is marked unknown and gets 0 throughout: there q̂ = q^w.
 template <class Real>
 static inline void pack_log_probs(const Real* probs, int64_t classes, int64_t first, int64_t count, const unsigned char* present,
                                   Real* log_probs, Real* unknown) {

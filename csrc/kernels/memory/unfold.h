@@ -18,7 +18,7 @@ struct Unfold {
   Bank<Storage> bank;
   int64_t rows;  // B
   double temperature;
-  bool allow_tf32;              // CUDA only
+  bool allow_tf32;             // CUDA only
   Compute<Storage>* unfolded;  // [B, K]  out
 };
 

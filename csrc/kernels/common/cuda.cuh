@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the CUDA kernels share: how one is launched, how device memory handed in as one piece is cut up, sums over a warp and a block.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "dtype.h"
+
+namespace ssmkernels::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Stands for log 0 where −inf would make NaN of a difference. References of sums start halfway, so that 2^(kLogZero − reference) is 0.
+template <class Real>
+inline constexpr Real kLogZero = Real(-1e30);
+
+template <class T>
+constexpr __host__ __device__ T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+// Null, or what went wrong.
+inline const char* message(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  cudaGetLastError();  // an error that is returned is not left behind for someone else's check
+  return cudaGetErrorString(status);
+}
+
+// Launches a one-dimensional grid. Nothing is launched for no blocks.
+template <class... Parameters>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+                   std::type_identity_t<Parameters>... arguments) {
+  if (blocks == 0) return nullptr;
+  if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 thread blocks";
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    static_cast<int>(shared_bytes));
+    if (status != cudaSuccess) return message(status);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return message(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Cuts one piece of device memory into arrays. Over a null pointer it only adds up the bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = memory_ + used_;
+    used_ += ceil_div<int64_t>(count * sizeof(T), 256) * 256;
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t bytes() const {
+    return used_;
+  }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <class T>
+__device__ T max(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+__device__ T min(T a, T b) {
+  return a < b ? a : b;
+}
+
+// Sums in a fixed tree: the same bits in every lane, and in every run.
+template <class Real>
+__device__ Real warp_sum(Real x) {
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+template <class Real>
+__device__ Real warp_max(Real x) {
+  for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, lane));
+  return x;
+}
+
+// The same over a block of kWarps warps, through `scratch` in shared memory.
+template <int kWarps, class Real>
+__device__ Real block_sum(Real x, Real* scratch) {
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  Real sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += scratch[warp];
+  return sum;
+}
+template <int kWarps, class Real>
+__device__ Real block_max(Real x, Real* scratch) {
+  x = warp_max(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  Real top = scratch[0];
+  for (int warp = 1; warp < kWarps; ++warp) top = max(top, scratch[warp]);
+  return top;
+}
+
+}  // namespace ssmkernels::cuda

@@ -1,0 +1,678 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// How the CUDA kernels of this family sweep a bank, in the manner of FlashAttention-2.
+//
+// A block of four warps owns 64 query rows, 16 to a warp, and a split of the bank. Tiles of slots pass through a ring in shared memory
+// (cp.async, zeros past the edges). From a tile a warp takes the scores of its rows, hands them to the operation, which turns scores into
+// weights, and adds the weighted slots to the means in its registers: weak and strong rows share every fragment of the tile. A dimension
+// wider than a chunk makes a block per chunk; each takes its scores over all chunks, its own last, and the means of its own.
+//
+// In both products a thread has the elements of the tensor cores' accumulator: of 16 rows × 8 columns, with g = lane/4, t = lane%4, element i
+// of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
+#pragma once
+
+#include "../common/mma.cuh"
+#include "class_order.cuh"
+
+namespace ssmkernels::cuda {
+
+inline constexpr int kSweepWarps = 4;
+inline constexpr int kSweepThreads = 32 * kSweepWarps;
+inline constexpr int kWarpRows = 16;
+inline constexpr int kRows = kSweepWarps * kWarpRows;  // of a block
+inline constexpr int kDepth = 16;                      // chunks are filled up with zeros to a multiple of this
+inline constexpr int kSplitTiles = 4;                  // at least, per split
+
+// The tile in shared memory. Rows are padded by 16 bytes, so that eight of them start in different banks.
+template <class Storage>
+struct TileShape {
+  static constexpr int kSlots = sizeof(Storage) == 8 ? 16 : 32;
+  static constexpr int kBlocks = kSlots / 8;
+  static constexpr int kDim = sizeof(Storage) == 8 ? 64 : 128;  // of a chunk
+  static constexpr int kVector = 16 / sizeof(Storage);
+  static constexpr int kPitch = kDim + kVector;
+  static constexpr int kStages = sizeof(Storage) == 4 ? 2 : 4;  // two blocks fit a multiprocessor
+};
+
+// Half types on the tensor cores, 16 deep.
+template <class StorageType>
+struct HalfEngine {
+  using Storage = StorageType;
+  using Real = float;
+  using Shape = TileShape<Storage>;
+
+  // sum[q][n] += query_q · slot; `query` is the warp's first row of query 0.
+  template <int kQueries>
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
+    const int lane = threadIdx.x % 32;
+    const Storage* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 8;
+    const Storage* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < Shape::kDim; k += 16) {
+      if (k >= depth) break;
+      uint32_t a[kQueries][4];
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) load_matrices(a[q], a_row + q * kRows * Shape::kPitch + k);
+#pragma unroll
+      for (int n = 0; n < Shape::kBlocks; n += 2) {
+        uint32_t b[4];
+        load_matrices(b, b_row + n * 8 * Shape::kPitch + k);
+#pragma unroll
+        for (int q = 0; q < kQueries; ++q) {
+          multiply_add<Storage>(sum[q][n], a[q], b[0], b[1]);
+          multiply_add<Storage>(sum[q][n + 1], a[q], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // sum[m][n] += Σ_slot weight_m · slot. The accumulators of two blocks of scores are the operand of one step.
+  template <int kMeans, int kQueries>
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
+                               const Storage* tile, int depth) {
+    uint32_t a[kMeans][Shape::kBlocks / 2][4];
+#pragma unroll
+    for (int m = 0; m < kMeans; ++m)
+#pragma unroll
+      for (int k = 0; k < Shape::kBlocks / 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          a[m][k][i] = pack<Storage>(weights[m][2 * k + i / 2][i % 2 * 2], weights[m][2 * k + i / 2][i % 2 * 2 + 1]);
+    const int lane = threadIdx.x % 32;
+    const Storage* b_row = tile + lane % 16 * Shape::kPitch + lane / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < Shape::kDim / 8; n += 2) {
+      if (n * 8 >= depth) break;
+#pragma unroll
+      for (int k = 0; k < Shape::kBlocks / 2; ++k) {
+        uint32_t b[4];
+        load_matrices_transposed(b, b_row + k * 16 * Shape::kPitch + n * 8);
+#pragma unroll
+        for (int m = 0; m < kMeans; ++m) {
+          multiply_add<Storage>(sum[m][n], a[m][k], b[0], b[1]);
+          multiply_add<Storage>(sum[m][n + 1], a[m][k], b[2], b[3]);
+        }
+      }
+    }
+  }
+};
+
+// float32 rounded to tf32 on the tensor cores, 8 deep.
+struct Tf32Engine {
+  using Storage = float;
+  using Real = float;
+  using Shape = TileShape<float>;
+
+  // A row of an 8×8 matrix of 2-byte elements is four floats here.
+  template <int kQueries>
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const float* query, const float* tile, int depth) {
+    const int lane = threadIdx.x % 32;
+    const float* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 4;
+    const float* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 4;
+#pragma unroll
+    for (int k = 0; k < Shape::kDim; k += 8) {
+      if (k >= depth) break;
+      uint32_t a[kQueries][4];
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q) load_rounded(a[q], a_row + q * kRows * Shape::kPitch + k);
+#pragma unroll
+      for (int n = 0; n < Shape::kBlocks; n += 2) {
+        uint32_t b[4];
+        load_rounded(b, b_row + n * 8 * Shape::kPitch + k);
+#pragma unroll
+        for (int q = 0; q < kQueries; ++q) {
+          multiply_add<float>(sum[q][n], a[q], b[0], b[1]);
+          multiply_add<float>(sum[q][n + 1], a[q], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4 is slot 2t + 1, so the
+  // accumulators of a block of scores are the operand as they lie.
+  template <int kMeans, int kQueries>
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
+                               const float* tile, int depth) {
+    uint32_t a[kMeans][Shape::kBlocks][4];
+#pragma unroll
+    for (int m = 0; m < kMeans; ++m)
+#pragma unroll
+      for (int k = 0; k < Shape::kBlocks; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[m][k][i] = to_tf32(weights[m][k][i % 2 * 2 + i / 2]);
+    const int lane = threadIdx.x % 32;
+    const float* b_at = tile + lane % 4 * 2 * Shape::kPitch + lane / 4;
+#pragma unroll
+    for (int n = 0; n < Shape::kDim / 8; ++n) {
+      if (n * 8 >= depth) break;
+#pragma unroll
+      for (int k = 0; k < Shape::kBlocks; ++k) {
+        const uint32_t b0 = to_tf32(b_at[k * 8 * Shape::kPitch + n * 8]), b1 = to_tf32(b_at[(k * 8 + 1) * Shape::kPitch + n * 8]);
+#pragma unroll
+        for (int m = 0; m < kMeans; ++m) multiply_add<float>(sum[m][n], a[m][k], b0, b1);
+      }
+    }
+  }
+
+ private:
+  static __device__ void load_rounded(uint32_t (&to)[4], const float* row) {
+    load_matrices(to, row);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = to_tf32(__uint_as_float(to[i]));
+  }
+};
+
+// float32 and float64 without tensor cores.
+template <class StorageType>
+struct PlainEngine {
+  using Storage = StorageType;
+  using Real = StorageType;
+  using Shape = TileShape<Storage>;
+
+  struct alignas(16) Vector {
+    Storage values[Shape::kVector];
+  };
+
+  template <int kQueries>
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
+    const int lane = threadIdx.x % 32;
+    const Storage* a_row = query + lane / 4 * Shape::kPitch;
+    const Storage* b_row = tile + lane % 4 * 2 * Shape::kPitch;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += Shape::kVector) {
+      Vector a[kQueries][2];
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) a[q][r] = vector_at(a_row + (q * kRows + r * 8) * Shape::kPitch + k);
+#pragma unroll
+      for (int n = 0; n < Shape::kBlocks; ++n)
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const Vector b = vector_at(b_row + (n * 8 + column) * Shape::kPitch + k);
+#pragma unroll
+          for (int q = 0; q < kQueries; ++q)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+#pragma unroll
+              for (int v = 0; v < Shape::kVector; ++v) sum[q][n][r * 2 + column] += a[q][r].values[v] * b.values[v];
+        }
+    }
+  }
+
+  // The weight of slot 8n + 2t + c lies with lane t of the row's four.
+  template <int kMeans, int kQueries>
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
+                               const Storage* tile, int depth) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int block = 0; block < Shape::kBlocks; ++block)
+#pragma unroll
+      for (int column = 0; column < 2; ++column)
+#pragma unroll 1
+        for (int owner = 0; owner < 4; ++owner) {
+          Real weight[kMeans][2];
+#pragma unroll
+          for (int m = 0; m < kMeans; ++m)
+#pragma unroll
+            for (int r = 0; r < 2; ++r) weight[m][r] = __shfl_sync(kAllLanes, weights[m][block][r * 2 + column], lane / 4 * 4 + owner);
+          const Storage* b_row = tile + (block * 8 + owner * 2 + column) * Shape::kPitch + lane % 4 * 2;
+#pragma unroll
+          for (int n = 0; n < Shape::kDim / 8; ++n) {
+            if (n * 8 >= depth) break;
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              const Storage b = b_row[n * 8 + c];
+#pragma unroll
+              for (int m = 0; m < kMeans; ++m)
+#pragma unroll
+                for (int r = 0; r < 2; ++r) sum[m][n][r * 2 + c] += weight[m][r] * b;
+            }
+          }
+        }
+  }
+
+ private:
+  static __device__ Vector vector_at(const Storage* from) {
+    return *reinterpret_cast<const Vector*>(from);
+  }
+};
+
+// How B rows × K slots × D are cut into blocks: by the shape and the number of multiprocessors.
+struct Cut {
+  int64_t row_tiles;
+  int64_t splits;
+  int64_t split_size;  // slots, a multiple of the tile's
+  int64_t chunks;
+
+  int64_t blocks() const {
+    return row_tiles * splits * chunks;
+  }
+  int64_t padded_rows() const {
+    return row_tiles * kRows;
+  }
+};
+
+template <class Storage>
+Cut cut_of(const Bank<Storage>& bank, int64_t rows) {
+  using Shape = TileShape<Storage>;
+  Cut cut;
+  cut.row_tiles = ceil_div<int64_t>(rows, kRows);
+  cut.chunks = ceil_div<int64_t>(bank.dim, Shape::kDim);
+  const int64_t tiles = ceil_div<int64_t>(bank.slots, Shape::kSlots);
+  const int64_t resident = 2 * int64_t{multiprocessors()};
+  const int64_t wanted = resident > cut.row_tiles * cut.chunks ? resident / (cut.row_tiles * cut.chunks) : 1;
+  const int64_t fair = ceil_div(tiles, wanted);
+  const int64_t tiles_per_split = fair > kSplitTiles ? fair : kSplitTiles;
+  cut.split_size = tiles_per_split * Shape::kSlots;
+  cut.splits = ceil_div(tiles, tiles_per_split);
+  return cut;
+}
+
+template <class Storage>
+struct SweepInput {
+  Bank<Storage> bank;
+  const Slot* order;  // null: in bank order
+  const Storage* query[2];
+  int64_t rows;
+  Cut cut;
+  bool bank_vectors, query_vectors;  // 16 bytes can be copied at once
+};
+
+template <class Storage>
+SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1, int64_t rows) {
+  const auto whole = [](int64_t elements) { return elements * sizeof(Storage) % 16 == 0; };
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return {bank,
+          order,
+          {query0, query1},
+          rows,
+          cut_of(bank, rows),
+          bank.column_stride == 1 && whole(bank.dim) && whole(bank.row_stride) && aligned(bank.features),
+          whole(bank.dim) && aligned(query0) && aligned(query1)};
+}
+
+// Where a thread stands.
+struct Place {
+  int64_t split;
+  int64_t row;       // its first row; the other is eight further
+  int64_t rows;      // B
+  int64_t chunk;     // of the dimension
+  int lane;
+
+  __device__ bool inside(int r) const {
+    return row + 8 * r < rows;
+  }
+};
+
+// What an operation sees of the tile whose scores it is given.
+struct TileView {
+  const int64_t* labels;  // [kSlots] in shared memory; the last one repeats past the end
+  int64_t first;          // position of slot 0 in the order of the sweep
+  int count;              // slots inside
+};
+
+// to[r][d] = from(r)[d·column_stride], d in [0, width), and 0 up to `depth` and in rows whose from(r) is null.
+template <class Storage, int kCount, class From>
+__device__ void stage(Storage* to, int64_t column_stride, int width, int depth, bool vectors, From from) {
+  using Shape = TileShape<Storage>;
+  if (vectors) {
+    constexpr int kVectors = Shape::kDim / Shape::kVector;
+#pragma unroll
+    for (int i = threadIdx.x; i < kCount * kVectors; i += kSweepThreads) {
+      const int r = i / kVectors, d = i % kVectors * Shape::kVector;
+      if (d >= depth) continue;
+      const Storage* row = from(r);
+      const bool inside = row != nullptr && d < width;
+      copy_async(to + r * Shape::kPitch + d, inside ? row + d : from.any, inside);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kCount * Shape::kDim; i += kSweepThreads) {
+      // Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
+      const int r = column_stride == 1 ? i / Shape::kDim : i % kCount, d = column_stride == 1 ? i % Shape::kDim : i / kCount;
+      if (d >= depth) continue;
+      const Storage* row = from(r);
+      to[r * Shape::kPitch + d] = row != nullptr && d < width ? row[d * column_stride] : Storage{};
+    }
+  }
+}
+
+template <class Storage>
+struct QueryRows {
+  const Storage* any;
+  const Storage* first;
+  int64_t stride;
+  int64_t count;
+  __device__ const Storage* operator()(int r) const {
+    return r < count ? first + r * stride : nullptr;
+  }
+};
+
+template <class Storage>
+struct BankRows {
+  const Storage* any;
+  const Storage* column;    // first column of the chunk
+  const int64_t* offsets;  // [kSlots] in shared memory; −1 past the end
+  __device__ const Storage* operator()(int r) const {
+    return offsets[r] >= 0 ? column + offsets[r] : nullptr;
+  }
+};
+
+template <class Engine, int kQueries>
+constexpr int64_t sweep_shared_bytes(int64_t chunks) {
+  using Shape = typename Engine::Shape;
+  const int64_t tile_rows = Shape::kStages * (Shape::kSlots + (chunks > 1 ? kQueries * kRows : 0)) + (chunks > 1 ? 0 : kQueries * kRows);
+  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + (Shape::kStages + 1) * Shape::kSlots * 2 * sizeof(int64_t);
+}
+
+// An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
+//   fetch(tile)                  starts what it must load for the tile
+//   weigh(scores, means, tile)   scores → weights of the means, in place
+//   finish(means)
+template <class Engine, class Operation>
+__global__ void __launch_bounds__(kSweepThreads, 2)
+    sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in, const __grid_constant__ typename Operation::Arguments arguments) {
+  using Storage = typename Engine::Storage;
+  using Real = typename Engine::Real;
+  using Shape = typename Engine::Shape;
+  constexpr int kQueries = Operation::kQueries, kMeans = Operation::kMeans;
+  constexpr int kStages = Shape::kStages, kSlots = Shape::kSlots, kRing = kStages + 1;
+  constexpr int kQuerySize = kQueries * kRows * Shape::kPitch, kTileSize = kSlots * Shape::kPitch;
+
+  const int64_t chunks = in.cut.chunks;
+  const int64_t chunk = blockIdx.x % chunks, row_tile = blockIdx.x / chunks % in.cut.row_tiles, split = blockIdx.x / chunks / in.cut.row_tiles;
+  const int64_t first_row = row_tile * kRows;
+  const int64_t first_slot = split * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
+  const int64_t stages = ceil_div<int64_t>(end_slot - first_slot, kSlots) * chunks;
+
+  int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
+  int64_t* labels = offsets + kRing * kSlots;                       // [kRing][kSlots]
+  Storage* tiles = reinterpret_cast<Storage*>(labels + kRing * kSlots);
+  Storage* queries = tiles + kStages * kTileSize;
+  const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
+
+  // Stage s is tile s / chunks and chunk (chunk + 1 + s % chunks) % chunks: a block's own chunk comes last.
+  const auto chunk_of = [&](int64_t s) { return chunks == 1 ? 0 : (chunk + 1 + s % chunks) % chunks; };
+  const auto width_of = [&](int64_t c) { return static_cast<int>(min<int64_t>(in.bank.dim - c * Shape::kDim, Shape::kDim)); };
+  const auto depth_of = [&](int64_t c) { return ceil_div(width_of(c), kDepth) * kDepth; };
+
+  Slot next{};  // of stage `upcoming`, in the first kSlots threads
+  bool next_inside = false;
+  const auto look_up = [&](int64_t s) {
+    if (threadIdx.x >= kSlots || s >= stages) return;
+    const int64_t at = first_slot + s / chunks * kSlots + threadIdx.x;
+    const int64_t last = end_slot - 1;
+    next_inside = at <= last;
+    next = in.order ? in.order[min(at, last)] : Slot{min(at, last), class_row(in.bank.labels[min(at, last)], in.bank.classes)};
+  };
+  const auto note = [&](int64_t s) {
+    if (threadIdx.x >= kSlots || s >= stages) return;
+    offsets[s % kRing * kSlots + threadIdx.x] = next_inside ? next.index * in.bank.row_stride : -1;
+    labels[s % kRing * kSlots + threadIdx.x] = next.label;
+  };
+  const auto stage_queries = [&](int64_t c, Storage* to) {
+#pragma unroll
+    for (int q = 0; q < kQueries; ++q)
+      stage<Storage, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors,
+                            QueryRows<Storage>{in.query[q], in.query[q] + first_row * in.bank.dim + c * Shape::kDim, in.bank.dim,
+                                               in.rows - first_row});
+  };
+  const auto issue = [&](int64_t s) {
+    if (s < stages) {
+      const int64_t c = chunk_of(s);
+      stage<Storage, kSlots>(tiles + s % kStages * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
+                             BankRows<Storage>{in.bank.features, in.bank.features + c * Shape::kDim * in.bank.column_stride,
+                                               offsets + s % kRing * kSlots});
+      if (chunks > 1) stage_queries(c, queries + s % kStages * kQuerySize);
+    }
+    copy_async_commit();
+  };
+
+  for (int s = 0; s < kStages - 1; ++s) {
+    look_up(s);
+    note(s);
+  }
+  look_up(kStages - 1);
+  __syncthreads();
+  if (chunks == 1) stage_queries(0, queries);
+  for (int s = 0; s < kStages - 1; ++s) issue(s);
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool working = first_row + warp * kWarpRows < in.rows;
+  Operation operation(arguments, Place{split, first_row + warp * kWarpRows + lane / 4, in.rows, chunk, lane});
+  Real scores[kQueries][Shape::kBlocks][4];
+  Real means[kMeans > 0 ? kMeans : 1][Shape::kDim / 8][4] = {};
+
+#pragma unroll 1
+  for (int64_t s = 0; s < stages; ++s) {
+    note(s + kStages - 1);
+    look_up(s + kStages);
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // stage s has landed and no warp is at stage s − 1 any more
+    issue(s + kStages - 1);
+    if (!working) continue;
+
+    const bool starts = chunks == 1 || s % chunks == 0, ends = chunks == 1 || s % chunks == chunks - 1;
+    const int64_t first = first_slot + s / chunks * kSlots;
+    const TileView view{labels + s % kRing * kSlots, first, static_cast<int>(min<int64_t>(end_slot - first, kSlots))};
+    const Storage* tile = tiles + s % kStages * kTileSize;
+    const int depth = depth_of(chunk_of(s));
+    if (starts) {
+      operation.fetch(view);
+#pragma unroll
+      for (int q = 0; q < kQueries; ++q)
+#pragma unroll
+        for (int n = 0; n < Shape::kBlocks; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[q][n][i] = 0;
+    }
+    Engine::scores(scores, queries + s % kStages * query_step + warp * kWarpRows * Shape::kPitch, tile, depth);
+    if (ends) {
+      operation.weigh(scores, means, view);
+      if constexpr (kMeans > 0) Engine::means(means, scores, tile, depth);
+    }
+  }
+  copy_async_wait<0>();
+  if (working) operation.finish(means);
+}
+
+template <class Engine, class Operation>
+const char* launch_sweep(const SweepInput<typename Engine::Storage>& in, const typename Operation::Arguments& arguments,
+                         cudaStream_t stream) {
+  return launch(sweep<Engine, Operation>, in.cut.blocks(), kSweepThreads, sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks),
+                stream, in, arguments);
+}
+
+// Calls f with the engine for a storage type; tf32 is a choice for float32 only.
+template <class Storage, class F>
+const char* with_engine(bool allow_tf32, F f) {
+  if constexpr (sizeof(Storage) == 2)
+    return f(HalfEngine<Storage>{});
+  else if constexpr (sizeof(Storage) == 4)
+    return allow_tf32 ? f(Tf32Engine{}) : f(PlainEngine<float>{});
+  else
+    return f(PlainEngine<Storage>{});
+}
+
+// Running sums of 2^x for the two rows of a thread, relative to 2^reference. A reference is an integer, so that moving it rounds nothing, and
+// moves only when a value passes it by more than kSlack: seldom after the first tiles.
+template <class Real>
+struct Track {
+  static constexpr Real kSlack = 8;
+  Real reference[2] = {kLogZero<Real> / 2, kLogZero<Real> / 2};
+  Real sum[2] = {0, 0};
+
+  __device__ bool passed(const Real (&top)[2]) const {
+    return top[0] > reference[0] + kSlack || top[1] > reference[1] + kSlack;
+  }
+  // Called by whole warps, with each thread's largest values. factor[r] is what sums of row r shrink by.
+  __device__ void raise(const Real (&top)[2], Real (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      Real row_top = max(top[r], __shfl_xor_sync(kAllLanes, top[r], 1));
+      row_top = max(row_top, __shfl_xor_sync(kAllLanes, row_top, 2));
+      const Real moved = row_top > reference[r] + kSlack ? ceil(row_top) : reference[r];
+      factor[r] = exp2_of(reference[r] - moved);
+      reference[r] = moved;
+      sum[r] *= factor[r];
+    }
+  }
+};
+
+// The four lanes of a row.
+template <class Real>
+__device__ Real row_sum(Real x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+template <class Real, int kBlocks>
+__device__ void scale_rows(Real (&values)[kBlocks][4], const Real (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[n][i] *= factor[i / 2];
+}
+
+__device__ inline int column_of(int lane, int block, int i) {
+  return block * 8 + lane % 4 * 2 + i % 2;
+}
+
+// What the rows of a thread have in the class table (class_table.cuh), for the slots of a tile.
+template <class Real>
+class TableRows {
+ public:
+  __device__ TableRows(const Real* table, int64_t classes, const Place& place) {
+    for (int r = 0; r < 2; ++r) {  // a row past the end reads the last group
+      const int64_t group = min((place.row + 8 * r) / 8, (place.rows - 1) / 8);
+      rows_[r] = table + group * (classes + 1) * 8 + place.lane / 4;
+    }
+  }
+  template <int kBlocks>
+  __device__ void fetch(Real (&to)[kBlocks][4], const int64_t* labels, int lane) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t label = labels[column_of(lane, n, c)];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) to[n][r * 2 + c] = rows_[r][label * 8];
+      }
+  }
+
+ private:
+  const Real* rows_[2];
+};
+
+// Sums of the classes in a sweep by class order. A class that a split closes is written once, relative to the reference of that moment. The
+// pairs (class, split) that occur have different class + split, which is their place.
+template <class Real>
+struct ClassSum {
+  Real value;      // Σ 2^(x − reference)
+  Real reference;
+};
+
+inline int64_t class_sums_pitch(int64_t classes, const Cut& cut) {
+  return classes + 1 + cut.splits;
+}
+
+template <class Real>
+class ClassRuns {
+ public:
+  __device__ ClassRuns(ClassSum<Real>* sums, int64_t pitch, const Place& place) : place_(place), sums_(sums + place.row * pitch), pitch_(pitch) {}
+
+  // `track` has no sum of its own: it takes the runs as they close.
+  template <int kBlocks>
+  __device__ void add(const Real (&values)[kBlocks][4], const int64_t* labels, Track<Real>& track) {
+    constexpr int kSlots = kBlocks * 8;
+    if (labels[0] != label_) open(labels[0], track);
+    if (labels[kSlots - 1] == label_) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) run_[i / 2] += values[n][i];
+      return;
+    }
+    for (int begin = 0, end = 0; begin < kSlots; begin = end) {
+      if (labels[begin] != label_) open(labels[begin], track);
+      while (end < kSlots && labels[end] == label_) ++end;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = column_of(place_.lane, n, i);
+          if (column >= begin && column < end) run_[i / 2] += values[n][i];
+        }
+    }
+  }
+
+  __device__ void scale(const Real (&factor)[2]) {
+    run_[0] *= factor[0];
+    run_[1] *= factor[1];
+  }
+
+  __device__ void close(Track<Real>& track) {
+    if (label_ < 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Real sum = row_sum(run_[r]);
+      track.sum[r] += sum;
+      run_[r] = 0;
+      if (place_.lane % 4 == 0 && place_.chunk == 0 && place_.inside(r))
+        sums_[8 * r * pitch_ + label_ + place_.split] = {sum, track.reference[r]};
+    }
+  }
+
+ private:
+  __device__ void open(int64_t label, Track<Real>& track) {
+    close(track);
+    label_ = label;
+  }
+
+  Place place_;
+  ClassSum<Real>* sums_;
+  int64_t pitch_;
+  int64_t label_ = -1;
+  Real run_[2] = {0, 0};
+};
+
+// What a split leaves: per row its tracks, and means that are sums relative to a track's reference, rows padded to whole tiles, columns to kDepth.
+template <class Real>
+struct Means {
+  Real* values;  // [splits][means][padded rows][pitch]
+  int64_t pitch;
+  int64_t padded_rows;
+  int count;
+
+  __device__ Real* row(int64_t split, int mean, int64_t row) const {
+    return values + ((split * count + mean) * padded_rows + row) * pitch;
+  }
+
+  // Writes a block's chunk.
+  template <int kCount, int kBlocks>
+  __device__ void put(const Real (&sums)[kCount][kBlocks][4], const Place& place) const {
+    struct alignas(2 * sizeof(Real)) Pair {
+      Real a, b;
+    };
+    const int64_t first = place.chunk * kBlocks * 8;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        Real* to = row(place.split, m, place.row + 8 * r) + first;
+#pragma unroll
+        for (int n = 0; n < kBlocks; ++n)
+          if (first + n * 8 < pitch)
+            *reinterpret_cast<Pair*>(to + column_of(place.lane, n, 0)) = {sums[m][n][r * 2], sums[m][n][r * 2 + 1]};
+      }
+  }
+};
+
+template <class Real>
+Means<Real> take_means(const Cut& cut, int count, int64_t dim, Workspace& workspace) {
+  Means<Real> means{nullptr, ceil_div<int64_t>(dim, kDepth) * kDepth, cut.padded_rows(), count};
+  means.values = workspace.take<Real>(cut.splits * count * means.padded_rows * means.pitch);
+  return means;
+}
+
+}  // namespace ssmkernels::cuda

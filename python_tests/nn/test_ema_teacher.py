@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ssmkernels.nn.ema_teacher import EMATeacher
+
+
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def train_a_little(model: nn.Module) -> None:
+    """Moves parameters and batch-norm buffers."""
+    model.train()(torch.randn(8, 3) * 2 + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy", "own"])
+def test_parameters_are_averaged_and_buffers_follow_the_rule(buffers):
+    model = student()
+    start = copy.deepcopy(model.state_dict())
+    teacher = EMATeacher(model, 0.9, buffers=buffers)
+    train_a_little(model)
+    teacher.update(model)
+    for name, value in teacher.model.state_dict().items():
+        is_parameter = "running" not in name and "tracked" not in name
+        if is_parameter or (buffers == "average" and value.is_floating_point()):
+            expected = 0.9 * start[name] + 0.1 * model.state_dict()[name]
+        else:
+            expected = start[name] if buffers == "own" else model.state_dict()[name]
+        torch.testing.assert_close(value, expected)
+
+
+def test_only_own_buffers_see_the_teachers_inputs():
+    inputs = torch.randn(16, 3) + 5
+    for buffers in ("average", "copy", "own"):
+        teacher = EMATeacher(student(), buffers=buffers).train()
+        before = teacher.model[1].running_mean.clone()
+        teacher(inputs)
+        assert torch.equal(teacher.model[1].running_mean, before) == (buffers != "own")
+        teacher.eval()
+        before = teacher.model[1].running_mean.clone()
+        teacher(inputs)
+        assert torch.equal(teacher.model[1].running_mean, before)
+
+
+def test_warm_up_starts_at_the_student_and_ends_at_the_decay():
+    model = student()
+    teacher = EMATeacher(model, 0.6, warm_up=True)
+    train_a_little(model)
+    expected = model[0].weight.detach().clone()
+    for decay in (0.0, 0.5, 0.6, 0.6):  # min(1 − 1/(step + 1), .6)
+        teacher.update(model)
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+        torch.testing.assert_close(teacher.model[0].weight, expected)
+        train_a_little(model)
+
+
+def test_state_dict_continues_the_warm_up():
+    model = student()
+    first = EMATeacher(model, 0.9, warm_up=True)
+    train_a_little(model)
+    first.update(model)
+    second = EMATeacher(student(), 0.9, warm_up=True)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train_a_little(model)
+    first.update(model)
+    second.update(model)
+    assert torch.equal(first.model[2].weight, second.model[2].weight)
+    assert second.updates == 2
+
+
+def test_no_gradient_and_no_link_to_the_student():
+    model = student()
+    teacher = EMATeacher(model)
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not teacher(torch.randn(2, 3)).requires_grad
+    before = teacher.model[0].weight.clone()
+    train_a_little(model)
+    assert torch.equal(teacher.model[0].weight, before)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"decay is 1\.0; it should be in \[0, 1\)"):
+        EMATeacher(student(), 1.0)
+    with pytest.raises(ValueError, match="buffers is 'swap'"):
+        EMATeacher(student(), buffers="swap")
+    with pytest.raises(ValueError, match="student has other parameters"):
+        EMATeacher(student()).update(nn.Linear(3, 3))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``ssmkernels bench [FAMILY …]``: every op beside its peers and its floor, as a table, JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+FAMILIES = ("memory",)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="ssmkernels bench", description="Measure the ops beside their peers, in one process, alternating.")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
+    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results, machine and versions; a .md table and a .png beside it")
+    args = parser.parse_args(argv)
+    unknown = [family for family in args.families if family not in FAMILIES]
+    if unknown:
+        parser.error(f"unknown family {unknown[0]!r}; there is {', '.join(FAMILIES)}")
+
+    import torch
+
+    from ssmkernels.bench import case, measure, memory, report
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)
+        return 1
+    dtype = getattr(torch, args.dtype)
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
+    rates = measure.device_rates(args.device, {args.dtype: dtype})
+    print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
+    results = []
+    try:
+        for each in memory.cases(device=args.device, dtype=dtype, quick=args.quick):
+            torch.compiler.reset()  # every size is compiled for itself, as its user would have it
+            results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=lambda line: print(line, flush=True)))
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+    print("\n" + report.table(results))
+    if args.out and results:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(_document(args, rates, results), indent=1) + "\n")
+        args.out.with_suffix(".md").write_text(report.table(results) + "\n")
+        report.plot(results, args.out.with_suffix(".png"))
+        print(f"\nwrote {args.out}, {args.out.with_suffix('.md').name} and {args.out.with_suffix('.png').name}")
+    return 0
+
+
+def _document(args: argparse.Namespace, rates: object, results: list) -> dict:
+    from ssmkernels import info
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": "ssmkernels bench " + " ".join(sys.argv[2:] if len(sys.argv) > 2 else []),
+        "commit": commit or None,
+        "device": args.device,
+        "machine": info.collect(),
+        "rates": dataclasses.asdict(rates),  # type: ignore[call-overload]
+        "results": [dataclasses.asdict(result) for result in results],
+    }
