@@ -114,12 +114,12 @@ inline Tensor check_query(const Tensor& query, const char* name, const Tensor& b
 }  // namespace ssmkernels::binding
 
 #ifdef SSM_WITH_CUDA
-#define SSM_REGISTER(name, function)                                                                           \
-  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) {                                                        \
-    library.impl(name, TORCH_BOX(&function));                                                                  \
-  }                                                                                                            \
-  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CUDA, library) {                                                       \
-    library.impl(name, TORCH_BOX(&function));                                                                  \
+#define SSM_REGISTER(name, function)                     \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) {  \
+    library.impl(name, TORCH_BOX(&function));            \
+  }                                                      \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CUDA, library) { \
+    library.impl(name, TORCH_BOX(&function));            \
   }
 #else
 #define SSM_REGISTER(name, function)                    \

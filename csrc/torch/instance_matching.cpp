@@ -93,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matc
     dispatch_dtype(query_weak, [&](auto storage) {
       using Storage = decltype(storage);
       using Real = Compute<Storage>;
-      const InstanceMatchingPartial<Real> partial{data<Real>(log_weak),     data<Real>(log_target),   data<Real>(log_strong),
-                                                  data<Real>(aggregated),   data<Real>(target_logit), data<Real>(target_mean),
+      const InstanceMatchingPartial<Real> partial{data<Real>(log_weak),   data<Real>(log_target),   data<Real>(log_strong),
+                                                  data<Real>(aggregated), data<Real>(target_logit), data<Real>(target_mean),
                                                   data<Real>(strong_mean)};
       run_on_device(
           bank, "instance_matching_partial",
@@ -111,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "instance_matching(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, float temperature_weak, "
+      "instance_matching(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, float "
+      "temperature_weak, "
       "float temperature_strong, float alpha, bool with_gradient, bool allow_tf32) -> (Tensor pseudo_probs, Tensor loss, Tensor gradient)");
   library.def(
       "instance_matching_partial(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, "

@@ -20,10 +20,9 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
 
   dispatch_dtype(bank, [&](auto storage) {
     using Storage = decltype(storage);
-    const MemoryUpdate<Storage> problem{data<Storage>(bank),   data<int64_t>(bank_labels), data<int64_t>(slots),
-                                        data<Storage>(rows),   data<int64_t>(classes),     bank.size(0),
-                                        bank.size(1),          features.size(0),           bank.stride(0),
-                                        bank.stride(1),        bank_labels.stride(0),      momentum};
+    const MemoryUpdate<Storage> problem{
+        data<Storage>(bank), data<int64_t>(bank_labels), data<int64_t>(slots), data<Storage>(rows), data<int64_t>(classes), bank.size(0),
+        bank.size(1),        features.size(0),           bank.stride(0),       bank.stride(1),      bank_labels.stride(0),  momentum};
     run_on_device(
         bank, "memory_update_", [&] { SSM_CALL_ISA(memory_update, problem, torch_parallel_for); },
         [&](CudaStream stream) {

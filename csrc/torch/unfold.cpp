@@ -20,12 +20,8 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
   dispatch_dtype(query, [&](auto storage) {
     using Storage = decltype(storage);
     using Real = Compute<Storage>;
-    const Unfold<Storage> problem{data<Storage>(rows),
-                                  data<Real>(weights),
-                                  bank_view<Storage>(bank, labels, classes),
-                                  query.size(0),
-                                  temperature,
-                                  allow_tf32,
+    const Unfold<Storage> problem{data<Storage>(rows), data<Real>(weights), bank_view<Storage>(bank, labels, classes),
+                                  query.size(0),       temperature,         allow_tf32,
                                   data<Real>(unfolded)};
     run_on_device(
         bank, "unfold", [&] { SSM_CALL_ISA(unfold, problem, torch_parallel_for); },
@@ -40,8 +36,7 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
-  library.def(
-      "unfold(Tensor query, Tensor bank, Tensor bank_labels, Tensor probs, float temperature, bool allow_tf32) -> Tensor unfolded");
+  library.def("unfold(Tensor query, Tensor bank, Tensor bank_labels, Tensor probs, float temperature, bool allow_tf32) -> Tensor unfolded");
 }
 SSM_REGISTER("unfold", unfold_op)
 

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The Python module _C. Importing it registers the ops: each x.cpp beside this file does that when the library is loaded.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels/common/isa.h"
+#include "build_info.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using ssmkernels::Isa;
+
+std::string current_isa() {
+  return ssmkernels::isa_name(ssmkernels::current_isa());
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
+    if (isa <= ssmkernels::best_isa()) names.emplace_back(ssmkernels::isa_name(isa));
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (ssmkernels::set_isa(name.c_str())) return;
+  std::string known;
+  for (const std::string& isa : available_isas()) known += (known.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("name is '" + name + "'; this processor runs " + known);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
+  module.doc() = "Build information and instruction-set control of ssmkernels; importing it registers torch.ops.ssmkernels.";
+  module.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); }, "What was built, as a dict.");
+  module.def("current_isa", &current_isa, "The instruction set that CPU kernels run with.");
+  module.def("available_isas", &available_isas, "The instruction sets that this processor runs.");
+  module.def("set_isa", &set_isa, py::arg("name"), "Chooses the instruction set; ValueError if this processor does not run it.");
+}

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``ssmkernels info``: what was built, what machine this is, and what is wrong, with the command that mends it.
+
+Needs the standard library only, and works where torch or the compiled library is missing or broken: both are looked at from a process of
+their own, so that even a crash of theirs is but a line of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssmkernels import __version__
+
+PACKAGE = Path(__file__).resolve().parent
+MINIMUM_TORCH = (2, 11)
+
+Report = dict[str, Any]
+
+# Run by a Python of its own: prints one line of JSON after _MARK, whatever else the imports print.
+_MARK = "ssmkernels-probe:"
+_PROBE_TORCH = """
+import json, torch
+cuda = torch.cuda.is_available()
+devices = [{"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
+           for i in range(torch.cuda.device_count())] if cuda else []
+print("MARK" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": cuda, "devices": devices,
+                           "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}))
+"""
+_PROBE_LIBRARY = """
+import json, torch
+from ssmkernels import _C
+print("MARK" + json.dumps({"build": _C.build_info(), "file": _C.__file__, "instruction_set": _C.current_isa(),
+                           "available": _C.available_isas()}))
+"""
+
+
+def collect() -> Report:
+    """Everything that ``ssmkernels info`` says, as JSON types; ``problems`` has entries of ``problem`` and ``mend``."""
+    report: Report = {
+        "ssmkernels": {"version": __version__, "location": str(PACKAGE)},
+        "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
+        "packages": {name: _installed(name) for name in ("torch", "torchvision", "numpy")},
+        "torch": _probe(_PROBE_TORCH) if importlib.util.find_spec("torch") else None,
+        "library": _probe(_PROBE_LIBRARY) if importlib.util.find_spec("ssmkernels._C") else None,
+        "build": _build_info(),
+        "cpu": {"model": _cpu_model(), "processors": os.cpu_count(), "flags": _cpu_flags()},
+        "cuda": {"nvcc": _nvcc_version(), "driver": _driver_version(), "devices": _nvidia_devices()},
+        "environment": {
+            name: os.environ[name] for name in ("SSMKERNELS_ISA", "SSMKERNELS_CHECK", "CUDA_VISIBLE_DEVICES", "CUDA_HOME") if name in os.environ
+        },
+    }
+    report["problems"] = [{"problem": problem, "mend": mend} for problem, mend in _problems(report)]
+    return report
+
+
+def covers(architectures: Iterable[str], capability: Sequence[int]) -> bool:
+    """Whether a build for ``architectures`` (CMake's words: "80-real", "90-virtual", "90") has code for a device of ``capability``.
+
+    Machine code runs on devices of its major version and at least its minor one; PTX on everything not older; neither, where the name
+    ends in a, on anything but that very device.
+    """
+    device = capability[0] * 10 + capability[1]
+    for architecture in architectures:
+        name, _, kind = architecture.partition("-")
+        number = int(name.rstrip("af"))
+        if device == number:
+            return True
+        if name[-1] == "a" or device < number:
+            continue
+        if (kind != "virtual" and device // 10 == number // 10) or (kind != "real" and name.isdigit()):
+            return True
+    return False
+
+
+def install_command(environment: str = "") -> str:
+    """The command that builds and installs this package again, from where it came."""
+    root = PACKAGE.parent
+    prefix = f"{environment} " if environment else ""
+    if (root / "CMakeLists.txt").is_file():
+        return f"cd {root} && {prefix}{_pip()} install --no-build-isolation -e ."
+    return f"{prefix}{_pip()} install --force-reinstall --no-deps --no-build-isolation {_origin()}"
+
+
+def describe_build(report: Report) -> str:
+    build = report["build"]
+    if build is None:
+        return "nothing"
+    cuda = f"CUDA {build['cuda']} for {_architectures(build)}" if build["cuda"] else "CPU only"
+    return f"{build['version']}, {cuda}, Python {build['python']}, torch {build['torch']}"
+
+
+def describe_machine(report: Report) -> str:
+    torch = report["torch"]
+    found = "no torch" if torch is None else "a torch that does not import" if "error" in torch else f"torch {torch['version']}"
+    devices = ", ".join(_device_name(device) for device in _devices(report)) or "no CUDA device"
+    return f"{__version__}, Python {report['python']['version']}, {found}, {devices}"
+
+
+def format_report(report: Report) -> str:
+    """The report as aligned plain text."""
+    blocks = []
+    for title, rows in _sections(report):
+        width = max(len(name) for name, _ in rows)
+        blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
+    problems = [line for entry in report["problems"] for line in (f"  - {entry['problem']}", f"    mend: {entry['mend']}")]
+    blocks.append("\n".join(["problems", *(problems or ["  none"])]))
+    return "\n\n".join(blocks)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; 1 where there are problems, 0 otherwise."""
+    parser = argparse.ArgumentParser(prog="ssmkernels info", description="What was built, what machine this is, and what is wrong.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    report = collect()
+    print(json.dumps(report, indent=2) if arguments.json else format_report(report))
+    return 1 if report["problems"] else 0
+
+
+def _sections(report: Report) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+    python, packages, torch, build = report["python"], report["packages"], report["torch"] or {}, report["build"]
+    library, cpu, cuda = report["library"] or {}, report["cpu"], report["cuda"]
+    yield (
+        "versions",
+        [
+            ("ssmkernels", f"{__version__} ({report['ssmkernels']['location']})"),
+            ("python", f"{python['version']} ({python['executable']})"),
+            ("platform", python["platform"]),
+            *((name, version or "not installed") for name, version in packages.items()),
+            ("nvcc", cuda["nvcc"] or "not found"),
+        ],
+    )
+    yield (
+        "build",
+        [
+            ("library", library.get("file") or library.get("error") or "not built"),
+            ("built from", f"{build['version']} with Python {build['python']}, torch {build['torch']}, {build['compiler']}" if build else "unknown"),
+            ("CUDA", (f"{build['cuda']} for {_architectures(build)}" if build["cuda"] else "none: CPU only") if build else "unknown"),
+            ("instruction sets", ", ".join(build["instruction_sets"]) if build else "unknown"),
+        ],
+    )
+    yield (
+        "processor",
+        [
+            ("model", f"{cpu['model']}, {cpu['processors']} processors"),
+            ("runs", ", ".join(library.get("available", ())) or f"unknown; of interest: {' '.join(cpu['flags']) or 'unknown'}"),
+            ("chosen", library.get("instruction_set") or "unknown"),
+            ("torch threads", str(torch.get("threads", "unknown"))),
+        ],
+    )
+    yield (
+        "CUDA",
+        [
+            ("driver", _driver_line(cuda["driver"])),
+            ("torch", torch.get("error") or (f"built for CUDA {torch['cuda']}" if torch.get("cuda") else "built without CUDA") if torch else "no torch"),
+            ("devices", "; ".join(_device_name(device) for device in _devices(report)) or "none"),
+        ],
+    )
+    if report["environment"]:
+        yield "environment", sorted(report["environment"].items())
+
+
+def _problems(report: Report) -> Iterable[tuple[str, str]]:
+    torch, library, build, devices = report["torch"], report["library"], report["build"], _devices(report)
+    floor = ".".join(map(str, MINIMUM_TORCH))
+    if torch is None:
+        yield "torch is not installed", f"{_pip()} install torch"
+    elif "error" in torch:
+        yield f"torch does not import: {torch['error']}", f"{_pip()} install --force-reinstall torch"
+    elif _release(torch["version"]) < MINIMUM_TORCH:
+        yield f"torch {torch['version']} is older than {floor}", f'{_pip()} install --upgrade "torch>={floor}"'
+    elif library is None:
+        yield _missing_library(), install_command()
+    elif "error" in library:
+        yield f"the compiled library does not load: {library['error']}", install_command()
+    elif build and build["version"] != __version__:
+        yield f"the compiled library is of version {build['version']}, the Python files of {__version__}", install_command()
+    yield from _cuda_problems(report, build, torch, devices)
+    wanted = report["environment"].get("SSMKERNELS_ISA")
+    if wanted and library and wanted not in library.get("available", [wanted]):
+        yield f"SSMKERNELS_ISA is {wanted!r}, and this processor runs {', '.join(library['available'])}", "unset SSMKERNELS_ISA"
+
+
+def _cuda_problems(report: Report, build: Report | None, torch: Report | None, devices: list[Report]) -> Iterable[tuple[str, str]]:
+    if not devices or not torch or "error" in torch:
+        return
+    if torch["cuda"] and not torch["cuda_available"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        yield f"torch {torch['version']} sees no CUDA device, although there is {devices[0]['name']}", "nvidia-smi   # is the driver new enough?"
+    if build is None or not torch["cuda_available"]:
+        return
+    if build["cuda"] is None:
+        yield f"there is {devices[0]['name']}, but the compiled library was built without CUDA", install_command("FORCE_CUDA=1")
+        return
+    for device in devices:
+        if not covers(build["cuda_architectures"], device["capability"]):
+            major, minor = device["capability"]
+            problem = f"the compiled library has no code for {_device_name(device)}: it was built for {_architectures(build)}"
+            yield problem, install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"') if major >= 8 else "use the CPU, or a device of 8.0 or newer"
+    driver = report["cuda"]["driver"]
+    if driver and driver[0] < int(build["cuda"].split(".")[0]):
+        problem = f"the driver runs CUDA {driver[0]}.{driver[1]}, and the compiled library was built with {build['cuda']}"
+        yield problem, install_command(f"CUDA_HOME=/usr/local/cuda-{driver[0]}.{driver[1]}") + "   # or install a newer driver"
+
+
+def _missing_library() -> str:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    others = sorted(path.name for path in PACKAGE.glob("_C.*.so"))
+    return f"the compiled library _C{suffix} is not there" + (f", only {', '.join(others)}" if others else "")
+
+
+def _build_info() -> Report | None:
+    try:
+        build: Report = json.loads((PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return build
+
+
+def _probe(code: str) -> Report:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    command = [sys.executable, "-c", code.replace("MARK", _MARK)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"error": str(error)}
+    for line in result.stdout.splitlines():
+        if line.startswith(_MARK):
+            answer: Report = json.loads(line[len(_MARK) :])
+            return answer
+    if result.returncode < 0:
+        return {"error": f"the process died of signal {-result.returncode}"}
+    lines = result.stderr.strip().splitlines()
+    return {"error": lines[-1] if lines else f"exit status {result.returncode}"}
+
+
+def _devices(report: Report) -> list[Report]:
+    torch = report["torch"] or {}
+    found: list[Report] = torch.get("devices") or report["cuda"]["devices"]
+    return found
+
+
+def _device_name(device: Report) -> str:
+    return f"{device['name']} ({device['capability'][0]}.{device['capability'][1]})"
+
+
+def _architectures(build: Report) -> str:
+    names = []
+    for architecture in build["cuda_architectures"]:
+        number, _, kind = architecture.partition("-")
+        names.append(f"{'PTX' if kind == 'virtual' else 'sm'}_{number}" if kind else f"sm_{number}+PTX")
+    return " ".join(names)
+
+
+def _driver_line(driver: tuple[int, int] | None) -> str:
+    return f"runs CUDA up to {driver[0]}.{driver[1]}" if driver else "none"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _origin() -> str:
+    """Where pip installed this package from: a checkout or a wheel that is still there, or else the package's name."""
+    try:
+        text = importlib.metadata.distribution("ssmkernels").read_text("direct_url.json")
+        url = json.loads(text or "{}").get("url", "")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        url = ""
+    path = url.removeprefix("file://")
+    return path if path != url and Path(path).exists() else "ssmkernels"
+
+
+def _pip() -> str:
+    return f"{sys.executable} -m pip"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def _cpu_field(name: str) -> str:
+    try:
+        found = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _cpu_model() -> str:
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    wanted = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+    present = set(_cpu_field("flags").split())
+    return [flag for flag in wanted if flag in present]
+
+
+def _nvcc_version() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places = [os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
+    if nvcc is None:
+        return None
+    release = re.search(r"release ([\d.]+)", _output([nvcc, "--version"]))
+    return f"{release[1]} ({nvcc})" if release else None
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs, (major, minor)."""
+    try:
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0 and version.value:
+            return version.value // 1000, version.value % 1000 // 10
+    except (OSError, AttributeError):
+        pass
+    return None
+
+
+def _nvidia_devices() -> list[Report]:
+    devices = []
+    for line in _output(["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]).splitlines():
+        name, _, capability = line.rpartition(", ")
+        if re.fullmatch(r"\d+\.\d+", capability):
+            devices.append({"name": name, "capability": [int(number) for number in capability.split(".")]})
+    return devices
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``ssmkernels train METHOD``: a trainer's configuration from YAML and the command line, by jsonargparse."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from ssmkernels.trainers.loop import RunResult
+from ssmkernels.trainers.simmatch import SimMatchConfig, train_simmatch
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class Method(NamedTuple):
+    config: type
+    train: Callable[..., RunResult]
+    reported: tuple[str, ...]  # the evaluation figures whose medians are printed
+
+
+METHODS = {"simmatch": Method(SimMatchConfig, train_simmatch, ("ema_accuracy", "student_accuracy"))}
+
+
+def config_names(method: str) -> list[str]:
+    """The configurations that come with the package."""
+    return sorted(path.stem for path in (CONFIGS / method).glob("*.yaml"))
+
+
+def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
+    """The configuration that ``argv`` describes, and whether ``--resume`` is in it. Later arguments win over earlier ones."""
+    parser = _parser(method)
+    values = vars(parser.instantiate_classes(parser.parse_args(_find_configs(method, argv))))
+    config_type = METHODS[method].config
+    return config_type(**{each.name: values[each.name] for each in fields(config_type)}), values["resume"]
+
+
+def main(argv: Sequence[str]) -> int:
+    method = argv[0] if argv else "--help"
+    if method not in METHODS:
+        print(f"usage: ssmkernels train {{{','.join(METHODS)}}} [--config NAME] [--resume] ...")
+        return 0 if method in ("-h", "--help") else 2
+    try:
+        config, resume = parse_config(method, argv[1:])
+        if config.run.out is None:
+            config.run.out = f"runs/{method}/{_config_name(argv) or f'{config.data.name}-{config.data.labels}'}-seed{config.seed}"
+        result = METHODS[method].train(config, resume=resume)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+        print(f"ssmkernels train: {error}", file=sys.stderr)
+        return 1
+    if not result.finished:
+        again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
+        print(f"Stopped after step {result.step} of {config.steps}; the checkpoint is in {config.run.out}. To go on: {again}")
+        return 0
+    medians = ", ".join(f"{name} {result.median(name):.4f}" for name in METHODS[method].reported)
+    print(f"{medians} (medians of the last {min(20, len(result.history))} evaluations). The run is in {config.run.out}.")
+    return 0
+
+
+def _parser(method: str) -> ArgumentParser:
+    if find_spec("docstring_parser") is not None:  # the help then says what each setting is
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"ssmkernels train {method}",
+        usage=f"ssmkernels train {method} [--config NAME] [--data.root DIR] [--seed N] [--resume] [--SETTING VALUE ...]",
+        epilog=f"Configurations that come with the package: {', '.join(config_names(method))}.",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="one of the configurations below, or the path of a YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out, if there is one")
+    parser.add_class_arguments(METHODS[method].config)
+    return parser
+
+
+def _find_configs(method: str, argv: Sequence[str]) -> list[str]:
+    """``argv`` with the name of a shipped configuration after ``--config`` turned into its path."""
+    found = _arguments(argv)
+    for position in range(1, len(found)):
+        if found[position - 1] == "--config" and not Path(found[position]).is_file():
+            path = CONFIGS / method / f"{found[position]}.yaml"
+            if not path.exists():
+                names = ", ".join(config_names(method))
+                raise ValueError(f"--config is {found[position]!r}; it should be the path of a YAML file or one of {names}")
+            found[position] = str(path)
+    return found
+
+
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """``argv`` with ``--config=NAME`` in two."""
+    return [each for argument in argv for each in (argument.split("=", 1) if argument.startswith("--config=") else [argument])]
+
+
+def _config_name(argv: Sequence[str]) -> str | None:
+    """The name after ``--config``."""
+    arguments = _arguments(argv)
+    return Path(arguments[arguments.index("--config") + 1]).stem if "--config" in arguments[:-1] else None

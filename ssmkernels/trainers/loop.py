@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The loop around a trainer: devices, stopping and resuming, logging, evaluation, checkpoints.
+
+Devices, precision and DDP come from Lightning Fabric rather than from a full trainer framework or our own code: Fabric wraps the
+model and the optimiser and leaves the loop to us, so that a trainer's ``step`` can read like its paper's algorithm.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, save_checkpoint
+from ssmkernels.trainers.progress import RunLog
+
+try:
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy
+except ImportError:  # the same code inside the one big package
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+
+@dataclass
+class RunConfig:
+    """Where a run happens and what it leaves behind. Nothing here changes what is learnt, so all of it may differ on resuming."""
+
+    out: str | None = None
+    """Folder of checkpoint.pt, metrics.jsonl and tensorboard/; without one nothing is written."""
+    log_every: int = 10
+    """Steps between reads of the losses."""
+    eval_every: int = 1024
+    """Steps between evaluations."""
+    checkpoint_every: int = 1024
+    """Steps between checkpoints."""
+    accelerator: str = "auto"
+    """auto, cpu, cuda, …, as Lightning Fabric names them."""
+    workers: int = 0
+    """Processes that load and augment images, per rank."""
+    bar: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}; it should be at least 1")
+
+
+@dataclass
+class RunResult:
+    """What :func:`fit` did: ``history`` has one record per evaluation, with the training scalars since the one before."""
+
+    finished: bool
+    step: int
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def median(self, name: str, last: int = 20) -> float:
+        """The median of ``name`` over the last evaluations, the figure that FixMatch and its successors report."""
+        return statistics.median(record[name] for record in self.history[-last:])
+
+
+class Trainer(Protocol):
+    """What :func:`fit` asks of a trainer."""
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def images_per_step(self) -> int: ...
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The scalars that the progress bar has room for."""
+
+    def batches(self, start_step: int) -> Iterable[Any]:
+        """The batches of every step from ``start_step`` on; the same whether or not the run was interrupted before."""
+
+    def step(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """One optimiser step; its metrics as scalars on the device, among them ``loss``."""
+
+    def scalars(self, means: dict[str, float]) -> dict[str, float]:
+        """The scalars to report, from the means of the metrics over some steps."""
+
+    def evaluate(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def make_fabric(*, precision: str = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False) -> Fabric:
+    """A launched Fabric: the ranks that ``torchrun`` started, or one device without it.
+
+    Args:
+        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
+        find_unused_parameters: for DDP, where some parameters take part in no loss.
+    """
+    if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        raise ValueError(f"precision is {precision!r}; it should be '32-true', 'bf16-mixed' or '16-mixed'")
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
+    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric.launch()
+    return fabric
+
+
+def fit(trainer: Trainer, *, fabric: Fabric, steps: int, run: RunConfig, config: dict[str, Any], resume: bool = False) -> RunResult:
+    """Runs ``trainer`` to ``steps``, or until Ctrl-C or SIGTERM, which end it after the current step with a checkpoint.
+
+    A resumed run computes the bits of an uninterrupted one.
+
+    Args:
+        config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but for the
+            group ``run`` and the place of the data (``data.root``).
+        resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is refused.
+
+    Raises:
+        FloatingPointError: a loss is not finite; it names the step.
+    """
+    path = Path(run.out) / "checkpoint.pt" if run.out is not None else None
+    done = RunResult(finished=False, step=0)
+    window: dict[str, float] = {}
+    if path is not None and path.exists():
+        if not resume:
+            raise ValueError(f"{path} exists; resume that run, or give another folder as run.out")
+        state = load_checkpoint(path)
+        check_same_config(state["config"], config, ignore=("run", "data.root"), path=path)
+        trainer.load_state_dict(state["trainer"])
+        fabric.strategy.precision.load_state_dict(state["precision"])
+        done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"])
+        window = state["window"]
+    if done.finished:
+        return done
+    if path is not None and fabric.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    fabric.barrier()
+
+    with (
+        StopSignals() as stop,
+        RunLog(
+            None if path is None else path.parent,
+            steps=steps,
+            start=done.step,
+            window=window,
+            images_per_step=trainer.images_per_step,
+            scalars=trainer.scalars,
+            shown=trainer.shown,
+            writes=fabric.is_global_zero,
+            bar=run.bar,
+        ) as log,
+    ):
+        for batch in trainer.batches(done.step):
+            log.add(trainer.step(fabric.to_device(batch), done.step))
+            done.step += 1
+            done.finished = done.step == steps
+            logging = done.finished or done.step % run.log_every == 0
+            evaluating = done.finished or done.step % run.eval_every == 0
+            # Ranks must agree on when to stop: together at every log interval, alone at once.
+            stopping = stop.requested if fabric.world_size == 1 else logging and _any_rank(stop.requested, fabric)
+            saving = stopping or done.finished or done.step % run.checkpoint_every == 0
+            if logging or evaluating or saving:
+                log.flush(learning_rate=trainer.learning_rate)
+            if evaluating:
+                done.history.append({"step": done.step, **log.evaluation(trainer.evaluate())})
+            if saving and path is not None:
+                state = {
+                    "config": config,
+                    "step": done.step,
+                    "history": done.history,
+                    "window": log.window,
+                    "trainer": trainer.state_dict(),
+                    "precision": fabric.strategy.precision.state_dict(),
+                }
+                if fabric.is_global_zero:
+                    save_checkpoint(path, state)
+            if stopping or done.finished:
+                break
+    return done
+
+
+class StopSignals:
+    """Within it, Ctrl-C and SIGTERM ask for an end after the current step; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def ignore_interrupt(worker: int) -> None:
+    """For data-loading processes: Ctrl-C reaches them too, but the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _any_rank(flag: bool, fabric: Fabric) -> bool:
+    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)

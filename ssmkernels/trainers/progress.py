@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a run shows and leaves behind: a progress bar, TensorBoard scalars and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssmkernels.distributed import all_reduce_mean
+
+
+class RunLog:
+    """Collects the metrics of every step on the device and reads them, once, at each :meth:`flush`.
+
+    Args:
+        folder: where ``metrics.jsonl`` and the TensorBoard events go; None writes nothing.
+        steps: steps of the whole run; start: those done before this log.
+        window: sums of the metrics since the last evaluation and their number of ``steps``, for a run that is resumed.
+        images_per_step: for the rate shown.
+        scalars: turns the means of the step metrics into the scalars reported.
+        shown: the scalars in the bar's postfix.
+        writes: False on every rank but the first.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        steps: int,
+        start: int,
+        window: Mapping[str, float],
+        images_per_step: int,
+        scalars: Callable[[dict[str, float]], dict[str, float]],
+        shown: tuple[str, ...],
+        writes: bool = True,
+        bar: bool = True,
+    ) -> None:
+        self.step = start
+        self.images_per_step = images_per_step
+        self.scalars = scalars
+        self.shown = shown
+        self.pending: list[dict[str, Tensor]] = []
+        self.window = dict(window)
+        self.read_at = time.perf_counter()
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False
+        )
+        self.file = self.board = None
+        if folder is not None and writes:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by runs that write nothing
+
+            path = folder / "metrics.jsonl"
+            kept = _records_until(path, start)  # the steps after the checkpoint are about to be done again
+            self.file = open(path, "w", buffering=1)  # noqa: SIM115 -- closed by close()
+            self.file.writelines(kept)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """The metrics of one step, scalars on the device: no synchronisation."""
+        self.pending.append(metrics)
+        self.bar.update()
+
+    def flush(self, **extra: float) -> None:
+        """Reads the steps since the last flush, raises if a loss is not finite, and reports their means."""
+        if not self.pending:
+            return
+        names = list(self.pending[0])
+        values = torch.stack([torch.stack([metrics[name].float() for name in names]) for metrics in self.pending])
+        rows = [dict(zip(names, row, strict=True)) for row in all_reduce_mean(values).tolist()]
+        self.pending.clear()
+        for number, row in enumerate(rows, start=self.step + 1):
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(
+                    f"the loss of step {number} is {row['loss']} ({', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'loss')}); "
+                    "the run stops, its last checkpoint is from before; lower the learning rate or use precision 32-true"
+                )
+        self.step += len(rows)
+        now = time.perf_counter()
+        rate = len(rows) * self.images_per_step / max(now - self.read_at, 1e-9)
+        self.read_at = now
+        for row in rows:
+            for name, value in {**row, "steps": 1}.items():
+                self.window[name] = self.window.get(name, 0) + value
+        scalars = self.scalars(_means(rows))
+        self.bar.set_postfix({**{name.removeprefix("loss_"): f"{scalars[name]:.3f}" for name in self.shown}, "images/s": f"{rate:.0f}"})
+        self._write("train", {**scalars, **extra, "images_per_second": rate})
+
+    def evaluation(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Reports an evaluation, together with the means of the training scalars since the last one."""
+        steps = self.window.pop("steps")
+        record = {**self.scalars({name: total / steps for name, total in self.window.items()}), **values}
+        self.window.clear()
+        self._write("test", values)
+        self.read_at = time.perf_counter()
+        return record
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _write(self, group: str, values: Mapping[str, float]) -> None:
+        if self.file is None or self.board is None:
+            return
+        self.file.write(json.dumps({"step": self.step, "group": group, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{group}/{name}", value, self.step)
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _records_until(path: Path, step: int) -> list[str]:
+    """The lines of an earlier log up to ``step``, less one that a crash tore."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]

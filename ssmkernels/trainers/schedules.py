@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Learning rates as functions of the step: nothing to save, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine_7_16(step: int, steps: int) -> float:
+    """cos(7πk / 16K), FixMatch's factor: from 1 to .195."""
+    return math.cos(7 * math.pi * step / (16 * steps))
+
+
+def warm_up_half_cosine(step: int, steps: int, warm_up_steps: int) -> float:
+    """A linear warm-up to 1, then half a cosine to 0."""
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(steps - warm_up_steps, 1)))
