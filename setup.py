@@ -117,9 +117,8 @@ def require_torch() -> None:
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
-        raise BuildError(
-            f"torch is not installed in {sys.prefix} (a build without isolation uses the torch that is there)", f"pip install torch && {INSTALL}"
-        ) from None
+        problem = f"torch is not installed in {sys.prefix} (a build without isolation uses the torch that is there)"
+        raise BuildError(problem, f"pip install torch && {INSTALL}") from None
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
         raise BuildError(f"torch {version} is here, and {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} or newer is needed", mend)
 
@@ -148,7 +147,7 @@ def require_cxx20() -> str:
         raise BuildError("there is no C++ compiler" + (f": CXX is {command!r}" if command else ""), mend)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <bit>\n#include <span>\ntemplate <class T> concept Sized = sizeof(T) > 1;\nstatic_assert(Sized<int>);\n")
+        source.write_text("#include <span>\ntemplate <class T> concept Sized = sizeof(T) > 1;\nstatic_assert(Sized<int>);\n")
         result = subprocess.run([command, "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, check=False)
     if result.returncode:
         raise BuildError(f"{command} does not compile C++20 ({result.stderr.strip().splitlines()[0]})", mend)

@@ -27,6 +27,7 @@ from ssmkernels import __version__
 
 PACKAGE = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
+ENVIRONMENT = ("SSMKERNELS_ISA", "SSMKERNELS_CHECK", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
 
 Report = dict[str, Any]
 
@@ -59,12 +60,25 @@ def collect() -> Report:
         "build": _build_info(),
         "cpu": {"model": _cpu_model(), "processors": os.cpu_count(), "flags": _cpu_flags()},
         "cuda": {"nvcc": _nvcc_version(), "driver": _driver_version(), "devices": _nvidia_devices()},
-        "environment": {
-            name: os.environ[name] for name in ("SSMKERNELS_ISA", "SSMKERNELS_CHECK", "CUDA_VISIBLE_DEVICES", "CUDA_HOME") if name in os.environ
-        },
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
     report["problems"] = [{"problem": problem, "mend": mend} for problem, mend in _problems(report)]
     return report
+
+
+def environment() -> Report:
+    """What a file of results should say of where they came from: versions, build and machine, and no path."""
+    report = collect()
+    return {
+        "ssmkernels": __version__,
+        "python": report["python"]["version"],
+        "platform": report["python"]["platform"],
+        "packages": report["packages"],
+        "build": report["build"],
+        "instruction_set": (report["library"] or {}).get("instruction_set"),
+        "processor": {"model": report["cpu"]["model"], "processors": report["cpu"]["processors"]},
+        "cuda": {"torch": (report["torch"] or {}).get("cuda"), "driver": report["cuda"]["driver"], "devices": _devices(report)},
+    }
 
 
 def covers(architectures: Iterable[str], capability: Sequence[int]) -> bool:
@@ -132,46 +146,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sections(report: Report) -> Iterable[tuple[str, list[tuple[str, str]]]]:
-    python, packages, torch, build = report["python"], report["packages"], report["torch"] or {}, report["build"]
-    library, cpu, cuda = report["library"] or {}, report["cpu"], report["cuda"]
-    yield (
-        "versions",
-        [
-            ("ssmkernels", f"{__version__} ({report['ssmkernels']['location']})"),
-            ("python", f"{python['version']} ({python['executable']})"),
-            ("platform", python["platform"]),
-            *((name, version or "not installed") for name, version in packages.items()),
-            ("nvcc", cuda["nvcc"] or "not found"),
-        ],
-    )
-    yield (
-        "build",
-        [
-            ("library", library.get("file") or library.get("error") or "not built"),
-            ("built from", f"{build['version']} with Python {build['python']}, torch {build['torch']}, {build['compiler']}" if build else "unknown"),
-            ("CUDA", (f"{build['cuda']} for {_architectures(build)}" if build["cuda"] else "none: CPU only") if build else "unknown"),
-            ("instruction sets", ", ".join(build["instruction_sets"]) if build else "unknown"),
-        ],
-    )
-    yield (
-        "processor",
-        [
-            ("model", f"{cpu['model']}, {cpu['processors']} processors"),
-            ("runs", ", ".join(library.get("available", ())) or f"unknown; of interest: {' '.join(cpu['flags']) or 'unknown'}"),
-            ("chosen", library.get("instruction_set") or "unknown"),
-            ("torch threads", str(torch.get("threads", "unknown"))),
-        ],
-    )
-    yield (
-        "CUDA",
-        [
-            ("driver", _driver_line(cuda["driver"])),
-            ("torch", torch.get("error") or (f"built for CUDA {torch['cuda']}" if torch.get("cuda") else "built without CUDA") if torch else "no torch"),
-            ("devices", "; ".join(_device_name(device) for device in _devices(report)) or "none"),
-        ],
-    )
+    python, cpu, cuda = report["python"], report["cpu"], report["cuda"]
+    torch, library, build = report["torch"] or {}, report["library"] or {}, report["build"]
+    versions = [
+        ("ssmkernels", f"{__version__} ({report['ssmkernels']['location']})"),
+        ("python", f"{python['version']} ({python['executable']})"),
+        ("platform", python["platform"]),
+        *((name, version or "not installed") for name, version in report["packages"].items()),
+        ("nvcc", cuda["nvcc"] or "not found"),
+    ]
+    yield "versions", versions
+    built = [("library", library.get("file") or library.get("error") or "not built")]
+    if build:
+        built += [
+            ("built from", f"{build['version']} with Python {build['python']}, torch {build['torch']}, {build['compiler']}"),
+            ("CUDA", f"{build['cuda']} for {_architectures(build)}" if build["cuda"] else "none: CPU only"),
+            ("instruction sets", ", ".join(build["instruction_sets"])),
+        ]
+    yield "build", built
+    processor = [
+        ("model", f"{cpu['model']}, {cpu['processors']} processors"),
+        ("flags", " ".join(cpu["flags"]) or "unknown"),
+        ("chosen", library.get("instruction_set", "unknown")),
+        ("torch threads", str(torch.get("threads", "unknown"))),
+    ]
+    yield "processor", processor
+    driver = f"runs CUDA up to {cuda['driver'][0]}.{cuda['driver'][1]}" if cuda["driver"] else "none"
+    devices = "; ".join(_device_name(device) for device in _devices(report)) or "none"
+    yield "CUDA", [("driver", driver), ("torch", _torch_cuda(report["torch"])), ("devices", devices)]
     if report["environment"]:
         yield "environment", sorted(report["environment"].items())
+
+
+def _torch_cuda(torch: Report | None) -> str:
+    if torch is None:
+        return "no torch"
+    if "error" in torch:
+        return f"does not import: {torch['error']}"
+    return f"built for CUDA {torch['cuda']}" if torch["cuda"] else "built without CUDA"
 
 
 def _problems(report: Report) -> Iterable[tuple[str, str]]:
@@ -199,7 +211,8 @@ def _cuda_problems(report: Report, build: Report | None, torch: Report | None, d
     if not devices or not torch or "error" in torch:
         return
     if torch["cuda"] and not torch["cuda_available"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        yield f"torch {torch['version']} sees no CUDA device, although there is {devices[0]['name']}", "nvidia-smi   # is the driver new enough?"
+        problem = f"torch {torch['version']} is built for CUDA {torch['cuda']} and cannot use {devices[0]['name']}"
+        yield problem, "nvidia-smi   # a driver older than that CUDA is the usual cause: install a newer one, or a torch for an older CUDA"
     if build is None or not torch["cuda_available"]:
         return
     if build["cuda"] is None:
@@ -207,9 +220,10 @@ def _cuda_problems(report: Report, build: Report | None, torch: Report | None, d
         return
     for device in devices:
         if not covers(build["cuda_architectures"], device["capability"]):
-            major, minor = device["capability"]
             problem = f"the compiled library has no code for {_device_name(device)}: it was built for {_architectures(build)}"
-            yield problem, install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"') if major >= 8 else "use the CPU, or a device of 8.0 or newer"
+            major, minor = device["capability"]
+            newer = install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"')
+            yield problem, newer if major >= 8 else "use the CPU: the CUDA kernels need compute capability 8.0 or newer"
     driver = report["cuda"]["driver"]
     if driver and driver[0] < int(build["cuda"].split(".")[0]):
         problem = f"the driver runs CUDA {driver[0]}.{driver[1]}, and the compiled library was built with {build['cuda']}"
@@ -263,10 +277,6 @@ def _architectures(build: Report) -> str:
         number, _, kind = architecture.partition("-")
         names.append(f"{'PTX' if kind == 'virtual' else 'sm'}_{number}" if kind else f"sm_{number}+PTX")
     return " ".join(names)
-
-
-def _driver_line(driver: tuple[int, int] | None) -> str:
-    return f"runs CUDA up to {driver[0]}.{driver[1]}" if driver else "none"
 
 
 def _installed(name: str) -> str | None:

@@ -114,9 +114,7 @@ def test_saturated_logits(dtype, device):
     """±1e4: nothing overflows, and the winner takes all."""
     problem = Problem(5, 8, 30, 3, dtype, device)
     options = {"temperature_weak": 1e-4, "temperature_strong": 1e-4}
-    ours, same, exact = (
-        p.matching(room, **options) for p, room in ((problem, ops), (problem, reference), (problem.double(), reference))
-    )
+    ours, same, exact = (p.matching(room, **options) for p, room in ((problem, ops), (problem, reference), (problem.double(), reference)))
     assert all(torch.isfinite(x).all() for x in ours)
     assert_no_worse(ours, same, exact, dtype)
     weights = ops.unfold(problem.query_weak, problem.bank, problem.labels, problem.probs, temperature=1e-4)
@@ -280,6 +278,15 @@ def test_gradcheck(device):
     query = problem.query_strong.requires_grad_()
     assert gradcheck(lambda q: ops.instance_matching(problem.query_weak, q, problem.bank, problem.labels, problem.probs).loss, (query,))
     assert gradcheck(lambda q: ops.aggregate(q, problem.bank, problem.labels, 3), (query,))
+
+
+def test_gradient_of_the_bare_operator(device):
+    """torch.ops.ssmkernels.instance_matching, called without its wrapper, is differentiable too."""
+    problem = Problem(4, 5, 13, 3, device=device)
+    query = problem.query_strong.clone().requires_grad_()
+    arguments = (problem.query_weak, query, problem.bank, problem.labels, problem.probs, 0.1, 0.1, 0.9, True, False)
+    loss = torch.ops.ssmkernels.instance_matching(*arguments)[1]
+    torch.testing.assert_close(torch.autograd.grad(loss, query, problem.grad_loss)[0], problem.matching(reference)[2])
 
 
 def test_only_the_right_gradients(device):

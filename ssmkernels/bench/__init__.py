@@ -14,13 +14,13 @@ FAMILIES = ("memory",)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="ssmkernels bench", description="Measure the ops beside their peers, in one process, alternating.")
+    parser = argparse.ArgumentParser(prog="ssmkernels bench", description="Measure the ops beside their peers.")
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results, machine and versions; a .md table and a .png beside it")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results here, and a table and a plot beside it")
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import gc
 import statistics
 import time
@@ -41,7 +42,9 @@ def _clock(function: Function, calls: int, device: str) -> float:
     return (time.perf_counter() - begin) / calls
 
 
-def time_alternating(functions: Mapping[str, Function], *, device: str = "cpu", seconds: float = 4.0, rounds: int = 15) -> dict[str, Timing]:
+def time_alternating(
+    functions: Mapping[str, Function], *, device: str = "cpu", seconds: float = 4.0, rounds: int = 15
+) -> dict[str, Timing]:
     """Medians over rounds in which every function runs in turn, so that a drift of the machine meets all of them.
 
     A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not before three.
@@ -117,6 +120,6 @@ def device_rates(device: str, dtypes: Mapping[str, torch.dtype]) -> Rates:
     copy = time_alternating({"copy": lambda: target.copy_(source)}, device=device, seconds=1.0)["copy"].median
     matmul = {}
     for name, dtype in dtypes.items():
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        matmul[name] = 2 * size**3 / time_alternating({"mm": lambda a=a, b=b: a @ b}, device=device, seconds=1.0)["mm"].median
+        product = functools.partial(torch.mm, *(torch.randn(size, size, device=device).to(dtype) for _ in range(2)))
+        matmul[name] = 2 * size**3 / time_alternating({"mm": product}, device=device, seconds=1.0)["mm"].median
     return Rates(2 * source.numel() / copy, matmul)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from ssmkernels import ops, reference
 from ssmkernels.bench.case import Case
+from ssmkernels.bench.measure import Function
 
 DIM = 128
 SIZES = [(64, 250, 10), (448, 250, 10), (64, 4_000, 10), (448, 4_000, 10), (448, 10_000, 100), (320, 12_800, 1000), (320, 128_000, 1000)]
 QUICK_SIZES = [(64, 250, 10), (448, 4_000, 10), (320, 12_800, 1000)]
 
 
-def official_block(query_weak: Tensor, query_strong: Tensor, bank: Tensor, bank_labels: Tensor, probs_weak: Tensor) -> tuple[Tensor, Tensor]:
+def official_block(
+    query_weak: Tensor, query_strong: Tensor, bank: Tensor, bank_labels: Tensor, probs_weak: Tensor
+) -> tuple[Tensor, Tensor]:
     """SimMatch's loss the way its training code states it: softmax, gather, renormalise, scatter_add, log; bank [D, K]."""
     with torch.no_grad():
         weak = F.softmax(query_weak @ bank / 0.1, dim=1)
@@ -28,6 +33,9 @@ def official_block(query_weak: Tensor, query_strong: Tensor, bank: Tensor, bank_
         pseudo_probs = 0.9 * probs_weak + 0.1 * aggregated
     strong = F.softmax(query_strong @ bank / 0.1, dim=1)
     return pseudo_probs, -(target * strong.log()).sum(dim=1)
+
+
+Room = Callable[..., Any]  # an op, or what stands in its place
 
 
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
@@ -44,10 +52,10 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
         grad_classes = torch.randn(rows, classes, generator=draw).to(device)
         official_bank = bank.t().contiguous()
         size = {"B": rows, "D": DIM, "K": slots, "L": classes}
-        products = {"score": lambda q=query_weak, b=bank: q @ b.t(), "mean": _mean_product(rows, bank)}
+        products: dict[str, Function] = {"score": functools.partial(torch.mm, query_weak, bank.t()), "mean": _mean_product(rows, bank)}
         item = bank.element_size()
 
-        def matching(room, inputs=(query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
+        def matching(room: Room, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
             return lambda: torch.autograd.grad(room(*inputs)[1].mean(), inputs[1])
 
         yield Case(
@@ -61,13 +69,13 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
                 "torch.compile": matching(torch.compile(reference.instance_matching, dynamic=False)),
                 "official": matching(official_block, (query_weak, query_strong, official_bank, labels, probs.to(dtype))),
             },
-            products={**products},
+            products=products,
             product_counts={"score": 2, "mean": 2},
             flops=8 * rows * slots * DIM,
             bytes=item * (slots + 3 * rows) * DIM + 8 * slots + 8 * rows * classes,
         )
 
-        def aggregate(room, inputs=(query_strong, bank, labels, classes), grad=grad_classes) -> Callable[[], object]:
+        def aggregate(room: Room, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
             return lambda: torch.autograd.grad(room(*inputs), inputs[0], grad)
 
         yield Case(
@@ -80,13 +88,13 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
                 "eager": aggregate(reference.aggregate),
                 "torch.compile": aggregate(torch.compile(reference.aggregate, dynamic=False)),
             },
-            products={**products},
+            products=products,
             product_counts={"score": 2, "mean": 1},
             flops=6 * rows * slots * DIM,
             bytes=item * (2 * slots + 3 * rows) * DIM + 16 * slots + 16 * rows * classes,
         )
 
-        def unfold(room, inputs=(query_weak, bank, labels, probs)) -> Callable[[], object]:
+        def unfold(room: Room, inputs: Any = (query_weak, bank, labels, probs)) -> Callable[[], object]:
             return lambda: room(*inputs)
 
         yield Case(
@@ -105,7 +113,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
         features, index = unit(rows), torch.randperm(slots, generator=draw)[:rows].to(device)
         index = index.repeat(-(-rows // slots))[:rows]
 
-        def update(room, inputs=(bank.clone(), labels.clone(), index, features[: index.shape[0]], labels[index])) -> Callable[[], object]:
+        writable = (bank.clone(), labels.clone(), index, features, labels[index])
+
+        def update(room: Room, inputs: Any = writable) -> Callable[[], object]:
             return lambda: room(*inputs)
 
         yield Case(

@@ -21,10 +21,9 @@ def _ratio(result: Result, peer: str) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Time, how many times longer each peer takes, share of the floor, and peak extra memory."""
-    lines = [
-        "| op | size | dtype | ms | vs eager | vs torch.compile | vs official block | time / matrix products | share of floor | extra MiB | eager's extra MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["op", "size", "dtype", "ms", *(f"vs {peer}" for peer in PEERS)]
+    titles += ["time / matrix products", "share of floor", "extra MiB", "eager's extra MiB"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for r in results:
         size = " ".join(f"{key}={value:,}" for key, value in r.size.items())
         products = f"{r.ours.median / r.products.median:.2f}" if r.products else ""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
     for cell in experiment.cells:
         results[cell] = []
         for seed in range(1, extent.seeds + 1):
-            name = f"{cell.row}-{cell.column}-seed{seed}".replace(" ", "_").replace("/", "_")
+            name = re.sub(r"[^\w-]+", "_", f"{cell.row}-{cell.column}-seed{seed}", flags=re.ASCII)
             print(f"{name} ({experiment.title})", flush=True)
             arguments = [*cell.arguments, *extent.arguments, *place, "--seed", str(seed), "--run.out", str(out / name)]
             config, _ = parse_config(experiment.method, arguments)
@@ -110,7 +111,7 @@ def _report(
             rows.append([cell.column, cell.row, figure.title, paper, figure.of(runs)])
     said = list(experiment.deviations)
     if extent.arguments:
-        said.insert(0, f"Budget {budget}: {' '.join(extent.arguments)}; {extent.seeds} seed(s). This shows that it runs, not what it reaches.")
+        said.insert(0, f"Budget {budget}: {' '.join(extent.arguments)}; {extent.seeds} seed(s){', to show that it runs' if budget == 'smoke' else ''}.")
     if offline:
         said.insert(0, f"No --data was given: every cell ran on images that come inside a package ({' '.join(experiment.offline)}).")
     deviations = "\n".join(f"- {each}" for each in said)

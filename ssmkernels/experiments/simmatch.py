@@ -12,7 +12,7 @@ FIXMATCH = (
 )
 SIMMATCH: tuple[str, ...] = ()
 
-_OFFLINE = ("--data.name", "digits", "--data.labels", "40", "--model", "wrn-10-1", "--run.workers", "0")
+_OFFLINE = ("--data.name", "digits", "--data.labels", "40", "--data.proportional", "false", "--model", "wrn-10-1", "--run.workers", "0")
 _SMOKE = Budget(
     1, ("--steps", "12", "--batch_size", "8", "--mu", "2", "--first_epoch_steps", "4", "--run.eval_every", "6", "--run.log_every", "3")
 )

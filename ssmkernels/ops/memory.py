@@ -207,8 +207,10 @@ def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
 def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, temperature: float = 0.1) -> Tensor:
     """The calibrated instance similarities q̂, equations (7) and (8), materialised.
 
-    out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j]. For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every class of
-    the bank, q̂ is the softmax itself.
+    out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j].
+
+    For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every
+    class of the bank, q̂ is the softmax itself.
 
     Args:
         query: [B, D].
@@ -235,9 +237,7 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
 
 
 @torch.no_grad()
-def memory_update_(
-    bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7
-) -> None:
+def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7) -> None:
     """Temporal ensemble of SimMatch, in place: bank[index] ← normalise(momentum·bank[index] + (1 − momentum)·features), labels with it.
 
     An index that occurs twice in a batch is applied in batch order. Read the bank (:func:`instance_matching`) before writing it in a step.
@@ -331,8 +331,17 @@ def _check_matching(
 
 
 def _fake_instance_matching(
-    query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, alpha, with_gradient, allow_tf32
-):
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    temperature_weak: float,
+    temperature_strong: float,
+    alpha: float,
+    with_gradient: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = check.compute_dtype(query_weak.dtype)
     rows, dim = query_weak.shape
     return (
@@ -343,28 +352,37 @@ def _fake_instance_matching(
 
 
 def _fake_instance_matching_partial(
-    query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, allow_tf32
-):
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    temperature_weak: float,
+    temperature_strong: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, ...]:
     dtype = check.compute_dtype(query_weak.dtype)
     rows, dim = query_weak.shape
     sizes = ((rows,), (rows,), (rows,), (rows, probs_weak.shape[1]), (rows,), (rows, dim), (rows, dim))
     return tuple(bank.new_empty(size, dtype=dtype) for size in sizes)
 
 
-def _fake_aggregate(query, bank, bank_labels, num_classes, temperature, allow_tf32):
+def _fake_aggregate(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, temperature: float, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
     dtype = check.compute_dtype(query.dtype)
     return bank.new_empty((query.shape[0], num_classes), dtype=dtype), bank.new_empty((query.shape[0],), dtype=dtype)
 
 
-def _fake_aggregate_backward(grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, temperature, allow_tf32):
+def _fake_aggregate_backward(grad_aggregated: Tensor, query: Tensor, *rest: Any) -> Tensor:
     return query.new_empty(query.shape, dtype=check.compute_dtype(query.dtype))
 
 
-def _fake_unfold(query, bank, bank_labels, probs, temperature, allow_tf32):
+def _fake_unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, temperature: float, allow_tf32: bool) -> Tensor:
     return bank.new_empty((query.shape[0], bank.shape[0]), dtype=check.compute_dtype(query.dtype))
 
 
-def _fake_memory_update(bank, bank_labels, index, features, labels, momentum):
+def _fake_memory_update(*arguments: Any) -> None:
     return None
 
 

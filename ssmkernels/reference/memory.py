@@ -80,9 +80,7 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
 
 
 @torch.no_grad()
-def memory_update_(
-    bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7
-) -> None:
+def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7) -> None:
     dtype = _compute_dtype(bank.dtype)
     for row, slot in enumerate(index.tolist()):
         mixed = momentum * bank[slot].to(dtype) + (1 - momentum) * features[row].to(dtype)

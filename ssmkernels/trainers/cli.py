@@ -36,7 +36,7 @@ def config_names(method: str) -> list[str]:
 def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
     """The configuration that ``argv`` describes, and whether ``--resume`` is in it. Later arguments win over earlier ones."""
     parser = _parser(method)
-    values = vars(parser.instantiate_classes(parser.parse_args(_find_configs(method, argv))))
+    values = vars(parser.instantiate(parser.parse_args(_find_configs(method, argv))))
     config_type = METHODS[method].config
     return config_type(**{each.name: values[each.name] for each in fields(config_type)}), values["resume"]
 

@@ -37,7 +37,9 @@ class DataConfig:
     root: str | None = None
     """Folder or file of the images; none for those that come inside packages."""
     labels: int = 40
-    """Number of labelled images, in proportion to the classes."""
+    """Number of labelled images, equally many of each class."""
+    proportional: bool = False
+    """Draw them in proportion to the sizes of the classes instead."""
     labels_in_unlabeled: bool = True
     """Whether the labelled images are also among the unlabelled ones."""
 
@@ -49,6 +51,8 @@ class SimMatchConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "wrn-28-2"
     """Network, as :func:`ssmkernels.models.build_model` knows it."""
+    bn_momentum: float | None = None
+    """Share of a batch in the running statistics of batch norm; none for the network's own, .001 in wide ResNets."""
     projection_dim: int = 128
     """D, size of the embeddings."""
     seed: int = 1
@@ -144,12 +148,21 @@ class SimMatch:
 
     def __init__(self, config: SimMatchConfig, splits: data.ImageSplits, fabric: Fabric, *, model: nn.Module | None = None) -> None:
         self.config, self.splits, self.fabric = config, splits, fabric
-        self.labeled_index = data.split_labels(splits.train.labels, config.data.labels, seed=config.seed)
+        self.transforms = data.default_transforms(splits)
+        self.labeled_index = data.split_labels(
+            splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
+        )
         classes = splits.num_classes
         if model is None:
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
-                model = models.build_model(config.model, classes, in_channels=splits.channels, projection_dim=config.projection_dim)
+                model = models.build_model(
+                    config.model,
+                    classes,
+                    in_channels=splits.channels,
+                    projection_dim=config.projection_dim,
+                    bn_momentum=config.bn_momentum,
+                )
         self.model = model
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
@@ -263,22 +276,36 @@ class SimMatch:
 
     def evaluate(self) -> dict[str, float]:
         """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes, top-5."""
-        ks = (1, 5) if self.splits.num_classes > 5 else (1,)
+        splits, fabric = self.splits, self.fabric
+        ks = (1, 5) if splits.num_classes > 5 else (1,)
         accuracies = {}
         for name, model in (("student", self.model), ("ema", self.teacher)):
             broadcast_buffers(model)
-            values = top_k_accuracy(model, self._test_batches(), device=self.fabric.device, ks=ks)
+            batches = data.evaluation_batches(
+                splits.test,
+                256,
+                mean=splits.mean,
+                std=splits.std,
+                transform=self.transforms.evaluation,
+                rank=fabric.global_rank,
+                world_size=fabric.world_size,
+                workers=self.config.run.workers,
+                worker_init_fn=ignore_interrupt,
+            )
+            values = top_k_accuracy(model, batches, device=fabric.device, ks=ks)
             accuracies |= {f"{name}_accuracy" if k == 1 else f"{name}_top{k}": value for k, value in zip(ks, values, strict=True)}
         return accuracies
 
     def batches(self, start_step: int) -> Iterable[data.Batch]:
         config, splits = self.config, self.splits
-        steps = data.TrainBatches(
+        batches = data.TrainBatches(
             splits.train,
             self.labeled_index,
             splits.train,
+            weak=self.transforms.weak,
+            strong=self.transforms.strong,
             batch_size=config.batch_size,
-            mu=config.mu,
+            mu=config.mu if config.uses_unlabeled else 0,
             seed=config.seed,
             start_step=start_step,
             num_steps=config.steps,
@@ -286,14 +313,10 @@ class SimMatch:
             world_size=self.fabric.world_size,
             mean=splits.mean,
             std=splits.std,
+            exclude_labeled=not config.data.labels_in_unlabeled,
         )
-        return DataLoader(steps, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupt)
-
-    def _test_batches(self):
-        test, splits = self.splits.test, self.splits
-        x = (torch.tensor(test.images).permute(0, 3, 1, 2).float() / 255 - splits.mean[0]) / splits.std[0]
-        y = torch.tensor(test.labels)
-        return [(x[self.fabric.global_rank :: self.fabric.world_size], y[self.fabric.global_rank :: self.fabric.world_size])]
+        cuda = self.fabric.device.type == "cuda"
+        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupt, pin_memory=cuda)
 
     def state_dict(self) -> dict[str, Any]:
         for module in (self.model, self.teacher):

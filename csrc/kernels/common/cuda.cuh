@@ -76,11 +76,11 @@ class Workspace {
 };
 
 template <class T>
-__device__ T max(T a, T b) {
+constexpr __host__ __device__ T max(T a, T b) {
   return a > b ? a : b;
 }
 template <class T>
-__device__ T min(T a, T b) {
+constexpr __host__ __device__ T min(T a, T b) {
   return a < b ? a : b;
 }
 

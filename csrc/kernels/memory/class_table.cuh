@@ -3,6 +3,7 @@
 // The eight rows that a warp asks for at once then lie in one 32-byte sector.
 #pragma once
 
+#include "../common/cuda.cuh"
 #include "../common/mma.cuh"
 #include "bank.h"
 
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(32 * kTableRows)
   }
   __syncthreads();
   for (int64_t c = threadIdx.x; c <= classes; c += blockDim.x) {
-    Real* out = table + (blockIdx.x * (classes + 1) + c) * kTableRows;
+    Real* out = table + (int64_t{blockIdx.x} * (classes + 1) + c) * kTableRows;
     for (int i = 0; i < kTableRows; ++i) {
       const Real p = c < classes && first_row + i < rows ? probs[(first_row + i) * classes + c] : Real(0);
       out[i] = !any[i] ? Real(0) : p > 0 ? log2(p) : kLogZero<Real>;

@@ -31,6 +31,7 @@ struct TileShape {
   static constexpr int kVector = 16 / sizeof(Storage);
   static constexpr int kPitch = kDim + kVector;
   static constexpr int kStages = sizeof(Storage) == 4 ? 2 : 4;  // two blocks fit a multiprocessor
+  static constexpr int kRing = 2 * kStages;                     // slots noted ahead of their stage: at least kStages + 1
 };
 
 // Half types on the tensor cores, 16 deep.
@@ -242,10 +243,11 @@ struct Cut {
   int64_t row_tiles;
   int64_t splits;
   int64_t split_size;  // slots, a multiple of the tile's
-  int64_t chunks;
+  int64_t chunks;      // of the dimension
+  int64_t owners;      // blocks that share a row tile and a split: one per chunk where there are means, else one
 
   int64_t blocks() const {
-    return row_tiles * splits * chunks;
+    return row_tiles * splits * owners;
   }
   int64_t padded_rows() const {
     return row_tiles * kRows;
@@ -253,16 +255,16 @@ struct Cut {
 };
 
 template <class Storage>
-Cut cut_of(const Bank<Storage>& bank, int64_t rows) {
+Cut cut_of(const Bank<Storage>& bank, int64_t rows, bool with_means) {
   using Shape = TileShape<Storage>;
   Cut cut;
   cut.row_tiles = ceil_div<int64_t>(rows, kRows);
   cut.chunks = ceil_div<int64_t>(bank.dim, Shape::kDim);
+  cut.owners = with_means ? cut.chunks : 1;
   const int64_t tiles = ceil_div<int64_t>(bank.slots, Shape::kSlots);
   const int64_t resident = 2 * int64_t{multiprocessors()};
-  const int64_t wanted = resident > cut.row_tiles * cut.chunks ? resident / (cut.row_tiles * cut.chunks) : 1;
-  const int64_t fair = ceil_div(tiles, wanted);
-  const int64_t tiles_per_split = fair > kSplitTiles ? fair : kSplitTiles;
+  const int64_t wanted = max<int64_t>(resident / (cut.row_tiles * cut.owners), 1);
+  const int64_t tiles_per_split = max<int64_t>(ceil_div(tiles, wanted), kSplitTiles);
   cut.split_size = tiles_per_split * Shape::kSlots;
   cut.splits = ceil_div(tiles, tiles_per_split);
   return cut;
@@ -279,14 +281,15 @@ struct SweepInput {
 };
 
 template <class Storage>
-SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1, int64_t rows) {
+SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1, int64_t rows,
+                                const Cut& cut) {
   const auto whole = [](int64_t elements) { return elements * sizeof(Storage) % 16 == 0; };
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return {bank,
           order,
           {query0, query1},
           rows,
-          cut_of(bank, rows),
+          cut,
           bank.column_stride == 1 && whole(bank.dim) && whole(bank.row_stride) && aligned(bank.features),
           whole(bank.dim) && aligned(query0) && aligned(query1)};
 }
@@ -362,7 +365,7 @@ template <class Engine, int kQueries>
 constexpr int64_t sweep_shared_bytes(int64_t chunks) {
   using Shape = typename Engine::Shape;
   const int64_t tile_rows = Shape::kStages * (Shape::kSlots + (chunks > 1 ? kQueries * kRows : 0)) + (chunks > 1 ? 0 : kQueries * kRows);
-  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + (Shape::kStages + 1) * Shape::kSlots * 2 * sizeof(int64_t);
+  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * 2 * sizeof(int64_t);
 }
 
 // An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
@@ -376,14 +379,15 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   using Real = typename Engine::Real;
   using Shape = typename Engine::Shape;
   constexpr int kQueries = Operation::kQueries, kMeans = Operation::kMeans;
-  constexpr int kStages = Shape::kStages, kSlots = Shape::kSlots, kRing = kStages + 1;
+  constexpr int kStages = Shape::kStages, kSlots = Shape::kSlots, kRing = Shape::kRing;
   constexpr int kQuerySize = kQueries * kRows * Shape::kPitch, kTileSize = kSlots * Shape::kPitch;
 
-  const int64_t chunks = in.cut.chunks;
-  const int64_t chunk = blockIdx.x % chunks, row_tile = blockIdx.x / chunks % in.cut.row_tiles, split = blockIdx.x / chunks / in.cut.row_tiles;
+  const unsigned chunks = in.cut.chunks, owners = in.cut.owners, row_tiles = in.cut.row_tiles;
+  const unsigned chunk = blockIdx.x % owners, split = blockIdx.x / owners / row_tiles;
+  const int64_t row_tile = blockIdx.x / owners % row_tiles;
   const int64_t first_row = row_tile * kRows;
-  const int64_t first_slot = split * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
-  const int64_t stages = ceil_div<int64_t>(end_slot - first_slot, kSlots) * chunks;
+  const int64_t first_slot = int64_t{split} * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
+  const unsigned stages = static_cast<unsigned>(ceil_div<int64_t>(end_slot - first_slot, kSlots)) * chunks;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
   int64_t* labels = offsets + kRing * kSlots;                       // [kRing][kSlots]
@@ -392,50 +396,50 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
 
   // Stage s is tile s / chunks and chunk (chunk + 1 + s % chunks) % chunks: a block's own chunk comes last.
-  const auto chunk_of = [&](int64_t s) { return chunks == 1 ? 0 : (chunk + 1 + s % chunks) % chunks; };
-  const auto width_of = [&](int64_t c) { return static_cast<int>(min<int64_t>(in.bank.dim - c * Shape::kDim, Shape::kDim)); };
-  const auto depth_of = [&](int64_t c) { return ceil_div(width_of(c), kDepth) * kDepth; };
+  const auto chunk_of = [&](unsigned s) { return chunks == 1 ? 0 : (chunk + 1 + s % chunks) % chunks; };
+  const auto width_of = [&](unsigned c) { return static_cast<int>(min<int64_t>(in.bank.dim - int64_t{c} * Shape::kDim, Shape::kDim)); };
+  const auto depth_of = [&](unsigned c) { return ceil_div(width_of(c), kDepth) * kDepth; };
 
   Slot next{};  // of stage `upcoming`, in the first kSlots threads
   bool next_inside = false;
-  const auto look_up = [&](int64_t s) {
+  const auto look_up = [&](unsigned s) {
     if (threadIdx.x >= kSlots || s >= stages) return;
-    const int64_t at = first_slot + s / chunks * kSlots + threadIdx.x;
+    const int64_t at = first_slot + int64_t{s / chunks} * kSlots + threadIdx.x;
     const int64_t last = end_slot - 1;
     next_inside = at <= last;
     next = in.order ? in.order[min(at, last)] : Slot{min(at, last), class_row(in.bank.labels[min(at, last)], in.bank.classes)};
   };
-  const auto note = [&](int64_t s) {
+  const auto note = [&](unsigned s) {
     if (threadIdx.x >= kSlots || s >= stages) return;
     offsets[s % kRing * kSlots + threadIdx.x] = next_inside ? next.index * in.bank.row_stride : -1;
     labels[s % kRing * kSlots + threadIdx.x] = next.label;
   };
-  const auto stage_queries = [&](int64_t c, Storage* to) {
+  const auto stage_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
       stage<Storage, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors,
-                            QueryRows<Storage>{in.query[q], in.query[q] + first_row * in.bank.dim + c * Shape::kDim, in.bank.dim,
+                            QueryRows<Storage>{in.query[q], in.query[q] + first_row * in.bank.dim + int64_t{c} * Shape::kDim, in.bank.dim,
                                                in.rows - first_row});
   };
-  const auto issue = [&](int64_t s) {
+  const auto issue = [&](unsigned s) {
     if (s < stages) {
-      const int64_t c = chunk_of(s);
+      const unsigned c = chunk_of(s);
       stage<Storage, kSlots>(tiles + s % kStages * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
-                             BankRows<Storage>{in.bank.features, in.bank.features + c * Shape::kDim * in.bank.column_stride,
+                             BankRows<Storage>{in.bank.features, in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride,
                                                offsets + s % kRing * kSlots});
       if (chunks > 1) stage_queries(c, queries + s % kStages * kQuerySize);
     }
     copy_async_commit();
   };
 
-  for (int s = 0; s < kStages - 1; ++s) {
+  for (unsigned s = 0; s < kStages - 1; ++s) {
     look_up(s);
     note(s);
   }
   look_up(kStages - 1);
   __syncthreads();
   if (chunks == 1) stage_queries(0, queries);
-  for (int s = 0; s < kStages - 1; ++s) issue(s);
+  for (unsigned s = 0; s < kStages - 1; ++s) issue(s);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool working = first_row + warp * kWarpRows < in.rows;
@@ -444,7 +448,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   Real means[kMeans > 0 ? kMeans : 1][Shape::kDim / 8][4] = {};
 
 #pragma unroll 1
-  for (int64_t s = 0; s < stages; ++s) {
+  for (unsigned s = 0; s < stages; ++s) {
     note(s + kStages - 1);
     look_up(s + kStages);
     copy_async_wait<kStages - 2>();
@@ -453,7 +457,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     if (!working) continue;
 
     const bool starts = chunks == 1 || s % chunks == 0, ends = chunks == 1 || s % chunks == chunks - 1;
-    const int64_t first = first_slot + s / chunks * kSlots;
+    const int64_t first = first_slot + int64_t{s / chunks} * kSlots;
     const TileView view{labels + s % kRing * kSlots, first, static_cast<int>(min<int64_t>(end_slot - first, kSlots))};
     const Storage* tile = tiles + s % kStages * kTileSize;
     const int depth = depth_of(chunk_of(s));

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: BSD-3-Clause
+# Each target sets up what it needs in .venv; a second run only does what changed. `make gpu` uses the machine's own Python and torch.
+PYTHON ?= python3
+VENV ?= .venv
+BENCH_OUT ?= build/bench/cpu.json
+GPU_BENCH_OUT ?= bench/results/gpu.json
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench gpu docs format lint setup clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: setup  ## train on real images for a few minutes; report in runs/demo/
+	$(BIN)/python -m ssmkernels demo
+
+test: setup  ## C++ tests of the kernels, then the Python tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
+	$(BIN)/python -m pytest python_tests
+
+bench: setup  ## time every op beside its peers
+	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
+
+docs: setup  ## run the examples of README.md and docs/, check that every op has its entry
+	$(BIN)/python docs/check.py
+
+format: setup  ## format C++ and Python
+	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: setup  ## formatting, lint, types
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/built  ## .venv with pinned packages and the built library
+
+$(VENV)/packages: constraints.txt pyproject.toml
+	@echo "== $(VENV): a virtual environment with torch, torchvision and the tools (about 2 minutes, 6 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --progress-bar off torch torchvision numpy cmake ninja pybind11 setuptools wheel
+	@touch $@
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	@echo "== the compiled library (about 2 minutes; less where little changed)"
+	$(BIN)/python setup.py build_ext --inplace
+	@echo "== ssmkernels and what its trainers, benchmarks and checks need"
+	$(PIP) --progress-bar off --no-build-isolation -e ".[train,bench,dev]"
+	@touch $@
+
+# No network and no virtual environment: what the machine has, built for the device that is there. Each step has its time.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --error-exitcode 1 --target-processes all
+
+gpu: export PATH := $(PATH):/usr/local/cuda/bin
+gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torch
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device' % torch.__version__)"
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
+	  $(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m ssmkernels info
+	timeout 200 $(PYTHON) -m pytest python_tests -m gpu
+	timeout 200 $(PYTHON) -m ssmkernels bench --device cuda --out $(GPU_BENCH_OUT)
+	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
+	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
+
+clean:  ## remove everything that was built or installed here
+	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache

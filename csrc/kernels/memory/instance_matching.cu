@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of means). Its floor is the
+// products, on the tensor cores. Kernels: the class order of the slots, log p by class, the sweep, the merge of the splits.
+#include "instance_matching.h"
+
+#include "class_order.cuh"
+#include "class_table.cuh"
+#include "sweep.cuh"
+
+namespace ssmkernels::cuda {
+namespace {
+
+// What a split knows of a row; sums are of powers of two, relative to their references.
+template <class Real>
+struct alignas(8 * sizeof(Real)) RowSums {
+  Real weak_reference, weak;
+  Real target_reference, target;
+  Real strong_reference, strong;
+  Real target_logit;  // Σ 2^(target − reference) s, s in units of log₂
+  Real unused;
+};
+
+template <class Engine, bool kGradient>
+class Matching {
+  using Real = typename Engine::Real;
+  static constexpr int kBlocks = Engine::Shape::kBlocks;
+
+ public:
+  static constexpr int kQueries = 2;
+  static constexpr int kMeans = kGradient ? 2 : 0;  // target, strong
+
+  struct Arguments {
+    const Real* log_probs;  // class table
+    int64_t classes;
+    Real weak_scale, strong_scale;    // log₂e / t
+    RowSums<Real>* rows;              // [splits][padded rows]
+    ClassSum<Real>* classes_sums;     // [B][pitch]
+    int64_t classes_pitch;
+    Means<Real> means;
+  };
+
+  __device__ Matching(const Arguments& arguments, const Place& place)
+      : arguments_(arguments),
+        place_(place),
+        table_(arguments.log_probs, arguments.classes, place),
+        runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
+
+  __device__ void fetch(const TileView& tile) {
+    table_.fetch(log_probs_, tile.labels, place_.lane);
+  }
+
+  template <int kCount, int kMeanBlocks>
+  __device__ void weigh(Real (&scores)[2][kBlocks][4], Real (&means)[kCount][kMeanBlocks][4], const TileView& tile) {
+    Real top_weak[2], top_target[2], top_strong[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top_weak[r] = top_target[r] = top_strong[r] = kLogZero<Real>;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool inside = column_of(place_.lane, n, i) < tile.count;
+        const Real weak = inside ? scores[0][n][i] * arguments_.weak_scale : kLogZero<Real>;
+        const Real strong = inside ? scores[1][n][i] * arguments_.strong_scale : kLogZero<Real>;
+        top_weak[i / 2] = max(top_weak[i / 2], weak);
+        top_target[i / 2] = max(top_target[i / 2], weak + log_probs_[n][i]);
+        top_strong[i / 2] = max(top_strong[i / 2], strong);
+        scores[0][n][i] = weak;
+        scores[1][n][i] = strong;
+      }
+    if (__any_sync(kAllLanes, weak_.passed(top_weak) || target_.passed(top_target) || strong_.passed(top_strong))) {
+      Real factor[2];
+      weak_.raise(top_weak, factor);
+      runs_.scale(factor);
+      target_.raise(top_target, factor);
+      target_logit_[0] *= factor[0];
+      target_logit_[1] *= factor[1];
+      if constexpr (kGradient) scale_rows(means[0], factor);
+      strong_.raise(top_strong, factor);
+      if constexpr (kGradient) scale_rows(means[1], factor);
+    }
+    Real weak_weights[kBlocks][4];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int r = i / 2;
+        const Real weak = scores[0][n][i], strong = scores[1][n][i];
+        const Real target_weight = exp2_of(weak + log_probs_[n][i] - target_.reference[r]);
+        const Real strong_weight = exp2_of(strong - strong_.reference[r]);
+        weak_weights[n][i] = exp2_of(weak - weak_.reference[r]);
+        target_.sum[r] += target_weight;
+        target_logit_[r] += target_weight * strong;
+        strong_.sum[r] += strong_weight;
+        scores[0][n][i] = target_weight;
+        scores[1][n][i] = strong_weight;
+      }
+    runs_.add(weak_weights, tile.labels, weak_);
+  }
+
+  template <int kCount, int kMeanBlocks>
+  __device__ void finish(const Real (&means)[kCount][kMeanBlocks][4]) {
+    runs_.close(weak_);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Real target = row_sum(target_.sum[r]), strong = row_sum(strong_.sum[r]), target_logit = row_sum(target_logit_[r]);
+      if (place_.lane % 4 == 0 && place_.chunk == 0)
+        arguments_.rows[place_.split * arguments_.means.padded_rows + place_.row + 8 * r] = {
+            weak_.reference[r], weak_.sum[r], target_.reference[r], target, strong_.reference[r], strong, target_logit, 0};
+    }
+    if constexpr (kGradient) arguments_.means.put(means, place_);
+  }
+
+ private:
+  const Arguments& arguments_;
+  Place place_;
+  TableRows<Real> table_;
+  ClassRuns<Real> runs_;
+  Track<Real> weak_, target_, strong_;
+  Real target_logit_[2] = {0, 0};
+  Real log_probs_[kBlocks][4];
+};
+
+template <class Real>
+struct Scratch {
+  ClassOrder order;
+  Real* log_probs;
+  unsigned char* known;  // [B]
+  RowSums<Real>* rows;
+  ClassSum<Real>* classes_sums;
+  Means<Real> means;
+};
+
+template <class Storage>
+Scratch<Compute<Storage>> take_scratch(const InstanceMatching<Storage>& problem, bool with_means, Workspace& workspace) {
+  using Real = Compute<Storage>;
+  const Bank<Storage>& bank = problem.bank;
+  const Cut cut = cut_of(bank, problem.rows, with_means);
+  Scratch<Real> scratch;
+  scratch.order = take_class_order(bank, workspace);
+  scratch.log_probs = take_class_table<Real>(problem.rows, bank.classes, workspace);
+  scratch.known = workspace.take<unsigned char>(problem.rows);
+  scratch.rows = workspace.take<RowSums<Real>>(cut.splits * cut.padded_rows());
+  scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(bank.classes, cut));
+  scratch.means = take_means<Real>(cut, with_means ? 2 : 0, bank.dim, workspace);
+  return scratch;
+}
+
+inline constexpr int kMergeWarps = 8;
+inline constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
+
+template <class Real>
+struct Merge {
+  const RowSums<Real>* rows;
+  const ClassSum<Real>* classes_sums;
+  const int64_t* starts;
+  const unsigned char* known;
+  const Real* probs;
+  Means<Real> means;
+  int64_t classes_pitch;
+  int64_t classes, dim;
+  int64_t splits, split_size;
+  Real strong_scale;  // 1/t_s
+  InstanceMatchingPartial<Real> partial;  // or, where its log_weak is null,
+  InstanceMatchingResult<Real> result;
+};
+
+// One block per row. Splits are merged in their order.
+template <class Real>
+__global__ void __launch_bounds__(32 * kMergeWarps) merge_matching(const __grid_constant__ Merge<Real> in) {
+  constexpr int kThreads = 32 * kMergeWarps;
+  __shared__ Real scratch[kMergeWarps];
+  const int64_t row = blockIdx.x, splits = in.splits;
+  Real* target_share = reinterpret_cast<Real*>(dynamic_shared());  // [splits]: what a split's sums count, of the whole
+  Real* strong_share = target_share + splits;
+  const bool wants_partial = in.partial.log_weak != nullptr;
+
+  Real weak_top = kLogZero<Real>, target_top = kLogZero<Real>, strong_top = kLogZero<Real>;
+  for (int64_t s = threadIdx.x; s < splits; s += kThreads) {
+    const RowSums<Real> sums = in.rows[s * in.means.padded_rows + row];
+    weak_top = max(weak_top, sums.weak_reference);
+    target_top = max(target_top, sums.target_reference);
+    strong_top = max(strong_top, sums.strong_reference);
+  }
+  weak_top = block_max<kMergeWarps>(weak_top, scratch);
+  target_top = block_max<kMergeWarps>(target_top, scratch);
+  strong_top = block_max<kMergeWarps>(strong_top, scratch);
+  Real weak = 0, target = 0, strong = 0, target_logit = 0;
+  for (int64_t s = threadIdx.x; s < splits; s += kThreads) {
+    const RowSums<Real> sums = in.rows[s * in.means.padded_rows + row];
+    target_share[s] = exp2_of(sums.target_reference - target_top);
+    strong_share[s] = exp2_of(sums.strong_reference - strong_top);
+    weak += exp2_of(sums.weak_reference - weak_top) * sums.weak;
+    target += target_share[s] * sums.target;
+    strong += strong_share[s] * sums.strong;
+    target_logit += target_share[s] * sums.target_logit;
+  }
+  weak = block_sum<kMergeWarps>(weak, scratch);
+  target = block_sum<kMergeWarps>(target, scratch);
+  strong = block_sum<kMergeWarps>(strong, scratch);
+  target_logit = block_sum<kMergeWarps>(target_logit, scratch);
+  // An empty bank has sums of zero, and means of zero.
+  const Real per_weak = splits > 0 ? 1 / weak : Real(0), per_target = splits > 0 ? 1 / target : Real(0),
+             per_strong = splits > 0 ? 1 / strong : Real(0);
+  target_logit *= per_target * static_cast<Real>(kLn2);
+  const auto log_of = [](Real reference, Real sum) { return (reference + log2(sum)) * static_cast<Real>(kLn2); };
+
+  if (threadIdx.x == 0) {
+    const Real log_strong = log_of(strong_top, strong);
+    if (wants_partial) {
+      in.partial.log_weak[row] = log_of(weak_top, weak);
+      in.partial.log_target[row] = in.known[row] ? log_of(target_top, target) : log2(Real(0));
+      in.partial.log_strong[row] = log_strong;
+      in.partial.target_logit[row] = target_logit;
+    } else {
+      in.result.loss[row] = log_strong - target_logit;
+    }
+  }
+  for (int64_t c = threadIdx.x; c < in.classes; c += kThreads) {
+    Real sum = 0;
+    if (splits > 0 && in.starts[c] < in.starts[c + 1]) {
+      const int64_t last = (in.starts[c + 1] - 1) / in.split_size;
+      for (int64_t s = in.starts[c] / in.split_size; s <= last; ++s) {
+        const ClassSum<Real> part = in.classes_sums[row * in.classes_pitch + c + s];
+        sum += exp2_of(part.reference - weak_top) * part.value;
+      }
+    }
+    const Real aggregated = sum * per_weak;
+    if (wants_partial)
+      in.partial.aggregated[row * in.classes + c] = aggregated;
+    else
+      in.result.pseudo_probs[row * in.classes + c] = static_cast<Real>(in.result.alpha) * in.probs[row * in.classes + c] +
+                                                     static_cast<Real>(1 - in.result.alpha) * aggregated;
+  }
+  if (in.means.count == 0) return;
+  for (int64_t d = threadIdx.x; d < in.dim; d += kThreads) {
+    Real target_mean = 0, strong_mean = 0;
+#pragma unroll 4
+    for (int64_t s = 0; s < splits; ++s) {
+      target_mean += target_share[s] * in.means.row(s, 0, row)[d];
+      strong_mean += strong_share[s] * in.means.row(s, 1, row)[d];
+    }
+    target_mean *= per_target;
+    strong_mean *= per_strong;
+    if (wants_partial) {
+      in.partial.target_mean[row * in.dim + d] = target_mean;
+      in.partial.strong_mean[row * in.dim + d] = strong_mean;
+    } else {
+      in.result.gradient[row * in.dim + d] = (strong_mean - target_mean) * in.strong_scale;
+    }
+  }
+}
+
+template <class Storage>
+const char* run(const InstanceMatching<Storage>& problem, const InstanceMatchingPartial<Compute<Storage>>& partial,
+                const InstanceMatchingResult<Compute<Storage>>& result, bool with_means, void* memory, cudaStream_t stream) {
+  using Real = Compute<Storage>;
+  const Bank<Storage>& bank = problem.bank;
+  if (problem.rows == 0) return nullptr;
+  Workspace workspace(memory);
+  const Scratch<Real> scratch = take_scratch(problem, with_means, workspace);
+  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
+                                              cut_of(bank, problem.rows, with_means));
+  const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
+
+  if (bank.slots > 0) {
+    if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
+    if (const char* error = launch(log_probs_table<Real>, ceil_div<int64_t>(problem.rows, kTableRows), 32 * kTableRows, 0, stream,
+                                   problem.probs_weak, scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
+      return error;
+    const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
+      using Engine = decltype(engine);
+      const auto sweep_with = [&](auto operation) {
+        using Operation = typename decltype(operation)::type;
+        return launch_sweep<Engine, Operation>(in,
+                                               {scratch.log_probs, bank.classes, static_cast<Real>(kLog2e / problem.temperature_weak),
+                                                static_cast<Real>(kLog2e / problem.temperature_strong), scratch.rows, scratch.classes_sums,
+                                                pitch, scratch.means},
+                                               stream);
+      };
+      return with_means ? sweep_with(std::type_identity<Matching<Engine, true>>{}) : sweep_with(std::type_identity<Matching<Engine, false>>{});
+    });
+    if (error) return error;
+  }
+  return launch(merge_matching<Real>, problem.rows, 32 * kMergeWarps, 2 * in.cut.splits * sizeof(Real), stream,
+                Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak, scratch.means, pitch,
+                            bank.classes, bank.dim, in.cut.splits, in.cut.split_size, static_cast<Real>(1 / problem.temperature_strong),
+                            partial, result});
+}
+
+}  // namespace
+
+template <class Storage>
+int64_t instance_matching_workspace(const InstanceMatching<Storage>& problem, bool with_gradient) {
+  Workspace workspace(nullptr);
+  take_scratch(problem, with_gradient, workspace);
+  return workspace.bytes();
+}
+
+template <class Storage>
+const char* instance_matching(const InstanceMatching<Storage>& problem, const InstanceMatchingResult<Compute<Storage>>& result,
+                              void* workspace, CudaStream stream) {
+  return run(problem, {}, result, result.gradient != nullptr, workspace, stream);
+}
+
+template <class Storage>
+const char* instance_matching_partial(const InstanceMatching<Storage>& problem, const InstanceMatchingPartial<Compute<Storage>>& partial,
+                                      void* workspace, CudaStream stream) {
+  return run(problem, partial, {}, partial.target_mean != nullptr, workspace, stream);
+}
+
+#define SSM_INSTANTIATE(Storage)                                                                                                         \
+  template int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool);                                                  \
+  template const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, void*,       \
+                                         CudaStream);                                                                                    \
+  template const char* instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&,     \
+                                                 void*, CudaStream);
+SSM_INSTANTIATE(float)
+SSM_INSTANTIATE(double)
+SSM_INSTANTIATE(bfloat16)
+SSM_INSTANTIATE(float16)
+
+}  // namespace ssmkernels::cuda

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The functions of common/mma.cuh, written from the PTX ISA: fragment layouts of ldmatrix, mma.m16n8k16 and mma.m16n8k8, groups of cp.async.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace ssmkernels::cuda {
+
+inline unsigned char* dynamic_shared() {
+  return emulator::machine().shared;
+}
+
+inline emulator::Thread& this_thread() {
+  return emulator::machine().threads[emulator::machine().current];
+}
+
+inline void copy_async(void* shared, const void* global, bool inside) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("cp.async is not aligned");
+  this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
+}
+inline void copy_async_commit() {
+  this_thread().copies.push_back(std::move(this_thread().open_copies));
+  this_thread().open_copies.clear();
+}
+template <int kPending>
+void copy_async_wait() {
+  auto& groups = this_thread().copies;
+  while (static_cast<int>(groups.size()) > kPending) {
+    for (const emulator::Copy& copy : groups.front()) {
+      std::memset(copy.to, 0, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix is not aligned");
+  const unsigned char* rows[32];
+  emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix", rows);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) std::memcpy(&to[i], rows[8 * i + lane / 4] + lane % 4 * 4, 4);
+}
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix is not aligned");
+  const unsigned char* rows[32];
+  emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix.trans", rows);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int half = 0; half < 2; ++half) std::memcpy(&pair[half], rows[8 * i + lane % 4 * 2 + half] + lane / 4 * 2, 2);
+    std::memcpy(&to[i], pair, 4);
+  }
+}
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+inline uint16_t float_to_half(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x)) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  if (exponent < -13) exponent = -13;
+  const int fraction = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // of 2^(exponent − 11); 1024 … 2048 if normal
+  return static_cast<uint16_t>(sign | (fraction + ((exponent + 13) << 10)));
+}
+inline float bfloat_to_float(uint16_t bits) {
+  return __uint_as_float(uint32_t{bits} << 16);
+}
+inline uint16_t float_to_bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (std::isnan(x)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class Storage>
+float half_value(uint16_t bits) {
+  return std::is_same_v<Storage, bfloat16> ? bfloat_to_float(bits) : half_to_float(bits);
+}
+
+// m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1 (2t + 8…, g).
+template <class Storage>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    float a[8], b[4];
+  } mine, all[32];
+  for (int i = 0; i < 8; ++i) mine.a[i] = half_value<Storage>(static_cast<uint16_t>(a[i / 2] >> 16 * (i % 2)));
+  for (int i = 0; i < 4; ++i) mine.b[i] = half_value<Storage>(static_cast<uint16_t>((i < 2 ? b0 : b1) >> 16 * (i % 2)));
+  emulator::exchange(mine, std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16", all);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k)
+      sum[i] += all[row % 8 * 4 + k % 8 / 2].a[(row / 8 + 2 * (k / 8)) * 2 + k % 2] * all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+  }
+}
+
+// m16n8k8 of tf32: a0 is (row g, k t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 is (k t, column g), b1 (t + 4, g).
+template <>
+inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    float a[4], b[2];
+  } mine, all[32];
+  for (uint32_t bits : {a[0], a[1], a[2], a[3], b0, b1})
+    if (bits & 0x1fff) emulator::fail("an operand is not tf32");
+  for (int i = 0; i < 4; ++i) mine.a[i] = __uint_as_float(a[i]);
+  mine.b[0] = __uint_as_float(b0);
+  mine.b[1] = __uint_as_float(b1);
+  emulator::exchange(mine, "mma.tf32", all);
+  const int lane = threadIdx.x % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k) sum[i] += all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)] * all[column * 4 + k % 4].b[k / 4];
+  }
+}
+
+// Round to nearest, ties away from zero, to 10 bits of fraction.
+inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return std::isnan(x) ? 0x7fffe000 : (bits + 0x1000) & ~uint32_t{0x1fff};
+}
+
+template <class Storage>
+uint32_t pack(float low, float high) {
+  const auto round = [](float x) -> uint32_t { return std::is_same_v<Storage, bfloat16> ? float_to_bfloat(x) : float_to_half(x); };
+  return round(low) | round(high) << 16;
+}
+
+inline float to_real(float16 x) {
+  return half_to_float(x.bits);
+}
+
+inline float exp2_of(float x) {
+  return x < -126 ? 0.0f : std::exp2(x);
+}
+
+}  // namespace ssmkernels::cuda

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import pytest
+
+from ssmkernels import data
+from ssmkernels.trainers import DataConfig, RunConfig, SimMatchConfig
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return data.load_dataset("digits")
+
+
+@pytest.fixture
+def make_config():
+    """A configuration that takes seconds: make_config(steps=4, run={"out": ...}, data={...})."""
+
+    def make(**settings):
+        run = {"log_every": 2, "eval_every": 4, "checkpoint_every": 100, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
+        images = {"name": "digits", "labels": 20, **settings.pop("data", {})}
+        small = {"model": "wrn-10-1", "batch_size": 8, "mu": 2, "steps": 8, "first_epoch_steps": 2, "projection_dim": 16}
+        return SimMatchConfig(data=DataConfig(**images), run=RunConfig(**run), **{**small, **settings})
+
+    return make

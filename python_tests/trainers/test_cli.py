@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.cli import config_names, main, parse_config
+
+SMALL = ["--config", "digits", "--model", "wrn-10-1", "--batch_size", "4", "--mu", "2", "--run.accelerator", "cpu", "--run.bar", "false"]
+
+
+def test_every_shipped_configuration_is_valid():
+    names = config_names("simmatch")
+    assert {"cifar10-40", "cifar10-250", "cifar10-4000", "cifar100-400", "cifar100-2500", "cifar100-10000"} <= set(names)
+    assert {"imagenet-1", "imagenet-10", "svhn-40", "svhn-250", "svhn-1000", "digits", "mnist5k", "cifar10-small"} <= set(names)
+    for name in names:
+        config, resume = parse_config("simmatch", ["--config", name])
+        assert config.run.out is None
+        assert not resume
+
+
+def test_table_1_and_2_recipes():
+    config, _ = parse_config("simmatch", ["--config", "cifar100-400"])
+    assert (config.model, config.weight_decay, config.batch_size, config.mu, config.steps) == ("wrn-28-8", 1e-3, 64, 7, 2**20)
+    assert (config.data.name, config.data.labels, config.threshold, config.alpha, config.temperature) == ("cifar100", 400, 0.95, 0.9, 0.1)
+    config, _ = parse_config("simmatch", ["--config", "imagenet-10"])
+    assert (config.model, config.mu, config.lambda_u, config.lambda_in, config.threshold) == ("resnet50", 5, 10, 5, 0.7)
+    assert (config.memory, config.ema_buffers, config.alignment_queue, config.decay_all) == ("teacher", "own", 256, True)
+
+
+def test_the_command_line_wins_over_the_configuration(tmp_path):
+    (tmp_path / "mine.yaml").write_text("steps: 5\nmu: 3\ndata: {labels: 30}\n")
+    config, resume = parse_config("simmatch", [f"--config={tmp_path / 'mine.yaml'}", "--mu", "4", "--data.root", "D", "--resume"])
+    assert (config.steps, config.mu, config.data.labels, config.data.root, config.data.name) == (5, 4, 30, "D", "digits")
+    assert resume
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "cifar11"], "--config is 'cifar11'; it should be the path of a YAML file or one of cifar10-250, "),
+        (["--temperature", "0"], "temperature is 0.0; it should be positive"),
+    ],
+)
+def test_bad_settings_are_one_line(capsys, arguments, message):
+    assert main(["simmatch", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_unknown_method(capsys):
+    assert main(["simmatsch"]) == 2
+    assert "simmatch" in capsys.readouterr().out
+
+
+def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["simmatch", *SMALL, "--steps", "2", "--seed", "7"]) == 0
+    assert re.search(r"ema_accuracy 0\.\d{4}, student_accuracy 0\.\d{4} \(medians of the last 1 evaluations\)", capsys.readouterr().out)
+    assert (tmp_path / "runs" / "simmatch" / "digits-seed7" / "checkpoint.pt").exists()
+
+
+def test_ctrl_c_then_resume_gives_the_same_bits(tmp_path):
+    steps = 120
+    arguments = [*SMALL, "--steps", str(steps), "--first_epoch_steps", "5", "--run.log_every", "1"]
+    command = [sys.executable, "-m", "ssmkernels", "train", "simmatch", *arguments, "--run.out", str(tmp_path / "stopped")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    stopped_at = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"]
+    assert 3 <= stopped_at < steps
+    assert f"Stopped after step {stopped_at} of {steps}" in out
+    assert out.strip().endswith("--resume")
+    assert "Traceback" not in error
+
+    assert main(["simmatch", *arguments, "--run.out", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert main(["simmatch", *arguments, "--run.out", str(tmp_path / "whole")]) == 0
+    first, second = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("stopped", "whole"))
+    assert first["step"] == second["step"] == steps
+    assert first["history"] == second["history"]
+    torch.testing.assert_close(first["trainer"], second["trainer"], rtol=0, atol=0)
+    logged = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
+    assert logged == list(range(1, steps + 1))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Two Gloo ranks under torchrun."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+COLLECTIVES = """
+import sys
+import torch
+import torch.distributed as dist
+from ssmkernels.distributed import all_gather_rows, all_reduce_mean, all_reduce_sum
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+rows = torch.arange(3 * rank, dtype=torch.float32).reshape(-1, 3) + 1  # none on rank 0
+torch.save({
+    "gathered": all_gather_rows(rows),
+    "integers": all_gather_rows(torch.full((2 - rank,), rank)),
+    "mean": all_reduce_mean(torch.tensor([1.0, 3.0]) * (rank + 1)),
+    "sum": all_reduce_sum(torch.tensor([1.0, 3.0]) * (rank + 1)),
+}, f"{sys.argv[1]}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+TRAINING = """
+import sys
+import torch
+from ssmkernels import data
+from ssmkernels.trainers import DataConfig, RunConfig, SimMatch, SimMatchConfig
+from ssmkernels.trainers.loop import fit, make_fabric
+from dataclasses import asdict
+
+out, memory = sys.argv[1:]
+config = SimMatchConfig(
+    data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, mu=2, steps=3, first_epoch_steps=1, memory=memory,
+    run=RunConfig(out=f"{out}/run", eval_every=2, log_every=1, accelerator="cpu", bar=False),
+)
+fabric = make_fabric(accelerator="cpu")
+trainer = SimMatch(config, data.load_dataset("digits"), fabric)
+result = fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config))
+torch.save({"state": trainer.state_dict(), "history": result.history}, f"{out}/rank{fabric.global_rank}.pt")
+"""
+
+
+def run_two_ranks(script, tmp_path, *arguments):
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    done = subprocess.run([*command, str(tmp_path), *arguments], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_collectives(tmp_path):
+    ranks = run_two_ranks(COLLECTIVES, tmp_path)
+    for result in ranks:
+        assert result["gathered"].tolist() == [[1, 2, 3]]
+        assert result["integers"].tolist() == [0, 0, 1]
+        assert result["mean"].tolist() == [1.5, 4.5]
+        assert result["sum"].tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("memory", ["temporal", "teacher"])
+def test_ranks_agree_on_everything(tmp_path, memory):
+    first, second = run_two_ranks(TRAINING, tmp_path, memory)
+    assert set(first["state"]) == {"model", "teacher", "alignment", "optimizer", "memory"}
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert first["state"]["memory"]["bank"].abs().sum() > 0
+    assert first["state"]["alignment"]["position"].item() == 3
+    assert first["history"] == second["history"]
+    assert (tmp_path / "run" / "checkpoint.pt").exists()

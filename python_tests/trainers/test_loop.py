@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import os
+import signal
+
+import pytest
+import torch
+
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.loop import RunConfig, RunResult, StopSignals, fit, make_fabric
+
+
+class Countdown:
+    """A trainer of one number."""
+
+    learning_rate, images_per_step, shown = 0.1, 1, ("loss",)
+
+    def __init__(self, signal_at=None):
+        self.value = torch.tensor(10.0)
+        self.signal_at = signal_at
+
+    def batches(self, start_step):
+        return (torch.tensor(float(step)) for step in range(start_step, 1000))
+
+    def step(self, batch, step):
+        assert batch == step
+        if step == self.signal_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.value = self.value * 0.9 + batch / 7
+        return {"loss": self.value}
+
+    def scalars(self, means):
+        return means
+
+    def evaluate(self):
+        return {"value": float(self.value)}
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def run(trainer, out, steps=10, resume=False, config=None):
+    settings = RunConfig(out=out and str(out), log_every=2, eval_every=4, checkpoint_every=5, accelerator="cpu", bar=False)
+    fabric = make_fabric(accelerator="cpu")
+    return fit(trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume)
+
+
+def test_evaluates_on_time_and_at_the_end(tmp_path):
+    result = run(Countdown(), tmp_path / "run")
+    assert result.finished
+    assert result.step == 10
+    assert [record["step"] for record in result.history] == [4, 8, 10]
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 10
+
+
+@pytest.mark.parametrize("at", [0, 4, 6])
+def test_interrupt_finishes_the_step_saves_and_resumes(tmp_path, at):
+    whole = run(Countdown(), None)
+    stopped = run(Countdown(signal_at=at), tmp_path)
+    assert (stopped.finished, stopped.step) == (False, at + 1)
+    resumed = run(Countdown(), tmp_path, resume=True)
+    assert resumed.finished
+    assert resumed.history == whole.history
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path):
+    first = run(Countdown(), tmp_path)
+    assert run(Countdown(signal_at=0), tmp_path, resume=True) == first
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    assert run(Countdown(), tmp_path, resume=True).finished
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    run(Countdown(), tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt exists; resume that run, or give another folder"):
+        run(Countdown(), tmp_path)
+
+
+def test_other_settings_are_refused(tmp_path):
+    run(Countdown(), tmp_path)
+    with pytest.raises(ValueError, match=r"lr: 1\.0 in the checkpoint, 2\.0 now"):
+        run(Countdown(), tmp_path, resume=True, config={"lr": 2.0})
+
+
+def test_no_checkpoint_of_a_broken_state(tmp_path):
+    trainer = Countdown()
+    trainer.value = torch.tensor(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
+        run(trainer, tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_second_interrupt_is_immediate_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_median_of_the_last_evaluations():
+    result = RunResult(True, 30, [{"step": step, "a": float(step)} for step in range(30)])
+    assert result.median("a") == 19.5
+    assert result.median("a", last=3) == 28
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        make_fabric(precision="fp8")
+    with pytest.raises(ValueError, match=r"run\.log_every is 0"):
+        RunConfig(log_every=0)

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import math
+
+import pytest
+
+from ssmkernels.trainers.schedules import cosine_7_16, warm_up_half_cosine
+
+
+def test_cosine_7_16_runs_from_one_to_a_fifth():
+    assert cosine_7_16(0, 100) == 1
+    assert cosine_7_16(50, 100) == pytest.approx(math.cos(7 * math.pi / 32))
+    assert cosine_7_16(100, 100) == pytest.approx(0.19509, abs=1e-5)
+
+
+def test_warm_up_then_half_a_cosine_to_zero():
+    factors = [warm_up_half_cosine(step, 104, 4) for step in range(105)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[54] == pytest.approx(0.5)
+    assert factors[104] == pytest.approx(0.0)
+    assert all(b <= a for a, b in zip(factors[4:], factors[5:], strict=False))

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The batches of a training run, and of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssmkernels.data.augment import EvaluationTransform, Transform, to_tensors
+from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.streams import IndexStream, Stream, generator
+
+
+class Batch(NamedTuple):
+    """What one step learns from: B labelled images, μB unlabelled ones in two views."""
+
+    labeled_weak: Tensor
+    """[B, C, H, W] float32."""
+    labels: Tensor
+    """[B] int64."""
+    slots: Tensor
+    """[B] int64, places of the labelled images in ``labeled_index``: their slots in a memory."""
+    unlabeled_weak: Tensor
+    """[μB, C, H, W] float32."""
+    unlabeled_strong: Tensor
+    """[μB, C, H, W] float32, of the same images in the same order."""
+    unlabeled_labels: Tensor
+    """[μB] int64, the true labels: to measure pseudo-labels with, never to learn from."""
+
+
+class TrainBatches(Dataset[Batch]):
+    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
+
+    Item i is the batch of step ``start_step + i``. It depends on the seed and the step alone: not on where a run started, not on how
+    many processes load it. With several ranks each gets its slice of the batch of the step, so that all of them together see the same images
+    as one would alone.
+
+    Args:
+        labeled: where labelled images come from.
+        labeled_index: [K] which of them are labelled; drawn in seeded shuffles of all K.
+        unlabeled: where unlabelled images come from, all of them, drawn in seeded shuffles too.
+        weak, strong: transforms, see :mod:`ssmkernels.data.augment`.
+        batch_size: B, labelled images of a step, all ranks together.
+        mu: μ, unlabelled images per labelled one; with 0 none is loaded and the unlabelled tensors are empty.
+        seed: seed of order and augmentation.
+        start_step: the first step.
+        num_steps: steps of the whole run, those before ``start_step`` included.
+        rank, world_size: which slice of the batch is wanted, and how many there are.
+        mean, std: per channel, see :func:`ssmkernels.data.to_tensor`.
+        exclude_labeled: leave the labelled images out of the unlabelled ones, as SimMatch does on ImageNet; both must be the same data set.
+    """
+
+    def __init__(
+        self,
+        labeled: ImageDataset,
+        labeled_index: np.ndarray,
+        unlabeled: ImageDataset,
+        *,
+        weak: Transform,
+        strong: Transform,
+        batch_size: int,
+        mu: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mean: Sequence[float],
+        std: Sequence[float],
+        exclude_labeled: bool = False,
+    ) -> None:
+        labeled_index = np.asarray(labeled_index)
+        if labeled_index.ndim != 1 or labeled_index.dtype.kind not in "iu" or len(labeled_index) == 0:
+            raise ValueError(
+                f"labeled_index is {labeled_index.dtype} of shape {labeled_index.shape}; it should be integers of shape [K], K > 0"
+            )
+        if not (0 <= labeled_index.min() and labeled_index.max() < len(labeled)):
+            raise ValueError(
+                f"labeled_index is in [{labeled_index.min()}, {labeled_index.max()}]; it should be in [0, {len(labeled)}), the size of labeled"
+            )
+        if mu < 0:
+            raise ValueError(f"mu is {mu}; it should be at least 0")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}; it should be a positive multiple of world_size, {world_size}")
+        if not 0 <= start_step <= num_steps:
+            raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
+        if exclude_labeled and labeled is not unlabeled:
+            raise ValueError("exclude_labeled is True; labeled and unlabeled should then be the same data set")
+
+        self.labeled, self.labeled_index, self.unlabeled = labeled, labeled_index.astype(np.int64), unlabeled
+        self.weak, self.strong = weak, strong
+        self.batch_size, self.mu, self.seed = batch_size, mu, seed
+        self.start_step, self.num_steps = start_step, num_steps
+        self.rank, self.world_size = rank, world_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.unlabeled_index = np.arange(len(unlabeled))
+        if exclude_labeled:
+            self.unlabeled_index = np.setdiff1d(self.unlabeled_index, labeled_index)
+        self._labeled_order = IndexStream(len(labeled_index), seed, stream=Stream.LABELED_ORDER)
+        if mu:
+            if len(self.unlabeled_index) == 0:
+                raise ValueError("unlabeled has no image left; it should have at least one")
+            self._unlabeled_order = IndexStream(len(self.unlabeled_index), seed, stream=Stream.UNLABELED_ORDER)
+
+    def __len__(self) -> int:
+        return self.num_steps - self.start_step
+
+    def __getitem__(self, item: int) -> Batch:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)} batches")
+        step = self.start_step + item
+        mine = self._slice(self.batch_size)
+        slots = self._labeled_order.batch(step, self.batch_size)[mine]
+        index = self.labeled_index[slots]
+        images = [self.labeled.image(i) for i in index]
+        labeled_weak = self._views(images, self.weak, Stream.LABELED_WEAK, step, mine.start)
+        labels, slots_tensor = torch.from_numpy(self.labeled.labels[index]), torch.from_numpy(slots)
+        if self.mu == 0:
+            empty = labeled_weak[:0]
+            return Batch(labeled_weak, labels, slots_tensor, empty, empty, labels[:0])
+
+        mine = self._slice(self.mu * self.batch_size)
+        index = self.unlabeled_index[self._unlabeled_order.batch(step, self.mu * self.batch_size)[mine]]
+        images = [self.unlabeled.image(i) for i in index]
+        return Batch(
+            labeled_weak,
+            labels,
+            slots_tensor,
+            self._views(images, self.weak, Stream.UNLABELED_WEAK, step, mine.start),
+            self._views(images, self.strong, Stream.UNLABELED_STRONG, step, mine.start),
+            torch.from_numpy(self.unlabeled.labels[index]),
+        )
+
+    def _slice(self, rows: int) -> slice:
+        share = rows // self.world_size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def _views(self, images: list[Image.Image], transform: Transform, stream: Stream, step: int, first: int) -> Tensor:
+        views = [transform(image, generator(self.seed, stream, step, position)) for position, image in enumerate(images, start=first)]
+        return to_tensors(views, self.mean, self.std)
+
+
+def evaluation_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    transform: EvaluationTransform | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    worker_init_fn: Callable[[int], None] | None = None,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Every image once, in order: (images [b, C, H, W] float32, labels [b] int64), the last batch as small as it comes out.
+
+    Args:
+        transform: of an image before it becomes a tensor; none if the images are all of one size already.
+        rank, world_size: take every ``world_size``-th image from ``rank`` on.
+        workers, worker_init_fn: loading processes, as in ``torch.utils.data.DataLoader``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
+    batches = _EvaluationBatches(dataset, np.arange(rank, len(dataset), world_size), batch_size, transform, tuple(mean), tuple(std))
+    own = torch.Generator()  # without one, a loader draws from the global generator, and evaluating would change the training after it
+    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn, generator=own)
+
+
+class _EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        index: np.ndarray,
+        batch_size: int,
+        transform: EvaluationTransform | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.dataset, self.index, self.batch_size, self.transform, self.mean, self.std = dataset, index, batch_size, transform, mean, std
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        index = self.index[item * self.batch_size : (item + 1) * self.batch_size]
+        images = [self.dataset.image(i) for i in index]
+        if self.transform is not None:
+            images = [self.transform(image) for image in images]
+        return to_tensors(images, self.mean, self.std), torch.from_numpy(self.dataset.labels[index])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``ssmkernels demo``: a few minutes' comparison on real images that come inside scikit-learn, without network or GPU.
+
+Supervised-only, FixMatch and SimMatch learn handwritten digits from a few labels, with the same network, batches, augmentation and steps;
+then the fused op is timed beside plain PyTorch. Later methods add their own section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ssmkernels import ops, reference
+from ssmkernels.bench.measure import peak_extra_bytes, time_alternating
+from ssmkernels.experiments.report import markdown_table, mean_and_std, mean_curve, plot_curves
+from ssmkernels.experiments.simmatch import FIXMATCH, SIMMATCH, SUPERVISED
+from ssmkernels.trainers import RunResult, train_simmatch
+from ssmkernels.trainers.cli import parse_config
+
+METHODS = {"supervised only": SUPERVISED, "FixMatch": FIXMATCH, "SimMatch": SIMMATCH}
+SEEDS = (1, 2, 3)
+MINUTES, STEPS = 4.0, 400  # what fits into them on two cores, with a minute to spare
+FIGURE_4 = {
+    "(a) accuracy of confident pseudo-labels": "confident_accuracy",
+    "(b) accuracy of all pseudo-labels": "pseudo_label_accuracy",
+    "(c) test accuracy": "ema_accuracy",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ssmkernels demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the report (default: %(default)s)")
+    parser.add_argument("--budget-minutes", type=float, default=MINUTES, help="time on two cores (default: %(default)s); fewer give fewer steps")
+    options = parser.parse_args(argv)
+    if not options.budget_minutes > 0:
+        parser.error(f"--budget-minutes is {options.budget_minutes}; it should be positive")
+    steps = max(40, int(STEPS * options.budget_minutes / MINUTES))
+
+    begin = time.perf_counter()
+    runs, stopped = train_methods(steps, deadline=begin + 0.85 * 60 * options.budget_minutes)
+    if not any(runs.values()):
+        print("Stopped before the first run was done; there is nothing to report.")
+        return 0
+    report = simmatch_section(runs, steps, options.out)
+    if not stopped:
+        report += "\n" + op_section()
+    report += f"\n{'Stopped early. ' if stopped else ''}Took {time.perf_counter() - begin:.0f} s with {torch.get_num_threads()} thread(s).\n"
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.md").write_text(report)
+    print(f"\n{report}\nThe report, with plots, is in {options.out / 'report.md'}.")
+    return 0
+
+
+def train_methods(steps: int, *, deadline: float) -> tuple[dict[str, list[RunResult]], bool]:
+    """Every method with every seed, seed by seed, and whether Ctrl-C ended it. A seed that would pass the deadline is left out."""
+    runs: dict[str, list[RunResult]] = {method: [] for method in METHODS}
+    for seed in SEEDS:
+        begin = time.perf_counter()
+        for method, arguments in METHODS.items():
+            print(f"seed {seed}, {method}", flush=True)
+            schedule = ("--steps", str(steps), "--first_epoch_steps", str(steps // 20), "--run.eval_every", str(-(-steps // 10)))
+            config, _ = parse_config("simmatch", ["--config", "digits", *arguments, *schedule, "--seed", str(seed), "--run.accelerator", "cpu"])
+            result = train_simmatch(config)
+            if not result.finished:
+                return runs, True
+            runs[method].append(result)
+            print(f"  test error {_error(result):.1f} %", flush=True)
+        now = time.perf_counter()
+        if seed != SEEDS[-1] and now + (now - begin) > deadline:
+            print("The next seed would take longer than the time given; leaving it out.")
+            break
+    return runs, False
+
+
+def simmatch_section(runs: Mapping[str, Sequence[RunResult]], steps: int, out: Path) -> str:
+    """The error table, Figure 4's quantities as a table and a plot."""
+    config, _ = parse_config("simmatch", ["--config", "digits"])
+    errors = [
+        [method, *([mean_and_std([_error(run) for run in results], digits=1), ", ".join(f"{_error(run):.1f}" for run in results)] if results else ["-", "-"])]
+        for method, results in runs.items()
+    ]
+    histories = {method: [run.history for run in results] for method, results in runs.items() if results}
+    epochs = []
+    for panel, name in FIGURE_4.items():
+        for method, curves in histories.items():
+            at = dict(zip(*mean_curve(curves, name), strict=True))
+            if at:
+                marks = [record["step"] for record in curves[0]]
+                epochs.append([panel, method, *(f"{100 * at[step]:.1f}" if step in at else "-" for step in marks)])
+    header = ["%, mean over seeds", "method", *(f"step {record['step']}" for record in next(iter(histories.values()))[0])]
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(out / "figure4.png", FIGURE_4, histories, title=f"digits, {config.data.labels} labels")
+    return (
+        f"# SimMatch on handwritten digits, {config.data.labels} labels\n\n"
+        f"scikit-learn's digits (8x8 pixels, 10 classes), {config.data.labels} labelled images, {steps} steps of {config.batch_size} labelled and "
+        f"{config.batch_size * config.mu} unlabelled images, {config.model}; the methods differ in their losses only.\n\n"
+        f"{markdown_table(['method', 'test error, %, mean ± std', 'by seed'], errors)}\n\n"
+        f"Pseudo-labels while training (the quantities of Figure 4 of the paper):\n\n{markdown_table(header, epochs)}\n\n![Figure 4](figure4.png)\n"
+    )
+
+
+def op_section() -> str:
+    """The op beside plain PyTorch: forward and backward of the instance-matching loss."""
+    rows, dim, slots, classes = 128, 128, 12800, 100
+    print(f"instance_matching, B={rows} D={dim} K={slots} L={classes}, beside plain PyTorch", flush=True)
+    draw = torch.Generator().manual_seed(0)
+    weak, strong, bank = (F.normalize(torch.randn(count, dim, generator=draw)) for count in (rows, rows, slots))
+    labels = torch.randint(classes, (slots,), generator=draw).sort().values
+    probs = torch.randn(rows, classes, generator=draw).softmax(dim=1)
+
+    def step(room: object) -> None:
+        query = strong.clone().requires_grad_()
+        room.instance_matching(weak, query, bank, labels, probs).loss.mean().backward()  # type: ignore[attr-defined]
+
+    functions = {"ssmkernels.ops": lambda: step(ops), "plain PyTorch": lambda: step(reference)}
+    timings = time_alternating(functions, seconds=6.0)
+    ours = timings["ssmkernels.ops"].median
+    table = []
+    for name, function in functions.items():
+        extra = peak_extra_bytes(function)
+        memory = "-" if extra is None else f"{extra / 2**20:.1f}"
+        table.append([name, f"{1e3 * timings[name].median:.2f}", f"{timings[name].median / ours:.1f} x", memory])
+    header = ["instance_matching, forward + backward", "ms", "to ours", "peak extra MiB"]
+    return (
+        f"# The op\n\nB = {rows} rows, D = {dim}, a bank of K = {slots}, L = {classes} classes, float32, CPU; medians of alternating calls.\n\n"
+        f"{markdown_table(header, table)}\n"
+    )
+
+
+def _error(result: RunResult) -> float:
+    return 100 * (1 - result.median("ema_accuracy", last=3))

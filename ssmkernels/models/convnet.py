@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A network small enough to train on a CPU in minutes."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ssmkernels.models.wide_resnet import LEAKY_SLOPE, conv
+
+
+class SmallConvNet(nn.Module):
+    """Four 3x3 convolutions with batch norm and leaky ReLU, the second and the fourth of stride 2, and the mean over the image.
+
+    Args:
+        in_channels: channels C of the images.
+        bn_momentum, bn_eps: of batch norm.
+
+    Shape: images [N, C, H, W], 8x8 or larger -> features [N, 64].
+    """
+
+    feature_dim = 64
+
+    def __init__(self, in_channels: int = 1, *, bn_momentum: float = 0.1, bn_eps: float = 1e-5) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for channels, out_channels, stride in ((in_channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)):
+            layers += [
+                conv(channels, out_channels, 3, stride),
+                nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum),
+                nn.LeakyReLU(LEAKY_SLOPE),
+            ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).mean(dim=(2, 3))
