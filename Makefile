@@ -66,7 +66,7 @@ gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torc
 	  $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m ssmkernels info
 	timeout 200 $(PYTHON) -m pytest python_tests -m gpu
-	timeout 200 $(PYTHON) -m ssmkernels bench --device cuda --out $(GPU_BENCH_OUT)
+	timeout 240 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --out $(GPU_BENCH_OUT)
 	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 

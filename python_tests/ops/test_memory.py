@@ -69,7 +69,6 @@ def assert_no_worse(ours, same_dtype, exact, dtype):
         assert error <= 2 * allowed + eps * scale, f"error {error:.2e}, the reference's {allowed:.2e}"
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("sort", [False, True], ids=["unsorted", "sorted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -211,7 +210,6 @@ def test_merging_does_not_depend_on_the_order(device):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.7, 1.0])
 def test_memory_update(dtype, momentum, device):
@@ -517,6 +515,18 @@ def test_beyond_2_31_elements(cuda):
     aggregated = ops.aggregate(query, bank, labels, 2, temperature=0.02)
     expected = torch.sigmoid(50.0 - torch.tensor(float(K - 1)).log())
     torch.testing.assert_close(aggregated[:, 1].cpu(), expected.expand(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(3, 17, 17, 3), (33, 128, 300, 10)], ids=str)
+def test_small_set(size, dtype, cuda):
+    """Every kernel once, at sizes that a sanitizer gets through."""
+    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, cuda)
+    tolerance = 1e-10 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
+    for a, b in zip(_everything(cpu), _everything(gpu), strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -9,6 +9,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ssmkernels.bench.case import Result
+    from ssmkernels.bench.measure import Rates
 
 FAMILIES = ("memory",)
 
@@ -37,32 +42,42 @@ def main(argv: list[str] | None = None) -> int:
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
     rates = measure.device_rates(args.device, {args.dtype: dtype})
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
-    results = []
+    results: list[case.Result] = []
     try:
         for each in memory.cases(device=args.device, dtype=dtype, quick=args.quick):
             torch.compiler.reset()  # every size is compiled for itself, as its user would have it
             results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=lambda line: print(line, flush=True)))
+            if args.out:
+                _write(args.out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
     print("\n" + report.table(results))
     if args.out and results:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(_document(args, rates, results), indent=1) + "\n")
         args.out.with_suffix(".md").write_text(report.table(results) + "\n")
         report.plot(results, args.out.with_suffix(".png"))
         print(f"\nwrote {args.out}, {args.out.with_suffix('.md').name} and {args.out.with_suffix('.png').name}")
     return 0
 
 
-def _document(args: argparse.Namespace, rates: object, results: list) -> dict:
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Whole or not at all: an interrupted run leaves the cases it finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def _document(args: argparse.Namespace, argv: list[str] | None, rates: Rates, results: list[Result]) -> dict[str, Any]:
     from ssmkernels import info
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = info.collect()
     return {
-        "command": "ssmkernels bench " + " ".join(sys.argv[2:] if len(sys.argv) > 2 else []),
+        "command": " ".join(["ssmkernels bench", *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit or None,
         "device": args.device,
-        "machine": info.collect(),
-        "rates": dataclasses.asdict(rates),  # type: ignore[call-overload]
+        "versions": {"ssmkernels": machine["ssmkernels"]["version"], "python": machine["python"]["version"], **machine["packages"]},
+        "machine": {key: machine[key] for key in ("cpu", "cuda", "torch", "build")},
+        "rates": dataclasses.asdict(rates),
         "results": [dataclasses.asdict(result) for result in results],
     }

@@ -38,8 +38,8 @@ class TrainBatches(Dataset[Batch]):
     """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
 
     Item i is the batch of step ``start_step + i``. It depends on the seed and the step alone: not on where a run started, not on how
-    many processes load it. With several ranks each gets its slice of the batch of the step, so that all of them together see the same images
-    as one would alone.
+    many processes load it. With several ranks each gets its slice of the batch of the step, so that all of them together see the
+    images that one would see alone.
 
     Args:
         labeled: where labelled images come from.
@@ -80,10 +80,9 @@ class TrainBatches(Dataset[Batch]):
             raise ValueError(
                 f"labeled_index is {labeled_index.dtype} of shape {labeled_index.shape}; it should be integers of shape [K], K > 0"
             )
-        if not (0 <= labeled_index.min() and labeled_index.max() < len(labeled)):
-            raise ValueError(
-                f"labeled_index is in [{labeled_index.min()}, {labeled_index.max()}]; it should be in [0, {len(labeled)}), the size of labeled"
-            )
+        lowest, highest = labeled_index.min(), labeled_index.max()
+        if lowest < 0 or highest >= len(labeled):
+            raise ValueError(f"labeled_index is in [{lowest}, {highest}]; it should be in [0, {len(labeled)}), the size of labeled")
         if mu < 0:
             raise ValueError(f"mu is {mu}; it should be at least 0")
         if not 0 <= rank < world_size:

@@ -99,6 +99,6 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
     labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels is {labels.dtype} of shape {labels.shape}; it should be integers of shape [{count}]")
-    if count and not (0 <= labels.min() and labels.max() < num_classes):
-        raise ValueError(f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), num_classes being {num_classes}")
+    if count and (labels.min() < 0 or labels.max() >= num_classes):
+        raise ValueError(f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes")
     return labels.astype(np.int64)

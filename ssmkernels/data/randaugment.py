@@ -150,4 +150,3 @@ class RandAugment:
                 magnitude = recipe.magnitudes[name](level) if name in recipe.magnitudes else 0.0
                 image = OPS[name](image, sign * magnitude, recipe.fill)
         return image
-

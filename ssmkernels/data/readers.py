@@ -89,7 +89,8 @@ def _imagenet(root: Path, download: bool) -> ImageSplits:
 
 
 def _folder(root: Path, download: bool) -> ImageSplits:
-    return _folders("folder", root, ("val", "test"), "put the images into train/<class>/ and val/<class>/ or test/<class>/, or give another root")
+    hint = "put the images into train/<class>/ and val/<class>/ or test/<class>/, or give another root"
+    return _folders("folder", root, ("val", "test"), hint)
 
 
 def _npz(root: Path, download: bool) -> ImageSplits:
@@ -102,7 +103,7 @@ def _npz(root: Path, download: bool) -> ImageSplits:
             raise ValueError(f"{root} has the arrays {', '.join(archive)}; it should have {', '.join(names)}")
         train_x, train_y, test_x, test_y = (archive[name] for name in names)
     if train_x.ndim < 3 or train_x.shape[1] != train_x.shape[2] or train_x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"{root} has train_x of shape {train_x.shape} and test_x of shape {test_x.shape}; images should be square and of one size")
+        raise ValueError(f"{root} has train_x {train_x.shape} and test_x {test_x.shape}; their images should be square and of one size")
     if len(train_y) == 0:
         raise ValueError(f"{root} has an empty train_y; it should have at least one image")
     classes = int(train_y.max()) + 1
@@ -157,7 +158,8 @@ def _missing_data_explained(name: str, root: Path, *, looked_for: str) -> Iterat
         yield
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"{name}: looked for {looked_for} in {root.resolve()} and found none, or a damaged one. Give its folder as root, or fetch it with\n"
+            f"{name}: looked for {looked_for} in {root.resolve()} and found none, or a damaged one. "
+            "Give the folder that it lies in as root, or fetch it with\n"
             f"  python -c \"from ssmkernels.data import load_dataset; load_dataset('{name}', '{root}', download=True)\""
         ) from error
 

@@ -32,14 +32,14 @@ def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportiona
     if (sizes == 0).any():
         raise ValueError(f"labels has no image of class {int(sizes.argmin())}; every class up to {classes - 1} should have one")
     if not classes <= num_labeled <= len(labels):
-        raise ValueError(f"num_labeled is {num_labeled}; with {classes} classes and {len(labels)} images it should be in [{classes}, {len(labels)}]")
-    if not proportional:
-        if num_labeled % classes:
-            raise ValueError(f"num_labeled is {num_labeled}; it should be a multiple of the number of classes, {classes}, or the split proportional")
-        if num_labeled // classes > sizes.min():
-            raise ValueError(
-                f"num_labeled is {num_labeled}, {num_labeled // classes} per class; class {int(sizes.argmin())} has only {sizes.min()} images"
-            )
+        raise ValueError(
+            f"num_labeled is {num_labeled}; it should be at least {classes}, the classes, and at most {len(labels)}, the images"
+        )
+    each = num_labeled // classes
+    if not proportional and num_labeled % classes:
+        raise ValueError(f"num_labeled is {num_labeled}; it should be a multiple of {classes}, the classes, unless proportional")
+    if not proportional and each > sizes.min():
+        raise ValueError(f"num_labeled is {num_labeled}, {each} of each class; class {int(sizes.argmin())} has only {sizes.min()} images")
 
     shuffled = generator(seed, Stream.SPLIT).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]

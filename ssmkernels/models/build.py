@@ -31,7 +31,8 @@ def build_model(
         raise ValueError(f"bn_momentum is {bn_momentum}; it should be in (0, 1]")
     if in_channels < 1:
         raise ValueError(f"in_channels is {in_channels}; it should be at least 1")
-    return ProjectionModel(_backbone(name, in_channels, {} if bn_momentum is None else {"bn_momentum": bn_momentum}), num_classes, projection_dim)
+    options = {} if bn_momentum is None else {"bn_momentum": bn_momentum}
+    return ProjectionModel(_backbone(name, in_channels, options), num_classes, projection_dim)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,7 +40,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     A parameter is exempt if it has at most one dimension or is named bias.
     """
-    decay, exempt = [], []
+    decay: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (exempt if parameter.ndim <= 1 or name.endswith("bias") else decay).append(parameter)

@@ -23,7 +23,7 @@ class SmallConvNet(nn.Module):
     def __init__(self, in_channels: int = 1, *, bn_momentum: float = 0.1, bn_eps: float = 1e-5) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for channels, out_channels, stride in ((in_channels, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)):
+        for channels, out_channels, stride in ((in_channels, 16, 1), (16, 64, 2), (64, 64, 1), (64, 64, 2)):
             layers += [
                 conv(channels, out_channels, 3, stride),
                 nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum),

@@ -26,15 +26,16 @@ class ProjectionModel(nn.Module):
         for name, value in (("num_classes", num_classes), ("projection_dim", projection_dim)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it should be at least 1")
-        features = backbone.feature_dim
+        features = getattr(backbone, "feature_dim", None)
         if not isinstance(features, int):
-            raise TypeError(f"backbone.feature_dim is {features!r}; it should be the number of features, an int")
+            raise TypeError(f"backbone has no feature_dim; {type(backbone).__name__} should have the size of its features there, an int")
         self.backbone = backbone
         self.classifier = nn.Linear(features, num_classes)
         self.projection = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, projection_dim))
-        for layer in (self.classifier, self.projection[0], self.projection[2]):
-            nn.init.xavier_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.classifier, *self.projection):
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.backbone(images)

@@ -4,14 +4,9 @@
 #pragma once
 
 #include "../common/cuda.cuh"
-#include "bank.h"
+#include "slot.cuh"
 
 namespace ssmkernels::cuda {
-
-struct Slot {
-  int64_t index;  // in the bank
-  int64_t label;  // in [0, L]; L stands for no class
-};
 
 struct ClassOrder {
   Slot* slots;             // [K]
@@ -27,10 +22,6 @@ inline constexpr int kDigitBits = 11;
 inline constexpr int kBins = 1 << kDigitBits;
 inline constexpr int kChunk = 512;  // slots, one thread each
 inline constexpr int kScanBins = 32, kScanParts = 32;
-
-__device__ inline int64_t class_row(int64_t label, int64_t classes) {
-  return label >= 0 && label < classes ? label : classes;
-}
 
 struct OrderPass {
   const int64_t* labels;  // first digit; null later

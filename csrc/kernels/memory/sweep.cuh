@@ -10,8 +10,9 @@
 // of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
 #pragma once
 
+#include "../common/cuda.cuh"
 #include "../common/mma.cuh"
-#include "class_order.cuh"
+#include "slot.cuh"
 
 namespace ssmkernels::cuda {
 

@@ -45,6 +45,7 @@ using std::sqrt;
 namespace emulator {
 
 inline int multiprocessor_count = 3;
+inline unsigned first_phase = 0;  // odd: warps take their turns the other way round
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
 inline constexpr size_t kMaxShared = 227 * 1024;
@@ -163,7 +164,7 @@ inline void run_block(int threads, size_t shared_bytes) {
     m.threads[t].state = State::ready;
     m.threads[t].turn = 0;
   }
-  for (unsigned phase = blockIdx.x;; ++phase) {
+  for (unsigned phase = first_phase + blockIdx.x;; ++phase) {
     for (int i = 0; i < warps; ++i) {
       const int warp = phase % 2 ? warps - 1 - i : i;
       run_warp(warp, threads - warp * 32 < 32 ? threads - warp * 32 : 32);

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CUDA kernels of the memory family against the equations in double precision, run by the emulator in cuda_emulator/. Inputs, outputs and
+// workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../common/mma.cuh"
+#include "../memory/aggregate.h"
+#include "../memory/instance_matching.h"
+#include "../memory/memory_update.h"
+#include "../memory/unfold.h"
+
+namespace {
+
+using namespace ssmkernels;
+
+int passed = 0, failed = 0;
+std::string context;
+
+void check(bool good, const char* what, double figure = 0) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
+}
+
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(size_t count) : count_(count) {
+    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
+    room_ = (bytes + page - 1) / page * page + page;
+    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory_ + room_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
+    std::memset(static_cast<void*>(data_), 0xff, bytes);
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() {
+    munmap(memory_, room_);
+  }
+  T* data() const {
+    return data_;
+  }
+  size_t size() const {
+    return count_;
+  }
+  T& operator[](size_t i) const {
+    return data_[i];
+  }
+
+ private:
+  size_t count_, room_;
+  unsigned char* memory_;
+  T* data_;
+};
+
+struct Setup {
+  const char* name;
+  double exact;  // relative error of what only the arithmetic rounds
+  double mean;   // of what is summed with weights in the storage type
+  bool tf32;
+};
+
+struct Shape {
+  int64_t rows, slots, dim, classes;
+  bool sorted = false;
+  bool transposed = false;
+  int64_t padding = 0;  // of bank rows
+  double temperature = 0.1;
+  bool wild_labels = false;
+};
+
+using Values = std::vector<double>;
+
+double norm(const Values& x) {
+  double sum = 0;
+  for (double v : x) sum += v * v;
+  return std::sqrt(sum);
+}
+
+template <class Real>
+void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
+  Values difference(expected.size());
+  for (size_t i = 0; i < expected.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
+  const double error = norm(difference), size = std::max(norm(expected), scale);
+  check(out.size() == expected.size() && error <= tolerance * size + 1e-30, what, error / size);
+}
+
+template <class Storage>
+struct Problem {
+  using Real = Compute<Storage>;
+  Shape shape;
+  Guarded<Storage> query_weak, query_strong, bank;
+  Guarded<Real> probs, grad;
+  Guarded<int64_t> labels;
+  Values weak, strong, slots, class_probs, slopes;  // as stored
+
+  Problem(const Shape& s, std::mt19937& random)
+      : shape(s),
+        query_weak(s.rows * s.dim),
+        query_strong(s.rows * s.dim),
+        bank(s.transposed ? s.dim * s.slots : std::max<int64_t>(s.slots * (s.dim + s.padding) - s.padding, 0)),
+        probs(s.rows * s.classes),
+        grad(s.rows * s.classes),
+        labels(s.slots) {
+    std::normal_distribution<double> normal;
+    std::uniform_real_distribution<double> uniform;
+    const auto unit_rows = [&](int64_t rows, auto at) {
+      Values all;
+      for (int64_t i = 0; i < rows; ++i) {
+        Values row(s.dim);
+        for (double& x : row) x = normal(random);
+        const double length = norm(row);
+        for (int64_t d = 0; d < s.dim; ++d) {
+          at(i, d) = cuda::from_real<Storage>(static_cast<Real>(row[d] / length));
+          all.push_back(cuda::to_real(at(i, d)));
+        }
+      }
+      return all;
+    };
+    weak = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_weak[i * s.dim + d]; });
+    strong = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_strong[i * s.dim + d]; });
+    slots = unit_rows(s.slots, [&](int64_t i, int64_t d) -> Storage& {
+      return bank[s.transposed ? d * s.slots + i : i * (s.dim + s.padding) + d];
+    });
+    for (int64_t j = 0; j < s.slots; ++j) labels[j] = static_cast<int64_t>(uniform(random) * s.classes);
+    if (s.wild_labels)
+      for (int64_t j = 0; j < s.slots; j += 5) labels[j] = j % 2 ? -1 : s.classes + j * 1000000007;
+    if (s.sorted) std::sort(labels.data(), labels.data() + s.slots);
+    for (int64_t i = 0; i < s.rows; ++i)
+      for (int64_t c = 0; c < s.classes; ++c) {
+        const bool zero = i % 3 == 1 || uniform(random) < 0.2;  // every third row is zero throughout
+        probs[i * s.classes + c] = zero ? Real(0) : static_cast<Real>(std::pow(uniform(random), 6));
+        grad[i * s.classes + c] = static_cast<Real>(1e-3 * normal(random));
+      }
+    class_probs.assign(probs.data(), probs.data() + probs.size());
+    slopes.assign(grad.data(), grad.data() + grad.size());
+  }
+
+  Bank<Storage> view() const {
+    return {bank.data(),   labels.data(), shape.slots, shape.dim, shape.classes, shape.transposed ? 1 : shape.dim + shape.padding,
+            shape.transposed ? shape.slots : 1};
+  }
+  bool of_class(int64_t j) const {
+    return labels[j] >= 0 && labels[j] < shape.classes;
+  }
+  Values scores(const Values& query, int64_t row) const {
+    Values out(shape.slots);
+    for (int64_t j = 0; j < shape.slots; ++j) {
+      double dot = 0;
+      for (int64_t d = 0; d < shape.dim; ++d) dot += query[row * shape.dim + d] * slots[j * shape.dim + d];
+      out[j] = dot / shape.temperature;
+    }
+    return out;
+  }
+};
+
+// softmax of x + log factor; returns the log-normaliser.
+double softmax(const Values& x, const Values& factor, Values& out) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  double top = -infinity, sum = 0;
+  for (size_t j = 0; j < x.size(); ++j) top = std::max(top, x[j] + std::log(factor[j]));
+  out.assign(x.size(), 0);
+  if (top == -infinity) return top;
+  for (size_t j = 0; j < x.size(); ++j) sum += out[j] = std::exp(x[j] + std::log(factor[j]) - top);
+  for (double& q : out) q /= sum;
+  return top + std::log(sum);
+}
+
+struct Expected {
+  Values log_weak, log_target, log_strong, aggregated, target_logit, target_mean, strong_mean;
+  Values pseudo_probs, loss, gradient, unfolded, grad_query;
+};
+
+constexpr double kAlpha = 0.9;
+
+template <class Storage>
+Expected reference(const Problem<Storage>& problem) {
+  const Shape& s = problem.shape;
+  Expected e;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    const Values w = problem.scores(problem.weak, i), x = problem.scores(problem.strong, i), ones(s.slots, 1.0);
+    Values p(s.slots, 0.0), q_weak, q_strong, q_target;
+    for (int64_t j = 0; j < s.slots; ++j)
+      if (problem.of_class(j)) p[j] = problem.class_probs[i * s.classes + problem.labels[j]];
+    e.log_weak.push_back(softmax(w, ones, q_weak));
+    e.log_strong.push_back(softmax(x, ones, q_strong));
+    e.log_target.push_back(softmax(w, p, q_target));
+    if (std::isinf(e.log_target.back())) q_target = q_weak;
+    Values aggregated(s.classes, 0.0), target_mean(s.dim, 0.0), strong_mean(s.dim, 0.0), grad(s.dim, 0.0);
+    double logit = 0, slope = 0;
+    for (int64_t j = 0; j < s.slots; ++j) {
+      logit += q_target[j] * x[j];
+      if (!problem.of_class(j)) continue;
+      aggregated[problem.labels[j]] += q_weak[j];
+      slope += q_weak[j] * problem.slopes[i * s.classes + problem.labels[j]];
+    }
+    for (int64_t j = 0; j < s.slots; ++j) {
+      const double g = problem.of_class(j) ? problem.slopes[i * s.classes + problem.labels[j]] : 0;
+      for (int64_t d = 0; d < s.dim; ++d) {
+        const double value = problem.slots[j * s.dim + d];
+        target_mean[d] += q_target[j] * value;
+        strong_mean[d] += q_strong[j] * value;
+        grad[d] += q_weak[j] * (g - slope) * value / s.temperature;
+      }
+    }
+    e.target_logit.push_back(logit);
+    e.loss.push_back(e.log_strong.back() - logit);
+    for (int64_t c = 0; c < s.classes; ++c) {
+      e.aggregated.push_back(aggregated[c]);
+      e.pseudo_probs.push_back(kAlpha * problem.class_probs[i * s.classes + c] + (1 - kAlpha) * aggregated[c]);
+    }
+    for (int64_t d = 0; d < s.dim; ++d) {
+      e.target_mean.push_back(target_mean[d]);
+      e.strong_mean.push_back(strong_mean[d]);
+      e.gradient.push_back((strong_mean[d] - target_mean[d]) / s.temperature);
+      e.grad_query.push_back(grad[d]);
+    }
+    e.unfolded.insert(e.unfolded.end(), q_target.begin(), q_target.end());
+  }
+  return e;
+}
+
+template <class Storage>
+void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  context = std::string(setup.name) + " B " + std::to_string(s.rows) + " K " + std::to_string(s.slots) + " D " + std::to_string(s.dim) + " L " +
+            std::to_string(s.classes) + (s.sorted ? " sorted" : "") + (s.transposed ? " transposed" : "") + " t " +
+            std::to_string(s.temperature);
+  const Problem<Storage> problem(s, random);
+  const Expected e = reference(problem);
+  const bool steep = s.temperature < 1e-2;  // logits of thousands: their own rounding is all the error, and tf32 cannot tell the slots apart
+  const double exact = steep ? (sizeof(Real) == 8 ? 1e-8 : setup.tf32 ? 1e9 : 2e-2) : setup.exact;
+  const double mean = std::max(exact, setup.mean);
+
+  const InstanceMatching<Storage> matching{problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(),
+                                           s.rows,                    s.temperature,               s.temperature,        setup.tf32};
+  for (const bool with_gradient : {true, false}) {
+    Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_gradient));
+    Guarded<Real> pseudo_probs(s.rows * s.classes), loss(s.rows), gradient(s.rows * s.dim);
+    const char* error = cuda::instance_matching(
+        matching, {pseudo_probs.data(), loss.data(), with_gradient ? gradient.data() : nullptr, kAlpha}, workspace.data(), nullptr);
+    check(!error, error ? error : "instance_matching");
+    compare(pseudo_probs, e.pseudo_probs, exact, "pseudo_probs");
+    compare(loss, e.loss, exact, "loss", norm(e.log_strong));
+    if (with_gradient)
+      compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
+  }
+  for (const bool with_means : {true, false}) {
+    Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_means));
+    Guarded<Real> log_weak(s.rows), log_target(s.rows), log_strong(s.rows), aggregated(s.rows * s.classes), target_logit(s.rows),
+        target_mean(s.rows * s.dim), strong_mean(s.rows * s.dim);
+    const char* error = cuda::instance_matching_partial(
+        matching,
+        {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
+         with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
+        workspace.data(), nullptr);
+    check(!error, error ? error : "instance_matching_partial");
+    compare(log_weak, e.log_weak, exact, "log_weak");
+    compare(log_strong, e.log_strong, exact, "log_strong");
+    Values finite_target, finite_found;
+    for (int64_t i = 0; i < s.rows; ++i) check(std::isinf(log_target[i]) == std::isinf(e.log_target[i]), "log_target is −inf", log_target[i]);
+    for (int64_t i = 0; i < s.rows; ++i)
+      if (!std::isinf(e.log_target[i]))
+        check(std::fabs(log_target[i] - e.log_target[i]) <= exact * (10 + std::fabs(e.log_target[i])), "log_target", log_target[i]);
+    compare(target_logit, e.target_logit, exact, "target_logit", norm(e.log_strong));
+    compare(aggregated, e.aggregated, exact, "aggregated");
+    if (with_means) {
+      compare(target_mean, e.target_mean, mean, "target_mean");
+      compare(strong_mean, e.strong_mean, mean, "strong_mean");
+    }
+  }
+
+  const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), s.rows, s.temperature, setup.tf32};
+  {
+    Guarded<char> workspace(cuda::aggregate_workspace(aggregation));
+    Guarded<Real> aggregated(s.rows * s.classes), log_normalizer(s.rows), again(s.rows * s.classes), grad_query(s.rows * s.dim);
+    const char* error = cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr);
+    check(!error, error ? error : "aggregate");
+    compare(aggregated, e.aggregated, exact, "aggregate");
+    compare(log_normalizer, e.log_weak, exact, "log_normalizer");
+    emulator::first_phase = 1;
+    Guarded<char> other_workspace(cuda::aggregate_workspace(aggregation));
+    cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr);
+    emulator::first_phase = 0;
+    check(std::memcmp(aggregated.data(), again.data(), aggregated.size() * sizeof(Real)) == 0, "the same bits in another order of warps");
+
+    Guarded<char> backward_workspace(cuda::aggregate_workspace(aggregation));
+    error = cuda::aggregate_backward(aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
+                                     backward_workspace.data(), nullptr);
+    check(!error, error ? error : "aggregate_backward");
+    compare(grad_query, e.grad_query, mean, "grad_query", 1e-3 * norm(e.strong_mean) / s.temperature);
+  }
+  {
+    Guarded<Real> unfolded(s.rows * s.slots);
+    const Unfold<Storage> unfolding{problem.query_weak.data(), problem.probs.data(), problem.view(),  s.rows,
+                                    s.temperature,             setup.tf32,           unfolded.data()};
+    Guarded<char> workspace(cuda::unfold_workspace(unfolding));
+    const char* error = cuda::unfold(unfolding, workspace.data(), nullptr);
+    check(!error, error ? error : "unfold");
+    compare(unfolded, e.unfolded, exact, "unfolded");
+  }
+}
+
+template <class Storage>
+void test_empty(const Setup& setup, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  context = std::string(setup.name) + " empty";
+  const Problem<Storage> problem({3, 0, 5, 4}, random);
+  const InstanceMatching<Storage> matching{problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), 3,
+                                           0.1, 0.1, setup.tf32};
+  Guarded<char> workspace(cuda::instance_matching_workspace(matching, true));
+  Guarded<Real> logs(9), aggregated(12), logit(3), target_mean(15), strong_mean(15);
+  const InstanceMatchingPartial<Real> partial{logs.data(), logs.data() + 3, logs.data() + 6, aggregated.data(), logit.data(),
+                                              target_mean.data(), strong_mean.data()};
+  const char* error = cuda::instance_matching_partial(matching, partial, workspace.data(), nullptr);
+  check(!error, error ? error : "instance_matching_partial");
+  for (size_t i = 0; i < logs.size(); ++i) check(std::isinf(logs[i]) && logs[i] < 0, "log-normaliser", logs[i]);
+  compare(aggregated, Values(12), 0, "aggregated");
+  compare(logit, Values(3), 0, "target_logit");
+  compare(target_mean, Values(15), 0, "target_mean");
+  compare(strong_mean, Values(15), 0, "strong_mean");
+
+  const Problem<Storage> no_rows({0, 7, 5, 4}, random);
+  const InstanceMatching<Storage> none{no_rows.query_weak.data(), no_rows.query_strong.data(), no_rows.probs.data(), no_rows.view(), 0,
+                                       0.1, 0.1, setup.tf32};
+  check(!cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
+}
+
+template <class Storage>
+void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, bool transposed, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  context = std::string(setup.name) + " update B " + std::to_string(rows) + " K " + std::to_string(slots) + " D " + std::to_string(dim);
+  constexpr double kMomentum = 0.7;
+  constexpr int64_t kLabelStride = 2;
+  Guarded<Storage> bank(slots * dim), added(rows * dim);
+  Guarded<int64_t> labels(slots * kLabelStride), index(rows), new_labels(rows);
+  std::normal_distribution<double> normal;
+  for (size_t i = 0; i < bank.size(); ++i) bank[i] = cuda::from_real<Storage>(static_cast<Real>(normal(random)));
+  for (size_t i = 0; i < added.size(); ++i) added[i] = cuda::from_real<Storage>(static_cast<Real>(normal(random)));
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = -7;
+  for (int64_t i = 0; i < rows; ++i) {
+    index[i] = i % 11 == 7 ? (i % 2 ? -1 : slots + i) : static_cast<int64_t>(random() % slots);
+    new_labels[i] = i;
+  }
+  const int64_t row_stride = transposed ? 1 : dim, column_stride = transposed ? slots : 1;
+  std::vector<Storage> expected(bank.data(), bank.data() + bank.size());
+  std::vector<int64_t> expected_labels(labels.data(), labels.data() + labels.size());
+  for (int64_t i = 0; i < rows; ++i) {
+    if (index[i] < 0 || index[i] >= slots) continue;
+    Values x(dim);
+    for (int64_t d = 0; d < dim; ++d)
+      x[d] = kMomentum * cuda::to_real(expected[index[i] * row_stride + d * column_stride]) + (1 - kMomentum) * cuda::to_real(added[i * dim + d]);
+    const double length = std::max(norm(x), 1e-12);
+    for (int64_t d = 0; d < dim; ++d)
+      expected[index[i] * row_stride + d * column_stride] = cuda::from_real<Storage>(static_cast<Real>(x[d] / length));
+    expected_labels[index[i] * kLabelStride] = i;
+  }
+  const char* error = cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots, dim, rows,
+                                                    row_stride, column_stride, kLabelStride, kMomentum},
+                                                   nullptr);
+  check(!error, error ? error : "memory_update");
+  double error_squares = 0;
+  for (size_t i = 0; i < bank.size(); ++i) error_squares += std::pow(double{cuda::to_real(bank[i])} - cuda::to_real(expected[i]), 2);
+  const double step = sizeof(Storage) == 8 ? 1e-14 : sizeof(Storage) == 4 ? 1e-6 : std::is_same_v<Storage, bfloat16> ? 4e-3 : 5e-4;
+  check(std::sqrt(error_squares) <= step * std::sqrt(slots), "features", std::sqrt(error_squares));
+  check(std::memcmp(labels.data(), expected_labels.data(), labels.size() * sizeof(int64_t)) == 0, "labels");
+}
+
+template <class Storage>
+void test_all(const Setup& setup) {
+  std::mt19937 random(1234);
+  const int64_t all_rows[] = {1, 3, 17, 70}, all_slots[] = {1, 17, 123, 507}, all_dims[] = {1, 3, 17, 64, 128, 200, 512},
+                all_classes[] = {1, 3, 10, 300};
+  // Each pair of sizes meets; wide and long ones are not combined, to keep the time short.
+  int turn = 0;
+  for (const int64_t dim : all_dims)
+    for (const int64_t slots : all_slots) {
+      const int64_t rows = all_rows[dim * slots > 30000 ? turn % 3 : turn % 4];
+      emulator::multiprocessor_count = turn % 3 + 1;
+      Shape shape{rows, slots, dim, all_classes[(turn / 4 + turn) % 4]};
+      shape.sorted = turn % 2 == 0;
+      shape.transposed = turn % 5 == 3;
+      shape.padding = !shape.transposed && turn % 3 == 1 ? 3 : 0;
+      shape.wild_labels = turn % 4 == 2;
+      test_products<Storage>(setup, shape, random);
+      ++turn;
+    }
+  emulator::multiprocessor_count = 2;
+  test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 1e-4}, random);  // logits to ±1e4
+  test_products<Storage>(setup, {3, 507, 8, 3, true, false, 8, 1e-4, true}, random);
+  test_products<Storage>(setup, {3, 1100, 16, 5000, false}, random);  // two digits of classes
+  test_empty<Storage>(setup, random);
+  for (const int64_t dim : {1, 3, 17, 128, 200}) {
+    test_update<Storage>(setup, 70, 50, dim, false, random);
+    test_update<Storage>(setup, 17, 2, dim, true, random);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_all<float>({"float32", 3e-5, 3e-5, false});
+  test_all<float>({"tf32", 5e-3, 5e-3, true});
+  test_all<double>({"float64", 1e-11, 1e-11, false});
+  test_all<bfloat16>({"bfloat16", 3e-5, 1e-2, false});
+  test_all<float16>({"float16", 3e-5, 2e-3, false});
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}
