@@ -49,11 +49,12 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return message(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 1;
+// 1 where there is no device: what comes next fails there anyway.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 1;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
 
 // Cuts one piece of device memory into arrays. Over a null pointer it only adds up the bytes.

@@ -31,7 +31,7 @@ struct TileShape {
   static constexpr int kDim = sizeof(Storage) == 8 ? 64 : 128;  // of a chunk
   static constexpr int kVector = 16 / sizeof(Storage);
   static constexpr int kPitch = kDim + kVector;
-  static constexpr int kStages = sizeof(Storage) == 4 ? 2 : 4;  // two blocks fit a multiprocessor
+  static constexpr int kStages = sizeof(Storage) == 2 ? 4 : 2;  // at most: two blocks fit a multiprocessor of sm_80 or sm_90
   static constexpr int kRing = 2 * kStages;                     // slots noted ahead of their stage: at least kStages + 1
 };
 
@@ -263,7 +263,7 @@ Cut cut_of(const Bank<Storage>& bank, int64_t rows, bool with_means) {
   cut.chunks = ceil_div<int64_t>(bank.dim, Shape::kDim);
   cut.owners = with_means ? cut.chunks : 1;
   const int64_t tiles = ceil_div<int64_t>(bank.slots, Shape::kSlots);
-  const int64_t resident = 2 * int64_t{multiprocessors()};
+  const int64_t resident = 2 * int64_t{device_attribute(cudaDevAttrMultiProcessorCount)};
   const int64_t wanted = max<int64_t>(resident / (cut.row_tiles * cut.owners), 1);
   const int64_t tiles_per_split = max<int64_t>(ceil_div(tiles, wanted), kSplitTiles);
   cut.split_size = tiles_per_split * Shape::kSlots;
@@ -279,6 +279,7 @@ struct SweepInput {
   int64_t rows;
   Cut cut;
   bool bank_vectors, query_vectors;  // 16 bytes can be copied at once
+  unsigned stages;                   // tiles in shared memory: 1, 2 or kStages
 };
 
 template <class Storage>
@@ -292,7 +293,8 @@ SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, co
           rows,
           cut,
           bank.column_stride == 1 && whole(bank.dim) && whole(bank.row_stride) && aligned(bank.features),
-          whole(bank.dim) && aligned(query0) && aligned(query1)};
+          whole(bank.dim) && aligned(query0) && aligned(query1),
+          0};
 }
 
 // Where a thread stands.
@@ -362,10 +364,11 @@ struct BankRows {
   }
 };
 
+// With more than one chunk the queries pass through the ring too.
 template <class Engine, int kQueries>
-constexpr int64_t sweep_shared_bytes(int64_t chunks) {
+constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t stages) {
   using Shape = typename Engine::Shape;
-  const int64_t tile_rows = Shape::kStages * (Shape::kSlots + (chunks > 1 ? kQueries * kRows : 0)) + (chunks > 1 ? 0 : kQueries * kRows);
+  const int64_t tile_rows = stages * Shape::kSlots + (chunks > 1 ? stages : 1) * kQueries * kRows;
   return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * 2 * sizeof(int64_t);
 }
 
@@ -388,12 +391,13 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const int64_t row_tile = blockIdx.x / owners % row_tiles;
   const int64_t first_row = row_tile * kRows;
   const int64_t first_slot = int64_t{split} * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
+  const unsigned ring = in.stages, ahead = ring - 1;
   const unsigned stages = static_cast<unsigned>(ceil_div<int64_t>(end_slot - first_slot, kSlots)) * chunks;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
   int64_t* labels = offsets + kRing * kSlots;                       // [kRing][kSlots]
   Storage* tiles = reinterpret_cast<Storage*>(labels + kRing * kSlots);
-  Storage* queries = tiles + kStages * kTileSize;
+  Storage* queries = tiles + ring * kTileSize;
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
 
   // Stage s is tile s / chunks and chunk (chunk + 1 + s % chunks) % chunks: a block's own chunk comes last.
@@ -425,22 +429,22 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const auto issue = [&](unsigned s) {
     if (s < stages) {
       const unsigned c = chunk_of(s);
-      stage<Storage, kSlots>(tiles + s % kStages * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
+      stage<Storage, kSlots>(tiles + s % ring * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
                              BankRows<Storage>{in.bank.features, in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride,
                                                offsets + s % kRing * kSlots});
-      if (chunks > 1) stage_queries(c, queries + s % kStages * kQuerySize);
+      if (chunks > 1) stage_queries(c, queries + s % ring * kQuerySize);
     }
     copy_async_commit();
   };
 
-  for (unsigned s = 0; s < kStages - 1; ++s) {
+  for (unsigned s = 0; s < ahead; ++s) {
     look_up(s);
     note(s);
   }
-  look_up(kStages - 1);
+  look_up(ahead);
   __syncthreads();
   if (chunks == 1) stage_queries(0, queries);
-  for (unsigned s = 0; s < kStages - 1; ++s) issue(s);
+  for (unsigned s = 0; s < ahead; ++s) issue(s);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool working = first_row + warp * kWarpRows < in.rows;
@@ -450,17 +454,24 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
 #pragma unroll 1
   for (unsigned s = 0; s < stages; ++s) {
-    note(s + kStages - 1);
-    look_up(s + kStages);
-    copy_async_wait<kStages - 2>();
+    note(s + ahead);
+    look_up(s + ring);
+    if (ahead == 0) {
+      __syncthreads();
+      issue(s);
+    }
+    if (ring == kStages)
+      copy_async_wait<kStages - 2>();
+    else
+      copy_async_wait<0>();
     __syncthreads();  // stage s has landed and no warp is at stage s − 1 any more
-    issue(s + kStages - 1);
+    if (ahead > 0) issue(s + ahead);
     if (!working) continue;
 
     const bool starts = chunks == 1 || s % chunks == 0, ends = chunks == 1 || s % chunks == chunks - 1;
     const int64_t first = first_slot + int64_t{s / chunks} * kSlots;
     const TileView view{labels + s % kRing * kSlots, first, static_cast<int>(min<int64_t>(end_slot - first, kSlots))};
-    const Storage* tile = tiles + s % kStages * kTileSize;
+    const Storage* tile = tiles + s % ring * kTileSize;
     const int depth = depth_of(chunk_of(s));
     if (starts) {
       operation.fetch(view);
@@ -471,7 +482,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll
           for (int i = 0; i < 4; ++i) scores[q][n][i] = 0;
     }
-    Engine::scores(scores, queries + s % kStages * query_step + warp * kWarpRows * Shape::kPitch, tile, depth);
+    Engine::scores(scores, queries + s % ring * query_step + warp * kWarpRows * Shape::kPitch, tile, depth);
     if (ends) {
       operation.weigh(scores, means, view);
       if constexpr (kMeans > 0) Engine::means(means, scores, tile, depth);
@@ -482,10 +493,12 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 }
 
 template <class Engine, class Operation>
-const char* launch_sweep(const SweepInput<typename Engine::Storage>& in, const typename Operation::Arguments& arguments,
-                         cudaStream_t stream) {
-  return launch(sweep<Engine, Operation>, in.cut.blocks(), kSweepThreads, sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks),
-                stream, in, arguments);
+const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments, cudaStream_t stream) {
+  const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.stages); };
+  const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  in.stages = Engine::Shape::kStages;
+  while (in.stages > 1 && bytes() > limit) in.stages /= 2;
+  return launch(sweep<Engine, Operation>, in.cut.blocks(), kSweepThreads, bytes(), stream, in, arguments);
 }
 
 // Calls f with the engine for a storage type; tf32 is a choice for float32 only.

@@ -385,6 +385,7 @@ void test_all(const Setup& setup) {
     for (const int64_t slots : all_slots) {
       const int64_t rows = all_rows[dim * slots > 30000 ? turn % 3 : turn % 4];
       emulator::multiprocessor_count = turn % 3 + 1;
+      emulator::shared_limit = (turn % 4 == 1 ? 99 : 227) * 1024;  // sm_89, sm_90
       Shape shape{rows, slots, dim, all_classes[(turn / 4 + turn) % 4]};
       shape.sorted = turn % 2 == 0;
       shape.transposed = turn % 5 == 3;
@@ -394,6 +395,7 @@ void test_all(const Setup& setup) {
       ++turn;
     }
   emulator::multiprocessor_count = 2;
+  emulator::shared_limit = 227 * 1024;
   test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 1e-4}, random);  // logits to ±1e4
   test_products<Storage>(setup, {3, 507, 8, 3, true, false, 8, 1e-4, true}, random);
   test_products<Storage>(setup, {3, 1100, 16, 5000, false}, random);  // two digits of classes

@@ -45,6 +45,7 @@ using std::sqrt;
 namespace emulator {
 
 inline int multiprocessor_count = 3;
+inline int shared_limit = 227 * 1024;  // bytes a block may have
 inline unsigned first_phase = 0;  // odd: warps take their turns the other way round
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
@@ -249,7 +250,7 @@ inline float __uint_as_float(unsigned bits) {
 typedef int cudaError_t;
 typedef struct CUstream_st* cudaStream_t;
 inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -267,8 +268,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulator::multiprocessor_count;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessor_count : emulator::shared_limit;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
@@ -284,7 +285,7 @@ inline std::map<const void*, size_t>& shared_limits() {
 }  // namespace emulator
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > static_cast<int>(emulator::kMaxShared)) return cudaErrorInvalidValue;
+  if (bytes > emulator::shared_limit) return cudaErrorInvalidValue;
   emulator::shared_limits()[kernel] = bytes;
   return cudaSuccess;
 }
