@@ -193,6 +193,6 @@ class CMakeBuild(build_ext):
 
 if __name__ == "__main__":
     try:
-        setup(ext_modules=[Extension("ssmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+        setup(license="BSD-3-Clause", ext_modules=[Extension("ssmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
     except BuildError as error:
         sys.exit(str(error))

@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The rooms above the ops need more than torch. Where it is missing (`make gpu` on a machine with torch alone), they are left out, and said so.
+TRAIN_PACKAGES = ("jsonargparse", "lightning_fabric", "PIL", "sklearn", "torchvision", "tqdm", "yaml")
+missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+collect_ignore = ["data", "experiments", "models", "trainers"] if missing else []
+
+
+def pytest_report_header() -> list[str]:
+    return [f"left out for want of {', '.join(missing)}: {', '.join(collect_ignore)} (pip install 'ssmkernels[train]')"] if missing else []
 
 
 @pytest.fixture(scope="session")

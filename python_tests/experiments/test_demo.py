@@ -4,7 +4,7 @@ from ssmkernels.trainers import RunResult
 
 
 def test_demo_leaves_a_report_and_plots(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "SEEDS", (1, 2))
+    monkeypatch.setattr(demo, "SEEDS", (1,))
     monkeypatch.setattr(demo, "STEPS", 40)
     assert demo.main(["--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -1,8 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import pytest
+import torch
 
 from ssmkernels import data
 from ssmkernels.trainers import DataConfig, RunConfig, SimMatchConfig
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Networks this small are slower on more, and far slower where others use the machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that a test starts
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

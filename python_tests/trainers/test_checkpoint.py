@@ -47,7 +47,8 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
 
 def test_changed_settings_are_all_listed():
     saved = {"lr": 0.1, "data": {"name": "digits", "root": "a"}, "run": {"out": "x"}, "old": 1}
-    check_same_config(saved, {**saved, "data": {"name": "digits", "root": "b"}, "run": {"out": "y"}}, ignore=("run", "data.root"), path=Path("c"))
+    elsewhere = {**saved, "data": {"name": "digits", "root": "b"}, "run": {"out": "y"}}
+    check_same_config(saved, elsewhere, ignore=("run", "data.root"), path=Path("c"))
     with pytest.raises(ValueError, match="other settings") as error:
         check_same_config(saved, {"lr": 0.2, "data": {"name": "svhn", "root": "a"}, "run": {}, "new": 2}, ignore=("run",), path=Path("c"))
     assert str(error.value).splitlines()[1:] == [

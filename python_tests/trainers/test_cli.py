@@ -68,8 +68,8 @@ def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
 
 
 def test_ctrl_c_then_resume_gives_the_same_bits(tmp_path):
-    steps = 120
-    arguments = [*SMALL, "--steps", str(steps), "--first_epoch_steps", "5", "--run.log_every", "1"]
+    steps = 60
+    arguments = [*SMALL, "--steps", str(steps), "--first_epoch_steps", "5", "--run.log_every", "1", "--run.eval_every", "30"]
     command = [sys.executable, "-m", "ssmkernels", "train", "simmatch", *arguments, "--run.out", str(tmp_path / "stopped")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "stopped" / "metrics.jsonl"

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -17,4 +18,4 @@ def test_warm_up_then_half_a_cosine_to_zero():
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[54] == pytest.approx(0.5)
     assert factors[104] == pytest.approx(0.0)
-    assert all(b <= a for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(b <= a for a, b in pairwise(factors[4:]))

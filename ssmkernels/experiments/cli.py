@@ -20,7 +20,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list the experiments")
     parser.add_argument("--data", metavar="DIR", help="folder of the paper's images, as the data set's reader wants it")
     parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder for checkpoints and reports (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/reproduce"), help="folder for checkpoints and reports (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     if options.list or options.name is None:
         width = max(map(len, EXPERIMENTS))

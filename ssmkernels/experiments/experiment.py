@@ -102,16 +102,15 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
     return report
 
 
-def _report(
-    experiment: Experiment, budget: str, extent: Budget, results: Mapping[Cell, Sequence[RunResult]], *, offline: bool
-) -> str:
+def _report(experiment: Experiment, budget: str, extent: Budget, results: Mapping[Cell, Sequence[RunResult]], *, offline: bool) -> str:
     rows = []
     for cell, runs in results.items():
         for figure, paper in zip(experiment.figures, cell.paper, strict=True):
             rows.append([cell.column, cell.row, figure.title, paper, figure.of(runs)])
     said = list(experiment.deviations)
     if extent.arguments:
-        said.insert(0, f"Budget {budget}: {' '.join(extent.arguments)}; {extent.seeds} seed(s){', to show that it runs' if budget == 'smoke' else ''}.")
+        purpose = "; this shows that it runs, not what it reaches" if budget == "smoke" else ""
+        said.insert(0, f"Budget {budget}: {extent.seeds} seed(s), {' '.join(extent.arguments)}{purpose}.")
     if offline:
         said.insert(0, f"No --data was given: every cell ran on images that come inside a package ({' '.join(experiment.offline)}).")
     deviations = "\n".join(f"- {each}" for each in said)

@@ -48,6 +48,7 @@ def plot_curves(
                 axes.plot(steps, values, label=label, linewidth=1.5)
         axes.set(title=panel, xlabel="step")
         axes.grid(alpha=0.3)
-    figure.axes[-1].legend(fontsize="small")
+        if axes.lines:
+            axes.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=90)

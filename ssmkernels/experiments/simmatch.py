@@ -29,10 +29,13 @@ _IMAGENET = {
 _IMAGENET_100_EPOCHS = {**_IMAGENET, "paper": Budget(1, ("--steps", "396300"))}
 
 _RECIPE = (
-    "FixMatch is our trainer without memory, instance matching and distribution alignment, on argmax pseudo-labels; supervised-only sees no "
-    "unlabelled image. Network, augmentation, batches and steps are the same for all rows.",
+    "FixMatch is our trainer without memory, instance matching and distribution alignment, on argmax pseudo-labels; supervised-only "
+    "sees no unlabelled image. Network, augmentation, batches and steps are the same for all rows.",
 )
-_IMAGENET_RECIPE = (*_RECIPE, "Labelled images are drawn by our seeded per-class split, not from the published list; batch norm is not shuffled over ranks.")
+_IMAGENET_RECIPE = (
+    *_RECIPE,
+    "Labelled images are drawn by our seeded per-class split, not from the published list; batch norm is not shuffled over ranks.",
+)
 
 
 def _table1() -> tuple[Cell, ...]:

@@ -7,7 +7,7 @@ import copy
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMATeacher(nn.Module):
@@ -57,7 +57,8 @@ class EMATeacher(nn.Module):
     def update(self, student: nn.Module) -> None:
         """One step towards ``student``, a module with the parameters and buffers of the model given at the start."""
         decay = min(1 - 1 / (self.updates + 1), self.decay) if self.warm_up else self.decay
-        mine, theirs = list(self.model.parameters()), list(student.parameters())
+        mine: list[Tensor] = [*self.model.parameters()]
+        theirs: list[Tensor] = [*student.parameters()]
         if [p.shape for p in mine] != [p.shape for p in theirs]:
             raise ValueError("student has other parameters than the model that this teacher was made from")
         if self.buffer_rule != "own":

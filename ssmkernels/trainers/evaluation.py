@@ -12,7 +12,9 @@ from ssmkernels.distributed import all_reduce_sum
 
 
 @torch.no_grad()
-def top_k_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, ks: tuple[int, ...] = (1,)) -> list[float]:
+def top_k_accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, ks: tuple[int, ...] = (1,)
+) -> list[float]:
     """The share of images whose class is among the k with the highest logits, for each k, over the batches of all ranks.
 
     Args:

@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from ssmkernels.distributed import all_reduce_sum
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, save_checkpoint
 from ssmkernels.trainers.progress import RunLog
 
@@ -27,8 +28,11 @@ try:
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 except ImportError:  # the same code inside the one big package
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric import Fabric  # type: ignore[no-redef]
+    from lightning.fabric.strategies import DDPStrategy  # type: ignore[no-redef]
+
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 @dataclass
@@ -98,19 +102,20 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def make_fabric(*, precision: str = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False) -> Fabric:
+def make_fabric(*, precision: Precision = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False) -> Fabric:
     """A launched Fabric: the ranks that ``torchrun`` started, or one device without it.
 
     Args:
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         find_unused_parameters: for DDP, where some parameters take part in no loss.
     """
-    if precision not in ("32-true", "bf16-mixed", "16-mixed"):
+    if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it should be '32-true', 'bf16-mixed' or '16-mixed'")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
     fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
     fabric.launch()
+    torch.backends.cudnn.deterministic = True  # a resumed run must choose the convolutions of the interrupted one
     return fabric
 
 
@@ -216,4 +221,4 @@ def ignore_interrupt(worker: int) -> None:
 
 
 def _any_rank(flag: bool, fabric: Fabric) -> bool:
-    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
+    return bool(all_reduce_sum(torch.tensor(flag, dtype=torch.int32, device=fabric.device)))

@@ -50,9 +50,7 @@ class RunLog:
         self.pending: list[dict[str, Tensor]] = []
         self.window = dict(window)
         self.read_at = time.perf_counter()
-        self.bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False
-        )
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False)
         self.file = self.board = None
         if folder is not None and writes:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by runs that write nothing

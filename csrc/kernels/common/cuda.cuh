@@ -80,6 +80,9 @@ template <class T>
 constexpr __host__ __device__ T max(T a, T b) {
   return a > b ? a : b;
 }
+__device__ inline float max(float a, float b) {
+  return fmaxf(a, b);  // one instruction
+}
 template <class T>
 constexpr __host__ __device__ T min(T a, T b) {
   return a < b ? a : b;

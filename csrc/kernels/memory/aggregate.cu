@@ -18,19 +18,6 @@ struct alignas(2 * sizeof(Real)) RowSum {
   Real sum;  // Σ 2^(x − reference)
 };
 
-// scores → x = s log₂e, and the largest of each row; past the end, kLogZero.
-template <class Real, int kBlocks>
-__device__ void scale_scores(Real (&scores)[kBlocks][4], Real scale, int lane, int count, Real (&top)[2]) {
-  top[0] = top[1] = kLogZero<Real>;
-#pragma unroll
-  for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      scores[n][i] = column_of(lane, n, i) < count ? scores[n][i] * scale : kLogZero<Real>;
-      top[i / 2] = max(top[i / 2], scores[n][i]);
-    }
-}
-
 template <class Engine>
 class Forward {
   using Real = typename Engine::Real;
@@ -56,7 +43,10 @@ class Forward {
   template <class Means>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
     Real top[2];
-    scale_scores(scores[0], arguments_.scale, place_.lane, tile.count, top);
+    mask_scores(scores[0], place_.lane, tile.count);
+    largest(scores[0], top);
+    top[0] *= arguments_.scale;
+    top[1] *= arguments_.scale;
     if (__any_sync(kAllLanes, track_.passed(top))) {
       Real factor[2];
       track_.raise(top, factor);
@@ -65,7 +55,7 @@ class Forward {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[0][n][i] = exp2_of(scores[0][n][i] - track_.reference[i / 2]);
+      for (int i = 0; i < 4; ++i) scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
     runs_.add(scores[0], tile.labels, track_);
   }
 
@@ -113,7 +103,10 @@ class Backward {
   template <int kMeanBlocks>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Real (&means)[1][kMeanBlocks][4], const TileView& tile) {
     Real top[2];
-    scale_scores(scores[0], arguments_.scale, place_.lane, tile.count, top);
+    mask_scores(scores[0], place_.lane, tile.count);
+    largest(scores[0], top);
+    top[0] *= arguments_.scale;
+    top[1] *= arguments_.scale;
     if (__any_sync(kAllLanes, track_.passed(top))) {
       Real factor[2];
       track_.raise(top, factor);
@@ -123,7 +116,7 @@ class Backward {
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Real weight = exp2_of(scores[0][n][i] - track_.reference[i / 2]);
+        const Real weight = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
         track_.sum[i / 2] += weight;
         scores[0][n][i] = weight * slopes_[n][i];
       }
@@ -143,7 +136,7 @@ class Backward {
  private:
   const Arguments& arguments_;
   Place place_;
-  TableRows<Real> table_;
+  TableRows<Real, false> table_;
   Track<Real> track_;
   Real slopes_[kBlocks][4];
 };
@@ -268,7 +261,7 @@ BackwardScratch<Compute<Storage>> take_backward(const Aggregate<Storage>& proble
   using Real = Compute<Storage>;
   const Cut cut = cut_of(problem.bank, problem.rows, true);
   BackwardScratch<Real> scratch;
-  scratch.slopes = take_class_table<Real>(problem.rows, problem.bank.classes, workspace);
+  scratch.slopes = take_class_table<Real>(cut, problem.bank.classes, workspace);
   scratch.row_scale = workspace.take<Real>(problem.rows);
   scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
   scratch.means = take_means<Real>(cut, 1, problem.bank.dim, workspace);
@@ -328,7 +321,7 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
                                                        cut_of(bank, problem.rows, true));
   if (bank.slots > 0) {
-    if (const char* error = launch(slope_table<Real>, ceil_div<int64_t>(problem.rows, kTableRows), 32 * kTableRows, 0, stream,
+    if (const char* error = launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
                                    backward.grad_aggregated, backward.aggregated, problem.rows, bank.classes, scratch.slopes,
                                    scratch.row_scale))
       return error;

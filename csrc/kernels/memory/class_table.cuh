@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What a query row says of each class, laid out for a sweep: table[row / 8][class][row % 8], classes 0 … L, where L stands for no class.
 // The eight rows that a warp asks for at once then lie in one 32-byte sector.
+// Rows are padded to whole tiles.
 #pragma once
 
-#include "../common/cuda.cuh"
-#include "../common/mma.cuh"
-#include "bank.h"
+#include "sweep.cuh"
 
 namespace ssmkernels::cuda {
 
 inline constexpr int kTableRows = 8;  // one warp each while a table is made
 
 template <class Real>
-Real* take_class_table(int64_t rows, int64_t classes, Workspace& workspace) {
-  return workspace.take<Real>(ceil_div<int64_t>(rows, kTableRows) * kTableRows * (classes + 1));
+Real* take_class_table(const Cut& cut, int64_t classes, Workspace& workspace) {
+  return workspace.take<Real>(cut.padded_rows() * (classes + 1));
+}
+
+inline int64_t table_blocks(const Cut& cut) {
+  return cut.padded_rows() / kTableRows;
 }
 
 // log₂ p, kLogZero where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0 throughout: there

@@ -16,7 +16,7 @@ struct alignas(8 * sizeof(Real)) RowSums {
   Real weak_reference, weak;
   Real target_reference, target;
   Real strong_reference, strong;
-  Real target_logit;  // Σ 2^(target − reference) s, s in units of log₂
+  Real target_logit;  // Σ 2^(target − reference) query_strong·bank
   Real unused;
 };
 
@@ -51,22 +51,24 @@ class Matching {
 
   template <int kCount, int kMeanBlocks>
   __device__ void weigh(Real (&scores)[2][kBlocks][4], Real (&means)[kCount][kMeanBlocks][4], const TileView& tile) {
+    const Real weak_scale = arguments_.weak_scale, strong_scale = arguments_.strong_scale;
+    mask_scores(scores[0], place_.lane, tile.count);
+    mask_scores(scores[1], place_.lane, tile.count);
+    table_.spread(log_probs_);
+    Real(&target)[kBlocks][4] = log_probs_;
     Real top_weak[2], top_target[2], top_strong[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) top_weak[r] = top_target[r] = top_strong[r] = kLogZero<Real>;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool inside = column_of(place_.lane, n, i) < tile.count;
-        const Real weak = inside ? scores[0][n][i] * arguments_.weak_scale : kLogZero<Real>;
-        const Real strong = inside ? scores[1][n][i] * arguments_.strong_scale : kLogZero<Real>;
-        top_weak[i / 2] = max(top_weak[i / 2], weak);
-        top_target[i / 2] = max(top_target[i / 2], weak + log_probs_[n][i]);
-        top_strong[i / 2] = max(top_strong[i / 2], strong);
-        scores[0][n][i] = weak;
-        scores[1][n][i] = strong;
-      }
+      for (int i = 0; i < 4; ++i) target[n][i] += scores[0][n][i] * weak_scale;
+    largest(scores[0], top_weak);
+    largest(target, top_target);
+    largest(scores[1], top_strong);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      top_weak[r] *= weak_scale;
+      top_strong[r] *= strong_scale;
+    }
     if (__any_sync(kAllLanes, weak_.passed(top_weak) || target_.passed(top_target) || strong_.passed(top_strong))) {
       Real factor[2];
       weak_.raise(top_weak, factor);
@@ -84,12 +86,11 @@ class Matching {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int r = i / 2;
-        const Real weak = scores[0][n][i], strong = scores[1][n][i];
-        const Real target_weight = exp2_of(weak + log_probs_[n][i] - target_.reference[r]);
-        const Real strong_weight = exp2_of(strong - strong_.reference[r]);
-        weak_weights[n][i] = exp2_of(weak - weak_.reference[r]);
+        const Real target_weight = exp2_of(target[n][i] - target_.reference[r]);
+        const Real strong_weight = exp2_of(scores[1][n][i] * strong_scale - strong_.reference[r]);
+        weak_weights[n][i] = exp2_of(scores[0][n][i] * weak_scale - weak_.reference[r]);
         target_.sum[r] += target_weight;
-        target_logit_[r] += target_weight * strong;
+        target_logit_[r] += target_weight * scores[1][n][i];
         strong_.sum[r] += strong_weight;
         scores[0][n][i] = target_weight;
         scores[1][n][i] = strong_weight;
@@ -113,7 +114,7 @@ class Matching {
  private:
   const Arguments& arguments_;
   Place place_;
-  TableRows<Real> table_;
+  TableRows<Real, true> table_;
   ClassRuns<Real> runs_;
   Track<Real> weak_, target_, strong_;
   Real target_logit_[2] = {0, 0};
@@ -137,7 +138,7 @@ Scratch<Compute<Storage>> take_scratch(const InstanceMatching<Storage>& problem,
   const Cut cut = cut_of(bank, problem.rows, with_means);
   Scratch<Real> scratch;
   scratch.order = take_class_order(bank, workspace);
-  scratch.log_probs = take_class_table<Real>(problem.rows, bank.classes, workspace);
+  scratch.log_probs = take_class_table<Real>(cut, bank.classes, workspace);
   scratch.known = workspace.take<unsigned char>(problem.rows);
   scratch.rows = workspace.take<RowSums<Real>>(cut.splits * cut.padded_rows());
   scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(bank.classes, cut));
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_matching(const __grid_
   // An empty bank has sums of zero, and means of zero.
   const Real per_weak = splits > 0 ? 1 / weak : Real(0), per_target = splits > 0 ? 1 / target : Real(0),
              per_strong = splits > 0 ? 1 / strong : Real(0);
-  target_logit *= per_target * static_cast<Real>(kLn2);
+  target_logit *= per_target * in.strong_scale;
   const auto log_of = [](Real reference, Real sum) { return (reference + log2(sum)) * static_cast<Real>(kLn2); };
 
   if (threadIdx.x == 0) {
@@ -264,7 +265,7 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
 
   if (bank.slots > 0) {
     if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
-    if (const char* error = launch(log_probs_table<Real>, ceil_div<int64_t>(problem.rows, kTableRows), 32 * kTableRows, 0, stream,
+    if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
                                    problem.probs_weak, scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
       return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {

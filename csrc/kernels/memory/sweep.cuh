@@ -2,7 +2,7 @@
 // How the CUDA kernels of this family sweep a bank, in the manner of FlashAttention-2.
 //
 // A block of four warps owns 64 query rows, 16 to a warp, and a split of the bank. Tiles of slots pass through a ring in shared memory
-// (cp.async, zeros past the edges). From a tile a warp takes the scores of its rows, hands them to the operation, which turns scores into
+// (cp.async). From a tile a warp takes the scores of its rows, hands them to the operation, which turns scores into
 // weights, and adds the weighted slots to the means in its registers: weak and strong rows share every fragment of the tile. A dimension
 // wider than a chunk makes a block per chunk; each takes its scores over all chunks, its own last, and the means of its own.
 //
@@ -30,9 +30,14 @@ struct TileShape {
   static constexpr int kBlocks = kSlots / 8;
   static constexpr int kDim = sizeof(Storage) == 8 ? 64 : 128;  // of a chunk
   static constexpr int kVector = 16 / sizeof(Storage);
+  static constexpr int kVectors = kDim / kVector;
   static constexpr int kPitch = kDim + kVector;
-  static constexpr int kStages = sizeof(Storage) == 2 ? 4 : 2;  // at most: two blocks fit a multiprocessor of sm_80 or sm_90
-  static constexpr int kRing = 2 * kStages;                     // slots noted ahead of their stage: at least kStages + 1
+  static constexpr int kBuffers = sizeof(Storage) == 2 ? 4 : 2;  // tiles in shared memory; two blocks fit a multiprocessor of sm_90
+  static constexpr int kRing = 2 * kBuffers;                     // tiles whose slots are noted: at least kBuffers + 1
+
+  struct alignas(16) Vector {
+    Storage values[kVector];
+  };
 };
 
 // Half types on the tensor cores, 16 deep.
@@ -41,16 +46,17 @@ struct HalfEngine {
   using Storage = StorageType;
   using Real = float;
   using Shape = TileShape<Storage>;
+  static constexpr bool kRounds = false;
 
   // sum[q][n] += query_q · slot; `query` is the warp's first row of query 0.
-  template <int kQueries>
+  template <bool kFull, int kQueries>
   static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
     const int lane = threadIdx.x % 32;
     const Storage* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 8;
     const Storage* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 8;
 #pragma unroll
     for (int k = 0; k < Shape::kDim; k += 16) {
-      if (k >= depth) break;
+      if (!kFull && k >= depth) break;
       uint32_t a[kQueries][4];
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) load_matrices(a[q], a_row + q * kRows * Shape::kPitch + k);
@@ -68,7 +74,7 @@ struct HalfEngine {
   }
 
   // sum[m][n] += Σ_slot weight_m · slot. The accumulators of two blocks of scores are the operand of one step.
-  template <int kMeans, int kQueries>
+  template <bool kFull, int kMeans, int kQueries>
   static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
                                const Storage* tile, int depth) {
     uint32_t a[kMeans][Shape::kBlocks / 2][4];
@@ -83,7 +89,7 @@ struct HalfEngine {
     const Storage* b_row = tile + lane % 16 * Shape::kPitch + lane / 16 * 8;
 #pragma unroll
     for (int n = 0; n < Shape::kDim / 8; n += 2) {
-      if (n * 8 >= depth) break;
+      if (!kFull && n * 8 >= depth) break;
 #pragma unroll
       for (int k = 0; k < Shape::kBlocks / 2; ++k) {
         uint32_t b[4];
@@ -98,28 +104,33 @@ struct HalfEngine {
   }
 };
 
-// float32 rounded to tf32 on the tensor cores, 8 deep.
+// float32 rounded to tf32 on the tensor cores, 8 deep. What lies in shared memory has been rounded.
 struct Tf32Engine {
   using Storage = float;
   using Real = float;
   using Shape = TileShape<float>;
+  static constexpr bool kRounds = true;
+
+  static __device__ float rounded(float x) {
+    return __uint_as_float(to_tf32(x));
+  }
 
   // A row of an 8×8 matrix of 2-byte elements is four floats here.
-  template <int kQueries>
+  template <bool kFull, int kQueries>
   static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const float* query, const float* tile, int depth) {
     const int lane = threadIdx.x % 32;
     const float* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 4;
     const float* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 4;
 #pragma unroll
     for (int k = 0; k < Shape::kDim; k += 8) {
-      if (k >= depth) break;
+      if (k >= depth) break;  // also where the chunk is full: more loads ahead would not fit the registers
       uint32_t a[kQueries][4];
 #pragma unroll
-      for (int q = 0; q < kQueries; ++q) load_rounded(a[q], a_row + q * kRows * Shape::kPitch + k);
+      for (int q = 0; q < kQueries; ++q) load_matrices(a[q], a_row + q * kRows * Shape::kPitch + k);
 #pragma unroll
       for (int n = 0; n < Shape::kBlocks; n += 2) {
         uint32_t b[4];
-        load_rounded(b, b_row + n * 8 * Shape::kPitch + k);
+        load_matrices(b, b_row + n * 8 * Shape::kPitch + k);
 #pragma unroll
         for (int q = 0; q < kQueries; ++q) {
           multiply_add<float>(sum[q][n], a[q], b[0], b[1]);
@@ -131,7 +142,7 @@ struct Tf32Engine {
 
   // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4 is slot 2t + 1, so the
   // accumulators of a block of scores are the operand as they lie.
-  template <int kMeans, int kQueries>
+  template <bool kFull, int kMeans, int kQueries>
   static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
                                const float* tile, int depth) {
     uint32_t a[kMeans][Shape::kBlocks][4];
@@ -142,24 +153,17 @@ struct Tf32Engine {
 #pragma unroll
         for (int i = 0; i < 4; ++i) a[m][k][i] = to_tf32(weights[m][k][i % 2 * 2 + i / 2]);
     const int lane = threadIdx.x % 32;
-    const float* b_at = tile + lane % 4 * 2 * Shape::kPitch + lane / 4;
+    const uint32_t* b_at = reinterpret_cast<const uint32_t*>(tile) + lane % 4 * 2 * Shape::kPitch + lane / 4;
 #pragma unroll
     for (int n = 0; n < Shape::kDim / 8; ++n) {
       if (n * 8 >= depth) break;
 #pragma unroll
       for (int k = 0; k < Shape::kBlocks; ++k) {
-        const uint32_t b0 = to_tf32(b_at[k * 8 * Shape::kPitch + n * 8]), b1 = to_tf32(b_at[(k * 8 + 1) * Shape::kPitch + n * 8]);
+        const uint32_t b0 = b_at[k * 8 * Shape::kPitch + n * 8], b1 = b_at[(k * 8 + 1) * Shape::kPitch + n * 8];
 #pragma unroll
         for (int m = 0; m < kMeans; ++m) multiply_add<float>(sum[m][n], a[m][k], b0, b1);
       }
     }
-  }
-
- private:
-  static __device__ void load_rounded(uint32_t (&to)[4], const float* row) {
-    load_matrices(to, row);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = to_tf32(__uint_as_float(to[i]));
   }
 };
 
@@ -170,17 +174,16 @@ struct PlainEngine {
   using Real = StorageType;
   using Shape = TileShape<Storage>;
 
-  struct alignas(16) Vector {
-    Storage values[Shape::kVector];
-  };
+  using Vector = typename Shape::Vector;
+  static constexpr bool kRounds = false;
 
-  template <int kQueries>
+  template <bool kFull, int kQueries>
   static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
     const int lane = threadIdx.x % 32;
     const Storage* a_row = query + lane / 4 * Shape::kPitch;
     const Storage* b_row = tile + lane % 4 * 2 * Shape::kPitch;
 #pragma unroll 1
-    for (int k = 0; k < depth; k += Shape::kVector) {
+    for (int k = 0; k < (kFull ? Shape::kDim : depth); k += Shape::kVector) {
       Vector a[kQueries][2];
 #pragma unroll
       for (int q = 0; q < kQueries; ++q)
@@ -202,7 +205,7 @@ struct PlainEngine {
   }
 
   // The weight of slot 8n + 2t + c lies with lane t of the row's four.
-  template <int kMeans, int kQueries>
+  template <bool kFull, int kMeans, int kQueries>
   static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
                                const Storage* tile, int depth) {
     const int lane = threadIdx.x % 32;
@@ -220,7 +223,7 @@ struct PlainEngine {
           const Storage* b_row = tile + (block * 8 + owner * 2 + column) * Shape::kPitch + lane % 4 * 2;
 #pragma unroll
           for (int n = 0; n < Shape::kDim / 8; ++n) {
-            if (n * 8 >= depth) break;
+            if (!kFull && n * 8 >= depth) break;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
               const Storage b = b_row[n * 8 + c];
@@ -279,7 +282,7 @@ struct SweepInput {
   int64_t rows;
   Cut cut;
   bool bank_vectors, query_vectors;  // 16 bytes can be copied at once
-  unsigned stages;                   // tiles in shared memory: 1, 2 or kStages
+  unsigned buffers;                  // tiles in shared memory: kBuffers, or half or a quarter where a block is allowed less
 };
 
 template <class Storage>
@@ -317,58 +320,60 @@ struct TileView {
   int count;              // slots inside
 };
 
-// to[r][d] = from(r)[d·column_stride], d in [0, width), and 0 up to `depth` and in rows whose from(r) is null.
-template <class Storage, int kCount, class From>
-__device__ void stage(Storage* to, int64_t column_stride, int width, int depth, bool vectors, From from) {
-  using Shape = TileShape<Storage>;
+// The vectors of staged rows that a thread copies: column d of rows r, r + kStep, …
+template <class Shape>
+struct Vectors {
+  static constexpr int kStep = kSweepThreads / Shape::kVectors;
+  int r = threadIdx.x / Shape::kVectors, d = threadIdx.x % Shape::kVectors * Shape::kVector;
+};
+
+// to[r][d] = from(r)[d·column_stride], d in [0, width), and 0 up to `depth`.
+template <class Engine, int kCount, class From>
+__device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, int width, int depth, bool vectors, From from) {
+  using Storage = typename Engine::Storage;
+  using Shape = typename Engine::Shape;
   if (vectors) {
-    constexpr int kVectors = Shape::kDim / Shape::kVector;
-#pragma unroll
-    for (int i = threadIdx.x; i < kCount * kVectors; i += kSweepThreads) {
-      const int r = i / kVectors, d = i % kVectors * Shape::kVector;
-      if (d >= depth) continue;
-      const Storage* row = from(r);
-      const bool inside = row != nullptr && d < width;
-      copy_async(to + r * Shape::kPitch + d, inside ? row + d : from.any, inside);
-    }
+    const Vectors<Shape> mine;
+    if (mine.d >= depth) return;
+#pragma unroll kCount <= 32 ? kCount / Vectors<Shape>::kStep : 1
+    for (int r = 0; r < kCount; r += Vectors<Shape>::kStep)
+      copy_async(to + (mine.r + r) * Shape::kPitch + mine.d, from(mine.r + r) + mine.d, mine.d < width);
   } else {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kCount * Shape::kDim; i += kSweepThreads) {
       // Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
       const int r = column_stride == 1 ? i / Shape::kDim : i % kCount, d = column_stride == 1 ? i % Shape::kDim : i / kCount;
       if (d >= depth) continue;
-      const Storage* row = from(r);
-      to[r * Shape::kPitch + d] = row != nullptr && d < width ? row[d * column_stride] : Storage{};
+      const Storage x = d < width ? from(r)[d * column_stride] : Storage{};
+      if constexpr (Engine::kRounds)
+        to[r * Shape::kPitch + d] = Engine::rounded(x);
+      else
+        to[r * Shape::kPitch + d] = x;
     }
   }
 }
 
-template <class Storage>
-struct QueryRows {
-  const Storage* any;
-  const Storage* first;
-  int64_t stride;
-  int64_t count;
-  __device__ const Storage* operator()(int r) const {
-    return r < count ? first + r * stride : nullptr;
+// Rounds what this thread itself copied with vectors, once that has landed.
+template <class Engine, int kCount>
+__device__ void round_rows(typename Engine::Storage* rows, int depth) {
+  using Shape = typename Engine::Shape;
+  const Vectors<Shape> mine;
+  if (mine.d >= depth) return;
+#pragma unroll kCount <= 32 ? 4 : 1
+  for (int r = 0; r < kCount; r += Vectors<Shape>::kStep) {
+    auto* vector = reinterpret_cast<typename Shape::Vector*>(rows + (mine.r + r) * Shape::kPitch + mine.d);
+    typename Shape::Vector x = *vector;
+#pragma unroll
+    for (int v = 0; v < Shape::kVector; ++v) x.values[v] = Engine::rounded(x.values[v]);
+    *vector = x;
   }
-};
-
-template <class Storage>
-struct BankRows {
-  const Storage* any;
-  const Storage* column;    // first column of the chunk
-  const int64_t* offsets;  // [kSlots] in shared memory; −1 past the end
-  __device__ const Storage* operator()(int r) const {
-    return offsets[r] >= 0 ? column + offsets[r] : nullptr;
-  }
-};
+}
 
 // With more than one chunk the queries pass through the ring too.
 template <class Engine, int kQueries>
-constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t stages) {
+constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
   using Shape = typename Engine::Shape;
-  const int64_t tile_rows = stages * Shape::kSlots + (chunks > 1 ? stages : 1) * kQueries * kRows;
+  const int64_t tile_rows = buffers * Shape::kSlots + (chunks > 1 ? buffers : 1) * kQueries * kRows;
   return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * 2 * sizeof(int64_t);
 }
 
@@ -383,67 +388,73 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   using Real = typename Engine::Real;
   using Shape = typename Engine::Shape;
   constexpr int kQueries = Operation::kQueries, kMeans = Operation::kMeans;
-  constexpr int kStages = Shape::kStages, kSlots = Shape::kSlots, kRing = Shape::kRing;
+  constexpr int kBuffers = Shape::kBuffers, kSlots = Shape::kSlots, kRing = Shape::kRing;
   constexpr int kQuerySize = kQueries * kRows * Shape::kPitch, kTileSize = kSlots * Shape::kPitch;
 
   const unsigned chunks = in.cut.chunks, owners = in.cut.owners, row_tiles = in.cut.row_tiles;
   const unsigned chunk = blockIdx.x % owners, split = blockIdx.x / owners / row_tiles;
-  const int64_t row_tile = blockIdx.x / owners % row_tiles;
-  const int64_t first_row = row_tile * kRows;
-  const int64_t first_slot = int64_t{split} * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
-  const unsigned ring = in.stages, ahead = ring - 1;
-  const unsigned stages = static_cast<unsigned>(ceil_div<int64_t>(end_slot - first_slot, kSlots)) * chunks;
+  const int64_t first_row = blockIdx.x / owners % row_tiles * int64_t{kRows};
+  const int64_t first_slot = split * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
+  const unsigned buffers = in.buffers, ahead = buffers - 1;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
   int64_t* labels = offsets + kRing * kSlots;                       // [kRing][kSlots]
   Storage* tiles = reinterpret_cast<Storage*>(labels + kRing * kSlots);
-  Storage* queries = tiles + ring * kTileSize;
+  Storage* queries = tiles + buffers * kTileSize;
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
 
-  // Stage s is tile s / chunks and chunk (chunk + 1 + s % chunks) % chunks: a block's own chunk comes last.
-  const auto chunk_of = [&](unsigned s) { return chunks == 1 ? 0 : (chunk + 1 + s % chunks) % chunks; };
+  // Stage s is a tile and a chunk; a block's own chunk comes last.
+  const unsigned stages = static_cast<unsigned>(ceil_div<int64_t>(end_slot - first_slot, kSlots)) * chunks;
+  const auto slot_of = [&](unsigned s) { return first_slot + int64_t{chunks == 1 ? s : s / chunks} * kSlots; };
+  const auto turn_of = [&](unsigned s) { return chunks == 1 ? 0 : s % chunks; };
+  const auto chunk_of = [&](unsigned s) {
+    const unsigned c = chunk + 1 + turn_of(s);
+    return c < chunks ? c : c - chunks;
+  };
   const auto width_of = [&](unsigned c) { return static_cast<int>(min<int64_t>(in.bank.dim - int64_t{c} * Shape::kDim, Shape::kDim)); };
   const auto depth_of = [&](unsigned c) { return ceil_div(width_of(c), kDepth) * kDepth; };
 
-  Slot next{};  // of stage `upcoming`, in the first kSlots threads
-  bool next_inside = false;
+  // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot repeats, as the last
+  // row does past the last query: finite numbers that weigh nothing.
+  Slot found{};
   const auto look_up = [&](unsigned s) {
     if (threadIdx.x >= kSlots || s >= stages) return;
-    const int64_t at = first_slot + int64_t{s / chunks} * kSlots + threadIdx.x;
-    const int64_t last = end_slot - 1;
-    next_inside = at <= last;
-    next = in.order ? in.order[min(at, last)] : Slot{min(at, last), class_row(in.bank.labels[min(at, last)], in.bank.classes)};
+    const int64_t at = min<int64_t>(slot_of(s) + threadIdx.x, end_slot - 1);
+    found = in.order ? in.order[at] : Slot{at, class_row(in.bank.labels[at], in.bank.classes)};
   };
   const auto note = [&](unsigned s) {
-    if (threadIdx.x >= kSlots || s >= stages) return;
-    offsets[s % kRing * kSlots + threadIdx.x] = next_inside ? next.index * in.bank.row_stride : -1;
-    labels[s % kRing * kSlots + threadIdx.x] = next.label;
+    if (threadIdx.x >= kSlots) return;
+    offsets[s % kRing * kSlots + threadIdx.x] = found.index * in.bank.row_stride;
+    labels[s % kRing * kSlots + threadIdx.x] = found.label;
   };
-  const auto stage_queries = [&](unsigned c, Storage* to) {
+  const auto issue_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
-      stage<Storage, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors,
-                            QueryRows<Storage>{in.query[q], in.query[q] + first_row * in.bank.dim + int64_t{c} * Shape::kDim, in.bank.dim,
-                                               in.rows - first_row});
+      stage_rows<Engine, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors, [&](int r) {
+        return in.query[q] + min(first_row + r, in.rows - 1) * in.bank.dim + int64_t{c} * Shape::kDim;
+      });
   };
   const auto issue = [&](unsigned s) {
     if (s < stages) {
       const unsigned c = chunk_of(s);
-      stage<Storage, kSlots>(tiles + s % ring * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
-                             BankRows<Storage>{in.bank.features, in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride,
-                                               offsets + s % kRing * kSlots});
-      if (chunks > 1) stage_queries(c, queries + s % ring * kQuerySize);
+      const Storage* column = in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride;
+      const int64_t* rows = offsets + s % kRing * kSlots;
+      stage_rows<Engine, kSlots>(tiles + (s & ahead) * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
+                                 [&](int r) { return column + rows[r]; });
+      if (chunks > 1) issue_queries(c, queries + (s & ahead) * kQuerySize);
     }
     copy_async_commit();
   };
 
+#pragma unroll 1
   for (unsigned s = 0; s < ahead; ++s) {
     look_up(s);
     note(s);
   }
   look_up(ahead);
   __syncthreads();
-  if (chunks == 1) stage_queries(0, queries);
+  if (chunks == 1) issue_queries(0, queries);
+#pragma unroll 1
   for (unsigned s = 0; s < ahead; ++s) issue(s);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -455,25 +466,28 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll 1
   for (unsigned s = 0; s < stages; ++s) {
     note(s + ahead);
-    look_up(s + ring);
+    look_up(s + buffers);
     if (ahead == 0) {
       __syncthreads();
       issue(s);
     }
-    if (ring == kStages)
-      copy_async_wait<kStages - 2>();
+    if (buffers == kBuffers)
+      copy_async_wait<kBuffers - 2>();
     else
       copy_async_wait<0>();
-    __syncthreads();  // stage s has landed and no warp is at stage s − 1 any more
+    const int depth = depth_of(chunk_of(s));
+    Storage* tile = tiles + (s & ahead) * kTileSize;
+    Storage* query = queries + (s & ahead) * query_step;
+    if constexpr (Engine::kRounds) {
+      if (in.bank_vectors) round_rows<Engine, kSlots>(tile, depth);
+      if (in.query_vectors && (chunks > 1 || s == 0)) round_rows<Engine, kQueries * kRows>(query, depth);
+    }
+    __syncthreads();  // the stage has landed and no warp is at the one before any more
     if (ahead > 0) issue(s + ahead);
     if (!working) continue;
 
-    const bool starts = chunks == 1 || s % chunks == 0, ends = chunks == 1 || s % chunks == chunks - 1;
-    const int64_t first = first_slot + int64_t{s / chunks} * kSlots;
-    const TileView view{labels + s % kRing * kSlots, first, static_cast<int>(min<int64_t>(end_slot - first, kSlots))};
-    const Storage* tile = tiles + s % ring * kTileSize;
-    const int depth = depth_of(chunk_of(s));
-    if (starts) {
+    const TileView view{labels + s % kRing * kSlots, slot_of(s), static_cast<int>(min<int64_t>(end_slot - slot_of(s), kSlots))};
+    if (turn_of(s) == 0) {
       operation.fetch(view);
 #pragma unroll
       for (int q = 0; q < kQueries; ++q)
@@ -482,10 +496,20 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll
           for (int i = 0; i < 4; ++i) scores[q][n][i] = 0;
     }
-    Engine::scores(scores, queries + s % ring * query_step + warp * kWarpRows * Shape::kPitch, tile, depth);
-    if (ends) {
+    // A whole chunk has no branches between its products, so that loads run ahead of them.
+    const Storage* rows = query + warp * kWarpRows * Shape::kPitch;
+    if (depth == Shape::kDim)
+      Engine::template scores<true>(scores, rows, tile, depth);
+    else
+      Engine::template scores<false>(scores, rows, tile, depth);
+    if (turn_of(s) == chunks - 1) {
       operation.weigh(scores, means, view);
-      if constexpr (kMeans > 0) Engine::means(means, scores, tile, depth);
+      if constexpr (kMeans > 0) {
+        if (depth == Shape::kDim)
+          Engine::template means<true>(means, scores, tile, depth);
+        else
+          Engine::template means<false>(means, scores, tile, depth);
+      }
     }
   }
   copy_async_wait<0>();
@@ -494,10 +518,10 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
 template <class Engine, class Operation>
 const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments, cudaStream_t stream) {
-  const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.stages); };
+  const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.buffers); };
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  in.stages = Engine::Shape::kStages;
-  while (in.stages > 1 && bytes() > limit) in.stages /= 2;
+  in.buffers = Engine::Shape::kBuffers;
+  while (in.buffers > 1 && bytes() > limit) in.buffers /= 2;
   return launch(sweep<Engine, Operation>, in.cut.blocks(), kSweepThreads, bytes(), stream, in, arguments);
 }
 
@@ -556,30 +580,61 @@ __device__ inline int column_of(int lane, int block, int i) {
   return block * 8 + lane % 4 * 2 + i % 2;
 }
 
+// Slots past the end of a tile, which only the last tile of a split has, weigh nothing.
+template <class Real, int kBlocks>
+__device__ void mask_scores(Real (&scores)[kBlocks][4], int lane, int count) {
+  if (count == kBlocks * 8) return;
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (column_of(lane, n, i) >= count) scores[n][i] = kLogZero<Real>;
+}
+
+// The largest of each row.
+template <class Real, int kBlocks>
+__device__ void largest(const Real (&scores)[kBlocks][4], Real (&top)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) top[r] = max(scores[0][r * 2], scores[0][r * 2 + 1]);
+#pragma unroll
+  for (int n = 1; n < kBlocks; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) top[i / 2] = max(top[i / 2], scores[n][i]);
+}
+
 // What the rows of a thread have in the class table (class_table.cuh), for the slots of a tile.
-template <class Real>
+template <class Real, bool kClassOrder>
 class TableRows {
  public:
-  __device__ TableRows(const Real* table, int64_t classes, const Place& place) {
-    for (int r = 0; r < 2; ++r) {  // a row past the end reads the last group
-      const int64_t group = min((place.row + 8 * r) / 8, (place.rows - 1) / 8);
-      rows_[r] = table + group * (classes + 1) * 8 + place.lane / 4;
-    }
-  }
+  __device__ TableRows(const Real* table, int64_t classes, const Place& place)
+      : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), step_((classes + 1) * 8) {}
+  // In class order most tiles are of one class: such a tile loads one value per row, and spread() copies it once it is there.
   template <int kBlocks>
-  __device__ void fetch(Real (&to)[kBlocks][4], const int64_t* labels, int lane) const {
+  __device__ void fetch(Real (&to)[kBlocks][4], const int64_t* labels, int lane) {
+    if constexpr (kClassOrder) one_class_ = labels[0] == labels[kBlocks * 8 - 1];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int64_t label = labels[column_of(lane, n, c)];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) to[n][r * 2 + c] = rows_[r][label * 8];
+        if (one_class_ && (n > 0 || c > 0)) continue;
+        const Real* at = first_ + labels[column_of(lane, n, c)] * 8;
+        to[n][c] = at[0];
+        to[n][2 + c] = at[step_];
       }
+  }
+  template <int kBlocks>
+  __device__ void spread(Real (&to)[kBlocks][4]) const {
+    if (!one_class_) return;
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) to[n][i] = to[0][i / 2 * 2];
   }
 
  private:
-  const Real* rows_[2];
+  const Real* first_;
+  int64_t step_;  // to the row eight further
+  bool one_class_ = false;
 };
 
 // Sums of the classes in a sweep by class order. A class that a split closes is written once, relative to the reference of that moment. The

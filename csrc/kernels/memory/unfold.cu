@@ -51,15 +51,13 @@ class Normalize {
 
   template <class Means>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
-    Real top[2] = {kLogZero<Real>, kLogZero<Real>};
+    mask_scores(scores[0], place_.lane, tile.count);
+    Real top[2];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool inside = column_of(place_.lane, n, i) < tile.count;
-        scores[0][n][i] = inside ? scores[0][n][i] * arguments_.scale + log_probs_[n][i] : kLogZero<Real>;
-        top[i / 2] = max(top[i / 2], scores[0][n][i]);
-      }
+      for (int i = 0; i < 4; ++i) scores[0][n][i] = scores[0][n][i] * arguments_.scale + log_probs_[n][i];
+    largest(scores[0], top);
     if (__any_sync(kAllLanes, track_.passed(top))) {
       Real factor[2];
       track_.raise(top, factor);
@@ -83,7 +81,7 @@ class Normalize {
  private:
   const Arguments& arguments_;
   Place place_;
-  TableRows<Real> table_;
+  TableRows<Real, false> table_;
   Track<Real> track_;
   Real log_probs_[kBlocks][4];
 };
@@ -133,7 +131,6 @@ class Write {
     struct alignas(2 * sizeof(Real)) Pair {
       Real a, b;
     };
-    if (place_.chunk != 0) return;
     const bool pairs = arguments_.slots % 2 == 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -165,7 +162,7 @@ class Write {
 
   const Arguments& arguments_;
   Place place_;
-  TableRows<Real> table_;
+  TableRows<Real, false> table_;
   Real reference_[2], share_[2];
   Real log_probs_[kBlocks][4];
 };
@@ -191,7 +188,7 @@ Scratch<Compute<Storage>> take_scratch(const Unfold<Storage>& problem, Workspace
   Scratch<Real> scratch;
   scratch.present = workspace.take<unsigned char>(problem.bank.classes + 1);
   scratch.known = workspace.take<unsigned char>(problem.rows);
-  scratch.log_probs = take_class_table<Real>(problem.rows, problem.bank.classes, workspace);
+  scratch.log_probs = take_class_table<Real>(cut, problem.bank.classes, workspace);
   scratch.splits = workspace.take<Normalizer<Real>>(cut.splits * cut.padded_rows());
   scratch.rows = workspace.take<Normalizer<Real>>(problem.rows);
   return scratch;
@@ -213,15 +210,15 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   if (problem.rows == 0 || bank.slots == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Real> scratch = take_scratch(problem, workspace);
+  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                       cut_of(bank, problem.rows, false));
   if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
   if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels, bank.slots, bank.classes,
                                  scratch.present))
     return error;
-  if (const char* error = launch(log_probs_table<Real>, ceil_div<int64_t>(problem.rows, kTableRows), 32 * kTableRows, 0, stream,
+  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
                                  problem.probs, scratch.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
     return error;
-  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                       cut_of(bank, problem.rows, false));
   return with_engine<Storage>(problem.allow_tf32, [&](auto engine) -> const char* {
     using Engine = decltype(engine);
     const UnfoldArguments<Engine> arguments{scratch.log_probs,    bank.classes, static_cast<Real>(kLog2e / problem.temperature),

@@ -39,6 +39,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 using std::ceil;
 using std::exp2;
 using std::fabs;
+using std::fmaxf;
 using std::log2;
 using std::sqrt;
 
