@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_OUT ?= build/bench/cpu.json
-GPU_BENCH_OUT ?= bench/results/gpu.json
+GPU_BENCH_OUT ?= bench/results/gpu
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
@@ -66,7 +66,8 @@ gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torc
 	  $(PYTHON) setup.py build_ext --inplace
 	$(PYTHON) -m ssmkernels info
 	timeout 200 $(PYTHON) -m pytest python_tests -m gpu
-	timeout 240 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --out $(GPU_BENCH_OUT)
+	timeout --preserve-status -s INT 120 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --dtype bfloat16 --out $(GPU_BENCH_OUT)-bfloat16.json
+	timeout --preserve-status -s INT 120 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --out $(GPU_BENCH_OUT)-float32.json
 	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 

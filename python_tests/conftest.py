@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The rooms above the ops need more than torch. Where it is missing (`make gpu` on a machine with torch alone), they are left out, and said so.
+# The rooms above the ops need more than torch. Where that is missing (`make gpu` with torch alone) they are left out, and it is said.
 TRAIN_PACKAGES = ("jsonargparse", "lightning_fabric", "PIL", "sklearn", "torchvision", "tqdm", "yaml")
 missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
 collect_ignore = ["data", "experiments", "models", "trainers"] if missing else []

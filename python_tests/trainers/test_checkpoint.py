@@ -39,7 +39,7 @@ class Payload:
 
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("checkpoint.pt").write_bytes(pickle.dumps(Payload()))
+    Path("checkpoint.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not a readable checkpoint"):
         load_checkpoint(Path("checkpoint.pt"))
     assert not Path("executed").exists()

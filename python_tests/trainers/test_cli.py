@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import json
+import os
 import re
 import signal
 import subprocess
@@ -67,15 +68,16 @@ def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs" / "simmatch" / "digits-seed7" / "checkpoint.pt").exists()
 
 
-def test_ctrl_c_then_resume_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_then_resume_gives_the_same_bits(tmp_path, number):
     steps = 60
     arguments = [*SMALL, "--steps", str(steps), "--first_epoch_steps", "5", "--run.log_every", "1", "--run.eval_every", "30"]
     command = [sys.executable, "-m", "ssmkernels", "train", "simmatch", *arguments, "--run.out", str(tmp_path / "stopped")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)  # the whole group, as a terminal or a scheduler does: data-loading processes too
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     stopped_at = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"]

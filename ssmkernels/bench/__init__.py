@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write results here, and a table and a plot beside it")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="results; a table and a plot go beside it (default: runs/bench/DEVICE.json)"
+    )
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)
         return 1
-    dtype = getattr(torch, args.dtype)
+    dtype, out = getattr(torch, args.dtype), args.out or Path(f"runs/bench/{args.device}.json")
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
     rates = measure.device_rates(args.device, {args.dtype: dtype})
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
@@ -47,15 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         for each in memory.cases(device=args.device, dtype=dtype, quick=args.quick):
             torch.compiler.reset()  # every size is compiled for itself, as its user would have it
             results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=lambda line: print(line, flush=True)))
-            if args.out:
-                _write(args.out, _document(args, argv, rates, results))
+            _write(out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
     print("\n" + report.table(results))
-    if args.out and results:
-        args.out.with_suffix(".md").write_text(report.table(results) + "\n")
-        report.plot(results, args.out.with_suffix(".png"))
-        print(f"\nwrote {args.out}, {args.out.with_suffix('.md').name} and {args.out.with_suffix('.png').name}")
+    if results:
+        out.with_suffix(".md").write_text(report.table(results) + "\n")
+        report.plot(results, out.with_suffix(".png"))
+        print(f"\nwrote {out}, {out.with_suffix('.md').name} and {out.with_suffix('.png').name}")
     return 0
 
 

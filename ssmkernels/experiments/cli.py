@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     out = options.out / f"{options.name}-{options.budget}"
     try:
         report = run_experiment(EXPERIMENTS[options.name], budget=options.budget, data=options.data, out=out)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels reproduce: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

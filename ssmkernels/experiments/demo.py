@@ -104,7 +104,8 @@ def simmatch_section(runs: Mapping[str, Sequence[RunResult]], steps: int, out: P
     return (
         f"# SimMatch on handwritten digits, {config.data.labels} labels\n\n"
         f"scikit-learn's digits (8x8 pixels, 10 classes), {config.data.labels} labelled images, {steps} steps of {config.batch_size} "
-        f"labelled and {config.batch_size * config.mu} unlabelled images, {config.model}; the methods differ in their losses only.\n\n"
+        f"labelled and {config.batch_size * config.mu} unlabelled images, {config.model}, {max(map(len, runs.values()))} seed(s). "
+        "The methods differ in their losses only.\n\n"
         f"{markdown_table(['method', 'test error, %, mean ± std', 'by seed'], errors)}\n\n"
         "Pseudo-labels while training (the quantities of Figure 4 of the paper):\n\n"
         f"{markdown_table(header, epochs)}\n\n![Figure 4](figure4.png)\n"

@@ -42,10 +42,10 @@ def plot_curves(
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (panel, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, histories in runs.items():
+        for number, (label, histories) in enumerate(runs.items()):
             steps, values = mean_curve(histories, name)
             if steps:
-                axes.plot(steps, values, label=label, linewidth=1.5)
+                axes.plot(steps, values, color=f"C{number}", label=label, linewidth=1.5)  # the same colour in every panel
         axes.set(title=panel, xlabel="step")
         axes.grid(alpha=0.3)
         if axes.lines:

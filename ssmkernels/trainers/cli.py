@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -51,9 +52,11 @@ def main(argv: Sequence[str]) -> int:
         if config.run.out is None:
             config.run.out = f"runs/{method}/{_config_name(argv) or f'{config.data.name}-{config.data.labels}'}-seed{config.seed}"
         result = METHODS[method].train(config, resume=resume)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels train: {error}", file=sys.stderr)
         return 1
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
+        return 0
     if not result.finished:
         again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
         print(f"Stopped after step {result.step} of {config.steps}; the checkpoint is in {config.run.out}. To go on: {again}")

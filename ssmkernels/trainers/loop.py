@@ -215,9 +215,10 @@ class StopSignals:
         self.requested = True
 
 
-def ignore_interrupt(worker: int) -> None:
-    """For data-loading processes: Ctrl-C reaches them too, but the main process decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_stop_signals(worker: int) -> None:
+    """For data-loading processes: signals to the whole group reach them too, but the main process decides when they end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _any_rank(flag: bool, fabric: Fabric) -> bool:

@@ -25,7 +25,7 @@ from ssmkernels import data, models
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.nn import DistributionAlignment, EMATeacher, LabeledMemory
 from ssmkernels.trainers.evaluation import top_k_accuracy
-from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_interrupt, make_fabric
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
 from ssmkernels.trainers.schedules import cosine_7_16, warm_up_half_cosine
 
 
@@ -292,7 +292,7 @@ class SimMatch:
                 rank=fabric.global_rank,
                 world_size=fabric.world_size,
                 workers=self.config.run.workers,
-                worker_init_fn=ignore_interrupt,
+                worker_init_fn=ignore_stop_signals,
             )
             values = top_k_accuracy(model, batches, device=fabric.device, ks=ks)
             accuracies |= {f"{name}_accuracy" if k == 1 else f"{name}_top{k}": value for k, value in zip(ks, values, strict=True)}
@@ -318,7 +318,7 @@ class SimMatch:
             exclude_labeled=not config.data.labels_in_unlabeled,
         )
         cuda = self.fabric.device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_interrupt, pin_memory=cuda)
+        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
 
     def state_dict(self) -> dict[str, Any]:
         for module in (self.model, self.teacher):

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21 GFLOP (scores, means).
 #include "aggregate.h"
-
 #include "class_order.cuh"
 #include "class_table.cuh"
 #include "sweep.cuh"
@@ -28,22 +27,22 @@ class Forward {
   static constexpr int kMeans = 0;
 
   struct Arguments {
-    Real scale;                      // log₂e / t
-    RowSum<Real>* rows;              // [splits][padded rows]
-    ClassSum<Real>* classes_sums;    // [B][pitch]
+    Real scale;                    // log₂e / t
+    RowSum<Real>* rows;            // [splits][padded rows]
+    ClassSum<Real>* classes_sums;  // [B][pitch]
     int64_t classes_pitch;
     int64_t padded_rows;
   };
 
   __device__ Forward(const Arguments& arguments, const Place& place)
-      : arguments_(arguments), place_(place), runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
+      : arguments_(arguments), lane_(place.lane), runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
 
   __device__ void fetch(const TileView&) {}
 
   template <class Means>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
     Real top[2];
-    mask_scores(scores[0], place_.lane, tile.count);
+    mask_scores(scores[0], lane_, tile.count);
     largest(scores[0], top);
     top[0] *= arguments_.scale;
     top[1] *= arguments_.scale;
@@ -60,17 +59,16 @@ class Forward {
   }
 
   template <class Means>
-  __device__ void finish(const Means&) {
+  __device__ void finish(const Means&, const Place& place) {
     runs_.close(track_);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (place_.lane % 4 == 0 && place_.chunk == 0)
-        arguments_.rows[place_.split * arguments_.padded_rows + place_.row + 8 * r] = {track_.reference[r], track_.sum[r]};
+      if (place.writes(r)) arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], track_.sum[r]};
   }
 
  private:
   const Arguments& arguments_;
-  Place place_;
+  int lane_;
   ClassRuns<Real> runs_;
   Track<Real> track_;
 };
@@ -94,16 +92,16 @@ class Backward {
   };
 
   __device__ Backward(const Arguments& arguments, const Place& place)
-      : arguments_(arguments), place_(place), table_(arguments.slopes, arguments.classes, place) {}
+      : arguments_(arguments), lane_(place.lane), table_(arguments.slopes, arguments.classes, place) {}
 
   __device__ void fetch(const TileView& tile) {
-    table_.fetch(slopes_, tile.labels, place_.lane);
+    table_.fetch(slopes_, tile.labels, lane_);
   }
 
   template <int kMeanBlocks>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Real (&means)[1][kMeanBlocks][4], const TileView& tile) {
     Real top[2];
-    mask_scores(scores[0], place_.lane, tile.count);
+    mask_scores(scores[0], lane_, tile.count);
     largest(scores[0], top);
     top[0] *= arguments_.scale;
     top[1] *= arguments_.scale;
@@ -123,26 +121,25 @@ class Backward {
   }
 
   template <int kMeanBlocks>
-  __device__ void finish(const Real (&means)[1][kMeanBlocks][4]) {
+  __device__ void finish(const Real (&means)[1][kMeanBlocks][4], const Place& place) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Real sum = row_sum(track_.sum[r]);
-      if (place_.lane % 4 == 0 && place_.chunk == 0)
-        arguments_.rows[place_.split * arguments_.means.padded_rows + place_.row + 8 * r] = {track_.reference[r], sum};
+      if (place.writes(r)) arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
     }
-    arguments_.means.put(means, place_);
+    arguments_.means.put(means, place);
   }
 
  private:
   const Arguments& arguments_;
-  Place place_;
+  int lane_;
   TableRows<Real, false> table_;
   Track<Real> track_;
   Real slopes_[kBlocks][4];
 };
 
-// (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the row: half types have a
-// narrow range.
+// (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the row: half types have
+// a narrow range.
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
     slope_table(const Real* grad, const Real* aggregated, int64_t rows, int64_t classes, Real* table, Real* row_scale) {
@@ -285,8 +282,8 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const ForwardScratch<Real> scratch = take_forward(problem, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
-                                              cut_of(bank, problem.rows, false));
+  const SweepInput<Storage> in =
+      sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, false));
   Merge<Real> merge{};
   merge.rows = scratch.rows;
   merge.padded_rows = in.cut.padded_rows();
@@ -318,12 +315,11 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const BackwardScratch<Real> scratch = take_backward(problem, workspace);
-  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                       cut_of(bank, problem.rows, true));
+  const SweepInput<Storage> in =
+      sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, true));
   if (bank.slots > 0) {
-    if (const char* error = launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
-                                   backward.grad_aggregated, backward.aggregated, problem.rows, bank.classes, scratch.slopes,
-                                   scratch.row_scale))
+    if (const char* error = launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, backward.grad_aggregated,
+                                   backward.aggregated, problem.rows, bank.classes, scratch.slopes, scratch.row_scale))
       return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
@@ -345,9 +341,9 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   return launch(merge_aggregate<Real, true>, problem.rows, 32 * kMergeWarps, 0, stream, merge);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                          \
-  template int64_t aggregate_workspace(const Aggregate<Storage>&);                                                                        \
-  template const char* aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, void*, CudaStream);                 \
+#define SSM_INSTANTIATE(Storage)                                                                                          \
+  template int64_t aggregate_workspace(const Aggregate<Storage>&);                                                        \
+  template const char* aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, void*, CudaStream); \
   template const char* aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

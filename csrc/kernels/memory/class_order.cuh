@@ -13,9 +13,9 @@ struct ClassOrder {
   int64_t* starts;         // [L + 2]  class c lies at [starts[c], starts[c + 1])
   unsigned char* present;  // [L + 1]  1 where a slot has the class
   // scratch
-  Slot* other;        // [K], with more than one digit
-  uint32_t* counts;   // [chunks][bins]
-  uint32_t* totals;   // [bins]
+  Slot* other;       // [K], with more than one digit
+  uint32_t* counts;  // [chunks][bins]
+  uint32_t* totals;  // [bins]
 };
 
 inline constexpr int kDigitBits = 11;

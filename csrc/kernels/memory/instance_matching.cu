@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of means). Its floor is the
 // products, on the tensor cores. Kernels: the class order of the slots, log p by class, the sweep, the merge of the splits.
-#include "instance_matching.h"
-
 #include "class_order.cuh"
 #include "class_table.cuh"
+#include "instance_matching.h"
 #include "sweep.cuh"
 
 namespace ssmkernels::cuda {
@@ -32,35 +31,34 @@ class Matching {
   struct Arguments {
     const Real* log_probs;  // class table
     int64_t classes;
-    Real weak_scale, strong_scale;    // log₂e / t
-    RowSums<Real>* rows;              // [splits][padded rows]
-    ClassSum<Real>* classes_sums;     // [B][pitch]
+    Real weak_scale, strong_scale;  // log₂e / t
+    RowSums<Real>* rows;            // [splits][padded rows]
+    ClassSum<Real>* classes_sums;   // [B][pitch]
     int64_t classes_pitch;
     Means<Real> means;
   };
 
   __device__ Matching(const Arguments& arguments, const Place& place)
       : arguments_(arguments),
-        place_(place),
+        lane_(place.lane),
         table_(arguments.log_probs, arguments.classes, place),
         runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
 
   __device__ void fetch(const TileView& tile) {
-    table_.fetch(log_probs_, tile.labels, place_.lane);
+    table_.fetch(log_probs_, tile.labels, lane_);
   }
 
   template <int kCount, int kMeanBlocks>
   __device__ void weigh(Real (&scores)[2][kBlocks][4], Real (&means)[kCount][kMeanBlocks][4], const TileView& tile) {
     const Real weak_scale = arguments_.weak_scale, strong_scale = arguments_.strong_scale;
-    mask_scores(scores[0], place_.lane, tile.count);
-    mask_scores(scores[1], place_.lane, tile.count);
+    mask_scores(scores[0], lane_, tile.count);
+    mask_scores(scores[1], lane_, tile.count);
     table_.spread(log_probs_);
-    Real(&target)[kBlocks][4] = log_probs_;
-    Real top_weak[2], top_target[2], top_strong[2];
+    Real target[kBlocks][4], top_weak[2], top_target[2], top_strong[2];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) target[n][i] += scores[0][n][i] * weak_scale;
+      for (int i = 0; i < 4; ++i) target[n][i] = scores[0][n][i] * weak_scale + log_probs_[n][i];
     largest(scores[0], top_weak);
     largest(target, top_target);
     largest(scores[1], top_strong);
@@ -99,21 +97,21 @@ class Matching {
   }
 
   template <int kCount, int kMeanBlocks>
-  __device__ void finish(const Real (&means)[kCount][kMeanBlocks][4]) {
+  __device__ void finish(const Real (&means)[kCount][kMeanBlocks][4], const Place& place) {
     runs_.close(weak_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Real target = row_sum(target_.sum[r]), strong = row_sum(strong_.sum[r]), target_logit = row_sum(target_logit_[r]);
-      if (place_.lane % 4 == 0 && place_.chunk == 0)
-        arguments_.rows[place_.split * arguments_.means.padded_rows + place_.row + 8 * r] = {
+      if (place.writes(r))
+        arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {
             weak_.reference[r], weak_.sum[r], target_.reference[r], target, strong_.reference[r], strong, target_logit, 0};
     }
-    if constexpr (kGradient) arguments_.means.put(means, place_);
+    if constexpr (kGradient) arguments_.means.put(means, place);
   }
 
  private:
   const Arguments& arguments_;
-  Place place_;
+  int lane_;
   TableRows<Real, true> table_;
   ClassRuns<Real> runs_;
   Track<Real> weak_, target_, strong_;
@@ -160,7 +158,7 @@ struct Merge {
   int64_t classes_pitch;
   int64_t classes, dim;
   int64_t splits, split_size;
-  Real strong_scale;  // 1/t_s
+  Real strong_scale;                      // 1/t_s
   InstanceMatchingPartial<Real> partial;  // or, where its log_weak is null,
   InstanceMatchingResult<Real> result;
 };
@@ -229,8 +227,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_matching(const __grid_
     if (wants_partial)
       in.partial.aggregated[row * in.classes + c] = aggregated;
     else
-      in.result.pseudo_probs[row * in.classes + c] = static_cast<Real>(in.result.alpha) * in.probs[row * in.classes + c] +
-                                                     static_cast<Real>(1 - in.result.alpha) * aggregated;
+      in.result.pseudo_probs[row * in.classes + c] =
+          static_cast<Real>(in.result.alpha) * in.probs[row * in.classes + c] + static_cast<Real>(1 - in.result.alpha) * aggregated;
   }
   if (in.means.count == 0) return;
   for (int64_t d = threadIdx.x; d < in.dim; d += kThreads) {
@@ -260,32 +258,33 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
   Workspace workspace(memory);
   const Scratch<Real> scratch = take_scratch(problem, with_means, workspace);
   const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
-                                              cut_of(bank, problem.rows, with_means));
+                                             cut_of(bank, problem.rows, with_means));
   const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
 
   if (bank.slots > 0) {
     if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
-    if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
-                                   problem.probs_weak, scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
+    if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs_weak,
+                                   scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
       return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       const auto sweep_with = [&](auto operation) {
         using Operation = typename decltype(operation)::type;
-        return launch_sweep<Engine, Operation>(in,
-                                               {scratch.log_probs, bank.classes, static_cast<Real>(kLog2e / problem.temperature_weak),
-                                                static_cast<Real>(kLog2e / problem.temperature_strong), scratch.rows, scratch.classes_sums,
-                                                pitch, scratch.means},
-                                               stream);
+        return launch_sweep<Engine, Operation>(
+            in,
+            {scratch.log_probs, bank.classes, static_cast<Real>(kLog2e / problem.temperature_weak),
+             static_cast<Real>(kLog2e / problem.temperature_strong), scratch.rows, scratch.classes_sums, pitch, scratch.means},
+            stream);
       };
-      return with_means ? sweep_with(std::type_identity<Matching<Engine, true>>{}) : sweep_with(std::type_identity<Matching<Engine, false>>{});
+      return with_means ? sweep_with(std::type_identity<Matching<Engine, true>>{})
+                        : sweep_with(std::type_identity<Matching<Engine, false>>{});
     });
     if (error) return error;
   }
   return launch(merge_matching<Real>, problem.rows, 32 * kMergeWarps, 2 * in.cut.splits * sizeof(Real), stream,
-                Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak, scratch.means, pitch,
-                            bank.classes, bank.dim, in.cut.splits, in.cut.split_size, static_cast<Real>(1 / problem.temperature_strong),
-                            partial, result});
+                Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak, scratch.means,
+                            pitch, bank.classes, bank.dim, in.cut.splits, in.cut.split_size,
+                            static_cast<Real>(1 / problem.temperature_strong), partial, result});
 }
 
 }  // namespace
@@ -309,11 +308,11 @@ const char* instance_matching_partial(const InstanceMatching<Storage>& problem, 
   return run(problem, partial, {}, partial.target_mean != nullptr, workspace, stream);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                         \
-  template int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool);                                                  \
-  template const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, void*,       \
-                                         CudaStream);                                                                                    \
-  template const char* instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&,     \
+#define SSM_INSTANTIATE(Storage)                                                                                                     \
+  template int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool);                                              \
+  template const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, void*,   \
+                                         CudaStream);                                                                                \
+  template const char* instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&, \
                                                  void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

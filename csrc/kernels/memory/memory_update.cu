@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Of B = 320, D = 128 in bfloat16: 0.25 MB, a few FLOP per element; the launch is the cost.
-#include "memory_update.h"
-
 #include "../common/cuda.cuh"
 #include "../common/mma.cuh"
+#include "memory_update.h"
 
 namespace ssmkernels::cuda {
 namespace {

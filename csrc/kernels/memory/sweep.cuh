@@ -6,8 +6,8 @@
 // weights, and adds the weighted slots to the means in its registers: weak and strong rows share every fragment of the tile. A dimension
 // wider than a chunk makes a block per chunk; each takes its scores over all chunks, its own last, and the means of its own.
 //
-// In both products a thread has the elements of the tensor cores' accumulator: of 16 rows × 8 columns, with g = lane/4, t = lane%4, element i
-// of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
+// In both products a thread has the elements of the tensor cores' accumulator: of 16 rows × 8 columns, with g = lane/4, t = lane%4, element
+// i of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
 #pragma once
 
 #include "../common/cuda.cuh"
@@ -140,8 +140,8 @@ struct Tf32Engine {
     }
   }
 
-  // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4 is slot 2t + 1, so the
-  // accumulators of a block of scores are the operand as they lie.
+  // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4 is slot 2t + 1, so
+  // the accumulators of a block of scores are the operand as they lie.
   template <bool kFull, int kMeans, int kQueries>
   static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
                                const float* tile, int depth) {
@@ -302,22 +302,23 @@ SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, co
 
 // Where a thread stands.
 struct Place {
-  int64_t split;
-  int64_t row;       // its first row; the other is eight further
-  int64_t rows;      // B
-  int64_t chunk;     // of the dimension
+  int64_t row;   // its first row; the other is eight further
+  int64_t rows;  // B
+  unsigned split;
+  unsigned chunk;  // of the dimension
   int lane;
 
-  __device__ bool inside(int r) const {
-    return row + 8 * r < rows;
+  // Whether this thread writes what its row r has one of: four lanes have the row, a block per chunk too.
+  __device__ bool writes(int r) const {
+    return lane % 4 == 0 && chunk == 0 && row + 8 * r < rows;
   }
 };
 
 // What an operation sees of the tile whose scores it is given.
 struct TileView {
-  const int64_t* labels;  // [kSlots] in shared memory; the last one repeats past the end
-  int64_t first;          // position of slot 0 in the order of the sweep
-  int count;              // slots inside
+  const int* labels;  // [kSlots] in shared memory; the last one repeats past the end
+  int64_t first;      // position of slot 0 in the order of the sweep
+  int count;          // slots inside
 };
 
 // The vectors of staged rows that a thread copies: column d of rows r, r + kStep, …
@@ -335,7 +336,7 @@ __device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, 
   if (vectors) {
     const Vectors<Shape> mine;
     if (mine.d >= depth) return;
-#pragma unroll kCount <= 32 ? kCount / Vectors<Shape>::kStep : 1
+#pragma unroll kCount <= 32 ? kCount / Vectors < Shape> ::kStep : 1
     for (int r = 0; r < kCount; r += Vectors<Shape>::kStep)
       copy_async(to + (mine.r + r) * Shape::kPitch + mine.d, from(mine.r + r) + mine.d, mine.d < width);
   } else {
@@ -374,16 +375,16 @@ template <class Engine, int kQueries>
 constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
   using Shape = typename Engine::Shape;
   const int64_t tile_rows = buffers * Shape::kSlots + (chunks > 1 ? buffers : 1) * kQueries * kRows;
-  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * 2 * sizeof(int64_t);
+  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * (sizeof(int64_t) + sizeof(int));
 }
 
 // An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
 //   fetch(tile)                  starts what it must load for the tile
 //   weigh(scores, means, tile)   scores → weights of the means, in place
-//   finish(means)
+//   finish(means, place)
 template <class Engine, class Operation>
-__global__ void __launch_bounds__(kSweepThreads, 2)
-    sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in, const __grid_constant__ typename Operation::Arguments arguments) {
+__global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in,
+                                                          const __grid_constant__ typename Operation::Arguments arguments) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
   using Shape = typename Engine::Shape;
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const unsigned buffers = in.buffers, ahead = buffers - 1;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
-  int64_t* labels = offsets + kRing * kSlots;                       // [kRing][kSlots]
+  int* labels = reinterpret_cast<int*>(offsets + kRing * kSlots);   // [kRing][kSlots]
   Storage* tiles = reinterpret_cast<Storage*>(labels + kRing * kSlots);
   Storage* queries = tiles + buffers * kTileSize;
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
@@ -414,18 +415,21 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const auto width_of = [&](unsigned c) { return static_cast<int>(min<int64_t>(in.bank.dim - int64_t{c} * Shape::kDim, Shape::kDim)); };
   const auto depth_of = [&](unsigned c) { return ceil_div(width_of(c), kDepth) * kDepth; };
 
-  // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot repeats, as the last
-  // row does past the last query: finite numbers that weigh nothing.
-  Slot found{};
+  // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot repeats, as the
+  // last row does past the last query: finite numbers that weigh nothing.
+  int64_t found_index = 0;
+  int found_label = 0;
   const auto look_up = [&](unsigned s) {
     if (threadIdx.x >= kSlots || s >= stages) return;
     const int64_t at = min<int64_t>(slot_of(s) + threadIdx.x, end_slot - 1);
-    found = in.order ? in.order[at] : Slot{at, class_row(in.bank.labels[at], in.bank.classes)};
+    const Slot found = in.order ? in.order[at] : Slot{at, class_row(in.bank.labels[at], in.bank.classes)};
+    found_index = found.index;
+    found_label = static_cast<int>(found.label);
   };
   const auto note = [&](unsigned s) {
     if (threadIdx.x >= kSlots) return;
-    offsets[s % kRing * kSlots + threadIdx.x] = found.index * in.bank.row_stride;
-    labels[s % kRing * kSlots + threadIdx.x] = found.label;
+    offsets[s % kRing * kSlots + threadIdx.x] = found_index * in.bank.row_stride;
+    labels[s % kRing * kSlots + threadIdx.x] = found_label;
   };
   const auto issue_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
@@ -459,7 +463,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool working = first_row + warp * kWarpRows < in.rows;
-  Operation operation(arguments, Place{split, first_row + warp * kWarpRows + lane / 4, in.rows, chunk, lane});
+  const Place place{first_row + warp * kWarpRows + lane / 4, in.rows, split, chunk, lane};
+  Operation operation(arguments, place);
   Real scores[kQueries][Shape::kBlocks][4];
   Real means[kMeans > 0 ? kMeans : 1][Shape::kDim / 8][4] = {};
 
@@ -513,7 +518,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     }
   }
   copy_async_wait<0>();
-  if (working) operation.finish(means);
+  if (working) operation.finish(means, place);
 }
 
 template <class Engine, class Operation>
@@ -536,8 +541,8 @@ const char* with_engine(bool allow_tf32, F f) {
     return f(PlainEngine<Storage>{});
 }
 
-// Running sums of 2^x for the two rows of a thread, relative to 2^reference. A reference is an integer, so that moving it rounds nothing, and
-// moves only when a value passes it by more than kSlack: seldom after the first tiles.
+// Running sums of 2^x for the two rows of a thread, relative to 2^reference. A reference is an integer, so that moving it rounds nothing,
+// and moves only when a value passes it by more than kSlack: seldom after the first tiles.
 template <class Real>
 struct Track {
   static constexpr Real kSlack = 8;
@@ -606,20 +611,20 @@ __device__ void largest(const Real (&scores)[kBlocks][4], Real (&top)[2]) {
 template <class Real, bool kClassOrder>
 class TableRows {
  public:
-  __device__ TableRows(const Real* table, int64_t classes, const Place& place)
-      : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), step_((classes + 1) * 8) {}
+  __device__ TableRows(const Real* table, const int64_t& classes, const Place& place)
+      : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), classes_(classes) {}
   // In class order most tiles are of one class: such a tile loads one value per row, and spread() copies it once it is there.
   template <int kBlocks>
-  __device__ void fetch(Real (&to)[kBlocks][4], const int64_t* labels, int lane) {
+  __device__ void fetch(Real (&to)[kBlocks][4], const int* labels, int lane) {
     if constexpr (kClassOrder) one_class_ = labels[0] == labels[kBlocks * 8 - 1];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         if (one_class_ && (n > 0 || c > 0)) continue;
-        const Real* at = first_ + labels[column_of(lane, n, c)] * 8;
+        const Real* at = first_ + int64_t{labels[column_of(lane, n, c)]} * 8;
         to[n][c] = at[0];
-        to[n][2 + c] = at[step_];
+        to[n][2 + c] = at[(classes_ + 1) * 8];
       }
   }
   template <int kBlocks>
@@ -633,7 +638,7 @@ class TableRows {
 
  private:
   const Real* first_;
-  int64_t step_;  // to the row eight further
+  const int64_t& classes_;  // a kernel parameter: a reference costs no register
   bool one_class_ = false;
 };
 
@@ -641,7 +646,7 @@ class TableRows {
 // pairs (class, split) that occur have different class + split, which is their place.
 template <class Real>
 struct ClassSum {
-  Real value;      // Σ 2^(x − reference)
+  Real value;  // Σ 2^(x − reference)
   Real reference;
 };
 
@@ -652,11 +657,12 @@ inline int64_t class_sums_pitch(int64_t classes, const Cut& cut) {
 template <class Real>
 class ClassRuns {
  public:
-  __device__ ClassRuns(ClassSum<Real>* sums, int64_t pitch, const Place& place) : place_(place), sums_(sums + place.row * pitch), pitch_(pitch) {}
+  __device__ ClassRuns(ClassSum<Real>* sums, const int64_t& pitch, const Place& place)
+      : sums_(sums + place.row * pitch + place.split), pitch_(pitch), writes_{place.writes(0), place.writes(1)} {}
 
   // `track` has no sum of its own: it takes the runs as they close.
   template <int kBlocks>
-  __device__ void add(const Real (&values)[kBlocks][4], const int64_t* labels, Track<Real>& track) {
+  __device__ void add(const Real (&values)[kBlocks][4], const int* labels, Track<Real>& track) {
     constexpr int kSlots = kBlocks * 8;
     if (labels[0] != label_) open(labels[0], track);
     if (labels[kSlots - 1] == label_) {
@@ -673,7 +679,7 @@ class ClassRuns {
       for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int column = column_of(place_.lane, n, i);
+          const int column = column_of(threadIdx.x % 32, n, i);
           if (column >= begin && column < end) run_[i / 2] += values[n][i];
         }
     }
@@ -691,25 +697,25 @@ class ClassRuns {
       const Real sum = row_sum(run_[r]);
       track.sum[r] += sum;
       run_[r] = 0;
-      if (place_.lane % 4 == 0 && place_.chunk == 0 && place_.inside(r))
-        sums_[8 * r * pitch_ + label_ + place_.split] = {sum, track.reference[r]};
+      if (writes_[r]) sums_[8 * r * pitch_ + label_] = {sum, track.reference[r]};
     }
   }
 
  private:
-  __device__ void open(int64_t label, Track<Real>& track) {
+  __device__ void open(int label, Track<Real>& track) {
     close(track);
     label_ = label;
   }
 
-  Place place_;
-  ClassSum<Real>* sums_;
-  int64_t pitch_;
-  int64_t label_ = -1;
+  ClassSum<Real>* sums_;  // of class 0, this split and the first row
+  const int64_t& pitch_;  // a kernel parameter: a reference costs no register
+  bool writes_[2];
+  int label_ = -1;
   Real run_[2] = {0, 0};
 };
 
-// What a split leaves: per row its tracks, and means that are sums relative to a track's reference, rows padded to whole tiles, columns to kDepth.
+// What a split leaves: per row its tracks, and means that are sums relative to a track's reference, rows padded to whole tiles, columns to
+// kDepth.
 template <class Real>
 struct Means {
   Real* values;  // [splits][means][padded rows][pitch]
@@ -727,7 +733,7 @@ struct Means {
     struct alignas(2 * sizeof(Real)) Pair {
       Real a, b;
     };
-    const int64_t first = place.chunk * kBlocks * 8;
+    const int64_t first = int64_t{place.chunk} * kBlocks * 8;
 #pragma unroll
     for (int m = 0; m < kCount; ++m)
 #pragma unroll

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Of B = 320, D = 128, K = 128k in bfloat16: 33 MB of bank read, 164 MB written, 21 GFLOP. Two sweeps: taking the scores twice (10.5 GFLOP) is
-// cheaper than writing them, reading them and writing them again (328 MB more).
-#include "unfold.h"
-
+// Of B = 320, D = 128, K = 128k in bfloat16: 33 MB of bank read, 164 MB written, 21 GFLOP. Two sweeps: taking the scores twice (10.5 GFLOP)
+// is cheaper than writing them, reading them and writing them again (328 MB more).
 #include "class_table.cuh"
 #include "sweep.cuh"
+#include "unfold.h"
 
 namespace ssmkernels::cuda {
 namespace {
@@ -43,15 +42,15 @@ class Normalize {
   using Arguments = UnfoldArguments<Engine>;
 
   __device__ Normalize(const Arguments& arguments, const Place& place)
-      : arguments_(arguments), place_(place), table_(arguments.log_probs, arguments.classes, place) {}
+      : arguments_(arguments), lane_(place.lane), table_(arguments.log_probs, arguments.classes, place) {}
 
   __device__ void fetch(const TileView& tile) {
-    table_.fetch(log_probs_, tile.labels, place_.lane);
+    table_.fetch(log_probs_, tile.labels, lane_);
   }
 
   template <class Means>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
-    mask_scores(scores[0], place_.lane, tile.count);
+    mask_scores(scores[0], lane_, tile.count);
     Real top[2];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
@@ -69,18 +68,17 @@ class Normalize {
   }
 
   template <class Means>
-  __device__ void finish(const Means&) {
+  __device__ void finish(const Means&, const Place& place) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Real sum = row_sum(track_.sum[r]);
-      if (place_.lane % 4 == 0 && place_.chunk == 0)
-        arguments_.splits[place_.split * arguments_.padded_rows + place_.row + 8 * r] = {track_.reference[r], sum};
+      if (place.writes(r)) arguments_.splits[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
     }
   }
 
  private:
   const Arguments& arguments_;
-  Place place_;
+  int lane_;
   TableRows<Real, false> table_;
   Track<Real> track_;
   Real log_probs_[kBlocks][4];
@@ -134,7 +132,7 @@ class Write {
     const bool pairs = arguments_.slots % 2 == 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (!place_.inside(r)) continue;
+      if (place_.row + 8 * r >= place_.rows) continue;
       Real* to = arguments_.unfolded + (place_.row + 8 * r) * arguments_.slots + tile.first;
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
@@ -153,7 +151,7 @@ class Write {
   }
 
   template <class Means>
-  __device__ void finish(const Means&) {}
+  __device__ void finish(const Means&, const Place&) {}
 
  private:
   __device__ Real value(Real score, Real log_prob, int r) const {
@@ -210,20 +208,25 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   if (problem.rows == 0 || bank.slots == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Real> scratch = take_scratch(problem, workspace);
-  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                       cut_of(bank, problem.rows, false));
+  const SweepInput<Storage> in =
+      sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, false));
   if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
-  if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels, bank.slots, bank.classes,
-                                 scratch.present))
+  if (const char* error =
+          launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels, bank.slots, bank.classes, scratch.present))
     return error;
-  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream,
-                                 problem.probs, scratch.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
+  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs, scratch.present,
+                                 problem.rows, bank.classes, scratch.log_probs, scratch.known))
     return error;
   return with_engine<Storage>(problem.allow_tf32, [&](auto engine) -> const char* {
     using Engine = decltype(engine);
-    const UnfoldArguments<Engine> arguments{scratch.log_probs,    bank.classes, static_cast<Real>(kLog2e / problem.temperature),
-                                            scratch.splits,       in.cut.padded_rows(), scratch.rows,
-                                            problem.unfolded,     bank.slots};
+    const UnfoldArguments<Engine> arguments{scratch.log_probs,
+                                            bank.classes,
+                                            static_cast<Real>(kLog2e / problem.temperature),
+                                            scratch.splits,
+                                            in.cut.padded_rows(),
+                                            scratch.rows,
+                                            problem.unfolded,
+                                            bank.slots};
     if (const char* error = launch_sweep<Engine, Normalize<Engine>>(in, arguments, stream)) return error;
     constexpr int kThreads = 128;
     if (const char* error = launch(merge_normalizers<Real>, ceil_div<int64_t>(problem.rows, kThreads / 32), kThreads, 0, stream,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the memory family against the equations in double precision, run by the emulator in cuda_emulator/. Inputs, outputs and
-// workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
+// The CUDA kernels of the memory family against the equations in double precision, run by the emulator in cuda_emulator/. Inputs, outputs
+// and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -127,9 +127,8 @@ struct Problem {
     };
     weak = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_weak[i * s.dim + d]; });
     strong = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_strong[i * s.dim + d]; });
-    slots = unit_rows(s.slots, [&](int64_t i, int64_t d) -> Storage& {
-      return bank[s.transposed ? d * s.slots + i : i * (s.dim + s.padding) + d];
-    });
+    slots = unit_rows(s.slots,
+                      [&](int64_t i, int64_t d) -> Storage& { return bank[s.transposed ? d * s.slots + i : i * (s.dim + s.padding) + d]; });
     for (int64_t j = 0; j < s.slots; ++j) labels[j] = static_cast<int64_t>(uniform(random) * s.classes);
     if (s.wild_labels)
       for (int64_t j = 0; j < s.slots; j += 5) labels[j] = j % 2 ? -1 : s.classes + j * 1000000007;
@@ -145,7 +144,12 @@ struct Problem {
   }
 
   Bank<Storage> view() const {
-    return {bank.data(),   labels.data(), shape.slots, shape.dim, shape.classes, shape.transposed ? 1 : shape.dim + shape.padding,
+    return {bank.data(),
+            labels.data(),
+            shape.slots,
+            shape.dim,
+            shape.classes,
+            shape.transposed ? 1 : shape.dim + shape.padding,
             shape.transposed ? shape.slots : 1};
   }
   bool of_class(int64_t j) const {
@@ -231,17 +235,24 @@ Expected reference(const Problem<Storage>& problem) {
 template <class Storage>
 void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   using Real = Compute<Storage>;
-  context = std::string(setup.name) + " B " + std::to_string(s.rows) + " K " + std::to_string(s.slots) + " D " + std::to_string(s.dim) + " L " +
-            std::to_string(s.classes) + (s.sorted ? " sorted" : "") + (s.transposed ? " transposed" : "") + " t " +
+  context = std::string(setup.name) + " B " + std::to_string(s.rows) + " K " + std::to_string(s.slots) + " D " + std::to_string(s.dim) +
+            " L " + std::to_string(s.classes) + (s.sorted ? " sorted" : "") + (s.transposed ? " transposed" : "") + " t " +
             std::to_string(s.temperature);
   const Problem<Storage> problem(s, random);
   const Expected e = reference(problem);
-  const bool steep = s.temperature < 1e-2;  // logits of thousands: their own rounding is all the error, and tf32 cannot tell the slots apart
+  const bool steep =
+      s.temperature < 1e-2;  // logits of thousands: their own rounding is all the error, and tf32 cannot tell the slots apart
   const double exact = steep ? (sizeof(Real) == 8 ? 1e-8 : setup.tf32 ? 1e9 : 2e-2) : setup.exact;
   const double mean = std::max(exact, setup.mean);
 
-  const InstanceMatching<Storage> matching{problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(),
-                                           s.rows,                    s.temperature,               s.temperature,        setup.tf32};
+  const InstanceMatching<Storage> matching{problem.query_weak.data(),
+                                           problem.query_strong.data(),
+                                           problem.probs.data(),
+                                           problem.view(),
+                                           s.rows,
+                                           s.temperature,
+                                           s.temperature,
+                                           setup.tf32};
   for (const bool with_gradient : {true, false}) {
     Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_gradient));
     Guarded<Real> pseudo_probs(s.rows * s.classes), loss(s.rows), gradient(s.rows * s.dim);
@@ -250,23 +261,23 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
     check(!error, error ? error : "instance_matching");
     compare(pseudo_probs, e.pseudo_probs, exact, "pseudo_probs");
     compare(loss, e.loss, exact, "loss", norm(e.log_strong));
-    if (with_gradient)
-      compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
+    if (with_gradient) compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
   }
   for (const bool with_means : {true, false}) {
     Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_means));
     Guarded<Real> log_weak(s.rows), log_target(s.rows), log_strong(s.rows), aggregated(s.rows * s.classes), target_logit(s.rows),
         target_mean(s.rows * s.dim), strong_mean(s.rows * s.dim);
-    const char* error = cuda::instance_matching_partial(
-        matching,
-        {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
-         with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
-        workspace.data(), nullptr);
+    const char* error =
+        cuda::instance_matching_partial(matching,
+                                        {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
+                                         with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
+                                        workspace.data(), nullptr);
     check(!error, error ? error : "instance_matching_partial");
     compare(log_weak, e.log_weak, exact, "log_weak");
     compare(log_strong, e.log_strong, exact, "log_strong");
     Values finite_target, finite_found;
-    for (int64_t i = 0; i < s.rows; ++i) check(std::isinf(log_target[i]) == std::isinf(e.log_target[i]), "log_target is −inf", log_target[i]);
+    for (int64_t i = 0; i < s.rows; ++i)
+      check(std::isinf(log_target[i]) == std::isinf(e.log_target[i]), "log_target is −inf", log_target[i]);
     for (int64_t i = 0; i < s.rows; ++i)
       if (!std::isinf(e.log_target[i]))
         check(std::fabs(log_target[i] - e.log_target[i]) <= exact * (10 + std::fabs(e.log_target[i])), "log_target", log_target[i]);
@@ -300,8 +311,8 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   }
   {
     Guarded<Real> unfolded(s.rows * s.slots);
-    const Unfold<Storage> unfolding{problem.query_weak.data(), problem.probs.data(), problem.view(),  s.rows,
-                                    s.temperature,             setup.tf32,           unfolded.data()};
+    const Unfold<Storage> unfolding{
+        problem.query_weak.data(), problem.probs.data(), problem.view(), s.rows, s.temperature, setup.tf32, unfolded.data()};
     Guarded<char> workspace(cuda::unfold_workspace(unfolding));
     const char* error = cuda::unfold(unfolding, workspace.data(), nullptr);
     check(!error, error ? error : "unfold");
@@ -314,12 +325,12 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   using Real = Compute<Storage>;
   context = std::string(setup.name) + " empty";
   const Problem<Storage> problem({3, 0, 5, 4}, random);
-  const InstanceMatching<Storage> matching{problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), 3,
-                                           0.1, 0.1, setup.tf32};
+  const InstanceMatching<Storage> matching{
+      problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), 3, 0.1, 0.1, setup.tf32};
   Guarded<char> workspace(cuda::instance_matching_workspace(matching, true));
   Guarded<Real> logs(9), aggregated(12), logit(3), target_mean(15), strong_mean(15);
-  const InstanceMatchingPartial<Real> partial{logs.data(), logs.data() + 3, logs.data() + 6, aggregated.data(), logit.data(),
-                                              target_mean.data(), strong_mean.data()};
+  const InstanceMatchingPartial<Real> partial{logs.data(),  logs.data() + 3,    logs.data() + 6,   aggregated.data(),
+                                              logit.data(), target_mean.data(), strong_mean.data()};
   const char* error = cuda::instance_matching_partial(matching, partial, workspace.data(), nullptr);
   check(!error, error ? error : "instance_matching_partial");
   for (size_t i = 0; i < logs.size(); ++i) check(std::isinf(logs[i]) && logs[i] < 0, "log-normaliser", logs[i]);
@@ -329,8 +340,8 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   compare(strong_mean, Values(15), 0, "strong_mean");
 
   const Problem<Storage> no_rows({0, 7, 5, 4}, random);
-  const InstanceMatching<Storage> none{no_rows.query_weak.data(), no_rows.query_strong.data(), no_rows.probs.data(), no_rows.view(), 0,
-                                       0.1, 0.1, setup.tf32};
+  const InstanceMatching<Storage> none{
+      no_rows.query_weak.data(), no_rows.query_strong.data(), no_rows.probs.data(), no_rows.view(), 0, 0.1, 0.1, setup.tf32};
   check(!cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
 }
 
@@ -357,14 +368,15 @@ void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, b
     if (index[i] < 0 || index[i] >= slots) continue;
     Values x(dim);
     for (int64_t d = 0; d < dim; ++d)
-      x[d] = kMomentum * cuda::to_real(expected[index[i] * row_stride + d * column_stride]) + (1 - kMomentum) * cuda::to_real(added[i * dim + d]);
+      x[d] = kMomentum * cuda::to_real(expected[index[i] * row_stride + d * column_stride]) +
+             (1 - kMomentum) * cuda::to_real(added[i * dim + d]);
     const double length = std::max(norm(x), 1e-12);
     for (int64_t d = 0; d < dim; ++d)
       expected[index[i] * row_stride + d * column_stride] = cuda::from_real<Storage>(static_cast<Real>(x[d] / length));
     expected_labels[index[i] * kLabelStride] = i;
   }
-  const char* error = cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots, dim, rows,
-                                                    row_stride, column_stride, kLabelStride, kMomentum},
+  const char* error = cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots, dim,
+                                                    rows, row_stride, column_stride, kLabelStride, kMomentum},
                                                    nullptr);
   check(!error, error ? error : "memory_update");
   double error_squares = 0;

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that switch at barriers and
-// at the instructions of a warp; blocks run one after the other. What a GPU leaves undefined is made to show: shared memory starts as NaN, an
-// asynchronous copy lands only when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared memory ends
-// at an unmapped page, and warps take their turns in an order that changes from barrier to barrier.
+// Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that switch at barriers
+// and at the instructions of a warp; blocks run one after the other. What a GPU leaves undefined is made to show: shared memory starts as
+// NaN, an asynchronous copy lands only when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared
+// memory ends at an unmapped page, and warps take their turns in an order that changes from barrier to barrier.
 #pragma once
 
 #define SSM_CUDA_EMULATOR
 
-#include <csetjmp>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
 #include <cmath>
+#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -17,10 +21,6 @@
 #include <functional>
 #include <map>
 #include <vector>
-
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
 
 #define __global__
 #define __device__
@@ -47,7 +47,7 @@ namespace emulator {
 
 inline int multiprocessor_count = 3;
 inline int shared_limit = 227 * 1024;  // bytes a block may have
-inline unsigned first_phase = 0;  // odd: warps take their turns the other way round
+inline unsigned first_phase = 0;       // odd: warps take their turns the other way round
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
 inline constexpr size_t kMaxShared = 227 * 1024;
