@@ -154,6 +154,7 @@ ClassOrder take_class_order(const Bank<Storage>& bank, Workspace& workspace) {
 
 template <class Storage>
 const char* sort_by_class(const Bank<Storage>& bank, const ClassOrder& order, cudaStream_t stream) {
+  if (bank.slots > 0xffffffff) return "the bank must have fewer than 2^32 slots";
   const int digits = order_digits(bank.classes);
   OrderPass pass{};
   pass.labels = bank.labels;

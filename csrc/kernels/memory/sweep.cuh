@@ -336,7 +336,8 @@ __device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, 
   if (vectors) {
     const Vectors<Shape> mine;
     if (mine.d >= depth) return;
-#pragma unroll kCount <= 32 ? kCount / Vectors < Shape> ::kStep : 1
+    [[maybe_unused]] constexpr int kUnroll = kCount <= 32 ? kCount / Vectors<Shape>::kStep : 1;
+#pragma unroll kUnroll
     for (int r = 0; r < kCount; r += Vectors<Shape>::kStep)
       copy_async(to + (mine.r + r) * Shape::kPitch + mine.d, from(mine.r + r) + mine.d, mine.d < width);
   } else {
@@ -360,7 +361,8 @@ __device__ void round_rows(typename Engine::Storage* rows, int depth) {
   using Shape = typename Engine::Shape;
   const Vectors<Shape> mine;
   if (mine.d >= depth) return;
-#pragma unroll kCount <= 32 ? 4 : 1
+  [[maybe_unused]] constexpr int kUnroll = kCount <= 32 ? 4 : 1;
+#pragma unroll kUnroll
   for (int r = 0; r < kCount; r += Vectors<Shape>::kStep) {
     auto* vector = reinterpret_cast<typename Shape::Vector*>(rows + (mine.r + r) * Shape::kPitch + mine.d);
     typename Shape::Vector x = *vector;
@@ -524,6 +526,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
 template <class Engine, class Operation>
 const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments, cudaStream_t stream) {
   const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.buffers); };
+  if (in.bank.classes >= 0x7fffffff) return "the number of classes must be below 2^31 - 1";
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   in.buffers = Engine::Shape::kBuffers;
   while (in.buffers > 1 && bytes() > limit) in.buffers /= 2;
