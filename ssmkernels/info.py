@@ -66,21 +66,6 @@ def collect() -> Report:
     return report
 
 
-def environment() -> Report:
-    """What a file of results should say of where they came from: versions, build and machine, and no path."""
-    report = collect()
-    return {
-        "ssmkernels": __version__,
-        "python": report["python"]["version"],
-        "platform": report["python"]["platform"],
-        "packages": report["packages"],
-        "build": report["build"],
-        "instruction_set": (report["library"] or {}).get("instruction_set"),
-        "processor": {"model": report["cpu"]["model"], "processors": report["cpu"]["processors"]},
-        "cuda": {"torch": (report["torch"] or {}).get("cuda"), "driver": report["cuda"]["driver"], "devices": _devices(report)},
-    }
-
-
 def covers(architectures: Iterable[str], capability: Sequence[int]) -> bool:
     """Whether a build for ``architectures`` (CMake's words: "80-real", "90-virtual", "90") has code for a device of ``capability``.
 

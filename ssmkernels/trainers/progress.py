@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +51,10 @@ class RunLog:
         self.pending: list[dict[str, Tensor]] = []
         self.window = dict(window)
         self.read_at = time.perf_counter()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False)
+        pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False, mininterval=pause
+        )
         self.file = self.board = None
         if folder is not None and writes:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by runs that write nothing
@@ -88,7 +92,8 @@ class RunLog:
             for name, value in {**row, "steps": 1}.items():
                 self.window[name] = self.window.get(name, 0) + value
         scalars = self.scalars(_means(rows))
-        self.bar.set_postfix({**{name.removeprefix("loss_"): f"{scalars[name]:.3f}" for name in self.shown}, "images/s": f"{rate:.0f}"})
+        shown = {name.removeprefix("loss_"): f"{scalars[name]:.3f}" for name in self.shown}
+        self.bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
         self._write("train", {**scalars, **extra, "images_per_second": rate})
 
     def evaluation(self, values: Mapping[str, float]) -> dict[str, float]:
