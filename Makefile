@@ -5,6 +5,10 @@ VENV ?= .venv
 BENCH_OUT ?= build/bench/cpu.json
 GPU_BENCH_OUT ?= bench/results/gpu
 
+# For the devices that are here, or to see that it compiles. `pip install .` builds for every architecture.
+DEVICES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+export TORCH_CUDA_ARCH_LIST ?= $(or $(DEVICES),9.0+PTX)
+
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt

@@ -84,7 +84,8 @@ void run_on_device(const Tensor& tensor, const char* op, const Cpu& cpu, [[maybe
   STD_TORCH_CHECK(tensor.is_cuda() && aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
   const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  const auto status = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, op, ": no current CUDA stream");
   const char* error = cuda(static_cast<CudaStream>(stream));
   STD_TORCH_CHECK(!error, op, ": ", error);
 #else

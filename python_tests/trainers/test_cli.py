@@ -64,7 +64,9 @@ def test_unknown_method(capsys):
 def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["simmatch", *SMALL, "--steps", "2", "--seed", "7"]) == 0
-    assert re.search(r"ema_accuracy 0\.\d{4}, student_accuracy 0\.\d{4} \(medians of the last 1 evaluations\)", capsys.readouterr().out)
+    reported = re.findall(r"(\w+): (0\.\d{4}) as the median of the last 1 evaluations, (0\.\d{4}) at the end", capsys.readouterr().out)
+    assert [name for name, _, _ in reported] == ["ema_accuracy", "student_accuracy"]
+    assert all(median == end for _, median, end in reported)
     assert (tmp_path / "runs" / "simmatch" / "digits-seed7" / "checkpoint.pt").exists()
 
 

@@ -61,8 +61,10 @@ def main(argv: Sequence[str]) -> int:
         again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
         print(f"Stopped after step {result.step} of {config.steps}; the checkpoint is in {config.run.out}. To go on: {again}")
         return 0
-    medians = ", ".join(f"{name} {result.median(name):.4f}" for name in METHODS[method].reported)
-    print(f"{medians} (medians of the last {min(20, len(result.history))} evaluations). The run is in {config.run.out}.")
+    last = min(20, len(result.history))
+    for name in METHODS[method].reported:
+        print(f"{name}: {result.median(name):.4f} as the median of the last {last} evaluations, {result.history[-1][name]:.4f} at the end")
+    print(f"The run is in {config.run.out}.")
     return 0
 
 
