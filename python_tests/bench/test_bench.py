@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ssmkernels import bench
+from ssmkernels.bench import case, measure, memory, report
+
+
+def small_case(**changes):
+    settings = {
+        "op": "instance_matching",
+        "phase": "forward",
+        "size": {"B": 2, "K": 3},
+        "dtype": torch.float32,
+        "ours": lambda: torch.ones(8).sum(),
+        "peers": {"eager": lambda: torch.ones(64, 64).sum()},
+        "products": {"score": lambda: torch.ones(4, 4) @ torch.ones(4, 4)},
+        "product_counts": {"score": 3},
+        "flops": 10,
+        "bytes": 10,
+    }
+    return case.Case(**(settings | changes))
+
+
+def run(each):
+    rates = measure.Rates(copy=1e9, matmul={"float32": 1e9})
+    return case.run(each, device="cpu", rates=rates, seconds=0.05, say=lambda line: None)
+
+
+def test_every_function_is_timed_in_every_round():
+    calls = dict.fromkeys("ab", 0)
+
+    def function(name):
+        calls[name] += 1
+
+    timings = measure.time_alternating({name: lambda name=name: function(name) for name in "ab"}, seconds=0.0, rounds=4)
+    assert set(timings) == {"a", "b"} and all(t.low <= t.median <= t.high for t in timings.values())
+    assert min(calls.values()) >= 3 + 3  # two to warm up, one to size the rounds, and three rounds at least
+
+
+def test_peak_memory_sees_what_a_call_takes():
+    extra = measure.peak_extra_bytes(lambda: torch.ones(2**24).sum())  # 64 MiB
+    if extra is None:
+        pytest.skip("this system does not tell peak memory")
+    assert 60 * 2**20 < extra < 90 * 2**20
+
+
+def test_floor_is_the_products_or_the_bytes():
+    result = run(small_case())
+    assert result.floor == result.products.median > 0
+    without = run(small_case(products={}, product_counts={}))
+    assert without.products is None and without.floor == pytest.approx(10 / 1e9)
+
+
+def test_table_and_plot(tmp_path):
+    result = run(small_case())
+    row = report.table([result]).splitlines()[-1]
+    assert "`instance_matching`" in row and "B=2 K=3" in row and row.count("|") == report.table([result]).splitlines()[0].count("|")
+    report.plot([result], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_written_with_machine_and_versions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "cases", lambda **options: iter([small_case()]))
+    monkeypatch.setattr(measure, "device_rates", lambda device, dtypes: measure.Rates(1e9, {"float32": 1e9}))
+    out = tmp_path / "results" / "cpu.json"
+    assert bench.main(["memory", "--seconds", "0.05", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    assert document["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert document["machine"]["cpu"]["processors"] >= 1
+    assert document["results"][0]["ours"]["median"] > 0
+    assert {path.suffix for path in out.parent.iterdir()} == {".json", ".md", ".png"}
+    assert "instance_matching" in capsys.readouterr().out
+
+
+def test_unknown_family(capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["graphs"])
+    assert stop.value.code == 2
+    assert "unknown family 'graphs'" in capsys.readouterr().err
+
+
+def test_cases_agree_with_their_peers():
+    """What is timed is the same computation: each peer's gradient is ours."""
+    for each in memory.cases(quick=True):
+        if each.op in ("instance_matching", "aggregate") and each.size["K"] == 250:
+            ours, eager = each.ours()[0], each.peers["eager"]()[0]
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
