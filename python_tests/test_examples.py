@@ -3,6 +3,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -14,3 +16,26 @@ def test_simmatch_loss_block(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert all(f"{name:9} equal" in printed for name in ("p̂", "loss", "gradient"))
     assert "peak extra" in printed
+
+
+def run_on_digits(name, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", [name, "--data", "digits", "--labels", "3", "--seconds", "0"])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_lp_deepssl_pseudo_labels(monkeypatch, capsys):
+    """The example itself asserts that labels and weights are those of LP-DeepSSL's solves, run to their tolerance."""
+    printed = run_on_digits("lp_deepssl_pseudo_labels.py", monkeypatch, capsys)
+    assert "labels and weights equal" in printed
+    rows = [line for line in printed.splitlines() if "labels as when converged" in line]
+    assert [float(row.split()[-1]) for row in rows[1:]] == [1.0, 1.0]
+
+
+def test_label_spreading(monkeypatch, capsys):
+    """The example itself asserts that labels and distributions are those of scikit-learn's steps, taken to the end."""
+    printed = run_on_digits("label_spreading.py", monkeypatch, capsys)
+    assert "labels equal" in printed
+    rows = [line for line in printed.splitlines() if "labels as at the end" in line]
+    assert [float(row.split()[-1]) for row in rows[1:]] == [1.0, 1.0]

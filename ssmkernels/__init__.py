@@ -12,7 +12,21 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("bench", "data", "distributed", "experiments", "info", "models", "nn", "ops", "reference", "trainers")
+_SUBMODULES = (
+    "bench",
+    "data",
+    "distributed",
+    "estimators",
+    "experiments",
+    "graph",
+    "info",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "trainers",
+)
 
 __all__ = ["__version__", *_SUBMODULES]
 

@@ -35,6 +35,20 @@ def test_table_1_and_2_recipes():
     assert (config.memory, config.ema_buffers, config.alignment_queue, config.decay_all) == ("teacher", "own", 256, True)
 
 
+def test_every_mixed_lp_configuration_is_the_papers_but_for_the_small_ones():
+    names = config_names("mixed-lp")
+    paper = {"cub200", "cars196", "aircraft-variant", "aircraft-family", "aircraft-manufacturer", "cifar100", "dogs", "pets"}
+    assert set(names) == paper | {"digits", "flowers17"}
+    for name in names:
+        config, _ = parse_config("mixed-lp", ["--config", name])
+        shared = config.pseudo_labels, config.k, config.gamma, config.beta, config.logit_scale, config.epsilon, config.margin
+        assert (*shared, config.batch_size, config.mu) == ("mixed-lp", 50, 3, 1, 4, 32, 0.1, 32, 1 / 99)
+        if name in paper:
+            assert (config.data.name, config.backbone, config.embedding_dim, config.data.labels_per_class) == (name, "bn-inception", 64, 5)
+            assert (config.labeled_epochs, config.epochs, config.learning_rate, config.weight_decay) == (5, 20, 1e-4, 1e-4)
+            assert config.data.fractions == (0.4, 0.2, 0.4)
+
+
 def test_the_command_line_wins_over_the_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("steps: 5\nmu: 3\ndata: {labels: 30}\n")
     config, resume = parse_config("simmatch", [f"--config={tmp_path / 'mine.yaml'}", "--mu", "4", "--data.root", "D", "--resume"])
@@ -68,6 +82,32 @@ def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
     assert [name for name, _, _ in reported] == ["ema_accuracy", "student_accuracy"]
     assert all(median == end for _, median, end in reported)
     assert (tmp_path / "runs" / "simmatch" / "digits-seed7" / "checkpoint.pt").exists()
+
+
+def test_a_finished_mixed_lp_run_reports_its_best_evaluation(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--labeled_epochs", "1", "--epochs", "2", "--run.accelerator", "cpu", "--run.bar", "false"]
+    assert main(["mixed-lp", "--config", "digits", *short, "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "mixed-lp" / "digits-seed3"
+    history = load_checkpoint(folder / "checkpoint.pt")["history"]
+    assert len(history) == 2
+    best = max(history, key=lambda record: record["validation_P@8"])
+    assert f"validation_P@8: {best['validation_P@8']:.4f}, the best of 2 evaluations, after step {best['step']}" in out
+    reported = dict(re.findall(r"^(test_\S+): (0\.\d{4})$", out, flags=re.MULTILINE))
+    assert {"test_NMI", "test_R@1", "test_R@8", "test_P@8", "test_MAP@R"} <= reported.keys()
+    assert all(value == f"{best[name]:.4f}" for name, value in reported.items())
+    assert load_checkpoint(folder / "best.pt")["evaluation"] == best
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in logged if line["group"] == "train"][-1]
+    assert {"pseudo_label_accuracy", "pseudo_label_confidence", "undecided", "cg_iterations"} <= last.keys()
+
+
+def test_a_mixed_lp_run_without_a_configuration_is_named_after_its_images(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--backbone", "convnet-small", "--freeze_bn", "false", "--labeled_epochs", "1", "--epochs", "0", "--pseudo_labels", "none"]
+    assert main(["mixed-lp", *small, "--run.accelerator", "cpu", "--run.bar", "false"]) == 0
+    assert (tmp_path / "runs" / "mixed-lp" / "digits-none-seed1" / "best.pt").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -45,6 +45,25 @@ torch.save({"state": trainer.state_dict(), "history": result.history}, f"{out}/r
 """
 
 
+MIXED_LP = """
+import sys
+import torch
+from ssmkernels import data
+from ssmkernels.trainers import CollectionConfig, MixedLP, MixedLPConfig, RunConfig
+from ssmkernels.trainers.loop import fit, make_fabric
+from dataclasses import asdict
+
+config = MixedLPConfig(
+    data=CollectionConfig(name="digits"), backbone="convnet-small", freeze_bn=True, embedding_dim=8, labeled_epochs=2, epochs=1, decay=1.0,
+    run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=12, log_every=1, accelerator="cpu", bar=False),
+)
+fabric = make_fabric(accelerator="cpu", find_unused_parameters=True)
+trainer = MixedLP(config, data.load_collection("digits"), fabric)
+result = fit(trainer, fabric=fabric, steps=14, run=config.run, config=asdict(config), best="validation_P@8")
+torch.save({"state": trainer.state_dict(), "history": result.history}, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
+"""
+
+
 def run_two_ranks(script, tmp_path, *arguments):
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
@@ -71,3 +90,22 @@ def test_ranks_agree_on_everything(tmp_path, memory):
     assert first["state"]["alignment"]["position"].item() == 3
     assert first["history"] == second["history"]
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_process(tmp_path):
+    first, second = run_two_ranks(MIXED_LP, tmp_path)
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert first["history"] == second["history"]
+    assert (tmp_path / "run" / "best.pt").exists()
+
+    (tmp_path / "alone").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "alone")], capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    alone = torch.load(tmp_path / "alone" / "rank0.pt", weights_only=True)
+    # Frozen batch norm makes rows independent, so two halves of a batch are the batch but for rounding.
+    for name, value in alone["state"]["model"].items():
+        torch.testing.assert_close(first["state"]["model"][name], value, rtol=1e-2, atol=1e-4, msg=name)
+    assert (first["state"]["labels"] == alone["state"]["labels"]).float().mean() > 0.98
+    assert first["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-3)

@@ -19,7 +19,7 @@ class Countdown:
         self.signal_at = signal_at
 
     def batches(self, start_step):
-        return (torch.tensor(float(step)) for step in range(start_step, 1000))
+        return (torch.tensor(float(step)) for step in range(start_step, 3000))
 
     def step(self, batch, step):
         assert batch == step
@@ -41,10 +41,10 @@ class Countdown:
         self.value = state["value"]
 
 
-def run(trainer, out, steps=10, resume=False, config=None):
-    settings = RunConfig(out=out and str(out), log_every=2, eval_every=4, checkpoint_every=5, accelerator="cpu", bar=False)
+def run(trainer, out, steps=10, resume=False, config=None, eval_every=4, **options):
+    settings = RunConfig(out=out and str(out), log_every=2, eval_every=eval_every, checkpoint_every=5, accelerator="cpu", bar=False)
     fabric = make_fabric(accelerator="cpu")
-    return fit(trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume)
+    return fit(trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume, **options)
 
 
 def test_evaluates_on_time_and_at_the_end(tmp_path):
@@ -63,6 +63,34 @@ def test_interrupt_finishes_the_step_saves_and_resumes(tmp_path, at):
     resumed = run(Countdown(), tmp_path, resume=True)
     assert resumed.finished
     assert resumed.history == whole.history
+
+
+def test_evaluates_at_the_end_of_every_epoch(tmp_path):
+    ends = run(Countdown(), tmp_path / "epochs", steps=9, eval_every=None, epoch_ends=range(3, 10, 3)).history
+    assert [record["step"] for record in ends] == [3, 6, 9]
+    ends = run(Countdown(), tmp_path / "default", steps=2050, eval_every=None).history
+    assert [record["step"] for record in ends] == [1024, 2048, 2050]
+
+
+def test_the_model_of_the_best_evaluation_is_kept(tmp_path):
+    class Hill(Countdown):
+        """Best after the second of four evaluations, and again, no better, after the third."""
+
+        def evaluate(self):
+            return {"height": {2: 0.1, 4: 0.7, 6: 0.7, 8: 0.3}[self.steps]}
+
+        def step(self, batch, step):
+            self.steps = step + 1
+            return super().step(batch, step)
+
+        def state_dict(self):
+            return {"model": {"steps": self.steps}, **super().state_dict()}
+
+    result = run(Hill(), tmp_path, steps=8, eval_every=2, best="height")
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert best["model"] == {"steps": 4}
+    assert best["evaluation"] == result.best("height") == result.history[1]
+    assert result.steps == 8
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path):
@@ -115,3 +143,5 @@ def test_bad_settings():
         make_fabric(precision="fp8")
     with pytest.raises(ValueError, match=r"run\.log_every is 0"):
         RunConfig(log_every=0)
+    with pytest.raises(ValueError, match=r"run\.eval_every is -1"):
+        RunConfig(eval_every=-1)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from ssmkernels.trainers.schedules import cosine_7_16, warm_up_half_cosine
+from ssmkernels.trainers.schedules import cosine_7_16, step_decay, warm_up_half_cosine
 
 
 def test_cosine_7_16_runs_from_one_to_a_fifth():
@@ -19,3 +19,7 @@ def test_warm_up_then_half_a_cosine_to_zero():
     assert factors[54] == pytest.approx(0.5)
     assert factors[104] == pytest.approx(0.0)
     assert all(b <= a for a, b in pairwise(factors[4:]))
+
+
+def test_steps_down_every_few_epochs():
+    assert [step_decay(epoch, 2, 0.5) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]

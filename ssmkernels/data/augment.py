@@ -141,16 +141,17 @@ class ImageNetWeak:
     Args:
         size: side of the result in pixels.
         scale: least and greatest share of the image's area.
+        flip: mirror every other image left to right; not for digits and signs.
     """
 
-    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.2, 1.0)) -> None:
+    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> None:
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError(f"scale is {scale}; it should be two shares in (0, 1], the lesser first")
-        self.size, self.scale = size, scale
+        self.size, self.scale, self.flip = size, scale, flip
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=self._box(image, rng))
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip and rng.random() < 0.5 else image
 
     def _box(self, image: Image.Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
         for _ in range(10):

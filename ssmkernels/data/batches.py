@@ -147,6 +147,81 @@ class TrainBatches(Dataset[Batch]):
         return to_tensors(views, self.mean, self.std)
 
 
+class CollectionBatch(NamedTuple):
+    """Views of images, and which images they are: labels and weights that change from epoch to epoch are looked up by position."""
+
+    images: Tensor
+    """[B, C, H, W] float32."""
+    positions: Tensor
+    """[B] int64, places of the images in the data set."""
+
+
+class CollectionBatches(Dataset[CollectionBatch]):
+    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
+
+    As in :class:`TrainBatches`, item i is the batch of step ``start_step + i``, a function of the seed and the step, of which each rank
+    gets its slice. No batch is short: one that reaches the end of a shuffle goes on in the next.
+
+    Args:
+        images: where the images come from.
+        index: [K] which of them are drawn, in seeded shuffles of all K.
+        transform: of a training image, see :func:`ssmkernels.data.retrieval_views`.
+        batch_size: B, images of a step, all ranks together; it may exceed K.
+        seed: seed of order and augmentation.
+        start_step: the first step.
+        num_steps: one past the last step.
+        rank, world_size: which slice of the batch is wanted, and how many there are.
+        mean, std: per channel, see :func:`ssmkernels.data.to_tensor`.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        index: np.ndarray,
+        *,
+        transform: Transform,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        index = np.asarray(index)
+        if index.ndim != 1 or index.dtype.kind not in "iu" or len(index) == 0:
+            raise ValueError(f"index is {index.dtype} of shape {index.shape}; it should be integers of shape [K], K > 0")
+        if index.min() < 0 or index.max() >= len(images):
+            raise ValueError(f"index is in [{index.min()}, {index.max()}]; it should be in [0, {len(images)}), the size of images")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}; it should be a positive multiple of world_size, {world_size}")
+        if not 0 <= start_step <= num_steps:
+            raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
+        self.images, self.index, self.transform = images, index.astype(np.int64), transform
+        self.batch_size, self.seed, self.start_step, self.num_steps = batch_size, seed, start_step, num_steps
+        self.mean, self.std = tuple(mean), tuple(std)
+        share = batch_size // world_size
+        self._mine = slice(rank * share, (rank + 1) * share)
+        self._order = IndexStream(len(index), seed, stream=Stream.COLLECTION_ORDER)
+
+    def __len__(self) -> int:
+        return self.num_steps - self.start_step
+
+    def __getitem__(self, item: int) -> CollectionBatch:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)} batches")
+        step = self.start_step + item
+        positions = self.index[self._order.batch(step, self.batch_size)[self._mine]]
+        views = [
+            self.transform(self.images.image(i), generator(self.seed, Stream.COLLECTION_VIEW, step, place))
+            for place, i in enumerate(positions, start=self._mine.start)
+        ]
+        return CollectionBatch(to_tensors(views, self.mean, self.std), torch.from_numpy(positions))
+
+
 def evaluation_batches(
     dataset: ImageDataset,
     batch_size: int,

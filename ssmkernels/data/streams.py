@@ -17,6 +17,9 @@ class Stream(IntEnum):
     LABELED_WEAK = 3
     UNLABELED_WEAK = 4
     UNLABELED_STRONG = 5
+    CLASSES = 6
+    COLLECTION_ORDER = 7
+    COLLECTION_VIEW = 8
 
 
 def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:

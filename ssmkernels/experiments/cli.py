@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmkernels.experiments import simmatch
-from ssmkernels.experiments.experiment import BUDGETS, run_experiment
+from ssmkernels.experiments import mixed_lp, simmatch
+from ssmkernels.experiments.experiment import BUDGETS, Experiment, Study, run_experiment
 
-EXPERIMENTS = {**simmatch.EXPERIMENTS}
+EXPERIMENTS: dict[str, Experiment | Study] = {**simmatch.EXPERIMENTS, **mixed_lp.EXPERIMENTS}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,12 +30,16 @@ def main(argv: Sequence[str]) -> int:
         return 0 if options.list else 2
     out = options.out / f"{options.name}-{options.budget}"
     try:
-        report = run_experiment(EXPERIMENTS[options.name], budget=options.budget, data=options.data, out=out)
+        experiment = EXPERIMENTS[options.name]
+        if isinstance(experiment, Study):
+            report = experiment.run(budget=options.budget, data=options.data, out=out)
+        else:
+            report = run_experiment(experiment, budget=options.budget, data=options.data, out=out)
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels reproduce: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped. The same command goes on from the checkpoints in {out}.")
+        print(f"Stopped. The same command goes on from what is in {out}.")
         return 0
     print(f"\n{report}\nThe report is in {out}.")
     return 0

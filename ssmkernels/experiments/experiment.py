@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,18 +17,24 @@ BUDGETS = ("smoke", "short", "paper")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a run: ``name`` in its evaluations, the median of the last 20 or the last one, in percent."""
+    """A number of a run, in percent: ``name`` in its evaluations, the median of the last 20 or the last one; or, if there is ``best``, in
+    the evaluation where that one is highest."""
 
     title: str
     name: str
     median: bool = True
+    best: str | None = None
 
     def of(self, results: Sequence[RunResult]) -> str:
         """Mean and deviation over runs; a dash where the evaluations do not have it."""
         if any(self.name not in result.history[-1] for result in results):
             return "-"
-        values = [result.median(self.name) if self.median else result.history[-1][self.name] for result in results]
-        return mean_and_std([100 * value for value in values])
+        return mean_and_std([100 * self.value(result) for result in results])
+
+    def value(self, result: RunResult) -> float:
+        if self.best is not None:
+            return result.best(self.best)[self.name]
+        return result.median(self.name) if self.median else result.history[-1][self.name]
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,14 @@ class Experiment:
     offline: tuple[str, ...]
     deviations: tuple[str, ...]
     curves: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure that is no table of training runs: ``run(budget=, data=, out=)`` returns its report."""
+
+    title: str
+    run: Callable[..., str]
 
 
 def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out: Path) -> str:

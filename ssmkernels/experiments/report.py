@@ -52,3 +52,39 @@ def plot_curves(
             axes.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
+
+
+def mean_and_interval(values: Sequence[float], *, digits: int = 3) -> str:
+    """``mean ± half-width`` of the 95 % confidence interval (Student's t); the value alone where there is one."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean; 0 for one value."""
+    if len(values) == 1:
+        return 0.0
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def plot_points(
+    path: Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], *, xlabel: str, ylabel: str, log: bool = False
+) -> None:
+    """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 % interval."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.8 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            x, means = list(points), [statistics.fmean(values) for values in points.values()]
+            axes.errorbar(
+                x, means, yerr=[half_width(values) for values in points.values()], label=label, marker="o", capsize=2, linewidth=1.2
+            )
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel, xscale="log" if log else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=90)

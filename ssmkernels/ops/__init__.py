@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ops: C++ and CUDA kernels behind plain functions, each with its reference of the same name in :mod:`ssmkernels.reference`."""
 
+from ssmkernels.ops.graph import LaplacianSolution, laplacian_solve, leave_one_edge_out
 from ssmkernels.ops.memory import (
     InstanceMatching,
     InstanceMatchingPartial,
@@ -16,10 +17,13 @@ from ssmkernels.ops.memory import (
 __all__ = [
     "InstanceMatching",
     "InstanceMatchingPartial",
+    "LaplacianSolution",
     "aggregate",
     "finish_instance_matching",
     "instance_matching",
     "instance_matching_partial",
+    "laplacian_solve",
+    "leave_one_edge_out",
     "memory_update_",
     "merge_instance_matching",
     "unfold",

@@ -65,6 +65,14 @@ def check_fraction(name: str, value: object) -> float:
     return float(value)
 
 
+def check_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with SSMKERNELS_CHECK=1."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
@@ -88,6 +96,15 @@ def check_weights(name: str, value: Tensor) -> None:
     low, high = (float(bound) for bound in torch.aminmax(value.detach()))
     if not (low >= 0 and math.isfinite(high)):
         raise ValueError(f"{name} must be finite and >= 0, got values from {low} to {high}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Every element finite."""
+    if value.numel() == 0:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{name} must be finite, got values from {low} to {high}")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

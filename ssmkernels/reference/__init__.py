@@ -4,6 +4,7 @@
 Tests, benchmarks and docs import these. They store every intermediate and run anywhere torch runs.
 """
 
+from ssmkernels.reference.graph import LaplacianSolution, laplacian_solve, leave_one_edge_out
 from ssmkernels.reference.memory import (
     InstanceMatching,
     InstanceMatchingPartial,
@@ -17,9 +18,12 @@ from ssmkernels.reference.memory import (
 __all__ = [
     "InstanceMatching",
     "InstanceMatchingPartial",
+    "LaplacianSolution",
     "aggregate",
     "instance_matching",
     "instance_matching_partial",
+    "laplacian_solve",
+    "leave_one_edge_out",
     "memory_update_",
     "unfold",
 ]

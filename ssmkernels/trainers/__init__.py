@@ -2,6 +2,18 @@
 """Trainers: each is its paper's algorithm, around the ops and modules of this package."""
 
 from ssmkernels.trainers.loop import RunConfig, RunResult
+from ssmkernels.trainers.mixed_lp import CollectionConfig, MixedLP, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.simmatch import DataConfig, SimMatch, SimMatchConfig, train_simmatch
 
-__all__ = ["DataConfig", "RunConfig", "RunResult", "SimMatch", "SimMatchConfig", "train_simmatch"]
+__all__ = [
+    "CollectionConfig",
+    "DataConfig",
+    "MixedLP",
+    "MixedLPConfig",
+    "RunConfig",
+    "RunResult",
+    "SimMatch",
+    "SimMatchConfig",
+    "train_mixed_lp",
+    "train_simmatch",
+]

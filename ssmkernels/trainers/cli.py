@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from ssmkernels.trainers.loop import RunResult
+from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.simmatch import SimMatchConfig, train_simmatch
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -23,10 +24,23 @@ CONFIGS = Path(__file__).parent / "configs"
 class Method(NamedTuple):
     config: type
     train: Callable[..., RunResult]
-    reported: tuple[str, ...]  # the evaluation figures whose medians are printed
+    run_name: Callable[[Any], str]  # of a run without a --config
+    reported: tuple[str, ...]  # the evaluation figures that are printed: their medians,
+    best: str | None = None  # or what they were when this one was best
 
 
-METHODS = {"simmatch": Method(SimMatchConfig, train_simmatch, ("ema_accuracy", "student_accuracy"))}
+METHODS = {
+    "mixed-lp": Method(
+        MixedLPConfig,
+        train_mixed_lp,
+        lambda config: f"{config.data.name}-{config.pseudo_labels}",
+        ("test_NMI", *(f"test_{figure}@{k}" for figure in "RP" for k in (1, 2, 4, 8)), "test_MAP@R"),
+        best=SELECTED_BY,
+    ),
+    "simmatch": Method(
+        SimMatchConfig, train_simmatch, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_accuracy", "student_accuracy")
+    ),
+}
 
 
 def config_names(method: str) -> list[str]:
@@ -50,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config, resume = parse_config(method, argv[1:])
         if config.run.out is None:
-            config.run.out = f"runs/{method}/{_config_name(argv) or f'{config.data.name}-{config.data.labels}'}-seed{config.seed}"
+            config.run.out = f"runs/{method}/{_config_name(argv) or METHODS[method].run_name(config)}-seed{config.seed}"
         result = METHODS[method].train(config, resume=resume)
     except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels train: {error}", file=sys.stderr)
@@ -59,13 +73,23 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not result.finished:
         again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
-        print(f"Stopped after step {result.step} of {config.steps}; the checkpoint is in {config.run.out}. To go on: {again}")
+        print(f"Stopped after step {result.step} of {result.steps}; the checkpoint is in {config.run.out}. To go on: {again}")
         return 0
-    last = min(20, len(result.history))
-    for name in METHODS[method].reported:
-        print(f"{name}: {result.median(name):.4f} as the median of the last {last} evaluations, {result.history[-1][name]:.4f} at the end")
+    _report(METHODS[method], result)
     print(f"The run is in {config.run.out}.")
     return 0
+
+
+def _report(method: Method, result: RunResult) -> None:
+    if method.best is None:
+        last, end = min(20, len(result.history)), result.history[-1]
+        for name in method.reported:
+            print(f"{name}: {result.median(name):.4f} as the median of the last {last} evaluations, {end[name]:.4f} at the end")
+        return
+    record, count = result.best(method.best), len(result.history)
+    print(f"{method.best}: {record[method.best]:.4f}, the best of {count} evaluations, after step {record['step']}; there")
+    for name in method.reported:
+        print(f"{name}: {record[name]:.4f}")
 
 
 def _parser(method: str) -> ArgumentParser:

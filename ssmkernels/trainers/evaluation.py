@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Accuracy of a classifier on a test set."""
+"""What trainers measure: accuracy of a classifier, retrieval with embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssmkernels.distributed import all_reduce_sum
+from ssmkernels import metrics
+from ssmkernels.distributed import all_gather_rows, all_reduce_sum, is_distributed
 
 
 @torch.no_grad()
@@ -31,3 +33,27 @@ def top_k_accuracy(
     model.train(training)
     *correct, total = all_reduce_sum(counts).tolist()
     return [each / max(total, 1) for each in correct]
+
+
+@torch.no_grad()
+def embed(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Features v [N, d], embeddings z [N, δ] and labels [N] of all images of a data set in its order, on every rank.
+
+    Args:
+        model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
+        batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every R-th image.
+    """
+    training = model.training
+    model.eval()
+    parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
+    model.train(training)
+    features, embeddings, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    ranks = dist.get_world_size() if is_distributed() else 1
+    count = int(all_reduce_sum(torch.tensor(len(labels), device=device)))
+    order = torch.cat([torch.arange(rank, count, ranks, device=device) for rank in range(ranks)]).argsort()
+    return all_gather_rows(features)[order], all_gather_rows(embeddings)[order], all_gather_rows(labels)[order]
+
+
+def retrieval_figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the names of the metrics."""
+    return {**metrics.retrieval(embeddings, labels), "NMI": metrics.nmi(embeddings, labels)}

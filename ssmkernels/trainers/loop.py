@@ -11,7 +11,7 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,8 @@ except ImportError:  # the same code inside the one big package
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
+EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of its own
+
 
 @dataclass
 class RunConfig:
@@ -43,10 +45,10 @@ class RunConfig:
     """Folder of checkpoint.pt, metrics.jsonl and tensorboard/; without one nothing is written."""
     log_every: int = 10
     """Steps between reads of the losses."""
-    eval_every: int = 1024
-    """Steps between evaluations."""
-    checkpoint_every: int = 1024
-    """Steps between checkpoints."""
+    eval_every: int | None = None
+    """Steps between evaluations; none for the end of every epoch, which is 1024 steps where the method has no epochs."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; none for the end of every epoch."""
     accelerator: str = "auto"
     """auto, cpu, cuda, …, as Lightning Fabric names them."""
     workers: int = 0
@@ -56,8 +58,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}; it should be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"run.{name} is {value}; it should be at least 1")
 
 
 @dataclass
@@ -67,6 +70,12 @@ class RunResult:
     finished: bool
     step: int
     history: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    """Of the whole run."""
+
+    def best(self, name: str) -> dict[str, float]:
+        """The record with the highest ``name``, the first of several."""
+        return max(self.history, key=lambda record: record[name])
 
     def median(self, name: str, last: int = 20) -> float:
         """The median of ``name`` over the last evaluations, the figure that FixMatch and its successors report."""
@@ -119,7 +128,17 @@ def make_fabric(*, precision: Precision = "32-true", accelerator: str = "auto", 
     return fabric
 
 
-def fit(trainer: Trainer, *, fabric: Fabric, steps: int, run: RunConfig, config: dict[str, Any], resume: bool = False) -> RunResult:
+def fit(
+    trainer: Trainer,
+    *,
+    fabric: Fabric,
+    steps: int,
+    run: RunConfig,
+    config: dict[str, Any],
+    resume: bool = False,
+    epoch_ends: Container[int] | None = None,
+    best: str | None = None,
+) -> RunResult:
     """Runs ``trainer`` to ``steps``, or until Ctrl-C or SIGTERM, which end it after the current step with a checkpoint.
 
     A resumed run computes the bits of an uninterrupted one.
@@ -128,12 +147,15 @@ def fit(trainer: Trainer, *, fabric: Fabric, steps: int, run: RunConfig, config:
         config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but for the
             group ``run`` and the place of the data (``data.root``).
         resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is refused.
+        epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th.
+        best: a figure of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of the trainer's state
+            are kept in ``run.out``/best.pt.
 
     Raises:
         FloatingPointError: a loss is not finite; it names the step.
     """
     path = Path(run.out) / "checkpoint.pt" if run.out is not None else None
-    done = RunResult(finished=False, step=0)
+    done = RunResult(finished=False, step=0, steps=steps)
     window: dict[str, float] = {}
     if path is not None and path.exists():
         if not resume:
@@ -142,13 +164,17 @@ def fit(trainer: Trainer, *, fabric: Fabric, steps: int, run: RunConfig, config:
         check_same_config(state["config"], config, ignore=("run", "data.root"), path=path)
         trainer.load_state_dict(state["trainer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
-        done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"])
+        done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
         window = state["window"]
     if done.finished:
         return done
     if path is not None and fabric.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
     fabric.barrier()
+    ends = range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends
+
+    def due(every: int | None) -> bool:
+        return done.finished or (done.step in ends if every is None else done.step % every == 0)
 
     with (
         StopSignals() as stop,
@@ -169,14 +195,18 @@ def fit(trainer: Trainer, *, fabric: Fabric, steps: int, run: RunConfig, config:
             done.step += 1
             done.finished = done.step == steps
             logging = done.finished or done.step % run.log_every == 0
-            evaluating = done.finished or done.step % run.eval_every == 0
+            evaluating = due(run.eval_every)
             # Ranks must agree on when to stop: together at every log interval, alone at once.
             stopping = stop.requested if fabric.world_size == 1 else logging and _any_rank(stop.requested, fabric)
-            saving = stopping or done.finished or done.step % run.checkpoint_every == 0
+            saving = stopping or due(run.checkpoint_every)
             if logging or evaluating or saving:
                 log.flush(learning_rate=trainer.learning_rate)
             if evaluating:
                 done.history.append({"step": done.step, **log.evaluation(trainer.evaluate())})
+            if evaluating and best is not None and path is not None and done.best(best) is done.history[-1]:
+                weights = {"evaluation": done.history[-1], "model": trainer.state_dict()["model"]}
+                if fabric.is_global_zero:
+                    save_checkpoint(path.with_name("best.pt"), weights)
             if saving and path is not None:
                 state = {
                     "config": config,

@@ -16,3 +16,8 @@ def warm_up_half_cosine(step: int, steps: int, warm_up_steps: int) -> float:
     if step < warm_up_steps:
         return (step + 1) / warm_up_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warm_up_steps) / max(steps - warm_up_steps, 1)))
+
+
+def step_decay(epoch: int, every: int, factor: float) -> float:
+    """factor^⌊epoch / every⌋, PyTorch's StepLR; epochs count from 0."""
+    return factor ** (epoch // every)

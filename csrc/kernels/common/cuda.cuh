@@ -30,8 +30,8 @@ inline const char* message(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// Launches a one-dimensional grid. Nothing is launched for no blocks.
-template <class... Parameters>
+// Launches a one-dimensional grid. Nothing is launched for no blocks. The blocks of a cooperative grid all run at once, or it fails.
+template <bool kCooperative = false, class... Parameters>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
                    std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return nullptr;
@@ -41,11 +41,16 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
                                                     static_cast<int>(shared_bytes));
     if (status != cudaSuccess) return message(status);
   }
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = kCooperative;
   return message(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
@@ -120,6 +125,19 @@ __device__ Real block_max(Real x, Real* scratch) {
   Real top = scratch[0];
   for (int warp = 1; warp < kWarps; ++warp) top = max(top, scratch[warp]);
   return top;
+}
+
+// Barrier of `blocks` blocks of a cooperative grid; what they wrote before it they all read after it. `arrivals` starts at 0 and only
+// grows.
+__device__ inline void barrier(unsigned long long* arrivals, unsigned blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const unsigned long long before = atomicAdd(arrivals, 1ull), all = (before / blocks + 1) * blocks;
+    while (*static_cast<volatile unsigned long long*>(arrivals) < all) __nanosleep(20);
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 }  // namespace ssmkernels::cuda

@@ -62,6 +62,15 @@ static inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// v in its first `count` lanes, 0 in the others.
+template <class Real>
+static inline Vec<Real> first_lanes(Vec<Real> v, int64_t count) {
+  if (count >= kLanes<Real>) return v;
+  Vec<Real> lane;
+  for (int k = 0; k < kLanes<Real>; ++k) lane[k] = static_cast<Real>(k);
+  return lane < static_cast<Real>(count) ? v : Vec<Real>{};
+}
+
 // Whether any lane differs: an OR over the bits, which the compiler folds.
 template <class Real>
 static inline bool differ(Vec<Real> a, Vec<Real> b) {
@@ -69,6 +78,32 @@ static inline bool differ(Vec<Real> a, Vec<Real> b) {
   bool any = false;
   for (int lane = 0; lane < kLanes<Real>; ++lane) any |= bits[lane] != 0;
   return any;
+}
+
+// e^r for |r| <= 1/4: its Taylor polynomial, to 1.2e-8 and 1e-17.
+inline constexpr double kExpTiny = 0.25;
+static inline Vec<float> exp_tiny(Vec<float> r) {
+  Vec<float> p = r * (1.0f / 720) + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+static inline Vec<double> exp_tiny(Vec<double> r) {
+  Vec<double> p = r * (1.0 / 479001600) + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  return p * r + 1.0;
 }
 
 // e^x: x = n ln2 + r with |r| <= ln2/2, a polynomial for e^r, times 2^n. About 1 ulp. Below the smallest normal number: exactly 0 (−inf

@@ -5,12 +5,9 @@
 #include <cstdint>
 
 #include "../common/dtype.h"
-
-struct CUstream_st;
+#include "../common/stream.h"
 
 namespace ssmkernels {
-
-using CudaStream = CUstream_st*;  // cudaStream_t, without its header
 
 template <class Storage>
 struct Bank {

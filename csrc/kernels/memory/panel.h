@@ -7,8 +7,7 @@
 // shuffles. Labels select whole vectors: a bank need not be sorted, and a class-sorted one only gains locality.
 #pragma once
 
-#include <new>
-
+#include "../common/buffer.h"
 #include "../common/simd.h"
 #include "bank.h"
 
@@ -22,29 +21,6 @@ inline constexpr int kTasks = 16;  // a small batch is cut along the bank too, u
 // Stands for log 0 where −inf would make NaN of a difference.
 template <class Real>
 inline constexpr Real kLogZero = Real(-1e30);
-
-template <class Real>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<Real*>(::operator new(size * sizeof(Real), std::align_val_t{64}))) {}
-  ~Buffer() {
-    ::operator delete(data_, std::align_val_t{64});
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  Real* take(int64_t size) {  // consecutive pieces, in order
-    Real* piece = data_ + used_;
-    used_ += size;
-    return piece;
-  }
-  Real* data() const {
-    return data_;
-  }
-
- private:
-  Real* data_;
-  int64_t used_ = 0;
-};
 
 // How B rows × K slots are cut into tasks: by shape alone, so that the bits do not depend on the threads.
 struct Partition {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that switch at barriers
-// and at the instructions of a warp; blocks run one after the other. What a GPU leaves undefined is made to show: shared memory starts as
+// and at the instructions of a warp; blocks run one after the other, or, in a cooperative launch, by turns: one runs until it waits for
+// others. What a GPU leaves undefined is made to show: shared memory starts as
 // NaN, an asynchronous copy lands only when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared
 // memory ends at an unmapped page, and warps take their turns in an order that changes from barrier to barrier.
 #pragma once
@@ -28,6 +29,8 @@
 #define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
+#define __builtin_assume(...)
 
 struct dim3 {
   unsigned x, y, z;
@@ -40,6 +43,8 @@ using std::ceil;
 using std::exp2;
 using std::fabs;
 using std::fmaxf;
+using std::frexp;
+using std::ldexp;
 using std::log2;
 using std::sqrt;
 
@@ -57,7 +62,7 @@ inline constexpr size_t kMaxShared = 227 * 1024;
   std::abort();
 }
 
-enum class State { ready, at_warp, at_block, done };
+enum class State { ready, at_warp, at_block, at_grid, done };
 
 struct Copy {
   void* to;
@@ -81,14 +86,21 @@ struct Exchange {
   alignas(16) unsigned char bytes[32][64];
 };
 
-struct Machine {
+struct Block {
   Thread threads[kMaxThreads];
   Exchange exchanges[kMaxThreads / 32][2];
-  jmp_buf scheduler;
-  int current = 0;
-  std::function<void()> body;
   unsigned char* shared_page = nullptr;
   unsigned char* shared = nullptr;
+  unsigned index = 0;
+  unsigned phase = 0;  // odd: warps take their turns the other way round
+};
+
+struct Machine {
+  std::vector<Block*> blocks;  // more than one in a cooperative launch only
+  Block* block = nullptr;      // the one that runs
+  jmp_buf scheduler;
+  int current = 0;  // thread
+  std::function<void()> body;
 };
 
 inline Machine& machine() {
@@ -96,12 +108,15 @@ inline Machine& machine() {
   return *it;
 }
 
+inline Thread& this_thread() {
+  return machine().block->threads[machine().current];
+}
+
 inline void pause(State state, const char* at) {
-  Machine& m = machine();
-  Thread& me = m.threads[m.current];
+  Thread& me = this_thread();
   me.state = state;
   me.at = at;
-  if (!_setjmp(me.here)) _longjmp(m.scheduler, 1);
+  if (!_setjmp(me.here)) _longjmp(machine().scheduler, 1);
 }
 
 inline void fiber_main() {
@@ -113,7 +128,7 @@ inline void fiber_main() {
 
 inline void resume(int thread) {
   Machine& m = machine();
-  Thread& t = m.threads[thread];
+  Thread& t = m.block->threads[thread];
   m.current = thread;
   threadIdx = dim3(thread);
   threadIdx.y = threadIdx.z = 0;
@@ -130,10 +145,9 @@ inline void resume(int thread) {
   setcontext(&t.start);
 }
 
-// Runs a warp until each of its threads is at a block barrier or done.
+// Runs a warp until each of its threads waits for more than the warp, or is done.
 inline void run_warp(int warp, int lanes) {
-  Machine& m = machine();
-  Thread* threads = m.threads + warp * 32;
+  Thread* threads = machine().block->threads + warp * 32;
   for (;;) {
     int waiting = 0;
     for (int lane = 0; lane < lanes; ++lane) {
@@ -149,50 +163,97 @@ inline void run_warp(int warp, int lanes) {
   }
 }
 
-inline void run_block(int threads, size_t shared_bytes) {
-  Machine& m = machine();
+inline void start_block(Block& block, unsigned index, int threads, size_t shared_bytes) {
   static const size_t page = sysconf(_SC_PAGESIZE);
   static const size_t room = (kMaxShared + page - 1) / page * page;
-  if (!m.shared_page) {
+  if (!block.shared_page) {
     void* memory = mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) fail("no shared memory");
-    m.shared_page = static_cast<unsigned char*>(memory);
-    mprotect(m.shared_page + room, page, PROT_NONE);
+    block.shared_page = static_cast<unsigned char*>(memory);
+    mprotect(block.shared_page + room, page, PROT_NONE);
   }
-  m.shared = m.shared_page + room - (shared_bytes + 15) / 16 * 16;
-  std::memset(m.shared, 0xff, (shared_bytes + 15) / 16 * 16);  // NaN in every storage type
-  const int warps = (threads + 31) / 32;
+  block.shared = block.shared_page + room - (shared_bytes + 15) / 16 * 16;
+  std::memset(block.shared, 0xff, (shared_bytes + 15) / 16 * 16);  // NaN in every storage type
+  block.index = index;
+  block.phase = first_phase + index;
   for (int t = 0; t < threads; ++t) {
-    m.threads[t].state = State::ready;
-    m.threads[t].turn = 0;
+    block.threads[t].state = State::ready;
+    block.threads[t].turn = 0;
   }
-  for (unsigned phase = first_phase + blockIdx.x;; ++phase) {
+}
+
+enum class Progress { none, some, done };
+
+// Runs a block until its threads are done, or one of them waits for other blocks.
+inline Progress run_block(Block& block, int threads) {
+  machine().block = &block;
+  blockIdx = dim3(block.index);
+  blockIdx.y = blockIdx.z = 0;
+  const int warps = (threads + 31) / 32;
+  for (int t = 0; t < threads; ++t)
+    if (block.threads[t].state == State::at_grid) block.threads[t].state = State::ready;
+  for (Progress progress = Progress::none;; progress = Progress::some) {
     for (int i = 0; i < warps; ++i) {
-      const int warp = phase % 2 ? warps - 1 - i : i;
+      const int warp = block.phase % 2 ? warps - 1 - i : i;
       run_warp(warp, threads - warp * 32 < 32 ? threads - warp * 32 : 32);
     }
-    int waiting = 0, done = 0;
+    int at_block = 0, at_grid = 0, done = 0;
     for (int t = 0; t < threads; ++t) {
-      waiting += m.threads[t].state == State::at_block;
-      done += m.threads[t].state == State::done;
+      at_block += block.threads[t].state == State::at_block;
+      at_grid += block.threads[t].state == State::at_grid;
+      done += block.threads[t].state == State::done;
     }
     if (done == threads) break;
-    if (waiting + done != threads) fail("deadlock");
+    if (at_block + at_grid + done != threads) fail("deadlock");
+    if (at_grid > 0) return progress;
     for (int t = 0; t < threads; ++t)
-      if (m.threads[t].state == State::at_block) m.threads[t].state = State::ready;
+      if (block.threads[t].state == State::at_block) block.threads[t].state = State::ready;
+    ++block.phase;
   }
   for (int t = 0; t < threads; ++t)
-    if (!m.threads[t].copies.empty() || !m.threads[t].open_copies.empty()) fail("a thread ended with copies under way");
+    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty()) fail("a thread ended with copies under way");
+  return Progress::done;
+}
+
+inline Block& block_at(size_t i) {
+  Machine& m = machine();
+  while (m.blocks.size() <= i) m.blocks.push_back(new Block);
+  return *m.blocks[i];
+}
+
+inline void run_grid(unsigned blocks, int threads, size_t shared_bytes) {
+  for (unsigned i = 0; i < blocks; ++i) {
+    start_block(block_at(0), i, threads, shared_bytes);
+    if (run_block(block_at(0), threads) != Progress::done) fail("a block waits for others in a launch that is not cooperative");
+  }
+}
+
+// The turns go up and down the blocks.
+inline void run_cooperative_grid(unsigned blocks, int threads, size_t shared_bytes) {
+  std::vector<bool> done(blocks);
+  for (unsigned i = 0; i < blocks; ++i) start_block(block_at(i), i, threads, shared_bytes);
+  for (unsigned left = blocks, round = first_phase, stuck = 0; left > 0; ++round) {
+    bool any = false;
+    for (unsigned i = 0; i < blocks; ++i) {
+      const unsigned block = round % 2 ? blocks - 1 - i : i;
+      if (done[block]) continue;
+      const Progress progress = run_block(block_at(block), threads);
+      any |= progress != Progress::none;
+      done[block] = progress == Progress::done;
+      left -= done[block];
+    }
+    stuck = any ? 0 : stuck + 1;
+    if (stuck == 3) fail("the blocks wait for each other");
+  }
 }
 
 // Each lane shows `mine` and gets what all show.
 template <class T>
 const T* exchange(const T& mine, const char* instruction, T (&all)[32]) {
   static_assert(sizeof(T) <= sizeof(Exchange::bytes[0]));
-  Machine& m = machine();
-  const int warp = m.current / 32, lane = m.current % 32;
-  Exchange& buffer = m.exchanges[warp][m.threads[m.current].turn];
-  m.threads[m.current].turn ^= 1;
+  const int warp = machine().current / 32, lane = machine().current % 32;
+  Exchange& buffer = machine().block->exchanges[warp][this_thread().turn];
+  this_thread().turn ^= 1;
   std::memcpy(buffer.bytes[lane], &mine, sizeof(T));
   pause(State::at_warp, instruction);
   for (int i = 0; i < 32; ++i) std::memcpy(&all[i], buffer.bytes[i], sizeof(T));
@@ -236,10 +297,18 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __ffs(unsigned x) {
   return __builtin_ffs(static_cast<int>(x));
 }
-inline unsigned atomicAdd(unsigned* at, unsigned x) {
-  const unsigned old = *at;
+inline int __popc(unsigned x) {
+  return __builtin_popcount(x);
+}
+template <class T>
+T atomicAdd(T* at, T x) {
+  const T old = *at;
   *at += x;
   return old;
+}
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) {  // time passes: the other blocks' turn
+  emulator::pause(emulator::State::at_grid, "__nanosleep");
 }
 inline float __uint_as_float(unsigned bits) {
   float x;
@@ -253,10 +322,19 @@ typedef struct CUstream_st* cudaStream_t;
 inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 inline const char* cudaGetErrorString(cudaError_t) {
@@ -300,10 +378,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   gridDim = config->gridDim;
   emulator::machine().body = [&] { kernel(arguments...); };
-  for (unsigned block = 0; block < gridDim.x; ++block) {
-    blockIdx = dim3(block);
-    blockIdx.y = blockIdx.z = 0;
-    emulator::run_block(threads, config->dynamicSmemBytes);
+  if (config->numAttrs == 0) {
+    emulator::run_grid(gridDim.x, threads, config->dynamicSmemBytes);
+  } else {
+    if (gridDim.x * threads > 1024u * emulator::multiprocessor_count) return cudaErrorInvalidValue;  // not all can run at once
+    emulator::run_cooperative_grid(gridDim.x, threads, config->dynamicSmemBytes);
   }
   return cudaSuccess;
 }

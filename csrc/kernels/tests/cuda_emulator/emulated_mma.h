@@ -8,24 +8,20 @@
 namespace ssmkernels::cuda {
 
 inline unsigned char* dynamic_shared() {
-  return emulator::machine().shared;
-}
-
-inline emulator::Thread& this_thread() {
-  return emulator::machine().threads[emulator::machine().current];
+  return emulator::machine().block->shared;
 }
 
 inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("cp.async is not aligned");
-  this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
+  emulator::this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
 }
 inline void copy_async_commit() {
-  this_thread().copies.push_back(std::move(this_thread().open_copies));
-  this_thread().open_copies.clear();
+  emulator::this_thread().copies.push_back(std::move(emulator::this_thread().open_copies));
+  emulator::this_thread().open_copies.clear();
 }
 template <int kPending>
 void copy_async_wait() {
-  auto& groups = this_thread().copies;
+  auto& groups = emulator::this_thread().copies;
   while (static_cast<int>(groups.size()) > kPending) {
     for (const emulator::Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);

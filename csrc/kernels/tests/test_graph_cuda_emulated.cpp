@@ -1,0 +1,693 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CUDA kernels of the graph family against the equations in double precision, run by the emulator in cuda_emulator/. Inputs, outputs
+// and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../graph/laplacian_solve.h"
+#include "../graph/leave_one_edge_out.h"
+
+namespace {
+
+using namespace ssmkernels;
+
+int passed = 0, failed = 0;
+std::string context;
+
+void check(bool good, const char* what, double figure = 0) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
+}
+
+using Values = std::vector<double>;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(size_t count) : count_(count) {
+    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
+    room_ = (bytes + page - 1) / page * page + page;
+    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory_ + room_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
+    std::memset(static_cast<void*>(data_), 0xff, bytes);
+  }
+  template <class U>
+  explicit Guarded(const std::vector<U>& values) : Guarded(values.size()) {
+    for (size_t i = 0; i < count_; ++i) data_[i] = static_cast<T>(values[i]);
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() {
+    munmap(memory_, room_);
+  }
+  T* data() const {
+    return data_;
+  }
+  size_t size() const {
+    return count_;
+  }
+  T& operator[](size_t i) const {
+    return data_[i];
+  }
+  bool same_bits(const Guarded& other) const {
+    return count_ == other.count_ && std::memcmp(data_, other.data_, count_ * sizeof(T)) == 0;
+  }
+
+ private:
+  size_t count_, room_;
+  unsigned char* memory_;
+  T* data_;
+};
+
+// What is between -1 and 1 times `scale` is compared as a number, the rest relatively.
+template <class Real>
+void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 1) {
+  double worst = out.size() == expected.size() ? 0 : kInfinity;
+  for (size_t i = 0; i < std::min(out.size(), expected.size()); ++i) {
+    const double difference = out[i] == expected[i] ? 0 : std::abs(out[i] - expected[i]) / std::max(std::abs(expected[i]), scale);
+    if (!(difference <= worst) && !std::isnan(worst)) worst = difference;
+  }
+  check(worst <= tolerance, what, worst);
+}
+
+double largest(const Values& x) {
+  double top = 0;
+  for (double v : x) top = std::max(top, std::abs(v));
+  return top;
+}
+
+template <class Real>
+constexpr double kPrecision = sizeof(Real) == 4 ? 1 : 1e-8;  // of the arithmetic, beside that of float32
+
+struct Graph {
+  std::vector<int64_t> crow, reverse;
+  std::vector<int32_t> col;
+  Values weight, dissimilarity;
+
+  int64_t nodes() const {
+    return static_cast<int64_t>(crow.size()) - 1;
+  }
+  size_t edges() const {
+    return col.size();
+  }
+  template <class F>
+  void for_each(const F& each) const {  // each(i, j, e)
+    for (int64_t i = 0; i < nodes(); ++i)
+      for (int64_t e = crow[i]; e < crow[i + 1]; ++e) each(i, int64_t{col[e]}, static_cast<size_t>(e));
+  }
+};
+
+// About `degree` neighbours per node; every seventh node isolated, every fifth with a self-loop, node 2 joined to almost all. Values as
+// Real stores them.
+template <class Real>
+Graph make_graph(int64_t nodes, double degree, std::mt19937& random, bool self_loops = true) {
+  std::uniform_real_distribution<double> uniform;
+  std::vector<Values> weight(nodes, Values(nodes, 0.0)), dissimilarity = weight;
+  for (int64_t i = 0; i < nodes; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      if (i % 7 == 5 || j % 7 == 5) continue;
+      const bool joined = i == j ? self_loops && i % 5 == 1 : uniform(random) < (j == 2 ? 0.9 : degree / static_cast<double>(nodes));
+      if (!joined) continue;
+      weight[i][j] = weight[j][i] = static_cast<Real>(0.1 + uniform(random));
+      dissimilarity[i][j] = dissimilarity[j][i] = static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);
+    }
+  Graph graph;
+  graph.crow.push_back(0);
+  for (int64_t i = 0; i < nodes; ++i) {
+    for (int64_t j = 0; j < nodes; ++j) {
+      if (weight[i][j] == 0) continue;
+      graph.col.push_back(static_cast<int32_t>(j));
+      graph.weight.push_back(weight[i][j]);
+      graph.dissimilarity.push_back(dissimilarity[i][j]);
+    }
+    graph.crow.push_back(static_cast<int64_t>(graph.col.size()));
+  }
+  graph.for_each([&](int64_t i, int64_t j, size_t) {
+    const auto row = graph.col.begin() + graph.crow[j];
+    graph.reverse.push_back(std::lower_bound(row, graph.col.begin() + graph.crow[j + 1], i) - graph.col.begin());
+  });
+  return graph;
+}
+
+// A graph on the device.
+struct DeviceGraph {
+  Guarded<int64_t> crow, reverse;
+  Guarded<int32_t> col;
+
+  explicit DeviceGraph(const Graph& graph) : crow(graph.crow), reverse(graph.reverse), col(graph.col) {}
+  Csr view() const {
+    return {crow.data(), col.data(), static_cast<int64_t>(crow.size()) - 1, static_cast<int64_t>(col.size())};
+  }
+};
+
+// ---- laplacian_solve
+
+struct System {
+  Graph graph;
+  bool has_dissimilarity = true, has_initial = false, jacobi = true;
+  Values diagonal, rhs, initial;
+  int64_t columns = 1;
+  double rtol = 1e-5;
+  int64_t max_iter = 1000;
+
+  // A x, for [N, columns].
+  Values times(const Values& x) const {
+    Values out(x.size(), 0.0);
+    const auto add = [&](int64_t i, int64_t j, double factor) {
+      for (int64_t c = 0; c < columns; ++c) out[i * columns + c] += factor * x[j * columns + c];
+    };
+    for (int64_t i = 0; i < graph.nodes(); ++i) add(i, i, diagonal[i]);
+    graph.for_each([&](int64_t i, int64_t j, size_t e) {
+      const double d = has_dissimilarity ? graph.dissimilarity[e] : 0;
+      add(i, i, graph.weight[e] + d);
+      add(i, j, d - graph.weight[e]);
+    });
+    return out;
+  }
+  Values matrix_diagonal() const {
+    Values out = diagonal;
+    graph.for_each([&](int64_t i, int64_t j, size_t e) {
+      const double d = has_dissimilarity ? graph.dissimilarity[e] : 0;
+      out[i] += i == j ? 2 * d : graph.weight[e] + d;
+    });
+    return out;
+  }
+  Values start() const {
+    return has_initial ? initial : Values(rhs.size(), 0.0);
+  }
+  Values residuals(const Values& x) const {  // relative, per column
+    const Values product = times(x);
+    Values out(columns, 0.0);
+    for (int64_t c = 0; c < columns; ++c) {
+      double r = 0, b = 0;
+      for (size_t at = c; at < rhs.size(); at += columns) {
+        r += std::pow(rhs[at] - product[at], 2);
+        b += rhs[at] * rhs[at];
+      }
+      out[c] = b > 0 ? std::sqrt(r / b) : 0;
+    }
+    return out;
+  }
+};
+
+struct Expected {
+  Values solution, curvature;
+  std::vector<int64_t> iterations;
+};
+
+// Textbook conjugate gradients on S A S, column by column.
+Expected solve_in_double(const System& system) {
+  const int64_t nodes = system.graph.nodes(), columns = system.columns;
+  const Values diagonal = system.matrix_diagonal();
+  Expected out{system.start(), Values(columns, kInfinity), std::vector<int64_t>(columns, 0)};
+  const double least = nodes > 0 ? *std::min_element(diagonal.begin(), diagonal.end()) : 0;
+  System one = system;
+  one.columns = 1;
+  for (int64_t c = 0; c < columns; ++c) {
+    Values b(nodes), x(nodes), scale(nodes, 1.0);
+    double norm = 0;
+    for (int64_t i = 0; i < nodes; ++i) {
+      b[i] = system.rhs[i * columns + c];
+      norm += b[i] * b[i];
+      if (system.jacobi) scale[i] = diagonal[i] > 0 ? 1 / std::sqrt(diagonal[i]) : 0;
+      x[i] = scale[i] > 0 ? out.solution[i * columns + c] / scale[i] : 0;
+    }
+    const auto product = [&](const Values& v) {
+      Values scaled(nodes);
+      for (int64_t i = 0; i < nodes; ++i) scaled[i] = scale[i] * v[i];
+      scaled = one.times(scaled);
+      for (int64_t i = 0; i < nodes; ++i) scaled[i] *= scale[i];
+      return scaled;
+    };
+    if (least < 0) out.curvature[c] = least;
+    if (norm == 0)
+      for (int64_t i = 0; i < nodes; ++i) out.solution[i * columns + c] = 0;
+    if (least < 0 || norm == 0) continue;
+    const auto dot = [&](const Values& u, const Values& v) {
+      double sum = 0;
+      for (int64_t i = 0; i < nodes; ++i) sum += u[i] * v[i];
+      return sum;
+    };
+    Values r = product(x);
+    for (int64_t i = 0; i < nodes; ++i) r[i] = scale[i] * b[i] - r[i];
+    const auto converged = [&] {
+      double sum = 0;
+      for (int64_t i = 0; i < nodes; ++i) sum += scale[i] > 0 ? std::pow(r[i] / scale[i], 2) : 0;
+      return sum <= std::pow(system.rtol, 2) * norm;
+    };
+    Values p = r;
+    for (int64_t iteration = 0; iteration < system.max_iter && !converged(); ++iteration) {
+      const Values q = product(p);
+      const double along = dot(p, q), squares = dot(r, r);
+      out.curvature[c] = std::min(out.curvature[c], along / dot(p, p));
+      if (!(along > 0)) break;
+      for (int64_t i = 0; i < nodes; ++i) {
+        x[i] += squares / along * p[i];
+        r[i] -= squares / along * q[i];
+      }
+      const double beta = dot(r, r) / squares;
+      for (int64_t i = 0; i < nodes; ++i) p[i] = r[i] + beta * p[i];
+      ++out.iterations[c];
+    }
+    for (int64_t i = 0; i < nodes; ++i)
+      if (scale[i] > 0) out.solution[i * columns + c] = scale[i] * x[i];
+  }
+  return out;
+}
+
+template <class Real>
+struct Solved {
+  Guarded<Real> solution, residual, curvature;
+  Guarded<int64_t> iterations;
+
+  explicit Solved(const System& system)
+      : solution(system.rhs.size()), residual(system.columns), curvature(system.columns), iterations(system.columns) {
+    const DeviceGraph graph(system.graph);
+    const Guarded<Real> weight(system.graph.weight), dissimilarity(system.graph.dissimilarity), diagonal(system.diagonal);
+    const Guarded<Real> rhs(system.rhs), initial(system.initial);
+    const LaplacianSolve<Real> problem{graph.view(),    weight.data(), system.has_dissimilarity ? dissimilarity.data() : nullptr,
+                                       diagonal.data(), rhs.data(),    system.has_initial ? initial.data() : nullptr,
+                                       system.columns,  system.rtol,   system.max_iter,
+                                       system.jacobi};
+    const Guarded<unsigned char> workspace(cuda::laplacian_solve_workspace(problem));
+    const char* error =
+        cuda::laplacian_solve(problem, {solution.data(), iterations.data(), residual.data(), curvature.data()}, workspace.data(), nullptr);
+    check(!error, error ? error : "laplacian_solve");
+  }
+  bool same_bits(const Solved& other) const {
+    return solution.same_bits(other.solution) && residual.same_bits(other.residual) && curvature.same_bits(other.curvature) &&
+           iterations.same_bits(other.iterations);
+  }
+  Values values() const {
+    return Values(solution.data(), solution.data() + solution.size());
+  }
+};
+
+template <class Real>
+System make_system(Graph graph, int64_t columns, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  System system;
+  system.graph = std::move(graph);
+  system.columns = columns;
+  system.rtol = sizeof(Real) == 4 ? 1e-4 : 1e-9;
+  const int64_t nodes = system.graph.nodes();
+  for (int64_t i = 0; i < nodes; ++i) system.diagonal.push_back(static_cast<Real>(i % 3 == 0 ? 0.3 : 0.01));
+  for (int64_t i = 0; i < nodes; ++i)
+    for (int64_t c = 0; c < columns; ++c) {
+      const double size = std::pow(10.0, c % 5 - 2.0);  // columns of very different sizes
+      system.rhs.push_back(static_cast<Real>(size * normal(random)));
+      system.initial.push_back(static_cast<Real>(size * normal(random)));
+    }
+  return system;
+}
+
+// The solution within what the tolerance allows, the residual that is told, iterations and curvature near those in double precision.
+template <class Real>
+void test_solve(const System& system, const char* what) {
+  context = std::string(what) + " N " + std::to_string(system.graph.nodes()) + " C " + std::to_string(system.columns) + " bytes " +
+            std::to_string(sizeof(Real));
+  const Expected expected = solve_in_double(system);
+  const Solved<Real> solved(system);
+  const Values residuals = system.residuals(solved.values());
+  compare(solved.residual, residuals, sizeof(Real) == 4 ? 0.5 : 1e-3, "residual is that of the solution", sizeof(Real) == 4 ? 1e-5 : 1e-11);
+  for (int64_t c = 0; c < system.columns; ++c) {
+    // Rounding changes the course of conjugate gradients when they are many.
+    const double steps = static_cast<double>(expected.iterations[c]), loose = steps > 20 ? 0.2 : 0;
+    check(std::abs(static_cast<double>(solved.iterations[c]) - steps) <= (sizeof(Real) == 4 ? 2 : 1) + loose * steps, "iterations",
+          static_cast<double>(solved.iterations[c]));
+    const bool same_infinity = std::isinf(expected.curvature[c]) == std::isinf(solved.curvature[c]);
+    check(same_infinity, "whether there is a curvature", solved.curvature[c]);
+    if (same_infinity && std::isfinite(expected.curvature[c]))
+      check(std::abs(solved.curvature[c] - expected.curvature[c]) <=
+                ((sizeof(Real) == 4 ? 0.02 : 1e-3) + loose) * std::abs(expected.curvature[c]),
+            "curvature", solved.curvature[c] - expected.curvature[c]);
+    double error = 0, size = 0;
+    for (size_t at = c; at < system.rhs.size(); at += system.columns) {
+      error += std::pow(solved.solution[at] - expected.solution[at], 2);
+      size += std::pow(expected.solution[at], 2);
+    }
+    check(std::sqrt(error) <= 100 * system.rtol * std::sqrt(size), "solution", std::sqrt(error / size));
+  }
+  const unsigned phase = emulator::first_phase;
+  emulator::first_phase ^= 1;  // another order of warps and blocks
+  const Solved<Real> again(system);
+  emulator::first_phase = phase;
+  check(again.same_bits(solved), "bits");
+}
+
+template <class Real>
+void test_solve_backward(const Graph& graph, int64_t columns, std::mt19937& random) {
+  context = "solve backward N " + std::to_string(graph.nodes()) + " C " + std::to_string(columns);
+  std::normal_distribution<double> normal;
+  Values x, g;
+  for (int64_t k = 0; k < graph.nodes() * columns; ++k) {
+    x.push_back(static_cast<Real>(normal(random)));
+    g.push_back(static_cast<Real>(normal(random)));
+  }
+  const auto dot = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t c = 0; c < columns; ++c) sum += g[i * columns + c] * x[j * columns + c];
+    return sum;
+  };
+  Values weight(graph.edges()), dissimilarity(graph.edges()), diagonal(graph.nodes());
+  for (int64_t i = 0; i < graph.nodes(); ++i) diagonal[i] = -dot(i, i);
+  graph.for_each([&](int64_t i, int64_t j, size_t e) {
+    weight[e] = dot(i, j) - dot(i, i);
+    dissimilarity[e] = -dot(i, j) - dot(i, i);
+  });
+  const DeviceGraph device(graph);
+  const Guarded<Real> grad_rhs(g), solution(x);
+  const double size = std::sqrt(static_cast<double>(columns)), tolerance = 3e-6 * kPrecision<Real>;
+  for (const bool both : {true, false}) {
+    const Guarded<Real> grad_weight(graph.edges()), grad_dissimilarity(graph.edges()), grad_diagonal(graph.nodes());
+    const char* error = cuda::laplacian_solve_backward(
+        LaplacianSolveBackward<Real>{device.view(), grad_rhs.data(), solution.data(), columns, grad_weight.data(),
+                                     both ? grad_dissimilarity.data() : nullptr, grad_diagonal.data()},
+        nullptr);
+    check(!error, error ? error : "laplacian_solve_backward");
+    compare(grad_weight, weight, tolerance, "grad_weight", size);
+    if (both) compare(grad_dissimilarity, dissimilarity, tolerance, "grad_dissimilarity", size);
+    compare(grad_diagonal, diagonal, tolerance, "grad_diagonal", size);
+  }
+}
+
+template <class Real>
+void test_solves(std::mt19937& random) {
+  int turn = 0;
+  for (const int64_t nodes : {1, 3, 17, 123})
+    for (const int64_t columns : {1, 2, 3, 10, 17, 33, 100, 130}) {
+      emulator::multiprocessor_count = turn % 4 + 1;
+      System system = make_system<Real>(make_graph<Real>(nodes, turn % 3 == 0 ? 4 : 12, random), columns, random);
+      system.has_dissimilarity = turn % 3 != 1;
+      system.has_initial = turn % 2 == 1;
+      system.jacobi = turn % 5 != 2;
+      test_solve<Real>(system, "solve");
+      test_solve_backward<Real>(system.graph, columns, random);
+      ++turn;
+    }
+  for (const int64_t columns : {1, 10, 300}) {  // a team of five blocks; one of two blocks with several tiles
+    emulator::multiprocessor_count = columns == 300 ? 2 : 5;
+    test_solve<Real>(make_system<Real>(make_graph<Real>(250, 6, random), columns, random), "several blocks");
+  }
+
+  System system = make_system<Real>(make_graph<Real>(123, 5, random), 6, random);
+  for (int64_t i = 0; i < 123; ++i) {
+    system.rhs[i * 6 + 1] = 0;                                 // b = 0: the solution is 0, whatever the start
+    system.rhs[i * 6 + 3] = i % 7 == 5 ? 1 : 0;                // of isolated nodes only: done after one iteration
+    system.initial[i * 6 + 4] = static_cast<Real>(i % 2 + 1);  // the start is the solution
+  }
+  const Values product = system.times(system.initial);
+  for (int64_t i = 0; i < 123; ++i) system.rhs[i * 6 + 4] = static_cast<Real>(product[i * 6 + 4]);
+  system.has_initial = true;
+  test_solve<Real>(system, "frozen columns");
+  {
+    const Solved<Real> solved(system);
+    check(solved.iterations[1] == 0 && solved.residual[1] == 0, "b = 0 takes no iterations", static_cast<double>(solved.iterations[1]));
+    check(solved.iterations[4] == 0, "nor does an exact start", static_cast<double>(solved.iterations[4]));
+    bool kept = true;
+    for (int64_t i = 0; i < 123; ++i) kept &= solved.solution[i * 6 + 1] == 0;
+    check(kept, "b = 0 gives 0");
+    check(solved.iterations[0] > 5, "the others go on", static_cast<double>(solved.iterations[0]));
+    // A column that ended keeps its bits while the others go on.
+    system.has_initial = false;
+    const Solved<Real> whole(system);
+    System alone = system;
+    alone.max_iter = whole.iterations[3];
+    const Solved<Real> stopped(alone);
+    bool same = true;
+    for (int64_t i = 0; i < 123; ++i) same &= stopped.solution[i * 6 + 3] == whole.solution[i * 6 + 3];
+    check(whole.iterations[3] < whole.iterations[0] && same, "a column that ended does not change");
+    test_solve<Real>(alone, "max_iter");
+    for (const int64_t c : {0, 2, 5})
+      check(stopped.iterations[c] == alone.max_iter, "max_iter reached", static_cast<double>(stopped.iterations[c]));
+  }
+  for (double& b : system.rhs) b *= 1e-30;  // squares of it are below the smallest float
+  test_solve<Real>(system, "tiny right side");
+
+  // No diagonal: every component is singular; the right side sums to 0 on each, and isolated nodes keep their start.
+  system = make_system<Real>(make_graph<Real>(124, 5, random), 3, random);
+  for (double& u : system.diagonal) u = 0;
+  system.has_dissimilarity = false;
+  system.has_initial = true;
+  Values potential = system.initial;
+  const Values range = system.times(potential);
+  for (size_t at = 0; at < range.size(); ++at) system.rhs[at] = static_cast<Real>(range[at]);
+  std::normal_distribution<double> normal;
+  for (double& x : system.initial) x = static_cast<Real>(normal(random));
+  context = "singular";
+  {
+    const Solved<Real> solved(system);
+    for (int64_t c = 0; c < 3; ++c) check(solved.residual[c] <= 10 * system.rtol, "singular components", solved.residual[c]);
+    bool kept = true;
+    for (int64_t i = 5; i < 124; i += 7)
+      for (int64_t c = 0; c < 3; ++c) kept &= solved.solution[i * 3 + c] == static_cast<Real>(system.initial[i * 3 + c]);
+    check(kept, "rows without a diagonal keep their start");
+  }
+
+  // Indefinite: a negative weight of an edge pulls, as in label propagation with dissimilar edges subtracted.
+  system = make_system<Real>(make_graph<Real>(123, 8, random, false), 3, random);
+  for (double& w : system.graph.dissimilarity) w *= -0.6;
+  for (int64_t i = 0; i < 123; ++i) system.diagonal[i] += 0.2;
+  system.max_iter = 60;
+  context = "indefinite";
+  {
+    const Expected expected = solve_in_double(system);
+    const Solved<Real> solved(system);
+    for (int64_t c = 0; c < 3; ++c) {
+      check((expected.curvature[c] <= 0) == (solved.curvature[c] <= 0), "indefinite: sign of the curvature", solved.curvature[c]);
+      check(std::isfinite(solved.residual[c]), "indefinite: residual", solved.residual[c]);
+    }
+  }
+  for (double& w : system.graph.dissimilarity) w *= 20;
+  system.has_initial = true;
+  test_solve<Real>(system, "negative diagonal");
+  {
+    const Solved<Real> solved(system);
+    bool kept = true;
+    for (size_t at = 0; at < system.rhs.size(); ++at) kept &= solved.solution[at] == static_cast<Real>(system.initial[at]);
+    check(kept && solved.iterations[0] == 0 && solved.curvature[0] < 0, "negative diagonal: nothing is iterated", solved.curvature[0]);
+  }
+
+  // A cycle with the dissimilarity of all edges and no weight: a positive diagonal, but a curvature of 0 along (1, −1, 1, −1).
+  system = System{};
+  system.graph.crow = {0, 2, 4, 6, 8};
+  system.graph.col = {1, 3, 0, 2, 1, 3, 0, 2};
+  system.graph.weight = Values(8, 0.0);
+  system.graph.dissimilarity = Values(8, 1.0);
+  system.diagonal = Values(4, 0.0);
+  system.rhs = {1, -1, 1, -1};
+  test_solve<Real>(system, "curvature 0");
+
+  for (const int64_t nodes : {0, 3})
+    for (const int64_t columns : {0, 4}) {
+      Graph none;
+      none.crow.assign(nodes + 1, 0);
+      test_solve<Real>(make_system<Real>(none, columns, random), "no edges");
+      test_solve_backward<Real>(none, columns, random);
+    }
+
+  // Columns and row bounds that no graph has are left out.
+  context = "wild";
+  system = make_system<Real>(make_graph<Real>(17, 5, random), 3, random);
+  Graph& wild = system.graph;
+  wild.col[1] = 17;
+  wild.col[4] = -1;
+  wild.col[7] = 2000000000;
+  System without = system;
+  for (const int e : {1, 4, 7}) {
+    without.graph.weight[e] = without.graph.dissimilarity[e] = 0;
+    without.graph.col[e] = 0;
+  }
+  const Solved<Real> odd(system), plain(without);
+  check(odd.solution.same_bits(plain.solution), "a column outside counts as 0");
+  wild.crow[3] = 1000000;
+  wild.crow[5] = -7;
+  Solved<Real>{system};
+}
+
+// ---- leave_one_edge_out
+
+struct Dissimilarity {
+  Values value, grad_weight, grad_propagated;
+};
+
+// (20)-(22) entry by entry; the derivative of each goes back through its two softmaxes, and is scattered.
+Dissimilarity leave_one_out_in_double(const Graph& graph, const Values& propagated, int64_t classes, double scale, const Values& grad) {
+  Values degree(graph.nodes(), 0.0), grad_degree(graph.nodes(), 0.0);
+  graph.for_each([&](int64_t i, int64_t, size_t e) { degree[i] += graph.weight[e]; });
+  Dissimilarity out{Values(graph.edges()), Values(graph.edges(), 0.0), Values(propagated.size(), 0.0)};
+  struct Side {
+    Values z;
+    double omega = 0;
+  };
+  const auto softmax = [&](int64_t i, int64_t j, size_t e) {
+    Side side{Values(classes)};
+    double top = -kInfinity, sum = 0, entropy = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      side.z[c] = scale * (degree[i] * propagated[i * classes + c] - graph.weight[e] * propagated[j * classes + c]);
+      top = std::max(top, side.z[c]);
+    }
+    for (double& z : side.z) sum += z = std::exp(z - top);
+    for (double& z : side.z) {
+      z /= sum;
+      if (z > 0) entropy -= z * std::log(z);
+    }
+    side.omega = 1 - entropy / std::log(classes);
+    return side;
+  };
+  graph.for_each([&](int64_t i, int64_t j, size_t e) {
+    const size_t mirror = graph.reverse[e];
+    const Side ij = softmax(i, j, e), ji = softmax(j, i, mirror);
+    double overlap = 0;
+    for (int64_t c = 0; c < classes; ++c) overlap += ij.z[c] * ji.z[c];
+    out.value[e] = ij.omega * ji.omega * (1 - overlap);
+    const auto back = [&](const Side& own, const Side& other, int64_t from, int64_t to, size_t entry) {
+      Values of_z(classes);
+      double mean = 0;
+      for (int64_t c = 0; c < classes; ++c) {
+        const double of_omega = own.z[c] > 0 ? (std::log(own.z[c]) + 1) / std::log(classes) : 0;
+        of_z[c] = grad[e] * other.omega * (of_omega * (1 - overlap) - own.omega * other.z[c]);
+        mean += own.z[c] * of_z[c];
+      }
+      for (int64_t c = 0; c < classes; ++c) {
+        const double of_logit = scale * own.z[c] * (of_z[c] - mean);
+        out.grad_propagated[from * classes + c] += of_logit * degree[from];
+        out.grad_propagated[to * classes + c] -= of_logit * graph.weight[entry];
+        grad_degree[from] += of_logit * propagated[from * classes + c];
+        out.grad_weight[entry] -= of_logit * propagated[to * classes + c];
+      }
+    };
+    back(ij, ji, i, j, e);
+    back(ji, ij, j, i, mirror);
+  });
+  graph.for_each([&](int64_t i, int64_t, size_t e) { out.grad_weight[e] += grad_degree[i]; });
+  return out;
+}
+
+template <class Real>
+struct LeftOut {
+  Guarded<Real> value, grad_weight, grad_propagated;
+
+  LeftOut(const Graph& graph, const Values& f, int64_t classes, double scale, const Values& grad)
+      : value(graph.edges()), grad_weight(graph.edges()), grad_propagated(f.size()) {
+    const DeviceGraph device(graph);
+    const Guarded<Real> weight(graph.weight), propagated(f), grad_dissimilarity(grad);
+    const LeaveOneEdgeOut<Real> problem{device.view(), device.reverse.data(), weight.data(), propagated.data(), classes, scale};
+    const int64_t bytes = cuda::leave_one_edge_out_workspace(problem);
+    {
+      const Guarded<unsigned char> workspace(bytes);
+      const char* error = cuda::leave_one_edge_out(problem, value.data(), workspace.data(), nullptr);
+      check(!error, error ? error : "leave_one_edge_out");
+    }
+    const Guarded<unsigned char> workspace(bytes);
+    const char* error = cuda::leave_one_edge_out_backward(problem, {grad_dissimilarity.data(), grad_weight.data(), grad_propagated.data()},
+                                                          workspace.data(), nullptr);
+    check(!error, error ? error : "leave_one_edge_out_backward");
+  }
+};
+
+template <class Real>
+void test_left_out(const Graph& graph, int64_t classes, double size, std::mt19937& random, double tolerance = 1) {
+  context = "leave one out N " + std::to_string(graph.nodes()) + " C " + std::to_string(classes) + " size " + std::to_string(size) +
+            " bytes " + std::to_string(sizeof(Real));
+  std::normal_distribution<double> normal;
+  Values propagated, grad;
+  for (int64_t i = 0; i < graph.nodes(); ++i) {
+    const double offset = 100 * normal(random);  // a constant per row changes nothing; exact in float
+    for (int64_t c = 0; c < classes; ++c)
+      propagated.push_back(static_cast<float>(std::round(offset) / 16) + std::round(size * normal(random) * 4096) / 4096);
+  }
+  if (graph.nodes() > 3)
+    for (int64_t c = 0; c < classes; ++c) propagated[3 * classes + c] = 0.25;  // one row is constant
+  for (size_t e = 0; e < graph.edges(); ++e) grad.push_back(static_cast<Real>(e % 4 == 3 ? 0 : normal(random)));
+  for (double& f : propagated) f = static_cast<Real>(f);
+  const double scale = 4;
+  const Dissimilarity expected = leave_one_out_in_double(graph, propagated, classes, scale, grad);
+  const LeftOut<Real> out(graph, propagated, classes, scale, grad), again(graph, propagated, classes, scale, grad);
+  tolerance *= kPrecision<Real>;
+  compare(out.value, expected.value, 1e-5 * tolerance, "dissimilarity");
+  compare(out.grad_propagated, expected.grad_propagated, 3e-5 * tolerance, "grad_propagated", largest(expected.grad_propagated) + 1e-3);
+  compare(out.grad_weight, expected.grad_weight, 3e-5 * tolerance, "grad_weight", 10 * (largest(expected.grad_weight) + 1e-3));
+  bool symmetric = true;
+  for (size_t e = 0; e < graph.edges(); ++e) symmetric &= out.value[e] == out.value[graph.reverse[e]];
+  check(symmetric, "the same both ways");
+  check(out.value.same_bits(again.value) && out.grad_weight.same_bits(again.grad_weight) &&
+            out.grad_propagated.same_bits(again.grad_propagated),
+        "bits");
+}
+
+template <class Real>
+void test_all_left_out(std::mt19937& random) {
+  int turn = 0;
+  for (const int64_t nodes : {1, 3, 17, 123})
+    for (const int64_t classes : {2, 3, 10, 17, 33, 100, 130}) {
+      const Graph graph = make_graph<Real>(nodes, turn % 3 == 0 ? 3 : 9, random);
+      test_left_out<Real>(graph, classes, turn % 2 ? 0.02 : 0.2, random);
+      ++turn;
+    }
+  test_left_out<Real>(make_graph<Real>(17, 5, random), 1000, 0.3, random);  // panels of classes
+  for (const int64_t classes : {2, 10, 130}) {
+    const Graph graph = make_graph<Real>(40, 4, random);
+    test_left_out<Real>(graph, classes, 3, random, 20);  // references that are not those of the node
+    // Saturated: nothing is NaN, and the value lies in [0, 1].
+    Values propagated, grad(graph.edges(), 1.0);
+    std::normal_distribution<double> normal;
+    for (int64_t k = 0; k < 40 * classes; ++k) propagated.push_back(1e4 * normal(random));
+    context = "saturated";
+    const LeftOut<Real> out(graph, propagated, classes, 4, grad);
+    bool good = true;
+    for (size_t e = 0; e < graph.edges(); ++e) good &= out.value[e] >= 0 && out.value[e] <= 1 && std::isfinite(out.grad_weight[e]);
+    for (size_t k = 0; k < propagated.size(); ++k) good &= std::isfinite(out.grad_propagated[k]);
+    check(good, "finite");
+  }
+  for (const int64_t nodes : {0, 3}) {
+    Graph none;
+    none.crow.assign(nodes + 1, 0);
+    test_left_out<Real>(none, 5, 1, random);
+  }
+
+  // What no graph has is not followed.
+  context = "wild";
+  Graph graph = make_graph<Real>(17, 5, random);
+  const size_t first = graph.reverse[1], second = graph.reverse[6];
+  graph.col[1] = 17;
+  graph.reverse[first] = static_cast<int64_t>(graph.edges());
+  graph.reverse[6] = -1;
+  graph.col[second] = -5;
+  Values propagated;
+  std::normal_distribution<double> normal;
+  for (int k = 0; k < 17 * 10; ++k) propagated.push_back(normal(random));
+  const Values grad(graph.edges(), 1.0);
+  const LeftOut<Real> out(graph, propagated, 10, 4, grad);
+  for (const size_t e : {size_t{1}, first, size_t{6}, second}) check(out.value[e] == 0, "an invalid entry gets 0", out.value[e]);
+  bool good = true;
+  for (const Real g : Values(out.grad_propagated.data(), out.grad_propagated.data() + propagated.size())) good &= std::isfinite(g);
+  check(good, "wild: finite");
+  graph.crow[3] = 1000000;
+  graph.crow[5] = -7;
+  LeftOut<Real>(graph, propagated, 10, 4, grad);
+}
+
+template <class Real>
+void test_all() {
+  std::mt19937 random(1234);
+  test_solves<Real>(random);
+  test_all_left_out<Real>(random);
+}
+
+}  // namespace
+
+int main() {
+  test_all<float>();
+  test_all<double>();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssmkernels.graph import knn, knn_graph
+
+pytest.importorskip("scipy.sparse")
+BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss"))]
+
+
+def brute_force(features, k, gamma=3.0):
+    """W and the mutual pairs by sorting everything, dense."""
+    unit = F.normalize(features.double(), dim=1)
+    nodes = len(unit)
+    similarity = (unit[:, None] * unit[None]).sum(-1)
+    affinity = torch.zeros(nodes, nodes, dtype=torch.float64)
+    for i in range(nodes):
+        others = sorted((j for j in range(nodes) if j != i), key=lambda j: (-float(similarity[i, j]), j))[:k]
+        affinity[i, others] = similarity[i, others].clamp_min(0) ** gamma
+    return affinity + affinity.t(), (affinity > 0) & (affinity.t() > 0)
+
+
+def features_of(nodes, dim, seed=0):
+    return torch.randn(nodes, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("nodes", "dim", "k"), [(2, 3, 1), (5, 2, 4), (60, 4, 7), (123, 33, 50)])
+def test_against_brute_force(nodes, dim, k, backend):
+    features = features_of(nodes, dim)
+    graph = knn_graph(features, k, backend=backend)
+    expected, mutual = brute_force(features, k)
+    dense = torch.from_numpy(graph.to_scipy().toarray())
+    torch.testing.assert_close(dense, expected, rtol=1e-12, atol=1e-14)
+    assert graph.mutual.equal(mutual[graph.rows, graph.col.long()]) and graph.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_duplicates_take_the_lowest_indices(backend):
+    """Hundreds of equal points: a point is never its own neighbour, and ties go to the lowest index."""
+    features = features_of(4, 5).repeat_interleave(100, dim=0)
+    ids, similarities = knn.nearest_neighbours(features, 10, backend=backend)
+    for i in (0, 5, 99, 100, 250, 399):
+        group = i // 100 * 100
+        assert ids[i].tolist() == [j for j in range(group, group + 11) if j != i][:10]
+    torch.testing.assert_close(similarities, torch.ones_like(similarities))
+
+
+def test_backends_agree_bit_for_bit():
+    pytest.importorskip("faiss")
+    features = torch.randint(-2, 3, (300, 4), generator=torch.Generator().manual_seed(0)).float()  # many ties
+    first, second = (knn_graph(features, 9, backend=backend) for backend in ("torch", "faiss"))
+    assert all(getattr(first, name).equal(getattr(second, name)) for name in ("crow", "col", "weight", "reverse", "mutual"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_vectors_and_opposite_points_have_no_edges(backend):
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 0.0], [-1.0, 0.0]])
+    graph = knn_graph(features, 3, backend=backend)
+    assert graph.to_edge_index()[0].tolist() == [[0, 1], [1, 0]] and graph.mutual.all()
+    torch.testing.assert_close(graph.weight, torch.full((2,), 2 * 1.01**-1.5))
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    features = features_of(200, 6)
+    whole = knn_graph(features, 12, backend="torch")
+    monkeypatch.setattr(knn, "CHUNK_BYTES", 5000)
+    pieces = knn_graph(features, 12, backend="torch")
+    assert whole.col.equal(pieces.col) and whole.weight.equal(pieces.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_arrays(dtype):
+    features = features_of(50, 8).to(dtype)
+    graph = knn_graph(features, 5, gamma=1.5)
+    assert graph.dtype == torch.float32
+    if dtype == torch.float32:
+        assert knn_graph(features.numpy(), 5, gamma=1.5).weight.equal(graph.weight)
+        expected, _ = brute_force(features, 5, 1.5)
+        torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    features = features_of(300, 16)
+    here, there = knn_graph(features, 20, backend="torch"), knn_graph(features.cuda(), 20)
+    assert there.device.type == "cuda" and there.col.cpu().equal(here.col)
+    torch.testing.assert_close(there.weight.cpu(), here.weight)
+
+
+BAD = [
+    ({"k": 10}, ValueError, r"k must be in \[1, N\), N = 10 being the number of features; got 10"),
+    ({"k": 0}, ValueError, r"k must be in \[1, N\)"),
+    ({"k": 2.0}, TypeError, r"k must be an int, got float"),
+    ({"gamma": 0.0}, ValueError, r"gamma must be finite and > 0, got 0.0"),
+    ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got 'annoy'"),
+    ({"features": torch.ones(10, 3, 1)}, ValueError, r"features must be \[N, d\], got shape \[10, 3, 1\]"),
+    ({"features": torch.ones(10, 3).long()}, TypeError, r"features must be floating point, got torch.int64"),
+    ({"features": torch.full((10, 3), torch.nan)}, ValueError, r"features must be finite"),
+    ({"features": [[1.0]]}, TypeError, r"features must be a tensor or an array"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[b[2][:40] for b in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        knn_graph(**({"features": features_of(10, 3), "k": 3} | change))

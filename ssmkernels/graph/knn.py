@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Exact k-nearest-neighbour graphs."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels.graph.structure import Graph
+
+CHUNK_BYTES = 2**27
+SPARE = 8  # candidates beyond k, so that ties at the boundary are mostly seen
+ROUNDING = 2e-5  # by which the similarity of a search may differ from the one of the pair
+
+
+def knn_graph(features: Tensor | np.ndarray, k: int = 50, *, gamma: float = 3.0, backend: str = "auto") -> Graph:
+    """The affinity graph of mixed label propagation (Zhuang and Moulin, CVPR 2023), equation (15), exact: W = A + Aᵀ.
+
+    A_ij = max(v_i·v_j, 0)^gamma where v_i is among the k nearest neighbours of v_j; features are L2-normalised first. Mutual neighbours
+    keep their double weight, and :attr:`Graph.mutual` tells them. Edges of weight 0 (similarities up to 0, and all of a zero vector) are
+    left out. Neighbours are ranked by similarity, then by index, whatever the backend; no point is its own neighbour.
+
+    Nothing of size N×N is stored: the memory is O(N·k), beside the features. Ctrl-C is taken between chunks.
+
+    Args:
+        features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor or an array.
+        k: neighbours of a point, in [1, N − 1].
+        gamma: γ > 0.
+        backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where it is installed.
+
+    Returns:
+        :class:`Graph` of N nodes on the device of the features.
+
+    Raises:
+        TypeError, ValueError: naming the argument. ImportError: backend "faiss" without faiss.
+    """
+    features = _checked(features, k, gamma, backend)
+    neighbours, similarities = nearest_neighbours(features, k, backend=backend)
+    return _assemble(neighbours, similarities.clamp_min(0) ** gamma).to(features.device)
+
+
+def nearest_neighbours(features: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k], on the CPU."""
+    unit = F.normalize(features, dim=1)
+    nodes = len(unit)
+    ids, similarities = torch.empty(nodes, k, dtype=torch.int32), torch.empty(nodes, k, dtype=unit.dtype)
+    for begin, found, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
+        rows = torch.arange(begin, begin + len(found), device=unit.device)
+        exact = _pairwise(unit, rows, found)
+        exact[found == rows[:, None]] = -torch.inf  # itself
+        chosen, best = _rank(found, exact, k)
+        if found.shape[1] < nodes:  # what was not fetched may tie with the k-th
+            unsure = (best[:, -1] > 0) & (scores.min(dim=1).values + ROUNDING >= best[:, -1])
+            for row in unsure.nonzero()[:, 0].tolist():
+                chosen[row], best[row] = _rank_all(unit, begin + row, k)
+        ids[begin : begin + len(found)] = chosen.int().cpu()
+        similarities[begin : begin + len(found)] = best.cpu()
+    return ids.long(), similarities
+
+
+def _checked(features: Tensor | np.ndarray, k: int, gamma: float, backend: str) -> Tensor:
+    if isinstance(features, np.ndarray):
+        features = torch.from_numpy(features)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor or an array [N, d], got {type(features).__name__}")
+    if features.ndim != 2:
+        raise ValueError(f"features must be [N, d], got shape {list(features.shape)}")
+    if not features.is_floating_point():
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k < len(features):
+        raise ValueError(f"k must be in [1, N), N = {len(features)} being the number of features; got {k}")
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma must be finite and > 0, got {gamma}")
+    if backend not in ("auto", "faiss", "torch"):
+        raise ValueError(f"backend must be 'auto', 'faiss' or 'torch', got {backend!r}")
+    if backend == "faiss" and features.device.type != "cpu":
+        raise ValueError(f"backend is 'faiss', which is for the CPU here, but features are on {features.device}; take 'torch'")
+    features = features.detach()
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("features must be finite; they have NaN or infinite values")
+    return features if features.dtype == torch.float64 else features.float()
+
+
+def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Chunk by chunk of rows: where it begins, the ``count`` most similar points of each row, and how similar the search found them."""
+    nodes = len(unit)
+    if backend == "faiss" or (backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None):
+        search, size = _faiss_search(unit, count), 4096
+    else:
+        search, size = (lambda rows: (rows @ unit.t()).topk(count, dim=1)), max(1, min(4096, CHUNK_BYTES // (4 * nodes)))
+    for begin in range(0, nodes, size):
+        scores, found = search(unit[begin : begin + size])
+        yield begin, found, scores
+
+
+def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("backend is 'faiss', which is not installed; pip install faiss-cpu, or take backend='torch'") from error
+    index = faiss.IndexFlatIP(unit.shape[1])
+    index.add(unit.numpy())
+
+    def search(rows: Tensor) -> tuple[Tensor, Tensor]:
+        scores, found = index.search(rows.numpy(), count)
+        return torch.from_numpy(scores), torch.from_numpy(found)
+
+    return search
+
+
+def _pairwise(unit: Tensor, rows: Tensor, others: Tensor) -> Tensor:
+    """[B, M] similarities of row b and its M others, each summed in the same order: the same for (i, j) and (j, i), and for duplicates."""
+    out = torch.empty(others.shape, dtype=unit.dtype, device=unit.device)
+    size = max(1, CHUNK_BYTES // (others.shape[1] * unit.shape[1] * unit.element_size() + 1))
+    for begin in range(0, len(rows), size):
+        end = begin + size
+        out[begin:end] = (unit[rows[begin:end], None] * unit[others[begin:end]]).sum(dim=2)
+    return out
+
+
+def _rank(ids: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each row, by similarity and then by index."""
+    by_index = ids.argsort(dim=1)
+    ids, similarities = ids.gather(1, by_index), similarities.gather(1, by_index)
+    best = similarities.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return ids.gather(1, best), similarities.gather(1, best)
+
+
+def _rank_all(unit: Tensor, row: int, k: int) -> tuple[Tensor, Tensor]:
+    everyone = torch.arange(len(unit), device=unit.device)
+    similarities = _pairwise(unit, everyone, torch.full((len(unit), 1), row, device=unit.device))[:, 0]
+    similarities[row] = -torch.inf
+    chosen, best = _rank(everyone[None], similarities[None], k)
+    return chosen[0], best[0]
+
+
+def _assemble(neighbours: Tensor, weights: Tensor) -> Graph:
+    """W = A + Aᵀ; row j of A holds the neighbours of v_j."""
+    from scipy import sparse
+
+    nodes, k = neighbours.shape
+    order = neighbours.argsort(dim=1)
+    cols, values = neighbours.gather(1, order).flatten(), weights.gather(1, order).flatten()
+    kept = values > 0
+    counts = kept.view(nodes, k).sum(dim=1)
+    indptr = torch.zeros(nodes + 1, dtype=torch.int64)
+    indptr[1:] = counts.cumsum(0)
+    arrays = (cols[kept].int().numpy(), indptr.numpy() if len(cols) >= 2**31 else indptr.int().numpy())
+    affinity = sparse.csr_array((values[kept].numpy(), *arrays), shape=(nodes, nodes))
+    times = sparse.csr_array((np.ones(affinity.nnz, dtype=np.int8), *arrays), shape=(nodes, nodes))
+    symmetric = affinity + affinity.T.tocsr()
+    del affinity
+    both = times + times.T.tocsr()
+    for matrix in (symmetric, both):
+        matrix.sort_indices()
+    mutual = torch.from_numpy(both.data == 2)
+    crow, col = torch.from_numpy(symmetric.indptr), torch.from_numpy(symmetric.indices)
+    return Graph(crow, col, torch.from_numpy(symmetric.data), mutual=mutual)

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Label propagation and mixed label propagation (Zhuang and Moulin, CVPR 2023), equations (12), (16) and (19)-(24).
+
+The reading of the paper that is computed here:
+
+- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. Scaling W then leaves D_ii F_i, the logits of (20), alone; W is not
+  normalised.
+- **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ N_K/(m_K n_cK) on its
+  labelled rows of class c: (16) itself where every class has as many labels. Without it the class with more labels takes over.
+- **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which float32 does not resolve. So F̃ = F − c_K is
+  solved for. Neither the largest class, (13), nor the softmax of (20) sees the constant.
+  G is likewise solved for as its deviation from the constant that balances its system over a component,
+  Σ (U/μ)Y/Σ (U + 2β D_dis).
+- **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmkernels import ops
+from ssmkernels.graph.structure import Graph
+
+
+class MixedLabelPropagation(NamedTuple):
+    """What :func:`mixed_label_propagation` returns.
+
+    A row is undecided if no class has a positive score there, or no label is in its component of the graph.
+    """
+
+    scores: Tensor
+    """[N, C] G."""
+    probs: Tensor
+    """[N, C] G̃: G with what is below 0 as 0, rows summing to 1; 0 in undecided rows."""
+    confidence: Tensor
+    """[N] ω(G̃) = 1 − H(G̃)/log C, 0 where undecided."""
+    pseudo_labels: Tensor
+    """[N] int64, the class of the highest score, −1 where undecided."""
+    propagated: Tensor
+    """[N, C] F̃, see :func:`label_propagation`."""
+    dissimilarity: Tensor
+    """[E] W_dis."""
+    iterations: Tensor
+    """[C] int64, of the solve for G."""
+    residual: Tensor
+    """[C] relative residual of that solve."""
+
+    @property
+    def num_undecided(self) -> int:
+        """How many rows have the pseudo-label −1."""
+        return int((self.pseudo_labels < 0).sum())
+
+
+def label_propagation(
+    graph: Graph,
+    labels: Tensor | np.ndarray,
+    *,
+    num_classes: int | None = None,
+    mu: float = 1 / 99,
+    mu_unlabeled: float = 0.0,
+    balance: bool = True,
+    rtol: float | None = None,
+    max_iter: int = 1000,
+) -> Tensor:
+    """F̃ [N, C]: the solution F of (L + U) F = (U/μ) Y less c_K = 1/(m_K μ) in every component with labels, 0 in the others.
+
+    ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is (16) literally, with
+    ``balance=False, mu_unlabeled=mu`` the original label propagation, (12).
+
+    Args:
+        graph: N nodes; the dtype of its weights is that of the computation.
+        labels: [N] int64 in [0, C), −1 where unlabelled; at least one label.
+        num_classes: C; the largest label and one if not given.
+        mu: μ > 0, weight of a label.
+        mu_unlabeled: ≥ 0, weight of the pull to 0 on unlabelled rows.
+        balance: give every class of a component the same weight, however many labels it has.
+        rtol: tolerance of the solve, by default 1e-6 in float64 and 1e-4, on the deviation, in float32.
+        max_iter: of the solve; a warning says if it was not enough.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+    return system.propagate(rtol=rtol, max_iter=max_iter)
+
+
+def mixed_label_propagation(
+    graph: Graph,
+    labels: Tensor | np.ndarray,
+    *,
+    num_classes: int | None = None,
+    beta: float = 1.0,
+    logit_scale: float = 4.0,
+    mu: float = 1 / 99,
+    mu_unlabeled: float = 0.0,
+    balance: bool = True,
+    dissimilarity: Tensor | None = None,
+    rtol: float | None = None,
+    max_iter: int = 1000,
+    normalize_confidence: bool = False,
+) -> MixedLabelPropagation:
+    """Pseudo-labels with confidence, from similar and dissimilar edges.
+
+    F̃ by :func:`label_propagation`, W_dis from it by (19)-(22), and G from (L + U + β(D_dis + W_dis)) G = (U/μ) Y, (23) and (24).
+
+    Args:
+        graph, labels, num_classes, mu, mu_unlabeled, balance, rtol, max_iter: as :func:`label_propagation`.
+        beta: β ≥ 0, weight of the dissimilar edges.
+        logit_scale: λ > 0 of (20).
+        dissimilarity: [E] W_dis on the edges of the graph, finite, ≥ 0 and symmetric, in place of (19)-(22).
+        normalize_confidence: divide the confidence by its maximum.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not (isinstance(beta, (int, float)) and 0 <= beta < math.inf):
+        raise ValueError(f"beta must be finite and >= 0, got {beta}")
+    if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
+        raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
+    if dissimilarity is not None:
+        dissimilarity = check_dissimilarity(graph, dissimilarity)
+    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+    propagated = system.propagate(rtol=rtol, max_iter=max_iter)
+    if dissimilarity is None:
+        dissimilarity = dissimilarity_of(graph, propagated, logit_scale)
+    return system.mix(propagated, dissimilarity, beta=beta, rtol=rtol, max_iter=max_iter, normalize_confidence=normalize_confidence)
+
+
+def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
+    """[E] W_dis of (22); a single class is never dissimilar to itself."""
+    if propagated.shape[1] == 1:
+        return torch.zeros_like(graph.weight)
+    return ops.leave_one_edge_out(graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale)
+
+
+def confidence_of(probs: Tensor) -> Tensor:
+    """[N] ω = 1 − H/log C of rows [N, C] that sum to 1, equation (21); 0 for a row of zeros, and 1 or 0 where C = 1."""
+    classes = probs.shape[1]
+    if classes == 1:
+        return probs[:, 0]
+    entropy = -torch.xlogy(probs, probs).sum(dim=1)
+    return torch.where(probs.any(dim=1), (1 - entropy / math.log(classes)).clamp_min(0), 0)
+
+
+class LabelSystem:
+    """The linear systems of one graph and its labels; see the head of this file for what they are."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        labels: Tensor | np.ndarray,
+        *,
+        num_classes: int | None = None,
+        mu: float = 1 / 99,
+        mu_unlabeled: float = 0.0,
+        balance: bool = True,
+    ) -> None:
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
+        if not (isinstance(mu, (int, float)) and 0 < mu < math.inf):
+            raise ValueError(f"mu must be finite and > 0, got {mu}")
+        if not (isinstance(mu_unlabeled, (int, float)) and 0 <= mu_unlabeled < math.inf):
+            raise ValueError(f"mu_unlabeled must be finite and >= 0, got {mu_unlabeled}")
+        self.graph = graph
+        labels, classes = _checked_labels(graph, labels, num_classes)
+        component, count = graph.components
+        self.component, self.labeled = component, labels >= 0
+        double, device = torch.float64, graph.device
+        where, which = component[self.labeled], labels[self.labeled]
+
+        # The sums over components are of a few numbers each, and their order is fixed on the CPU.
+        per_class = torch.bincount(where.cpu() * classes + which.cpu(), minlength=count * classes).view(count, classes).to(graph.device)
+        present = per_class > 0
+        in_component, of_classes = per_class.sum(dim=1), present.sum(dim=1)  # N_K, m_K
+        share = torch.ones(len(which), dtype=double, device=device)
+        if balance:
+            share = in_component[where].double() / (of_classes[where] * per_class[where, which])
+        diagonal = torch.full((graph.num_nodes,), float(mu_unlabeled), dtype=double, device=device)
+        diagonal[self.labeled] = mu * share
+        rhs = torch.zeros(graph.num_nodes, classes, dtype=double, device=device)
+        rhs[self.labeled, which] = share
+
+        self.diagonal, self.rhs = diagonal, rhs
+        self.offset = torch.where(of_classes > 0, 1 / (mu * of_classes.clamp_min(1)), 0.0).double()  # c_K
+
+    def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
+        """F̃ [N, C]."""
+        deviation, constant, *_ = self._solve(self.diagonal, self.diagonal, None, rtol, max_iter)
+        return (deviation + (constant - self.offset[:, None])[self.component]).to(self.graph.dtype)
+
+    def mix(
+        self,
+        propagated: Tensor,
+        dissimilarity: Tensor,
+        *,
+        beta: float = 1.0,
+        damping: float = 0.0,
+        rtol: float | None = None,
+        max_iter: int = 1000,
+        normalize_confidence: bool = False,
+    ) -> MixedLabelPropagation:
+        """(L + U + β(D_dis + W_dis) + damping) G = (U/μ) Y, and what follows from G."""
+        diagonal = self.diagonal + damping
+        pulled = diagonal + 2 * beta * self.graph.sum_rows(dissimilarity.double())
+        weights = None if beta == 0 else beta * dissimilarity
+        solution, constant, iterations, residual = self._solve(diagonal, pulled, weights, rtol, max_iter)
+        largest = constant.amax(dim=1, keepdim=True)  # the same for every class present, where classes are balanced
+        deviation = solution + (constant - largest)[self.component]
+        scores = deviation + largest[self.component]
+        probs = scores.clamp_min(0)
+        sums = probs.sum(dim=1, keepdim=True)
+        decided = (sums[:, 0] > 0) & (self.offset[self.component] > 0)
+        probs = torch.where(decided[:, None], probs / sums.clamp_min(1e-300), 0)
+        confidence = confidence_of(probs)
+        if normalize_confidence:
+            confidence = confidence / confidence.max().clamp_min(1e-300)
+        dtype = self.graph.dtype
+        return MixedLabelPropagation(
+            scores=scores.to(dtype),
+            probs=probs.to(dtype),
+            confidence=confidence.to(dtype),
+            pseudo_labels=torch.where(decided, deviation.argmax(dim=1), -1),
+            propagated=propagated,
+            dissimilarity=dissimilarity,
+            iterations=iterations,
+            residual=residual,
+        )
+
+    def _solve(
+        self, diagonal: Tensor, pulled: Tensor, dissimilarity: Tensor | None, rtol: float | None, max_iter: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The solution of the system with this diagonal, as its deviation [N, C] from a constant [components, C]; iterations, residual.
+
+        ``pulled`` is the matrix times 1. The constant is such that the right side of the deviation sums to 0 over a component, and what CG
+        leaves of the constant in the deviation, the slowest of its modes, is taken off.
+        """
+        graph, dtype, (component, count) = self.graph, self.graph.dtype, self.graph.components
+        total = _sum_by_component(pulled[:, None], component, count)
+        per_total = torch.where(total > 0, 1 / total.clamp_min(1e-300), 0)
+        constant = per_total * _sum_by_component(self.rhs, component, count)
+        rhs = (self.rhs - pulled[:, None] * constant[component]).to(dtype)
+        if rtol is None:
+            rtol = 1e-6 if dtype == torch.float64 else 1e-4
+        weights = None if dissimilarity is None else dissimilarity.to(dtype)
+        solved = ops.laplacian_solve(graph.crow, graph.col, graph.weight, weights, diagonal.to(dtype), rhs, rtol=rtol, max_iter=max_iter)
+        deviation = solved.solution.double()
+        rest = per_total * _sum_by_component(pulled[:, None] * deviation, component, count)
+        return deviation - rest[component], constant, solved.iterations, solved.residual
+
+
+def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
+    """[E] finite, ≥ 0 and symmetric, in the dtype of the graph."""
+    if not isinstance(dissimilarity, Tensor):
+        raise TypeError(f"dissimilarity must be a tensor [E], got {type(dissimilarity).__name__}")
+    if dissimilarity.shape != graph.weight.shape:
+        raise ValueError(f"dissimilarity must be [E] = [{graph.num_edges}], got shape {list(dissimilarity.shape)}")
+    if dissimilarity.device != graph.device:
+        raise ValueError(f"dissimilarity is on {dissimilarity.device} but the graph is on {graph.device}")
+    dissimilarity = dissimilarity.detach().to(graph.dtype)
+    if not bool(((dissimilarity >= 0) & (dissimilarity < torch.inf)).all()):
+        raise ValueError("dissimilarity must be finite and >= 0")
+    if not torch.allclose(dissimilarity, dissimilarity[graph.reverse], rtol=1e-5, atol=0):
+        raise ValueError("dissimilarity must be symmetric: the same for both directions of an edge")
+    return dissimilarity
+
+
+def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int | None) -> tuple[Tensor, int]:
+    if isinstance(labels, np.ndarray):
+        labels = torch.from_numpy(labels).to(graph.device)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor or an array [N], got {type(labels).__name__}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (graph.num_nodes,):
+        raise ValueError(f"labels must be [N] = [{graph.num_nodes}], got shape {list(labels.shape)}")
+    if labels.device != graph.device:
+        raise ValueError(f"labels are on {labels.device} but the graph is on {graph.device}; they must be on one device")
+    low, high = (int(bound) for bound in torch.aminmax(labels)) if len(labels) else (-1, -1)
+    if low < -1:
+        raise ValueError(f"labels must be -1 (unlabelled) or a class from 0 on, got {low}")
+    if high < 0:
+        raise ValueError("labels must have at least one label; all are -1")
+    if num_classes is None:
+        num_classes = high + 1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)):
+        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
+    if high >= num_classes:
+        raise ValueError(f"labels must be below num_classes = {num_classes}, got {high}")
+    return labels, int(num_classes)
+
+
+def _sum_by_component(values: Tensor, component: Tensor, count: int) -> Tensor:
+    """[count, C] sums of the rows [N, C] of every component, in order on any device."""
+    order = component.argsort(stable=True)
+    sizes = torch.bincount(component.cpu(), minlength=count).to(component.device)
+    return torch.segment_reduce(values[order], "sum", lengths=sizes, axis=0, initial=0)

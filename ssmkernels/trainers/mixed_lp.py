@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Deep semi-supervised metric learning with mixed label propagation (Zhuang and Moulin, CVPR 2023), sections 3.3 and 4.2.
+
+A network gives unit features v and unit embeddings z; a few images of each training class have a label. For some epochs the proxy loss
+(26)-(29) is learnt on those alone. Then every epoch starts with a graph of the features of all training images, (15), on which labels are
+propagated, (16)-(24), and goes through all images with the labels and confidences that come out.
+
+Three comparisons are settings of the same trainer (``pseudo_labels``): "lp", label propagation without dissimilarities; "dssml", label
+propagation on the mutual neighbours alone, after DSSML (Zhuang and Moulin, ICASSP 2021); and "none", the proxy loss on the labelled images
+in every step, for as many steps.
+
+Where the paper is silent, this follows the public code of Proxy-Anchor (Kim et al., CVPR 2020), whose optimiser, ε and b the paper has:
+pooling, initialisation, frozen batch norm, proxies at 100 times the learning rate, a first epoch with a fixed backbone, halved learning
+rates and clipped gradients are its settings. As in LP-DeepSSL (Iscen et al., CVPR 2019), confidences are divided by their maximum, and a
+labelled image keeps its given label, whatever G says, with the highest confidence of all. An image without a positive score has neither
+label nor weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ssmkernels import data, graph, models
+from ssmkernels.distributed import broadcast_buffers
+from ssmkernels.nn import ProxyLoss
+from ssmkernels.trainers.evaluation import embed, retrieval_figures
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.schedules import step_decay
+
+PseudoLabels = Literal["mixed-lp", "lp", "dssml", "none"]
+
+SELECTED_BY = "validation_P@8"  # section 4.2
+
+
+@dataclass
+class CollectionConfig:
+    """Which images, how their classes are split and how many have labels."""
+
+    name: str = "digits"
+    """Collection, as :func:`ssmkernels.data.load_collection` knows it."""
+    root: str | None = None
+    """Folder or file of the images; none for those that come inside packages."""
+    image_size: int | None = None
+    """Side of the images that the network sees, in pixels; none for the collection's own."""
+    labels_per_class: int = 5
+    """Labelled images of each training class."""
+    fractions: tuple[float, float, float] = (0.4, 0.2, 0.4)
+    """Of the classes to train, validate and test on."""
+
+
+@dataclass
+class MixedLPConfig:
+    """Everything that determines a run. Defaults are the paper's, and Proxy-Anchor's where it gives none."""
+
+    data: CollectionConfig = field(default_factory=CollectionConfig)
+    backbone: str = "bn-inception"
+    """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
+    weights: str | None = None
+    """Its initial weights: a file, "imagenet" where the backbone has a source of them, none for random ones."""
+    pooling: Literal["avg+max", "avg"] = "avg+max"
+    """What makes features of the last maps."""
+    freeze_bn: bool = True
+    """Keep the statistics and the affine maps of batch norm as they are."""
+    embedding_dim: int = 64
+    """δ, size of the embeddings z."""
+    seed: int = 1
+    """Seed of the classes' split, the labelled images, the initial head and proxies, the batches and the augmentation."""
+
+    pseudo_labels: PseudoLabels = "mixed-lp"
+    """Where labels of unlabelled images come from; "none" never uses those images."""
+    k: int = 50
+    """Neighbours in the graph."""
+    gamma: float = 3.0
+    """γ, power of the cosines, equation (15)."""
+    mu: float = 1 / 99
+    """μ, pull of labelled images to their labels, equation (16)."""
+    beta: float = 1.0
+    """β, weight of the dissimilarity loss, equation (23)."""
+    logit_scale: float = 4.0
+    """λ, equation (20)."""
+    normalize_confidence: bool = True
+    """Divide confidences by their maximum, as LP-DeepSSL does, from where the paper takes (21). Propagated labels can be nearly uniform:
+    undivided, mixed ones have .01 to 1, the others below .001. In the long run AdamW does not feel a constant factor of the gradient; but
+    coming from labelled epochs of weight 1, its second moments remember for 1/(1 − β₂) = 1000 steps, and steps are shorter until then, by
+    up to that factor."""
+    epsilon: float = 32.0
+    """ε of the proxy loss."""
+    margin: float = 0.1
+    """b of the proxy loss."""
+
+    labeled_epochs: int = 5
+    """Epochs on the labelled images alone."""
+    epochs: int = 20
+    """Epochs on all training images after them, each with a graph of its own."""
+    batch_size: int = 32
+    """Images of a step, all ranks together."""
+    learning_rate: float = 1e-4
+    proxy_learning_rate_scale: float = 100.0
+    """Learning rate of the proxies over that of the network."""
+    weight_decay: float = 1e-4
+    """Of AdamW, on everything."""
+    warm_up_epochs: int = 1
+    """First epochs, labelled ones included, in which only head and proxies learn."""
+    decay_every: int = 10
+    """Epochs, labelled ones included, between reductions of the learning rate."""
+    decay: float = 0.5
+    """Factor of a reduction."""
+    clip_value: float = 10.0
+    """Greatest magnitude of an element of the gradient."""
+    precision: Precision = "32-true"
+    """Arithmetic of the network; loss, graph and propagation are float32 in all of them."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        at_least = {"embedding_dim": 1, "k": 1, "batch_size": 1, "labeled_epochs": 0, "epochs": 0, "warm_up_epochs": 0, "decay_every": 1}
+        at_least |= {"gamma": 0, "beta": 0, "logit_scale": 0, "learning_rate": 0, "proxy_learning_rate_scale": 0, "weight_decay": 0}
+        for name, lowest in at_least.items():
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
+        for name in ("mu", "epsilon", "decay", "clip_value"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
+        if self.labeled_epochs + self.epochs < 1:
+            raise ValueError("labeled_epochs and epochs are 0; at least one of them should be positive")
+        if self.data.labels_per_class < 1:
+            raise ValueError(f"data.labels_per_class is {self.data.labels_per_class}; it should be at least 1")
+        if self.pseudo_labels not in get_args(PseudoLabels):
+            raise ValueError(f"pseudo_labels is {self.pseudo_labels!r}; it should be one of {', '.join(get_args(PseudoLabels))}")
+
+
+class MixedLP:
+    """Section 3.3, for :func:`ssmkernels.trainers.loop.fit`.
+
+    Args:
+        config: the settings.
+        images: all images; their classes are split here.
+        fabric: the device, its precision and the other ranks.
+        network: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone`` as a member;
+            ``config.backbone`` is built if none is given.
+    """
+
+    def __init__(self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, network: nn.Module | None = None) -> None:
+        if config.batch_size % fabric.world_size:
+            raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks")
+        self.config, self.fabric = config, fabric
+        splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
+        self.train, self.validation, self.test = (data.class_subset(images, classes) for classes in splits)
+        count, classes = len(self.train), self.train.num_classes
+        if config.pseudo_labels != "none" and config.k >= count:
+            raise ValueError(f"k is {config.k}; it should be below {count}, the number of training images")
+        self.labeled_index = data.split_labels(self.train.labels, config.data.labels_per_class * classes, seed=config.seed)
+        self.labeled_epoch_steps = math.ceil(len(self.labeled_index) / config.batch_size)
+        self.epoch_steps = math.ceil(count / config.batch_size)
+        self.labeled_steps = config.labeled_epochs * self.labeled_epoch_steps
+        self.steps = self.labeled_steps + config.epochs * self.epoch_steps
+
+        normalization = models.preprocessing(config.backbone)
+        self.views = data.retrieval_views(images, normalization, size=config.data.image_size)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            if network is None:
+                network = models.build_embedding_model(
+                    config.backbone,
+                    config.embedding_dim,
+                    weights=config.weights,
+                    pooling=config.pooling,
+                    freeze_bn=config.freeze_bn,
+                    in_channels=len(self.views.mean),
+                )
+            self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.backbone_parameters = [each for each in network.get_submodule("backbone").parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [each for each in network.parameters() if each.requires_grad], "scale": 1.0},
+                {"params": [self.proxies.proxies], "scale": config.proxy_learning_rate_scale},
+            ],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
+        self.losses, self.optimizer = fabric.setup(_Losses(self.network, self.proxies), optimizer)
+
+        self.true_labels = torch.as_tensor(self.train.labels)
+        self.given_labels = torch.full((count,), -1)
+        self.given_labels[self.labeled_index] = self.true_labels[self.labeled_index]
+        self.labels = self.given_labels.to(fabric.device)  # those of the running epoch, with their confidence
+        self.confidence = torch.ones(count, device=fabric.device)
+        self.propagation: dict[str, float] = {}
+
+    def step(self, batch: data.CollectionBatch, step: int) -> dict[str, Tensor]:
+        """One step of either phase; the first of an epoch of the second propagates labels before."""
+        config = self.config
+        into_epoch = (step - self.labeled_steps) % self.epoch_steps
+        if config.pseudo_labels != "none" and step >= self.labeled_steps and into_epoch == 0:
+            self.propagate_labels()
+        epoch = self._epoch(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * group["scale"] * step_decay(epoch, config.decay_every, config.decay)
+        for parameter in self.backbone_parameters:
+            parameter.requires_grad_(epoch >= config.warm_up_epochs)
+        self.losses.train()
+        self.optimizer.zero_grad()
+        loss = self.losses(batch.images, self.labels[batch.positions], self.confidence[batch.positions])
+        loss = loss * self.fabric.world_size  # DDP takes the mean over ranks, (26) the sum
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.losses, self.optimizer, clip_val=config.clip_value)
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def propagate_labels(self) -> None:
+        """Labels and confidences for the coming epoch, from the graph of the features of all training images as they are now."""
+        features, _, _ = self._embed(self.train)
+        found: Any = None
+        if self.fabric.is_global_zero:
+            result = self._propagate(graph.knn_graph(features, self.config.k, gamma=self.config.gamma))
+            labels, confidence = result.pseudo_labels.cpu(), result.confidence.float().cpu()
+            unlabeled = self.given_labels < 0
+            correct = (labels == self.true_labels)[unlabeled]  # measured, never learnt from
+            figures = {
+                "pseudo_label_accuracy": float(correct.float().mean()),
+                "pseudo_label_confidence": float(confidence[unlabeled].mean()),
+                "undecided": float((labels < 0).float().mean()),
+                "cg_iterations": float(result.iterations.max()),
+            }
+            found = torch.where(unlabeled, labels, self.given_labels), torch.where(unlabeled, confidence, confidence.max()), figures
+        labels, confidence, self.propagation = self.fabric.broadcast(found)
+        self.labels, self.confidence = labels.to(self.fabric.device), confidence.to(self.fabric.device)
+
+    def _propagate(self, neighbours: graph.Graph) -> graph.MixedLabelPropagation:
+        config = self.config
+        if config.pseudo_labels == "dssml":
+            neighbours = neighbours.mutual_neighbours()
+        plain = None if config.pseudo_labels == "mixed-lp" else torch.zeros_like(neighbours.weight)
+        return graph.mixed_label_propagation(
+            neighbours,
+            self.given_labels.to(neighbours.device),
+            num_classes=self.train.num_classes,
+            beta=config.beta,
+            logit_scale=config.logit_scale,
+            mu=config.mu,
+            dissimilarity=plain,  # without any, (23) is label propagation
+            normalize_confidence=config.normalize_confidence,
+        )
+
+    def scalars(self, means: dict[str, float]) -> dict[str, float]:
+        """The means, with the figures of the propagation of the running epoch."""
+        return {**means, **self.propagation}
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.batch_size
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return ("loss",)
+
+    def evaluate(self) -> dict[str, float]:
+        """Retrieval and clustering with the embeddings z, among the validation classes and among the test classes."""
+        figures: dict[str, float] = {}
+        for name, images in (("validation", self.validation), ("test", self.test)):
+            _, embeddings, labels = self._embed(images)
+            if self.fabric.is_global_zero:
+                figures |= {f"{name}_{key}": value for key, value in retrieval_figures(embeddings, labels).items()}
+        return self.fabric.broadcast(figures)
+
+    def batches(self, start_step: int) -> Iterator[data.CollectionBatch]:
+        everything = self.labeled_index if self.config.pseudo_labels == "none" else np.arange(len(self.train))
+        for index, first, end in ((self.labeled_index, 0, self.labeled_steps), (everything, self.labeled_steps, self.steps)):
+            if start_step < end:
+                yield from self._loader(index, max(first, start_step), end)
+
+    def state_dict(self) -> dict[str, Any]:
+        broadcast_buffers(self.network)
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "labels": self.labels, "confidence": self.confidence, "propagation": self.propagation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.labels, self.confidence = (state[name].to(self.fabric.device) for name in ("labels", "confidence"))
+        self.propagation = state["propagation"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.network, "proxies": self.proxies, "optimizer": self.optimizer}
+
+    def _epoch(self, step: int) -> int:
+        """The epoch that ``step`` is in, counted from 0 through both phases."""
+        if step < self.labeled_steps:
+            return step // self.labeled_epoch_steps
+        return self.config.labeled_epochs + (step - self.labeled_steps) // self.epoch_steps
+
+    def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor, Tensor]:
+        broadcast_buffers(self.network)
+        batches = data.evaluation_batches(
+            images.images,
+            256,
+            mean=self.views.mean,
+            std=self.views.std,
+            transform=self.views.evaluation,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            workers=self.config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+        )
+        return embed(self.network, batches, device=self.fabric.device)
+
+    def _loader(self, index: np.ndarray, start_step: int, end: int) -> DataLoader[data.CollectionBatch]:
+        batches = data.CollectionBatches(
+            self.train.images,
+            index,
+            transform=self.views.training,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            num_steps=end,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            mean=self.views.mean,
+            std=self.views.std,
+        )
+        cuda = self.fabric.device.type == "cuda"
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda
+        )
+
+
+class _Losses(nn.Module):
+    """Network and proxies as one module, whose gradients DDP sums together."""
+
+    def __init__(self, network: nn.Module, proxies: ProxyLoss) -> None:
+        super().__init__()
+        self.network, self.proxies = network, proxies
+
+    def forward(self, images: Tensor, labels: Tensor, confidence: Tensor) -> Tensor:
+        _, embeddings = self.network(images)
+        return self.proxies(embeddings, labels, confidence)
+
+
+def train_mixed_lp(config: MixedLPConfig, *, resume: bool = False, images: data.ImageCollection | None = None) -> RunResult:
+    """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
+
+    Every epoch after the labelled ones ends with an evaluation; ``result.best("validation_P@8")`` is the one that the paper reports, and
+    ``run.out``/best.pt has the weights of its network.
+
+    Args:
+        images: all images; ``config.data`` is loaded if none are given.
+    """
+    if images is None:
+        images = data.load_collection(config.data.name, config.data.root)
+    fabric = make_fabric(
+        precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.warm_up_epochs > 0
+    )  # the backbone takes no part in the warm-up
+    trainer = MixedLP(config, images, fabric)
+    return fit(
+        trainer,
+        fabric=fabric,
+        steps=trainer.steps,
+        run=config.run,
+        config=asdict(config),
+        resume=resume,
+        epoch_ends=range(trainer.labeled_steps + trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps),
+        best=SELECTED_BY,
+    )
