@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import io
 import pickle
 
 import numpy as np

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 
 from ssmkernels.experiments.cli import EXPERIMENTS, main
-from ssmkernels.experiments.experiment import BUDGETS
+from ssmkernels.experiments.experiment import BUDGETS, Experiment
 from ssmkernels.trainers.cli import parse_config
 from ssmkernels.trainers.loop import RunResult
 
@@ -16,7 +16,7 @@ def test_list_names_every_experiment(capsys):
         assert name in listed
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [name for name, each in EXPERIMENTS.items() if isinstance(each, Experiment)])
 def test_every_cell_parses_at_every_budget(name):
     experiment = EXPERIMENTS[name]
     assert set(experiment.budgets) == set(BUDGETS)

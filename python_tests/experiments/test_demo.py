@@ -6,11 +6,14 @@ from ssmkernels.trainers import RunResult
 def test_demo_leaves_a_report_and_plots(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SEEDS", (1,))
     monkeypatch.setattr(demo, "STEPS", 40)
-    assert demo.main(["--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(demo, "EMBEDDINGS", (*demo.EMBEDDINGS, "--labeled_epochs", "1", "--epochs", "1"))
+    assert demo.main(["--out", str(tmp_path), "--budget-minutes", "0.8"]) == 0
     printed = capsys.readouterr().out
     report = (tmp_path / "report.md").read_text()
     assert report in printed
     for words in ("supervised only", "FixMatch", "SimMatch", "accuracy of confident pseudo-labels", "instance_matching", "peak extra MiB"):
+        assert words in report
+    for words in ("2 draws of five labels per class", "MNIST-5k", "shuffled W_dis", "What does not", "proxies only", "mixed LP"):
         assert words in report
     assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "report.md") in printed

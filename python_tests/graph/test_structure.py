@@ -136,9 +136,9 @@ def test_bad_sources():
         Graph.from_scipy(sparse.csr_array(np.triu(np.ones((3, 3)), 1)))
     with pytest.raises(ValueError, match=r"matrix must be square, got shape \(2, 3\)"):
         Graph.from_scipy(sparse.csr_array(np.ones((2, 3))))
-    with pytest.raises(TypeError, match="matrix must be a scipy.sparse matrix"):
+    with pytest.raises(TypeError, match=r"matrix must be a scipy\.sparse matrix"):
         Graph.from_scipy(np.ones((2, 2)))
-    with pytest.raises(TypeError, match="layout torch.sparse_csr"):
+    with pytest.raises(TypeError, match=r"layout torch\.sparse_csr"):
         Graph.from_torch_sparse(torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"edge_index must be \[2, E\] int32 or int64"):
         Graph.from_edge_index(torch.ones(3, 4))

@@ -377,6 +377,7 @@ int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>& in) {
 
 template <class Real>
 const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, void* memory, CudaStream stream) {
+  if (in.graph.edges == 0) return nullptr;
   Workspace workspace(memory);
   Problem<Real> problem = take_problem(in, workspace);
   problem.dissimilarity = dissimilarity;
@@ -388,6 +389,7 @@ const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilar
 template <class Real>
 const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOneEdgeOutBackward<Real>& out, void* memory,
                                         CudaStream stream) {
+  if (in.graph.nodes == 0) return nullptr;
   Workspace workspace(memory);
   const Problem<Real> problem = take_problem(in, workspace);
   if (const char* error = message(cudaMemsetAsync(problem.softmaxes, 0, in.graph.edges * sizeof *problem.softmaxes, stream))) return error;
