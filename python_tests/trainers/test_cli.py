@@ -41,9 +41,10 @@ def test_every_mixed_lp_configuration_is_the_papers_but_for_the_small_ones():
     assert set(names) == paper | {"digits", "flowers17"}
     for name in names:
         config, _ = parse_config("mixed-lp", ["--config", name])
-        shared = config.pseudo_labels, config.k, config.gamma, config.beta, config.logit_scale, config.epsilon, config.margin
-        assert (*shared, config.batch_size, config.mu) == ("mixed-lp", 50, 3, 1, 4, 32, 0.1, 32, 1 / 99)
+        shared = config.pseudo_labels, config.gamma, config.beta, config.logit_scale, config.epsilon, config.margin
+        assert (*shared, config.batch_size, config.mu) == ("mixed-lp", 3, 1, 4, 32, 0.1, 32, 1 / 99)
         if name in paper:
+            assert config.k == 50
             assert (config.data.name, config.backbone, config.embedding_dim, config.data.labels_per_class) == (name, "bn-inception", 64, 5)
             assert (config.labeled_epochs, config.epochs, config.learning_rate, config.weight_decay) == (5, 20, 1e-4, 1e-4)
             assert config.data.fractions == (0.4, 0.2, 0.4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
 
-FAMILIES = ("memory",)
+FAMILIES = ("memory", "graph")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from ssmkernels.bench import case, measure, memory, report
+    from ssmkernels.bench import case, graph, measure, memory, report
+
+    rooms = {"memory": memory, "graph": graph}
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)
@@ -46,17 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
     results: list[case.Result] = []
     try:
-        for each in memory.cases(device=args.device, dtype=dtype, quick=args.quick):
-            torch.compiler.reset()  # every size is compiled for itself, as its user would have it
-            results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=lambda line: print(line, flush=True)))
-            _write(out, _document(args, argv, rates, results))
+        for family in args.families or FAMILIES:
+            for each in rooms[family].cases(device=args.device, dtype=dtype, quick=args.quick):
+                torch.compiler.reset()  # every size is compiled for itself, as its user would have it
+                results.append(
+                    case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True))
+                )
+                _write(out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
     print("\n" + report.table(results))
     if results:
         out.with_suffix(".md").write_text(report.table(results) + "\n")
-        report.plot(results, out.with_suffix(".png"))
-        print(f"\nwrote {out}, {out.with_suffix('.md').name} and {out.with_suffix('.png').name}")
+        plots = report.plot(results, out)
+        print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
     return 0
 
 

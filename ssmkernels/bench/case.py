@@ -29,6 +29,8 @@ class Case:
     flops: int
     bytes: int
     """Bytes that must move: each input read once per pass the algorithm needs, each output written once."""
+    peer_scale: Mapping[str, float] = field(default_factory=dict)
+    """By how much the time of a peer is multiplied that does a part of the work, such as some columns of many."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
         products = Timing(*(sum(count * getattr(t, k) for t, count in parts) for k in ("median", "low", "high")))
     dtype = str(case.dtype).removeprefix("torch.")
     if device == "cuda":
-        floor = max(case.bytes / rates.copy, case.flops / rates.matmul[dtype])
+        floor = max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
     else:
         floor = products.median if products else case.bytes / rates.copy
     extra = {name: peak_extra_bytes(functions[name], device=device) for name in ("ours", *case.peers)}
@@ -73,7 +75,7 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
         size=dict(case.size),
         dtype=dtype,
         ours=timings["ours"],
-        peers={name: timings[name] for name in case.peers},
+        peers={name: timings[name].scaled(case.peer_scale.get(name, 1.0)) for name in case.peers},
         products=products,
         floor=floor,
         extra_bytes=extra,

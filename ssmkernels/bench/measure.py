@@ -26,6 +26,9 @@ class Timing:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Timing:
+        return Timing(factor * self.median, factor * self.low, factor * self.high)
+
 
 def _clock(function: Function, calls: int, device: str) -> float:
     if device == "cuda":

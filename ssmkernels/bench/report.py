@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ssmkernels.bench.case import Result
-
-PEERS = ("eager", "torch.compile", "official")
 
 
 def _memory(size: int | None) -> str:
@@ -21,7 +20,8 @@ def _ratio(result: Result, peer: str) -> str:
 
 def table(results: Sequence[Result]) -> str:
     """Time, how many times longer each peer takes, share of the floor, and peak extra memory."""
-    titles = ["op", "size", "dtype", "ms", *(f"vs {peer}" for peer in PEERS)]
+    peers = list(dict.fromkeys(peer for r in results for peer in r.peers))
+    titles = ["op", "size", "dtype", "ms", *(f"vs {peer}" for peer in peers)]
     titles += ["time / matrix products", "share of floor", "extra MiB", "eager's extra MiB"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for r in results:
@@ -32,7 +32,7 @@ def table(results: Sequence[Result]) -> str:
             size,
             r.dtype,
             f"{1e3 * r.ours.median:.3g}",
-            *(_ratio(r, peer) for peer in PEERS),
+            *(_ratio(r, peer) for peer in peers),
             products,
             f"{100 * r.share_of_floor():.0f} %",
             _memory(r.extra_bytes.get("ours")),
@@ -42,17 +42,32 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[Result], out: Path) -> list[str]:
+    """The plots of the families that were measured, beside ``out``; their names."""
+    drawn = []
+    for figure, path in ((_plot_memory(results), out.with_suffix(".png")), (_plot_graph(results), out.with_name(f"{out.stem}-graph.png"))):
+        if figure is not None:
+            figure.savefig(path, dpi=110)
+            drawn.append(path.name)
+    return drawn
+
+
+def _new_figure(title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure, figure.subplots(1, 2)
+
+
+def _plot_memory(results: Sequence[Result]) -> Any:
     """Time and peak extra memory of instance_matching against B·K, ours beside the peers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     chosen = sorted((r for r in results if r.op == "instance_matching"), key=lambda r: r.size["B"] * r.size["K"])
     if not chosen:
-        return
-    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+        return None
+    figure, (time_axes, memory_axes) = _new_figure("instance_matching")
     x = [r.size["B"] * r.size["K"] for r in chosen]
     for name in ("ours", *chosen[0].peers):
         style = {"marker": "o", "linewidth": 2.5 if name == "ours" else 1.2}
@@ -68,6 +83,30 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="rows × slots (B·K)", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle("instance_matching")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
+
+
+def _plot_graph(results: Sequence[Result]) -> Any:
+    """Time per entry and class of the graph, of both ops, against its entries; and how many times longer each peer takes."""
+    chosen = [r for r in results if r.op in ("leave_one_edge_out", "laplacian_solve") and "backward" not in r.phase]
+    if not chosen:
+        return None
+    figure, (growth, ratios) = _new_figure("graph")
+    for op in ("leave_one_edge_out", "laplacian_solve"):
+        points = sorted(
+            (r.size["E"], 1e9 * r.ours.median / (r.size["E"] * _iterations(r))) for r in chosen if r.op == op and r.size["C"] == 10
+        )
+        growth.plot(*zip(*points, strict=True), "o", label=f"{op}, C = 10{', per iteration' if op == 'laplacian_solve' else ''}")
+    growth.set(xscale="log", ylim=(0, None), xlabel="entries E", title="ns per entry")
+    for peer in dict.fromkeys(peer for r in chosen for peer in r.peers):
+        points = sorted((r.size["E"] * r.size["C"], r.ratio(peer)) for r in chosen if peer in r.peers)
+        ratios.plot(*zip(*points, strict=True), "o", label=peer)
+    ratios.set(xscale="log", yscale="log", xlabel="entries × classes", title="times longer than ours")
+    for axes in (growth, ratios):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
+
+
+def _iterations(result: Result) -> int:
+    return int(result.phase.split()[0]) if result.op == "laplacian_solve" else 1

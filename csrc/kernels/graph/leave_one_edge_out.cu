@@ -329,8 +329,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
       }
     grad_degree += warp_sum(sum);
   }
-  __syncwarp();
-  for (int64_t e = entries.begin + lane; e < entries.end; e += 32)
+  for (int64_t e = entries.begin + lane; e < entries.end; e += 32)                      // the lane's own
     out.grad_weight[e] = static_cast<Real>(kLn2) * (grad_degree - out.grad_weight[e]);  // λ F = f log 2
 }
 

@@ -105,16 +105,18 @@ struct Graph {
   }
 };
 
-// About `degree` neighbours per node; every seventh node isolated, every fifth with a self-loop, node 2 joined to almost all. Values as
-// Real stores them.
+// About `degree` neighbours per node; every seventh node alone, half of those and every fifth of the others with a self-loop, node 2 joined
+// to almost all. Values as Real stores them.
 template <class Real>
 Graph make_graph(int64_t nodes, double degree, std::mt19937& random, bool self_loops = true) {
   std::uniform_real_distribution<double> uniform;
   std::vector<Values> weight(nodes, Values(nodes, 0.0)), dissimilarity = weight;
   for (int64_t i = 0; i < nodes; ++i)
     for (int64_t j = 0; j <= i; ++j) {
-      if (i % 7 == 5 || j % 7 == 5) continue;
-      const bool joined = i == j ? self_loops && i % 5 == 1 : uniform(random) < (j == 2 ? 0.9 : degree / static_cast<double>(nodes));
+      const bool alone = i % 7 == 5 || j % 7 == 5;
+      if (alone && i != j) continue;
+      const bool joined =
+          i == j ? self_loops && (alone ? i % 2 == 1 : i % 5 == 1) : uniform(random) < (j == 2 ? 0.9 : degree / static_cast<double>(nodes));
       if (!joined) continue;
       weight[i][j] = weight[j][i] = static_cast<Real>(0.1 + uniform(random));
       dissimilarity[i][j] = dissimilarity[j][i] = static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);

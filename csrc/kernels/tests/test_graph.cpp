@@ -1,0 +1,651 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The graph kernels without torch, on the instruction set in use: against a direct transcription of the equations in double, and bit for
+// bit between one thread and several. Run it under the sanitizers too.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../graph/laplacian_solve.h"
+#include "../graph/leave_one_edge_out.h"
+
+using namespace ssmkernels;
+
+namespace {
+
+using Values = std::vector<double>;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+int failures = 0;
+
+void expect(const char* what, bool holds) {
+  if (holds) return;
+  std::printf("FAILED [%s] %s\n", isa_name(current_isa()), what);
+  ++failures;
+}
+
+template <class Real>
+void expect_close(const char* what, const std::vector<Real>& ours, const Values& expected, double tolerance) {
+  double worst = ours.size() == expected.size() ? 0 : kInfinity;
+  for (size_t i = 0; i < std::min(ours.size(), expected.size()); ++i) {
+    if (ours[i] == expected[i]) continue;  // infinities
+    const double error = std::abs(ours[i] - expected[i]);
+    worst = error <= worst ? worst : error;  // NaN sticks
+  }
+  if (worst <= tolerance) return;
+  std::printf("FAILED [%s, %zu bytes] %s: error %.3g, allowed %.3g\n", isa_name(current_isa()), sizeof(Real), what, worst, tolerance);
+  ++failures;
+}
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than serial_for.
+const auto threads_for = [](int64_t n, RangeBody body) {
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 4; ++t)
+    threads.emplace_back([=] {
+      for (int64_t i = n - 1 - t; i >= 0; i -= 4) body(i, i + 1);
+    });
+  for (auto& thread : threads) thread.join();
+};
+
+template <class Real>
+std::vector<Real> unwritten(int64_t size) {
+  return std::vector<Real>(size, std::numeric_limits<Real>::quiet_NaN());
+}
+
+template <class Real>
+std::vector<Real> normal_values(int64_t size, double scale, std::mt19937& random) {
+  std::normal_distribution<double> normal(0, scale);
+  std::vector<Real> values(size);
+  for (Real& value : values) value = static_cast<Real>(normal(random));
+  return values;
+}
+
+template <class Real>
+struct Graph {
+  std::vector<int64_t> crow{0}, reverse;
+  std::vector<int32_t> col;
+  std::vector<Real> weight, dissimilarity;
+
+  int64_t nodes() const {
+    return static_cast<int64_t>(crow.size()) - 1;
+  }
+  int64_t edges() const {
+    return static_cast<int64_t>(col.size());
+  }
+  Csr view() const {
+    return {crow.data(), col.data(), nodes(), edges()};
+  }
+  // Calls each(i, j, e) for the entries whose column is a node.
+  template <class F>
+  void for_each(const F& each) const {
+    for (int64_t i = 0; i < nodes(); ++i)
+      for (int64_t e = crow[i]; e < crow[i + 1]; ++e)
+        if (col[e] >= 0 && col[e] < nodes()) each(i, int64_t{col[e]}, e);
+  }
+  // From the columns of every row; symmetric random weights.
+  static Graph of_rows(const std::vector<std::vector<int32_t>>& rows, std::mt19937& random) {
+    Graph graph;
+    for (const auto& row : rows) {
+      graph.col.insert(graph.col.end(), row.begin(), row.end());
+      graph.crow.push_back(graph.edges());
+    }
+    graph.reverse.resize(graph.col.size());
+    graph.weight.resize(graph.col.size());
+    graph.dissimilarity.resize(graph.col.size());
+    std::uniform_real_distribution<double> uniform;
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+      const auto row = graph.col.begin() + graph.crow[j];
+      const int64_t mirror = graph.reverse[e] = std::lower_bound(row, graph.col.begin() + graph.crow[j + 1], i) - graph.col.begin();
+      if (i > j) return;
+      graph.weight[e] = graph.weight[mirror] = static_cast<Real>(0.1 + uniform(random));
+      graph.dissimilarity[e] = graph.dissimilarity[mirror] = static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);
+    });
+    return graph;
+  }
+};
+
+bool is_isolated(int64_t node) {
+  return node % 7 == 5;
+}
+
+// About six neighbours per node, self-loops on every fifth, and a node joined to almost all others.
+template <class Real>
+Graph<Real> make_graph(int64_t nodes, std::mt19937& random) {
+  std::uniform_real_distribution<double> uniform;
+  std::vector<std::vector<int32_t>> rows(nodes);
+  for (int32_t i = 0; i < nodes; ++i)
+    for (int32_t j = 0; j <= i; ++j) {
+      if (is_isolated(i) || is_isolated(j)) continue;
+      const bool joined = i == j ? i % 5 == 1 : uniform(random) < (j == 2 ? 0.9 : 6.0 / static_cast<double>(nodes));
+      if (!joined) continue;
+      rows[i].push_back(j);
+      if (i != j) rows[j].push_back(i);
+    }
+  return Graph<Real>::of_rows(rows, random);
+}
+
+// A ring whose neighbours have far numbers.
+template <class Real>
+Graph<Real> make_ring(int64_t nodes, std::mt19937& random) {
+  std::vector<int32_t> order(nodes);
+  for (int32_t i = 0; i < nodes; ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), random);
+  std::vector<std::vector<int32_t>> rows(nodes);
+  for (int64_t k = 0; k < nodes; ++k) rows[order[k]] = {order[(k + nodes - 1) % nodes], order[(k + 1) % nodes]};
+  for (auto& row : rows) std::sort(row.begin(), row.end());
+  return Graph<Real>::of_rows(rows, random);
+}
+
+// ---- laplacian_solve
+
+template <class Real>
+struct System {
+  Graph<Real> graph;
+  int64_t columns;
+  std::vector<Real> diagonal, rhs, initial;  // initial may be empty
+  bool has_dissimilarity = true, jacobi = true;
+  double rtol = sizeof(Real) == 4 ? 1e-5 : 1e-10;
+  int64_t max_iter = 1000;
+
+  System(Graph<Real> of, int64_t columns, std::mt19937& random) : graph(std::move(of)), columns(columns) {
+    const int64_t nodes = graph.nodes();
+    for (int64_t i = 0; i < nodes; ++i) diagonal.push_back(static_cast<Real>(i % 14 == 5 ? 0 : i % 4 == 0 ? 1 : 0.05));
+    rhs = normal_values<Real>(nodes * columns, 1, random);
+    for (int64_t i = 0; i < nodes; ++i)
+      if (diagonal[i] == 0) std::fill_n(rhs.begin() + i * columns, columns, Real(0));
+  }
+
+  double dissimilarity(int64_t e) const {
+    return has_dissimilarity ? graph.dissimilarity[e] : 0;
+  }
+  double start(int64_t i, int64_t c) const {
+    return initial.empty() ? 0 : initial[i * columns + c];
+  }
+  Values column(const std::vector<Real>& values, int64_t c) const {
+    Values out(graph.nodes());
+    for (int64_t i = 0; i < graph.nodes(); ++i) out[i] = values[i * columns + c];
+    return out;
+  }
+  Values times(const Values& x) const {  // (diag + D − W + D_dis + W_dis) x
+    Values out(x.size());
+    for (size_t i = 0; i < x.size(); ++i) out[i] = diagonal[i] * x[i];
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) { out[i] += graph.weight[e] * (x[i] - x[j]) + dissimilarity(e) * (x[i] + x[j]); });
+    return out;
+  }
+  Values matrix_diagonal() const {
+    Values out(diagonal.begin(), diagonal.end());
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) { out[i] += i == j ? 2 * dissimilarity(e) : graph.weight[e] + dissimilarity(e); });
+    return out;
+  }
+};
+
+double dot(const Values& a, const Values& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+double norm(const Values& a) {
+  return std::sqrt(dot(a, a));
+}
+
+// Textbook conjugate gradients of one column, preconditioned by M⁻¹ = diag(A)⁻¹ or 1; the number of iterations, and x in place.
+template <class Real>
+int64_t conjugate_gradients(const System<Real>& system, int64_t c, Values& x) {
+  const Values b = system.column(system.rhs, c), product = system.times(x), diagonal = system.matrix_diagonal();
+  Values r(b.size()), p(b.size()), z(b.size());
+  const auto precondition = [&] {
+    for (size_t i = 0; i < b.size(); ++i) z[i] = !system.jacobi ? r[i] : diagonal[i] > 0 ? r[i] / diagonal[i] : 0;
+  };
+  for (size_t i = 0; i < b.size(); ++i) r[i] = b[i] - product[i];
+  precondition();
+  p = z;
+  double rz = dot(r, z);
+  int64_t iteration = 0;
+  for (; iteration < system.max_iter && norm(b) > 0 && norm(r) > system.rtol * norm(b); ++iteration) {
+    const Values q = system.times(p);
+    const double alpha = rz / dot(p, q);
+    for (size_t i = 0; i < b.size(); ++i) {
+      x[i] += alpha * p[i];
+      r[i] -= alpha * q[i];
+    }
+    precondition();
+    const double last = rz;
+    rz = dot(r, z);
+    for (size_t i = 0; i < b.size(); ++i) p[i] = z[i] + rz / last * p[i];
+  }
+  return iteration;
+}
+
+template <class Real>
+struct Solution {
+  std::vector<Real> solution, residual, curvature;
+  std::vector<int64_t> iterations;
+
+  bool operator==(const Solution& other) const {
+    return same_bits(solution, other.solution) && same_bits(residual, other.residual) && same_bits(curvature, other.curvature) &&
+           iterations == other.iterations;
+  }
+};
+
+template <class Real>
+Solution<Real> solve(const System<Real>& system, ParallelFor parallel_for = serial_for) {
+  const int64_t columns = system.columns;
+  Solution<Real> out{unwritten<Real>(system.graph.nodes() * columns), unwritten<Real>(columns), unwritten<Real>(columns),
+                     std::vector<int64_t>(columns, -1)};
+  const LaplacianSolve<Real> problem{system.graph.view(),
+                                     system.graph.weight.data(),
+                                     system.has_dissimilarity ? system.graph.dissimilarity.data() : nullptr,
+                                     system.diagonal.data(),
+                                     system.rhs.data(),
+                                     system.initial.empty() ? nullptr : system.initial.data(),
+                                     columns,
+                                     system.rtol,
+                                     system.max_iter,
+                                     system.jacobi};
+  const LaplacianSolution<Real> result{out.solution.data(), out.iterations.data(), out.residual.data(), out.curvature.data()};
+  SSM_CALL_ISA(laplacian_solve, problem, result, parallel_for);
+  return out;
+}
+
+// The residual of what was returned, the number of iterations, nodes that nothing is known of, and the bits.
+template <class Real>
+void check_converged(const System<Real>& system) {
+  const Solution<Real> ours = solve(system);
+  const double rounding = sizeof(Real) == 4 ? 1e-5 : 1e-12;
+  const Values diagonal = system.matrix_diagonal();
+  Values residuals(system.columns);
+  for (int64_t c = 0; c < system.columns; ++c) {
+    const Values x = system.column(ours.solution, c), b = system.column(system.rhs, c);
+    Values r = system.times(x), reference(x.size());
+    for (size_t i = 0; i < r.size(); ++i) r[i] = b[i] - r[i];
+    residuals[c] = dot(b, b) > 0 ? norm(r) / norm(b) : 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      reference[i] = system.start(i, c);
+      if (diagonal[i] == 0) expect("laplacian_solve keeps what it knows nothing of", dot(b, b) == 0 || x[i] == reference[i]);
+    }
+    const double start = norm(system.times(reference));  // where it is far larger than b, it is rounded by as much
+    const int64_t iterations = conjugate_gradients(system, c, reference);
+    expect("laplacian_solve iterations", std::abs(ours.iterations[c] - iterations) <= 2 + iterations / 5);
+    expect("laplacian_solve residual", residuals[c] * norm(b) <= 2 * system.rtol * norm(b) + rounding * (norm(b) + start));
+    expect("laplacian_solve curvature", ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity);
+  }
+  expect_close("laplacian_solve residual told", ours.residual, residuals, rounding);
+  expect("laplacian_solve bits", ours == solve(system, threads_for));
+}
+
+template <class Real>
+void test_solve(int64_t nodes, int64_t columns) {
+  std::mt19937 random(static_cast<unsigned>(1000 * nodes + columns));
+  System<Real> system(make_graph<Real>(nodes, random), columns, random);
+  check_converged(system);
+  system.initial = normal_values<Real>(nodes * columns, 1, random);
+  check_converged(system);
+  system.jacobi = false;
+  check_converged(system);
+  system.has_dissimilarity = false;
+  check_converged(system);
+
+  // Powers of two pass through: neither squares that overflow nor ones that vanish change a bit.
+  const Solution<Real> ours = solve(system);
+  for (const int exponent : {-100, 100}) {
+    System<Real> scaled = system;
+    Solution<Real> expected = ours;
+    for (auto* values : {&scaled.rhs, &scaled.initial, &expected.solution})
+      for (Real& value : *values) value = std::ldexp(value, exponent);
+    expect("laplacian_solve of 2^k b", solve(scaled) == expected);
+  }
+}
+
+template <class Real>
+void test_max_iter() {
+  std::mt19937 random(3);
+  for (const bool jacobi : {true, false}) {
+    System<Real> system(make_graph<Real>(129, random), 13, random);
+    system.initial = normal_values<Real>(129 * 13, 1, random);
+    system.jacobi = jacobi;
+    system.max_iter = 4;
+    system.rtol = 1e-14;
+    const Solution<Real> ours = solve(system);
+    Values expected(ours.solution.size());
+    for (int64_t c = 0; c < system.columns; ++c) {
+      Values x(129);
+      for (int64_t i = 0; i < 129; ++i) x[i] = system.start(i, c);
+      conjugate_gradients(system, c, x);
+      for (int64_t i = 0; i < 129; ++i) expected[i * system.columns + c] = x[i];
+      expect("max_iter", ours.iterations[c] == 4);
+    }
+    expect_close("laplacian_solve after 4 iterations", ours.solution, expected, sizeof(Real) == 4 ? 1e-3 : 1e-11);
+  }
+}
+
+// Columns that end before they begin.
+template <class Real>
+void test_no_iterations() {
+  std::mt19937 random(4);
+  System<Real> system(make_graph<Real>(40, random), 17, random);
+  const auto all_zero = [](const auto& values) { return std::all_of(values.begin(), values.end(), [](auto x) { return x == 0; }); };
+
+  // b = 0 in column 3 only: 0 whatever the start, and no concern of the other columns.
+  system.initial = normal_values<Real>(40 * 17, 1, random);
+  for (int64_t i = 0; i < 40; ++i) system.rhs[i * 17 + 3] = 0;
+  check_converged(system);
+  const Solution<Real> ours = solve(system);
+  expect("b = 0: solution", all_zero(system.column(ours.solution, 3)));
+  expect("b = 0: counts", ours.iterations[3] == 0 && ours.residual[3] == 0 && ours.iterations[2] > 0);
+
+  // The exact start, of small integers, with weights that are integers too.
+  system.jacobi = false;
+  for (auto* values : {&system.graph.weight, &system.graph.dissimilarity, &system.diagonal, &system.initial})
+    for (Real& value : *values) value = std::round(4 * value);
+  for (int64_t c = 0; c < 17; ++c) {
+    const Values b = system.times(system.column(system.initial, c));
+    for (int64_t i = 0; i < 40; ++i) system.rhs[i * 17 + c] = static_cast<Real>(b[i]);
+  }
+  const Solution<Real> exact = solve(system);
+  expect("exact start: solution", same_bits(exact.solution, system.initial));
+  expect("exact start: counts", all_zero(exact.iterations) && all_zero(exact.residual));
+  system.jacobi = true;
+  expect("exact start, jacobi: iterations", all_zero(solve(system).iterations));
+}
+
+// Without any diagonal the matrix is singular. Where b sums to 0 there is a solution, and the start's mean under the weights A_ii (equal
+// weights without the preconditioner) decides which.
+template <class Real>
+void test_singular() {
+  std::mt19937 random(5);
+  for (const bool jacobi : {true, false}) {
+    System<Real> system(make_ring<Real>(40, random), 3, random);
+    system.jacobi = jacobi;
+    system.has_dissimilarity = false;
+    system.diagonal.assign(40, 0);
+    system.initial = normal_values<Real>(40 * 3, 1, random);
+    for (int64_t c = 0; c < 3; ++c) {
+      for (int64_t i = 0; i < 40; ++i) system.rhs[i * 3 + c] = static_cast<Real>((i + c) % 2 == 0 ? 1 : -1);
+    }
+    const Solution<Real> ours = solve(system);
+    const Values diagonal = jacobi ? system.matrix_diagonal() : Values(40, 1.0);
+    for (int64_t c = 0; c < 3; ++c) {
+      expect("singular: residual", ours.residual[c] <= 3 * system.rtol);
+      const Values x = system.column(ours.solution, c);
+      const double drift = dot(diagonal, x) - dot(diagonal, system.column(system.initial, c));
+      expect("singular: mean", std::abs(drift) <= (sizeof(Real) == 4 ? 1e-5 : 1e-13) * norm(diagonal) * norm(x));
+    }
+  }
+}
+
+template <class Real>
+void test_indefinite() {
+  std::mt19937 random(6);
+  System<Real> system(make_graph<Real>(40, random), 10, random);
+  system.initial = normal_values<Real>(40 * 10, 1, random);
+  system.diagonal[5] = Real(-0.25);  // isolated
+  system.diagonal[12] = Real(-0.5);  // isolated
+  const Solution<Real> ours = solve(system);
+  expect("negative diagonal: bits", ours == solve(system, threads_for));
+  expect_close("negative diagonal: solution", ours.solution, Values(system.initial.begin(), system.initial.end()), 1e-6);
+  for (int64_t c = 0; c < 10; ++c) {
+    expect("negative diagonal: curvature", ours.curvature[c] == Real(-0.5));
+    expect("negative diagonal: counts", ours.iterations[c] == 0 && ours.residual[c] > 0);
+  }
+
+  // [1 2; 2 1] has the eigenvalues 3 on (1, 1) and −1 on (1, −1): the first column is solved, the second given up untouched.
+  System<Real> pair(Graph<Real>::of_rows({{1}, {0}}, random), 2, random);
+  pair.has_dissimilarity = false;
+  pair.graph.weight = {-2, -2};
+  pair.diagonal = {3, 3};
+  pair.rhs = {1, 1, 1, -1};
+  const Solution<Real> two = solve(pair);
+  expect_close("indefinite: solution", two.solution, {1.0 / 3, 0, 1.0 / 3, 0}, 1e-6);
+  expect_close("indefinite: curvature", two.curvature, {3, -1}, 1e-6);
+  expect_close("indefinite: residual", two.residual, {0, 1}, 1e-6);
+}
+
+// Entries of no node are as if they were not there.
+template <class Real>
+void test_solve_ids_out_of_range() {
+  std::mt19937 random(7);
+  System<Real> system(make_graph<Real>(40, random), 10, random);
+  for (int64_t e = 0; e < system.graph.edges(); ++e) {
+    const int64_t mirror = system.graph.reverse[e];
+    if (e % 9 != 0 || system.graph.col[e] < 0 || system.graph.col[mirror] < 0) continue;
+    system.graph.col[e] = std::numeric_limits<int32_t>::min();
+    system.graph.col[mirror] = mirror % 2 == 0 ? -1 : 40 + 1000000;
+  }
+  check_converged(system);
+}
+
+template <class Real>
+void test_solve_backward(const Graph<Real>& graph, int64_t columns) {
+  std::mt19937 random(static_cast<unsigned>(columns));
+  const int64_t nodes = graph.nodes(), edges = graph.edges();
+  const auto grad_rhs = normal_values<Real>(nodes * columns, 1, random), x = normal_values<Real>(nodes * columns, 1, random);
+  Values weight(edges), dissimilarity(edges), diagonal(nodes);
+  const auto product = [&](int64_t i, int64_t j) {
+    double sum = 0;
+    for (int64_t c = 0; c < columns; ++c) sum += static_cast<double>(grad_rhs[i * columns + c]) * x[j * columns + c];
+    return sum;
+  };
+  for (int64_t i = 0; i < nodes; ++i) diagonal[i] = -product(i, i);
+  graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+    weight[e] = product(i, j) - product(i, i);
+    dissimilarity[e] = -product(i, i) - product(i, j);
+  });
+  struct Out {
+    std::vector<Real> weight, dissimilarity, diagonal;
+  };
+  const auto run = [&](ParallelFor parallel_for, bool with_dissimilarity) {
+    Out out{unwritten<Real>(edges), unwritten<Real>(edges), unwritten<Real>(nodes)};
+    const LaplacianSolveBackward<Real> problem{
+        graph.view(),       grad_rhs.data(), x.data(), columns, out.weight.data(), with_dissimilarity ? out.dissimilarity.data() : nullptr,
+        out.diagonal.data()};
+    SSM_CALL_ISA(laplacian_solve_backward, problem, parallel_for);
+    return out;
+  };
+  const Out out = run(serial_for, true), again = run(threads_for, true), without = run(serial_for, false);
+  const double tolerance = sizeof(Real) == 4 ? 2e-5 : 1e-13;
+  expect_close("laplacian_solve_backward weight", out.weight, weight, tolerance * columns);
+  expect_close("laplacian_solve_backward dissimilarity", out.dissimilarity, dissimilarity, tolerance * columns);
+  expect_close("laplacian_solve_backward diagonal", out.diagonal, diagonal, tolerance * columns);
+  expect("laplacian_solve_backward bits", same_bits(out.weight, again.weight) && same_bits(out.dissimilarity, again.dissimilarity) &&
+                                              same_bits(out.diagonal, again.diagonal));
+  expect("laplacian_solve_backward without W_dis", same_bits(out.weight, without.weight) && same_bits(out.diagonal, without.diagonal));
+}
+
+// ---- leave_one_edge_out
+
+template <class Real>
+struct Edges {
+  Graph<Real> graph;
+  int64_t classes;
+  std::vector<Real> propagated, grad;  // F, and the gradient of the result
+  double logit_scale = 4;
+
+  Edges(Graph<Real> of, int64_t classes, double scale, std::mt19937& random)
+      : graph(std::move(of)),
+        classes(classes),
+        propagated(normal_values<Real>(graph.nodes() * classes, scale, random)),
+        grad(normal_values<Real>(graph.edges(), 1, random)) {}
+
+  bool is_valid(int64_t e) const {
+    return graph.col[e] >= 0 && graph.col[e] < graph.nodes() && graph.reverse[e] >= 0 && graph.reverse[e] < graph.edges();
+  }
+  double f(int64_t i, int64_t c) const {
+    return propagated[i * classes + c];
+  }
+};
+
+struct Expected {
+  Values dissimilarity, grad_weight, grad_propagated;
+};
+
+// Equations (19) to (22) step by step with Z [E, C] in full, then their derivatives in the opposite order.
+template <class Real>
+Expected expected_of(const Edges<Real>& in) {
+  const Graph<Real>& graph = in.graph;
+  const int64_t nodes = graph.nodes(), edges = graph.edges(), classes = in.classes;
+  const double log_classes = std::log(static_cast<double>(classes));
+  Values degree(nodes), z(edges * classes), log_z(edges * classes), omega(edges), grad_degree(nodes), grad_z(edges * classes),
+      grad_omega(edges);
+  Expected out{Values(edges), Values(edges), Values(nodes * classes)};
+  for (int64_t i = 0; i < nodes; ++i)
+    for (int64_t e = graph.crow[i]; e < graph.crow[i + 1]; ++e) degree[i] += graph.weight[e];
+  const auto for_each = [&](const auto& each) {
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+      if (in.is_valid(e)) each(i, j, e, graph.reverse[e]);
+    });
+  };
+
+  for_each([&](int64_t i, int64_t j, int64_t e, int64_t) {
+    Values a(classes);
+    for (int64_t c = 0; c < classes; ++c) a[c] = in.logit_scale * (degree[i] * in.f(i, c) - graph.weight[e] * in.f(j, c));
+    const double top = *std::max_element(a.begin(), a.end());
+    double sum = 0;
+    for (const double logit : a) sum += std::exp(logit - top);
+    omega[e] = 1;
+    for (int64_t c = 0; c < classes; ++c) {
+      log_z[e * classes + c] = a[c] - top - std::log(sum);
+      z[e * classes + c] = std::exp(log_z[e * classes + c]);
+      omega[e] += z[e * classes + c] * log_z[e * classes + c] / log_classes;
+    }
+  });
+  for_each([&](int64_t, int64_t, int64_t e, int64_t mirror) {
+    double overlap = 0;
+    for (int64_t c = 0; c < classes; ++c) overlap += z[e * classes + c] * z[mirror * classes + c];
+    out.dissimilarity[e] = omega[e] * omega[mirror] * (1 - overlap);
+    grad_omega[e] += in.grad[e] * omega[mirror] * (1 - overlap);
+    grad_omega[mirror] += in.grad[e] * omega[e] * (1 - overlap);
+    for (int64_t c = 0; c < classes; ++c) {
+      grad_z[e * classes + c] -= in.grad[e] * omega[e] * omega[mirror] * z[mirror * classes + c];
+      grad_z[mirror * classes + c] -= in.grad[e] * omega[e] * omega[mirror] * z[e * classes + c];
+    }
+  });
+  for_each([&](int64_t i, int64_t j, int64_t e, int64_t) {
+    double mean = 0;
+    for (int64_t c = 0; c < classes; ++c) {
+      grad_z[e * classes + c] += grad_omega[e] * (log_z[e * classes + c] + 1) / log_classes;
+      mean += z[e * classes + c] * grad_z[e * classes + c];
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const double grad_logit = in.logit_scale * z[e * classes + c] * (grad_z[e * classes + c] - mean);
+      out.grad_propagated[i * classes + c] += degree[i] * grad_logit;
+      out.grad_propagated[j * classes + c] -= graph.weight[e] * grad_logit;
+      grad_degree[i] += in.f(i, c) * grad_logit;
+      out.grad_weight[e] -= in.f(j, c) * grad_logit;
+    }
+  });
+  for (int64_t i = 0; i < nodes; ++i)
+    for (int64_t e = graph.crow[i]; e < graph.crow[i + 1]; ++e) out.grad_weight[e] += grad_degree[i];
+  return out;
+}
+
+double largest(const Values& values) {
+  double top = 1;
+  for (const double value : values) top = std::max(top, std::abs(value));
+  return top;
+}
+
+template <class Real>
+void check_edges(const Edges<Real>& in, double tolerance) {
+  struct Out {
+    std::vector<Real> dissimilarity, grad_weight, grad_propagated;
+  };
+  const auto run = [&](ParallelFor parallel_for) {
+    Out out{unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.nodes() * in.classes)};
+    const LeaveOneEdgeOut<Real> problem{in.graph.view(), in.graph.reverse.data(), in.graph.weight.data(), in.propagated.data(),
+                                        in.classes,      in.logit_scale};
+    SSM_CALL_ISA(leave_one_edge_out, problem, out.dissimilarity.data(), parallel_for);
+    const LeaveOneEdgeOutBackward<Real> backward{in.grad.data(), out.grad_weight.data(), out.grad_propagated.data()};
+    SSM_CALL_ISA(leave_one_edge_out_backward, problem, backward, parallel_for);
+    return out;
+  };
+  const Out out = run(serial_for), again = run(threads_for);
+  const Expected expected = expected_of(in);
+  expect_close("leave_one_edge_out", out.dissimilarity, expected.dissimilarity, tolerance);
+  expect_close("leave_one_edge_out_backward weight", out.grad_weight, expected.grad_weight, tolerance * largest(expected.grad_weight));
+  expect_close("leave_one_edge_out_backward propagated", out.grad_propagated, expected.grad_propagated,
+               tolerance * largest(expected.grad_propagated));
+  expect("leave_one_edge_out bits", same_bits(out.dissimilarity, again.dissimilarity));
+  expect("leave_one_edge_out_backward bits",
+         same_bits(out.grad_weight, again.grad_weight) && same_bits(out.grad_propagated, again.grad_propagated));
+  for (int64_t e = 0; e < in.graph.edges(); ++e) {
+    expect("leave_one_edge_out in [0, 1]", out.dissimilarity[e] >= 0 && out.dissimilarity[e] <= 1);
+    if (in.is_valid(e)) expect("leave_one_edge_out is symmetric", out.dissimilarity[e] == out.dissimilarity[in.graph.reverse[e]]);
+  }
+}
+
+template <class Real>
+void test_edges(int64_t nodes, int64_t classes) {
+  std::mt19937 random(static_cast<unsigned>(1000 * nodes + classes));
+  const double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-11;
+  // Edges that weigh little against their nodes, somewhat, and most: each has its own way to the exponentials.
+  for (const double scale : {0.05, 0.5, 4.0}) check_edges(Edges<Real>(make_graph<Real>(nodes, random), classes, scale, random), tolerance);
+
+  // A large constant per node, which no softmax sees.
+  Edges<Real> shifted(make_graph<Real>(nodes, random), classes, 0.3, random);
+  for (int64_t i = 0; i < nodes; ++i)
+    for (int64_t c = 0; c < classes; ++c) shifted.propagated[i * classes + c] += static_cast<Real>(i % 3 == 0 ? -40 : 50);
+  check_edges(shifted, sizeof(Real) == 4 ? 5e-4 : tolerance);
+}
+
+// An entry that leads nowhere, or whose reverse does, gets 0; its weight still counts to the degree.
+template <class Real>
+void test_edge_ids_out_of_range() {
+  std::mt19937 random(8);
+  for (const int64_t classes : {3, 17}) {
+    Edges<Real> in(make_graph<Real>(40, random), classes, 0.5, random);
+    Graph<Real>& graph = in.graph;
+    for (const int64_t i : {3, 11, 29}) {  // the last entry of a row, so that the columns still ascend
+      const int64_t e = graph.crow[i + 1] - 1, mirror = graph.reverse[e];
+      graph.col[e] = i == 3 ? 40 : std::numeric_limits<int32_t>::max();
+      graph.reverse[mirror] = i == 3 ? -1 : i == 11 ? graph.edges() : std::numeric_limits<int64_t>::min();
+    }
+    check_edges(in, sizeof(Real) == 4 ? 1e-4 : 1e-11);
+  }
+}
+
+template <class Real>
+void test_all() {
+  for (const int64_t nodes : {1, 3, 40, 129})
+    for (const int64_t columns : {1, 2, 3, 10, 13, 17, 33}) {
+      test_solve<Real>(nodes, columns);
+      std::mt19937 random(static_cast<unsigned>(nodes));
+      Graph<Real> graph = make_graph<Real>(nodes, random);
+      test_solve_backward(graph, columns);
+      if (nodes == 40) {
+        graph.col[7] = -3;
+        graph.col[19] = 40;
+        test_solve_backward(graph, columns);
+      }
+      if (columns > 1) test_edges<Real>(nodes, columns);
+    }
+  test_max_iter<Real>();
+  test_no_iterations<Real>();
+  test_singular<Real>();
+  test_indefinite<Real>();
+  test_solve_ids_out_of_range<Real>();
+  test_edge_ids_out_of_range<Real>();
+
+  std::mt19937 random(9);
+  System<Real> ring(make_ring<Real>(4099, random), 3, random);  // large enough for its nodes to be renumbered
+  ring.initial = normal_values<Real>(4099 * 3, 1, random);
+  check_converged(ring);
+}
+
+}  // namespace
+
+int main() {
+  test_all<double>();
+  test_all<float>();
+  std::printf("%s: %d failures\n", isa_name(current_isa()), failures);
+  return failures != 0;
+}

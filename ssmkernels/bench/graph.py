@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Benchmark cases of the graph family, on kNN graphs (k = 50) of clustered points: our ops, the references, and the solvers users have."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels import ops, reference
+from ssmkernels.bench.case import Case
+from ssmkernels.bench.measure import Function
+from ssmkernels.graph import Graph, knn_graph, label_propagation
+from ssmkernels.graph.propagation import LabelSystem
+
+EDGE_SIZES = [(10_000, 10), (10_000, 100), (10_000, 200), (60_000, 10), (60_000, 100), (250_000, 10)]  # N, C
+SOLVE_SIZES = [(10_000, 10), (10_000, 100), (60_000, 10), (60_000, 100), (250_000, 10)]
+QUICK_EDGE_SIZES, QUICK_SOLVE_SIZES = [(2_000, 10), (2_000, 100)], [(2_000, 10)]
+CUDA_SIZES = [(10_000, 10), (60_000, 100)]
+GROWTH = [100_000, 1_000_000, 10_000_000]  # entries
+DENSE_ELEMENTS = 150_000_000  # of the [E, C] tensors that the reference stores: about 3 GB
+RTOL = 1e-6
+SCIPY_COLUMNS = 2  # of a call; its time is scaled to all of them
+
+
+class Points(NamedTuple):
+    graph: Graph
+    labels: Tensor
+    """[N] five labels per class, −1 elsewhere."""
+
+
+@functools.cache
+def clustered(nodes: int, classes: int) -> Points:
+    """Points around ``classes`` centres in 16 dimensions, in no order; their graph in float64."""
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, 16, generator=draw)
+    member = torch.randint(classes, (nodes,), generator=draw)
+    points = F.normalize(centres[member] + 0.6 * torch.randn(nodes, 16, generator=draw), dim=1)
+    labels = torch.full((nodes,), -1)
+    for c in range(classes):
+        labels[(member == c).nonzero()[:5, 0]] = c
+    return Points(knn_graph(points, 50).to(torch.float64), labels)
+
+
+def random_graph(entries: int) -> Graph:
+    """A ring whose nodes also know 24 more on either side: 50 entries a row, built without a search."""
+    nodes = entries // 50
+    steps = torch.cat([torch.arange(-25, 0), torch.arange(1, 26)])
+    col = ((torch.arange(nodes)[:, None] + steps) % nodes).sort(dim=1).values.flatten()
+    return Graph(torch.arange(nodes + 1) * 50, col, torch.ones(nodes * 50))
+
+
+def torch_sparse_cg(
+    crow: Tensor, col: Tensor, weight: Tensor, diagonal: Tensor, rhs: Tensor, rtol: float = RTOL, max_iter: int = 1000
+) -> Tensor:
+    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged columns frozen."""
+    nodes = len(diagonal)
+    rows = torch.repeat_interleave(torch.arange(nodes, device=crow.device), crow.diff())
+    whole = diagonal.index_add(0, rows, weight)[:, None]
+    adjacency = torch.sparse_csr_tensor(crow, col.long(), weight, (nodes, nodes), check_invariants=False)
+    x, r = torch.zeros_like(rhs), rhs.clone()
+    z = r / whole
+    p, rz, limit = z.clone(), (r * z).sum(0), rtol * rhs.norm(dim=0)
+    for _ in range(max_iter):
+        active = r.norm(dim=0) > limit
+        if not bool(active.any()):
+            break
+        product = whole * p - adjacency @ p
+        alpha = torch.where(active, rz / (p * product).sum(0), 0)
+        x += alpha * p
+        r -= alpha * product
+        z = r / whole
+        following = (r * z).sum(0)
+        p = z + torch.where(active, following / rz, 0) * p
+        rz = following
+    return x
+
+
+def scipy_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function:
+    """scipy.sparse.linalg.cg with Jacobi, column by column in float64, as LP-DeepSSL solves (which stops it after 20 iterations)."""
+    from scipy import sparse
+    from scipy.sparse.linalg import cg
+
+    whole = (graph.degree.double() + diagonal.double()).cpu().numpy()
+    matrix = sparse.diags_array(whole).tocsr() - graph.to(torch.float64).to_scipy()
+    inverse = sparse.diags_array(1 / whole)
+    columns = rhs.double().cpu().numpy()[:, :SCIPY_COLUMNS]
+    return lambda: [cg(matrix, columns[:, c], rtol=RTOL, atol=0, M=inverse)[0] for c in range(columns.shape[1])]
+
+
+def graphlearning_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function | None:
+    """GraphLearning's conjgrad (no preconditioner, absolute tolerance over all columns), where it is installed."""
+    if importlib.util.find_spec("graphlearning") is None:
+        return None
+    from scipy import sparse
+
+    conjgrad = importlib.import_module("graphlearning.utils").conjgrad
+    matrix = sparse.diags_array((graph.degree.double() + diagonal.double()).numpy()).tocsr() - graph.to(torch.float64).to_scipy()
+    columns = rhs.double().numpy()
+    return lambda: conjgrad(matrix, columns, tol=RTOL * float(rhs.double().norm()))
+
+
+def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
+    """One case per op and size; the labels that are propagated are five of each class."""
+    dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32  # half types are computed in it
+    edge_sizes, solve_sizes = (QUICK_EDGE_SIZES, QUICK_SOLVE_SIZES) if quick else (EDGE_SIZES, SOLVE_SIZES)
+    if device == "cuda" and not quick:
+        edge_sizes = solve_sizes = CUDA_SIZES
+    for nodes, classes in edge_sizes:
+        points = clustered(nodes, classes)
+        graph = points.graph.to(dtype)
+        propagated = label_propagation(graph, points.labels)
+        yield _edges_case(graph.to(device), propagated.to(device), backward=False)
+        if nodes <= 10_000 and classes <= 100:
+            yield _edges_case(graph.to(device), propagated.to(device), backward=True)
+    for nodes, classes in solve_sizes:
+        for real in (torch.float32, torch.float64):
+            yield _solve_case(clustered(nodes, classes), real, device)
+    clustered.cache_clear()
+    for entries in () if quick or device == "cuda" else GROWTH:
+        graph = random_graph(entries)
+        draw = torch.Generator().manual_seed(0)
+        propagated = torch.randn(graph.num_nodes, 10, generator=draw) / 500
+        yield _edges_case(graph, propagated, backward=False, peers=False)
+        labels = torch.full((graph.num_nodes,), -1)
+        labels[:: max(1, graph.num_nodes // 50)] = torch.arange(len(labels[:: max(1, graph.num_nodes // 50)])) % 10
+        yield _growth_case(graph, labels)
+
+
+def _edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool = True) -> Case:
+    entries, (nodes, classes) = graph.num_edges, propagated.shape
+    weight, labels = graph.weight.clone().requires_grad_(backward), propagated.clone().requires_grad_(backward)
+    grad = torch.ones_like(weight)
+
+    def call(room: Callable[..., Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            out = room(graph.crow, graph.col, graph.reverse, weight, labels)
+            return torch.autograd.grad(out, (weight, labels), grad) if backward else out
+
+        return run
+
+    others: dict[str, Function] = {}
+    if peers and entries * classes <= DENSE_ELEMENTS:
+        others["eager"] = call(reference.leave_one_edge_out)
+        others["torch.compile"] = call(torch.compile(reference.leave_one_edge_out, dynamic=False))
+    item = propagated.element_size()
+    # Each pair reads the row of its other node once, a row of its own is read once; ids, weights and mirrors are read, the result written.
+    moved = item * (entries // 2 + nodes) * classes + entries * (4 + 8 + 2 * item)
+    return Case(
+        op="leave_one_edge_out",
+        phase="forward + backward" if backward else "forward",
+        size={"N": nodes, "E": entries, "C": classes},
+        dtype=propagated.dtype,
+        ours=call(ops.leave_one_edge_out),
+        peers=others,
+        products={},
+        product_counts={},
+        flops=20 * entries * classes,
+        bytes=moved * (3 if backward else 1),
+    )
+
+
+def _solve_case(points: Points, dtype: torch.dtype, device: str) -> Case:
+    graph = points.graph.to(dtype)
+    system = LabelSystem(graph, points.labels)
+    constant = (system.rhs.sum(dim=0) / system.diagonal.sum())[None]  # of one component, as these graphs nearly are
+    rhs, diagonal = (system.rhs - system.diagonal[:, None] * constant).to(dtype), system.diagonal.to(dtype)
+    peers: dict[str, Function] = {"scipy cg": scipy_cg(graph, diagonal, rhs)}
+    other = graphlearning_cg(graph, diagonal, rhs) if graph.num_nodes <= 10_000 and device == "cpu" else None
+    if other is not None:
+        peers["GraphLearning"] = other
+    graph, rhs, diagonal = graph.to(device), rhs.to(device), diagonal.to(device)
+    arguments = (graph.crow, graph.col, graph.weight, None, diagonal, rhs)
+    peers["torch sparse CG"] = functools.partial(torch_sparse_cg, graph.crow, graph.col, graph.weight, diagonal, rhs)
+    scale = {"scipy cg": rhs.shape[1] / SCIPY_COLUMNS}
+    return _solve(arguments, peers, scale)
+
+
+def _growth_case(graph: Graph, labels: Tensor) -> Case:
+    system = LabelSystem(graph, labels)
+    rhs = (system.rhs - system.diagonal[:, None] * (system.rhs.sum(dim=0) / system.diagonal.sum())).float()
+    return _solve((graph.crow, graph.col, graph.weight, None, system.diagonal.float(), rhs), {}, {}, max_iter=30)
+
+
+def _solve(arguments: tuple[Any, ...], peers: dict[str, Function], scale: dict[str, float], max_iter: int = 1000) -> Case:
+    _, _, weight, _, _, rhs = arguments
+    iterations = int(torch.ops.ssmkernels.laplacian_solve(*arguments, None, RTOL, max_iter, True)[1].max())
+    nodes, columns = rhs.shape
+    item = rhs.element_size()
+    # Per iteration the matrix is read once and eleven vectors are read or written; neighbours' rows are taken for cache hits.
+    moved = iterations * (len(weight) * (4 + item) + 11 * item * nodes * columns)
+    return Case(
+        op="laplacian_solve",
+        phase=f"{iterations} iterations",
+        size={"N": nodes, "E": len(weight), "C": columns},
+        dtype=rhs.dtype,
+        ours=lambda: torch.ops.ssmkernels.laplacian_solve(*arguments, None, RTOL, max_iter, True),
+        peers=peers,
+        products={},
+        product_counts={},
+        flops=2 * iterations * len(weight) * columns,
+        bytes=moved,
+        peer_scale=scale,
+    )
