@@ -452,6 +452,10 @@ void test_solves(std::mt19937& random) {
     for (int64_t i = 5; i < 124; i += 7)
       for (int64_t c = 0; c < 3; ++c) kept &= solved.solution[i * 3 + c] == static_cast<Real>(system.initial[i * 3 + c]);
     check(kept, "rows without a diagonal keep their start");
+    system.rhs[5 * 3] = 2;  // which no solution gives: the residual tells, and the rest is solved
+    const Solved<Real> rest(system);
+    const double told = rest.residual[0], residual = system.residuals(rest.values())[0];
+    check(told > 0.01 && std::abs(told - residual) <= 1e-3 * residual, "residual of rows without a diagonal", told - residual);
   }
 
   // Indefinite: a negative weight of an edge pulls, as in label propagation with dissimilar edges subtracted.
