@@ -177,7 +177,8 @@ def _solve_case(points: Points, dtype: torch.dtype, device: str) -> Case:
         peers["GraphLearning"] = other
     graph, rhs, diagonal = graph.to(device), rhs.to(device), diagonal.to(device)
     arguments = (graph.crow, graph.col, graph.weight, None, diagonal, rhs)
-    peers["torch sparse CG"] = functools.partial(torch_sparse_cg, graph.crow, graph.col, graph.weight, diagonal, rhs)
+    if dtype == torch.float32:
+        peers["torch sparse CG"] = functools.partial(torch_sparse_cg, graph.crow, graph.col, graph.weight, diagonal, rhs)
     scale = {"scipy cg": rhs.shape[1] / SCIPY_COLUMNS}
     return _solve(arguments, peers, scale)
 

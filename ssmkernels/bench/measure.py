@@ -50,16 +50,21 @@ def time_alternating(
 ) -> dict[str, Timing]:
     """Medians over rounds in which every function runs in turn, so that a drift of the machine meets all of them.
 
-    A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not before three.
+    A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not before three, or two
+    where they take more than ten seconds each.
     """
     calls = {}
     for name, function in functions.items():
-        function(), function()  # compilation, allocator, caches
-        calls[name] = max(1, int(1e-3 / max(_clock(function, 1, device), 1e-7)))
+        function()  # compilation, allocator
+        took = _clock(function, 1, device)
+        if took < 1:  # caches
+            took = _clock(function, 1, device)
+        calls[name] = max(1, int(1e-3 / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     begin = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - begin > seconds:
+        elapsed = time.perf_counter() - begin
+        if elapsed > seconds and (done >= 3 or (done >= 2 and elapsed > 20)):
             break
         for name, function in functions.items():
             samples[name].append(_clock(function, calls[name], device))
@@ -81,9 +86,9 @@ def _resident(field: str) -> int:
 def peak_extra_bytes(function: Function, *, device: str = "cpu") -> int | None:
     """The most memory in use during a call beyond what was in use before it; None where the system does not tell.
 
-    On the CPU this is resident memory (Linux), whatever allocated it; on CUDA what torch's allocator handed out.
+    On the CPU this is resident memory (Linux), whatever allocated it; on CUDA what torch's allocator handed out. What a first call
+    compiles or loads counts too, so call the function once before.
     """
-    function()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
