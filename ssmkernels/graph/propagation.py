@@ -3,8 +3,8 @@
 
 The reading of the paper that is computed here:
 
-- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. Scaling W then leaves D_ii F_i, the logits of (20), alone; W is not
-  normalised.
+- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. Scaling W then hardly changes D_ii F_i, the logits of (20), as long as μ is
+  small beside D_ii; W is not normalised.
 - **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ N_K/(m_K n_cK) on its
   labelled rows of class c: (16) itself where every class has as many labels. Without it the class with more labels takes over.
 - **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which float32 does not resolve. So F̃ = F − c_K is

@@ -51,9 +51,10 @@ def laplacian_solve(
 
     D and D_dis are the row sums of W and W_dis. A column is converged when its residual is at most ``rtol`` times its right side, and
     does not change any more. The matrix is positive semidefinite; where it is singular (a connected component whose diagonal is 0) the
-    right side of that component should sum to 0, and the solution keeps the mean of ``initial`` there. A node without edges and diagonal
-    keeps its initial value. A column that did not converge, or met a direction that the matrix does not stretch, is named in a warning
-    (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a synchronisation), and ``residual`` tells in any case.
+    right side of that component should sum to 0, and the solution keeps the mean of ``initial`` there, each node weighted by its diagonal
+    entry of the matrix (evenly under "none"). A node without edges and diagonal keeps its initial value. A column that did not converge,
+    or met a direction that the matrix does not stretch, is named in a warning (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a
+    synchronisation), and ``residual`` tells in any case.
 
     Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve: ∂rhs = A⁻¹ ∂X. The
     gradients of weight and dissimilarity are per stored entry, each taken for itself.
