@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +19,11 @@ collect_ignore = ["data", "experiments", "models", "trainers"] if missing else [
 
 def pytest_report_header() -> list[str]:
     return [f"left out for want of {', '.join(missing)}: {', '.join(collect_ignore)} (pip install 'ssmkernels[train]')"] if missing else []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -153,7 +153,6 @@ def test_arrays_half_types_strides_and_gradients():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_retrieval_on_a_gpu():
     embeddings, labels = random_set(1003, 16, 20, seed=4)
     assert metrics.retrieval(embeddings.cuda(), labels.cuda()) == pytest.approx(metrics.retrieval(embeddings, labels))

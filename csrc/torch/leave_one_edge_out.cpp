@@ -11,7 +11,8 @@ struct Inputs {
   Tensor reverse, weight, propagated;
   double logit_scale;
 
-  Inputs(const Tensor& crow, const Tensor& col, const Tensor& reverse_in, const Tensor& weight_in, const Tensor& propagated_in, double scale)
+  Inputs(const Tensor& crow, const Tensor& col, const Tensor& reverse_in, const Tensor& weight_in, const Tensor& propagated_in,
+         double scale)
       : graph(crow, col, propagated_in),
         reverse(torch::stable::contiguous(reverse_in)),
         weight(check_vector(weight_in, "weight", graph.edges(), propagated_in)),

@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 
-from ssmkernels.graph import comparisons, label_propagation, mixed_label_propagation
+from ssmkernels.graph import Graph, comparisons, label_propagation, mixed_label_propagation
 
 pytest.importorskip("scipy.sparse")
 
@@ -99,6 +99,62 @@ def test_indefinite_lpdr_says_so(digits, draw_labels):
     with pytest.warns(RuntimeWarning, match="lpdr: the system is not positive definite"):
         result = comparisons.lpdr(graph, labels, 5 * everything, beta=2.0)
     assert result.indefinite and result.curvature <= 0 and result.scores.isfinite().all()
+
+
+def two_squares():
+    """Two components of four nodes, labels in the first."""
+    ring = torch.tensor([[0, 1, 1, 2, 2, 3, 3, 0], [1, 0, 2, 1, 3, 2, 0, 3]])
+    graph = Graph.from_edge_index(torch.cat([ring, ring + 4], dim=1), torch.ones(16, dtype=torch.float64))
+    return graph, torch.tensor([0, -1, 1, -1, -1, -1, -1, -1])
+
+
+def test_lpdr_of_a_component_without_labels():
+    """Its constant is no direction of the problem, neither a reason to call it indefinite nor a class 0."""
+    graph, labels = two_squares()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = comparisons.lpdr(graph, labels, torch.full_like(graph.weight, 0.5))
+    assert not result.indefinite and result.pseudo_labels[4:].tolist() == [-1] * 4 and (result.pseudo_labels[:4] >= 0).all()
+    with pytest.warns(RuntimeWarning, match="not positive definite"):
+        result = comparisons.lpdr(graph, labels, torch.full_like(graph.weight, 3.0))
+    assert result.indefinite and result.pseudo_labels[4:].tolist() == [-1] * 4 and not result.scores[4:].any()
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_stationary_point_solves_the_indefinite_system(dense, monkeypatch):
+    graph, labels = two_squares()
+    monkeypatch.setattr(comparisons, "DENSE_NODES", 4096 if dense else 0)
+    with pytest.warns(RuntimeWarning, match="not positive definite") as caught:
+        scores = comparisons.lpdr(graph, labels, torch.full_like(graph.weight, 3.0)).scores
+    assert len(caught) == 1
+    laplacian = torch.from_numpy(-graph.to_scipy().toarray()) + torch.diag(graph.degree)
+    expected = torch.nn.functional.one_hot(labels.clamp_min(0), 2) * (labels >= 0)[:, None]
+    found = -2 * laplacian @ scores + (labels >= 0)[:, None] / 99 * scores
+    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_lpdr_that_does_not_converge_says_so(digits, draw_labels):
+    graph, classes = digits
+    with pytest.warns(RuntimeWarning, match=r"lpdr did not converge to rtol = 1e-06 .*: raise max_iter \(3\)"):
+        comparisons.lpdr(graph, draw_labels(classes, 0), torch.zeros_like(graph.weight), max_iter=3)
+
+
+BAD = [
+    ("lpdr", {"beta": -1.0}, r"beta must be finite and >= 0, got -1.0"),
+    ("lpdr", {"rtol": 0.0}, r"rtol must be finite and > 0, got 0.0"),
+    ("lpdr", {"max_iter": 0}, r"max_iter must be at least 1, got 0"),
+    ("lpdr", {"dissimilarity": torch.ones(3)}, r"dissimilarity must be \[E\]"),
+    ("uniform_damping", {"beta": float("nan")}, r"beta must be finite and >= 0, got nan"),
+]
+
+
+@pytest.mark.parametrize(("function", "change", "message"), BAD)
+def test_bad_input(function, change, message):
+    graph, labels = two_squares()
+    with pytest.raises(ValueError, match=message):
+        getattr(comparisons, function)(graph, labels, **({"dissimilarity": graph.weight} | change))
+    with pytest.raises(ValueError, match=r"true_labels must be \[N\] = \[8\], got shape \[3\]"):
+        comparisons.oracle_dissimilarity(graph, labels[:3], 0.5)
 
 
 def test_mutual_neighbours_must_be_known(digits):

@@ -83,6 +83,58 @@ def test_dtypes_and_arrays(dtype):
         torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-15, 1e30])
+def test_the_length_of_features_does_not_matter(scale):
+    """Squares of these overflow or vanish in float32."""
+    features = torch.randint(-8, 9, (60, 5), generator=torch.Generator().manual_seed(0)).float()
+    features[3] = 0
+    plain, scaled = knn_graph(features, 7), knn_graph(features * scale, 7)
+    assert scaled.num_edges == plain.num_edges
+    torch.testing.assert_close(scaled.weight.sort().values, plain.weight.sort().values, rtol=1e-3, atol=1e-6)
+
+
+def test_arrays_of_any_layout():
+    features = features_of(40, 6).numpy()
+    read_only = features.copy()
+    read_only.flags.writeable = False
+    expected = knn_graph(features, 5)
+    assert knn_graph(read_only, 5).weight.equal(expected.weight)
+    assert knn_graph(features[::-1], 5).to_scipy().toarray()[::-1, ::-1] == pytest.approx(expected.to_scipy().toarray())
+
+
+def test_exact_under_autocast_and_reduced_precision():
+    """Features close together, as they are after a ReLU: bfloat16 does not tell the neighbours apart."""
+    features = 1 + 0.1 * features_of(500, 16).float()
+    expected = knn_graph(features, 10, backend="torch")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            graph = knn_graph(features, 10, backend="torch")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert graph.col.equal(expected.col) and graph.weight.equal(expected.weight)
+
+
+@pytest.mark.gpu
+def test_exact_on_a_gpu_that_may_use_tf32():
+    features = 1 + 0.1 * features_of(500, 64).float()
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        graph = knn_graph(features.cuda(), 10)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected, _ = brute_force(features, 10)
+    torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_neighbours_check_their_input():
+    with pytest.raises(ValueError, match=r"k must be in \[1, N\)"):
+        knn.nearest_neighbours(features_of(5, 3), 5)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu():
     features = features_of(300, 16)

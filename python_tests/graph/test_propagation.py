@@ -227,6 +227,8 @@ BAD = [
     ({"mu_unlabeled": -1.0}, ValueError, r"mu_unlabeled must be finite and >= 0, got -1.0"),
     ({"rtol": 0.0}, ValueError, r"rtol must be finite and > 0, got 0.0"),
     ({"max_iter": 0}, ValueError, r"max_iter must be at least 1, got 0"),
+    ({"mu": torch.tensor(0.01)}, TypeError, r"mu must be a number, got Tensor"),
+    ({"beta": None}, TypeError, r"beta must be a number, got NoneType"),
     ({"beta": -1.0}, ValueError, r"beta must be finite and >= 0, got -1.0"),
     ({"logit_scale": 0.0}, ValueError, r"logit_scale must be finite and > 0, got 0.0"),
     ({"dissimilarity": torch.ones(3)}, ValueError, r"dissimilarity must be \[E\]"),

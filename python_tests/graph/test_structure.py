@@ -36,6 +36,12 @@ def test_from_scipy_adds_duplicates_and_writes_nothing():
     assert Graph.from_scipy(matrix).weight.tolist() == [4.0, 4.0] and matrix.nnz == 4
 
 
+def test_from_edge_index_adds_duplicates_in_any_order():
+    index = torch.tensor([[2, 0, 1, 0, 0, 1], [0, 1, 0, 2, 1, 0]])
+    graph = Graph.from_edge_index(index, torch.tensor([8.0, 1.0, 1.0, 8.0, 4.0, 4.0]))
+    assert graph.to_scipy().toarray().tolist() == [[0, 5, 8], [5, 0, 0], [8, 0, 0]]
+
+
 def test_reverse_and_degree():
     graph = Graph.from_scipy(random_matrix(100))
     rows, col = graph.rows, graph.col.long()
@@ -99,11 +105,11 @@ GOOD = {
     "reverse": torch.tensor([2, 3, 0, 1]),
 }
 BAD = [
-    ({"crow": torch.tensor([0, 3, 2, 4])}, ValueError, r"crow must ascend from 0 to E = 4"),
+    ({"crow": torch.tensor([0, 3, 2, 4])}, ValueError, r"crow must ascend from 0 to E = 4; crow\[1\] is 3 and crow\[2\] is 2"),
     ({"crow": torch.tensor([0, 2, 3])}, ValueError, r"crow must ascend from 0 to E = 4, the size of col; it goes from 0 to 3"),
     ({"crow": torch.zeros(0, dtype=torch.int64)}, ValueError, r"crow must be \[N \+ 1\], got an empty tensor"),
     ({"crow": [0, 1]}, TypeError, r"crow must be a tensor, got list"),
-    ({"col": torch.tensor([1, 3, 0, 0])}, ValueError, r"col must be in \[0, 3\), the nodes of crow; got values from 0 to 3"),
+    ({"col": torch.tensor([1, 3, 0, 0])}, ValueError, r"col must be in \[0, 3\), the nodes of crow; col\[1\] is 3"),
     ({"col": torch.tensor([2, 1, 0, 0])}, ValueError, r"col must ascend within a row, none twice; row 0 has 2 and then 1 at entry 0"),
     ({"col": torch.tensor([1, 1, 0, 0])}, ValueError, r"col must ascend within a row, none twice"),
     ({"col": torch.tensor([1, 2, 2, 0])}, ValueError, r"the graph must be symmetric: it has the entry \(0, 1\) but not \(1, 0\)"),
@@ -120,6 +126,11 @@ BAD = [
     ({"weight": torch.ones(4).half()}, TypeError, r"weight must be float32 or float64, got torch.float16"),
     ({"reverse": torch.tensor([3, 2, 0, 1])}, ValueError, r"reverse\[0\] is 3; it should be 2, the position of \(j, i\)"),
     ({"mutual": torch.ones(4)}, TypeError, r"mutual must be bool, got torch.float32"),
+    (
+        {"mutual": torch.tensor([True, True, False, True])},
+        ValueError,
+        r"mutual must be symmetric; the entry \(0, 1\) differs from its mirror",
+    ),
     ({"weight": torch.ones(4, device="meta")}, ValueError, r"weight is on meta but crow is on cpu"),
 ]
 
@@ -138,8 +149,14 @@ def test_bad_sources():
         Graph.from_scipy(sparse.csr_array(np.ones((2, 3))))
     with pytest.raises(TypeError, match=r"matrix must be a scipy\.sparse matrix"):
         Graph.from_scipy(np.ones((2, 2)))
+    with pytest.raises(TypeError, match=r"Cannot cast array data from .*complex"):
+        Graph.from_scipy(sparse.csr_array(np.eye(2) * 1j))
     with pytest.raises(TypeError, match=r"layout torch\.sparse_csr"):
         Graph.from_torch_sparse(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"edge_index must be a tensor \[2, E\], got list"):
+        Graph.from_edge_index([[0, 1], [1, 0]])
+    with pytest.raises(TypeError, match=r"weight must be float32 or float64, got torch.int64"):
+        Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), torch.ones(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"edge_index must be \[2, E\] int32 or int64"):
         Graph.from_edge_index(torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"edge_index must be in \[0, 2\), got values from 0 to 2"):

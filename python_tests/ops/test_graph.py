@@ -442,8 +442,8 @@ def test_bits_do_not_depend_on_threads_or_run(size):
 
 
 @pytest.mark.gpu
-def test_bits_do_not_depend_on_the_run_on_a_gpu(cuda):
-    problem = Problem(700, 10, torch.float32, cuda)
+def test_bits_do_not_depend_on_the_run_on_a_gpu():
+    problem = Problem(700, 10, torch.float32, "cuda")
     assert all(a.equal(b) for a, b in zip(_everything(problem), _everything(problem), strict=True))
 
 
@@ -517,8 +517,8 @@ def test_peak_memory():
 
 
 @pytest.mark.gpu
-def test_peak_memory_on_a_gpu(cuda):
-    problem = _ring(20_000, 60, 64, device=cuda)
+def test_peak_memory_on_a_gpu():
+    problem = _ring(20_000, 60, 64, device="cuda")
     problem.leave_one_edge_out(ops)
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
@@ -528,8 +528,8 @@ def test_peak_memory_on_a_gpu(cuda):
 
 
 @pytest.mark.gpu
-def test_cuda_graph(cuda):
-    problem, other = Problem(150, 12, torch.float32, cuda), Problem(150, 12, torch.float32, cuda)
+def test_cuda_graph():
+    problem, other = Problem(150, 12, torch.float32, "cuda"), Problem(150, 12, torch.float32, "cuda")
     other.rhs = other.rhs.flip(0).contiguous()
     arguments = (problem.crow, problem.col, problem.reverse, problem.weight, problem.diagonal, problem.rhs)
     side = torch.cuda.Stream()
@@ -547,14 +547,14 @@ def test_cuda_graph(cuda):
 
 
 @pytest.mark.gpu
-def test_beyond_2_31_elements(cuda):
+def test_beyond_2_31_elements():
     """N·C of 2³¹ and more: offsets are 64 bits wide."""
-    problem = _ring(2**21 + 5, 4, 1025, device=cuda)
+    problem = _ring(2**21 + 5, 4, 1025, device="cuda")
     out = ops.leave_one_edge_out(problem.crow, problem.col, problem.reverse, problem.weight, problem.propagated)
-    last = torch.arange(len(out) - 40, len(out), device=cuda)
+    last = torch.arange(len(out) - 40, len(out), device="cuda")
     rows = last // 4
     keep = torch.unique(torch.cat([problem.col[problem.crow[r] : problem.crow[r + 1]].long() for r in rows.unique()] + [rows]))
-    propagated = torch.zeros(len(problem.crow) - 1, 2, device=cuda)
+    propagated = torch.zeros(len(problem.crow) - 1, 2, device="cuda")
     propagated[keep] = problem.propagated[keep, :2]  # the same nodes alone, with the classes that are compared
     assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1
     logits = 4.0 * (4 * problem.propagated[rows] - problem.propagated[problem.col[last].long()]).double()
@@ -568,9 +568,9 @@ def test_beyond_2_31_elements(cuda):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("size", [(17, 3), (60, 33)], ids=str)
-def test_small_set(size, dtype, cuda):
+def test_small_set(size, dtype):
     """Every kernel once, at sizes that a sanitizer gets through."""
-    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, cuda)
+    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, "cuda")
     tolerance = 1e-5 if dtype == torch.float64 else 1e-3
     for a, b in zip(_everything(cpu), _everything(gpu), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance)
@@ -578,8 +578,8 @@ def test_small_set(size, dtype, cuda):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
-def test_device_parity(size, cuda):
-    cpu, gpu = Problem(*size), Problem(*size, device=cuda)
+def test_device_parity(size):
+    cpu, gpu = Problem(*size), Problem(*size, device="cuda")
     for op, options in (("leave_one_edge_out", {}), ("laplacian_solve", {"rtol": 1e-13})):
         for a, b in zip(getattr(cpu, op)(ops, **options), getattr(gpu, op)(ops, **options), strict=True):
             torch.testing.assert_close(b.cpu(), a, rtol=1e-9, atol=1e-10)

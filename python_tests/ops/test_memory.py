@@ -403,8 +403,8 @@ def test_bits_do_not_depend_on_threads_or_run(size):
 
 
 @pytest.mark.gpu
-def test_bits_do_not_depend_on_the_run_on_a_gpu(cuda):
-    problem = Problem(70, 64, 5000, 100, torch.float32, cuda)
+def test_bits_do_not_depend_on_the_run_on_a_gpu():
+    problem = Problem(70, 64, 5000, 100, torch.float32, "cuda")
     first, second = _everything(problem), _everything(problem)
     assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
@@ -450,9 +450,9 @@ def test_inputs_are_not_written(device):
 
 
 @pytest.mark.gpu
-def test_peak_memory_on_a_gpu(cuda):
+def test_peak_memory_on_a_gpu():
     B, D, K, L = 256, 128, 65536, 100
-    problem = Problem(B, D, K, L, torch.float32, cuda)
+    problem = Problem(B, D, K, L, torch.float32, "cuda")
     problem.matching(ops)
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
@@ -479,8 +479,8 @@ def test_peak_memory():
 
 
 @pytest.mark.gpu
-def test_cuda_graph(cuda):
-    problem = Problem(40, 64, 3000, 10, torch.float32, cuda)
+def test_cuda_graph():
+    problem = Problem(40, 64, 3000, 10, torch.float32, "cuda")
     arguments = (problem.query_weak, problem.query_strong.requires_grad_(), problem.bank, problem.labels, problem.probs)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -491,7 +491,7 @@ def test_cuda_graph(cuda):
     with torch.cuda.graph(graph):
         out = ops.instance_matching(*arguments)
         out.loss.sum().backward()
-    other = Problem(40, 64, 3000, 10, torch.float32, cuda, seed=5)
+    other = Problem(40, 64, 3000, 10, torch.float32, "cuda", seed=5)
     with torch.no_grad():
         for mine, theirs in zip(arguments, (other.query_weak, other.query_strong, other.bank, other.labels, other.probs), strict=True):
             mine.copy_(theirs)
@@ -503,14 +503,14 @@ def test_cuda_graph(cuda):
 
 
 @pytest.mark.gpu
-def test_beyond_2_31_elements(cuda):
+def test_beyond_2_31_elements():
     """A bank of 2³¹ + elements: offsets are 64 bits wide."""
     D, K = 128, 2**24 + 77
-    bank = torch.zeros(K, D, dtype=torch.bfloat16, device=cuda)
+    bank = torch.zeros(K, D, dtype=torch.bfloat16, device="cuda")
     bank[-1, 0] = 1
-    labels = torch.zeros(K, dtype=torch.int64, device=cuda)
+    labels = torch.zeros(K, dtype=torch.int64, device="cuda")
     labels[-1] = 1
-    query = torch.zeros(2, D, dtype=torch.bfloat16, device=cuda)
+    query = torch.zeros(2, D, dtype=torch.bfloat16, device="cuda")
     query[:, 0] = 1
     aggregated = ops.aggregate(query, bank, labels, 2, temperature=0.02)
     expected = torch.sigmoid(50.0 - torch.tensor(float(K - 1)).log())
@@ -521,18 +521,18 @@ def test_beyond_2_31_elements(cuda):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(3, 17, 17, 3), (33, 128, 300, 10)], ids=str)
-def test_small_set(size, dtype, cuda):
+def test_small_set(size, dtype):
     """Every kernel once, at sizes that a sanitizer gets through."""
-    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, cuda)
+    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, "cuda")
     tolerance = 1e-10 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
     for a, b in zip(_everything(cpu), _everything(gpu), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu
-def test_device_parity(cuda):
+def test_device_parity():
     cpu = Problem(70, 64, 1003, 300, torch.float64)
-    gpu = Problem(70, 64, 1003, 300, torch.float64, cuda)
+    gpu = Problem(70, 64, 1003, 300, torch.float64, "cuda")
     for a, b in zip(_everything(cpu), _everything(gpu), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-10, atol=1e-10)
 

@@ -7,7 +7,7 @@ The functions that give a W_dis [E] are for ``mixed_label_propagation(..., dissi
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,13 @@ from ssmkernels.graph.propagation import (
     LabelSystem,
     MixedLabelPropagation,
     check_dissimilarity,
+    check_not_negative,
     confidence_of,
+    node_labels,
+    sum_by_component,
 )
 from ssmkernels.graph.structure import Graph
+from ssmkernels.ops import _checks as check
 
 EDGES_AT_ONCE = 2**18
 DENSE_NODES = 4096
@@ -32,7 +36,7 @@ class LPDR(NamedTuple):
     scores: Tensor
     """[N, C]; where the system is indefinite, a stationary point and no minimum."""
     pseudo_labels: Tensor
-    """[N] int64."""
+    """[N] int64, −1 in components of the graph without labels."""
     indefinite: bool
     """Whether the system is not positive definite, so that (23) with (25) has no minimum."""
     curvature: float
@@ -101,10 +105,10 @@ def control_dissimilarity(
 
 def oracle_dissimilarity(
     graph: Graph,
-    true_labels: Tensor,
+    true_labels: Tensor | np.ndarray,
     fraction: float,
     *,
-    labels: Tensor | None = None,
+    labels: Tensor | np.ndarray | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """W_dis = 1 on a random part of the edges between classes, as the oracle of Figure 4 knows them.
@@ -117,9 +121,11 @@ def oracle_dissimilarity(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction must be in [0, 1], got {fraction}")
+    true_labels = node_labels("true_labels", graph, true_labels)
     rows, col = graph.rows, graph.col.long()
     between = (true_labels[rows] != true_labels[col]) & (rows < col)
     if labels is not None:
+        labels = node_labels("labels", graph, labels)
         between &= (labels[rows] < 0) | (labels[col] < 0)
     entries = between.nonzero()[:, 0]
     chosen = entries[torch.randperm(len(entries), generator=generator)[: round(fraction * len(entries))].to(entries.device)]
@@ -152,6 +158,7 @@ def uniform_damping(
     max_iter: int = 1000,
 ) -> MixedLabelPropagation:
     """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from another."""
+    check_not_negative("beta", beta)
     dissimilarity = check_dissimilarity(graph, dissimilarity)
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
     damping = beta * float(graph.sum_rows(dissimilarity.double()).mean())
@@ -177,19 +184,32 @@ def lpdr(
     The dissimilar edges are taken off the Laplacian, so the matrix may be indefinite. Conjugate gradients show that by a direction of
     curvature <= 0; random columns are solved along with those of the labels, so that no such direction escapes them. Then the result says
     so, a warning is given, and the scores are the stationary point, by a direct solver or MINRES. Computed in float64.
+
+    Section 4.5 of the paper sets λ = 1 and γ = 100 in LPDR's own notation. λ is β. γ is read as the weight of the labels, for which μ
+    stands here; by default it is that of the other methods, so that the dissimilar edges alone make a difference.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
-    dissimilarity = check_dissimilarity(graph, dissimilarity)
+    check_not_negative("beta", beta)
+    check.check_positive("rtol", rtol)
+    check.check_count("max_iter", max_iter)
     double = graph.to(torch.float64)
+    dissimilarity = check_dissimilarity(double, dissimilarity)
     system = LabelSystem(double, labels, num_classes=num_classes, mu=mu, balance=balance)
-    classes, weight = system.rhs.shape[1], double.weight - beta * dissimilarity.double()
+    has_labels = system.offset[system.component] > 0
+    classes, weight = system.rhs.shape[1], double.weight - beta * dissimilarity
     draw = torch.Generator().manual_seed(seed)
     random = torch.randn(graph.num_nodes, 4, generator=draw, dtype=torch.float64).to(graph.device)
-    solution, _, _, curvatures = ops.graph.solve_with_curvature(
+    # Without labels the constant of a component is no direction of the problem: the matrix maps it to 0.
+    component, count = graph.components
+    means = sum_by_component(random, component, count) / sum_by_component(torch.ones_like(random), component, count)
+    random -= torch.where(has_labels[:, None], 0, means[component])
+    solution, _, residuals, curvatures = ops.graph.solve_with_curvature(
         double.crow, double.col, weight, None, system.diagonal, torch.cat([system.rhs, random], dim=1), rtol=rtol, max_iter=max_iter
     )
-    curvature = float(curvatures.min())
+    scores, residual, curvature = solution[:, :classes], float(residuals.max()), float(curvatures.min())
     indefinite = curvature <= 0
-    scores = solution[:, :classes]
     if indefinite:
         warnings.warn(
             f"lpdr: the system is not positive definite (curvature {curvature:.2g}), so its objective has no minimum; "
@@ -197,18 +217,41 @@ def lpdr(
             RuntimeWarning,
             stacklevel=2,
         )
-        scores = _stationary_point(double, weight, system, rtol, max_iter)
-    return LPDR(scores.to(graph.dtype), scores.argmax(dim=1), indefinite, curvature)
+        scores, residual = _stationary_point(double, weight, system, has_labels, rtol, max_iter)
+    if not residual <= 10 * rtol:
+        warnings.warn(
+            f"lpdr did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter ({max_iter}) or rtol",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return LPDR(scores.to(graph.dtype), torch.where(has_labels, scores.argmax(dim=1), -1), indefinite, curvature)
 
 
-def _stationary_point(graph: Graph, weight: Tensor, system: LabelSystem, rtol: float, max_iter: int) -> Tensor:
-    """The solution of an indefinite system: directly where the dense matrix is small, by MINRES where it is not."""
+def _stationary_point(
+    graph: Graph, weight: Tensor, system: LabelSystem, has_labels: Tensor, rtol: float, max_iter: int
+) -> tuple[Tensor, float]:
+    """The solution of an indefinite system, 0 in components without labels, and its largest relative residual."""
     from scipy import sparse
-    from scipy.sparse.linalg import minres
 
     off_diagonal = sparse.csr_array((weight.cpu().numpy(), graph.col.cpu().numpy(), graph.crow.cpu().numpy()), shape=(graph.num_nodes,) * 2)
-    matrix = sparse.diags_array(off_diagonal.sum(axis=1) + system.diagonal.cpu().numpy()) - off_diagonal
-    if graph.num_nodes <= DENSE_NODES:
-        return torch.linalg.solve(torch.from_numpy(matrix.toarray()), system.rhs.cpu()).to(graph.device)
-    columns = [minres(matrix, column.numpy(), rtol=rtol, maxiter=max_iter)[0] for column in system.rhs.t().cpu().contiguous()]
-    return torch.from_numpy(np.stack(columns, axis=1)).to(graph.device)
+    kept = has_labels.cpu().numpy()
+    matrix = (sparse.diags_array(off_diagonal.sum(axis=1) + system.diagonal.cpu().numpy()) - off_diagonal).tocsr()[kept][:, kept]
+    rhs = system.rhs.cpu().numpy()[kept]
+    found = _solve_indefinite(matrix, rhs, rtol, max_iter)
+    lengths = np.linalg.norm(rhs, axis=0)
+    residual = np.linalg.norm(rhs - matrix @ found, axis=0) / np.where(lengths > 0, lengths, 1)
+    scores = torch.zeros(system.rhs.shape, dtype=torch.float64)
+    scores[has_labels.cpu()] = torch.from_numpy(found)
+    return scores.to(graph.device), float(residual.max())
+
+
+def _solve_indefinite(matrix: Any, rhs: np.ndarray, rtol: float, max_iter: int) -> np.ndarray:
+    """Directly where the dense matrix is small and regular, by MINRES where it is not."""
+    from scipy.sparse.linalg import minres
+
+    if len(rhs) <= DENSE_NODES:
+        solution, singular = torch.linalg.solve_ex(torch.from_numpy(matrix.toarray()), torch.from_numpy(rhs))
+        if int(singular) == 0:
+            return solution.numpy()
+    # MINRES takes its tolerance relative to ‖A‖‖x‖ + ‖b‖, so it is given a smaller one.
+    return np.stack([minres(matrix, column, rtol=0.01 * rtol, maxiter=max_iter)[0] for column in rhs.T], axis=1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.graph.structure import Graph
@@ -39,14 +40,19 @@ def knn_graph(features: Tensor | np.ndarray, k: int = 50, *, gamma: float = 3.0,
     Raises:
         TypeError, ValueError: naming the argument. ImportError: backend "faiss" without faiss.
     """
-    features = _checked(features, k, gamma, backend)
+    if not 0 < gamma < float("inf"):
+        raise ValueError(f"gamma must be finite and > 0, got {gamma}")
     neighbours, similarities = nearest_neighbours(features, k, backend=backend)
-    return _assemble(neighbours, similarities.clamp_min(0) ** gamma).to(features.device)
+    graph = _assemble(neighbours, similarities.clamp_min(0) ** gamma)
+    return graph.to(features.device) if isinstance(features, Tensor) else graph
 
 
-def nearest_neighbours(features: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k], on the CPU."""
-    unit = F.normalize(features, dim=1)
+def nearest_neighbours(features: Tensor | np.ndarray, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k], on the CPU.
+
+    Arguments, order and errors as :func:`knn_graph`.
+    """
+    unit = _normalized(_checked(features, k, backend))
     nodes = len(unit)
     ids, similarities = torch.empty(nodes, k, dtype=torch.int32), torch.empty(nodes, k, dtype=unit.dtype)
     for begin, found, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
@@ -63,9 +69,9 @@ def nearest_neighbours(features: Tensor, k: int, *, backend: str = "auto") -> tu
     return ids.long(), similarities
 
 
-def _checked(features: Tensor | np.ndarray, k: int, gamma: float, backend: str) -> Tensor:
+def _checked(features: Tensor | np.ndarray, k: int, backend: str) -> Tensor:
     if isinstance(features, np.ndarray):
-        features = torch.from_numpy(features)
+        features = torch.from_numpy(np.require(features, requirements=["C", "W"]))
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a tensor or an array [N, d], got {type(features).__name__}")
     if features.ndim != 2:
@@ -76,8 +82,6 @@ def _checked(features: Tensor | np.ndarray, k: int, gamma: float, backend: str) 
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k < len(features):
         raise ValueError(f"k must be in [1, N), N = {len(features)} being the number of features; got {k}")
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"gamma must be finite and > 0, got {gamma}")
     if backend not in ("auto", "faiss", "torch"):
         raise ValueError(f"backend must be 'auto', 'faiss' or 'torch', got {backend!r}")
     if backend == "faiss" and features.device.type != "cpu":
@@ -88,13 +92,22 @@ def _checked(features: Tensor | np.ndarray, k: int, gamma: float, backend: str) 
     return features if features.dtype == torch.float64 else features.float()
 
 
+def _normalized(features: Tensor) -> Tensor:
+    """Rows of length 1, or 0. Divided by their largest element first, so that no square overflows or vanishes."""
+    if features.shape[1] == 0:
+        return features
+    largest = torch.linalg.vector_norm(features, torch.inf, dim=1, keepdim=True)
+    unit = features / largest.masked_fill(largest == 0, 1)
+    return unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True).clamp_min(1))
+
+
 def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Chunk by chunk of rows: where it begins, the ``count`` most similar points of each row, and how similar the search found them."""
     nodes = len(unit)
     if backend == "faiss" or (backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None):
         search, size = _faiss_search(unit, count), 4096
     else:
-        search, size = (lambda rows: (rows @ unit.t()).topk(count, dim=1)), max(1, min(4096, CHUNK_BYTES // (4 * nodes)))
+        search, size = _torch_search(unit, count), max(1, min(4096, CHUNK_BYTES // (4 * nodes)))
     for begin in range(0, nodes, size):
         scores, found = search(unit[begin : begin + size])
         yield begin, found, scores
@@ -113,6 +126,31 @@ def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, 
         return torch.from_numpy(scores), torch.from_numpy(found)
 
     return search
+
+
+def _torch_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def search(rows: Tensor) -> tuple[Tensor, Tensor]:
+        with _full_precision(unit.device):
+            scores, found = (rows @ unit.t()).topk(count, dim=1)
+        return scores, found
+
+    return search
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products of float32 without autocast, TF32 or bfloat16, whose errors are beyond ROUNDING."""
+    backends = cast(Any, torch.backends)  # mkldnn.matmul is set at run time
+    products = backends.cuda.matmul, backends.mkldnn.matmul
+    kept = [each.fp32_precision for each in products]
+    try:
+        for each in products:
+            each.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for each, precision in zip(products, kept, strict=True):
+            each.fp32_precision = precision
 
 
 def _pairwise(unit: Tensor, rows: Tensor, others: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ssmkernels import ops
 from ssmkernels.graph.structure import Graph
+from ssmkernels.ops import _checks as check
 
 
 class MixedLabelPropagation(NamedTuple):
@@ -118,10 +119,8 @@ def mixed_label_propagation(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    if not (isinstance(beta, (int, float)) and 0 <= beta < math.inf):
-        raise ValueError(f"beta must be finite and >= 0, got {beta}")
-    if not (isinstance(logit_scale, (int, float)) and 0 < logit_scale < math.inf):
-        raise ValueError(f"logit_scale must be finite and > 0, got {logit_scale}")
+    check_not_negative("beta", beta)
+    check.check_positive("logit_scale", logit_scale)
     if dissimilarity is not None:
         dissimilarity = check_dissimilarity(graph, dissimilarity)
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
@@ -162,10 +161,8 @@ class LabelSystem:
     ) -> None:
         if not isinstance(graph, Graph):
             raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
-        if not (isinstance(mu, (int, float)) and 0 < mu < math.inf):
-            raise ValueError(f"mu must be finite and > 0, got {mu}")
-        if not (isinstance(mu_unlabeled, (int, float)) and 0 <= mu_unlabeled < math.inf):
-            raise ValueError(f"mu_unlabeled must be finite and >= 0, got {mu_unlabeled}")
+        check.check_positive("mu", mu)
+        check_not_negative("mu_unlabeled", mu_unlabeled)
         self.graph = graph
         labels, classes = _checked_labels(graph, labels, num_classes)
         component, count = graph.components
@@ -240,17 +237,24 @@ class LabelSystem:
         leaves of the constant in the deviation, the slowest of its modes, is taken off.
         """
         graph, dtype, (component, count) = self.graph, self.graph.dtype, self.graph.components
-        total = _sum_by_component(pulled[:, None], component, count)
+        total = sum_by_component(pulled[:, None], component, count)
         per_total = torch.where(total > 0, 1 / total.clamp_min(1e-300), 0)
-        constant = per_total * _sum_by_component(self.rhs, component, count)
+        constant = per_total * sum_by_component(self.rhs, component, count)
         rhs = (self.rhs - pulled[:, None] * constant[component]).to(dtype)
         if rtol is None:
             rtol = 1e-6 if dtype == torch.float64 else 1e-4
         weights = None if dissimilarity is None else dissimilarity.to(dtype)
         solved = ops.laplacian_solve(graph.crow, graph.col, graph.weight, weights, diagonal.to(dtype), rhs, rtol=rtol, max_iter=max_iter)
         deviation = solved.solution.double()
-        rest = per_total * _sum_by_component(pulled[:, None] * deviation, component, count)
+        rest = per_total * sum_by_component(pulled[:, None] * deviation, component, count)
         return deviation - rest[component], constant, solved.iterations, solved.residual
+
+
+def check_not_negative(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
 
 
 def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
@@ -269,17 +273,23 @@ def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
     return dissimilarity
 
 
-def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int | None) -> tuple[Tensor, int]:
+def node_labels(name: str, graph: Graph, labels: Tensor | np.ndarray) -> Tensor:
+    """Labels [N] int64 on the device of the graph; an array is put there."""
     if isinstance(labels, np.ndarray):
-        labels = torch.from_numpy(labels).to(graph.device)
+        labels = torch.from_numpy(np.require(labels, requirements=["C", "W"])).to(graph.device)
     if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor or an array [N], got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor or an array [N], got {type(labels).__name__}")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+        raise TypeError(f"{name} must be int64, got {labels.dtype}")
     if labels.shape != (graph.num_nodes,):
-        raise ValueError(f"labels must be [N] = [{graph.num_nodes}], got shape {list(labels.shape)}")
+        raise ValueError(f"{name} must be [N] = [{graph.num_nodes}], got shape {list(labels.shape)}")
     if labels.device != graph.device:
-        raise ValueError(f"labels are on {labels.device} but the graph is on {graph.device}; they must be on one device")
+        raise ValueError(f"{name} are on {labels.device} but the graph is on {graph.device}; they must be on one device")
+    return labels
+
+
+def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int | None) -> tuple[Tensor, int]:
+    labels = node_labels("labels", graph, labels)
     low, high = (int(bound) for bound in torch.aminmax(labels)) if len(labels) else (-1, -1)
     if low < -1:
         raise ValueError(f"labels must be -1 (unlabelled) or a class from 0 on, got {low}")
@@ -294,7 +304,7 @@ def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int 
     return labels, int(num_classes)
 
 
-def _sum_by_component(values: Tensor, component: Tensor, count: int) -> Tensor:
+def sum_by_component(values: Tensor, component: Tensor, count: int) -> Tensor:
     """[count, C] sums of the rows [N, C] of every component, in order on any device."""
     order = component.argsort(stable=True)
     sizes = torch.bincount(component.cpu(), minlength=count).to(component.device)

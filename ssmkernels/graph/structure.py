@@ -51,6 +51,9 @@ class Graph:
                 f"reverse[{entry}] is {int(reverse[entry])}; it should be {int(found[entry])}, the position of (j, i) for {place}"
             )
         _check_weight(weight, found, rows, col)
+        if mutual is not None and not mutual.equal(mutual[found]):
+            entry = int((mutual != mutual[found]).nonzero()[0])
+            raise ValueError(f"mutual must be symmetric; the entry ({int(rows[entry])}, {int(col[entry])}) differs from its mirror")
         self._set(crow, col.int(), weight.detach().contiguous(), found, mutual)
 
     @classmethod
@@ -158,7 +161,7 @@ class Graph:
             raise ValueError(f"matrix must be square, got shape {matrix.shape}")
         csr = sparse.csr_array(matrix, copy=True)
         csr.sum_duplicates()
-        values = csr.data if csr.data.dtype == np.float32 else csr.data.astype(np.float64)
+        values = csr.data if csr.data.dtype == np.float32 else csr.data.astype(np.float64, casting="same_kind")
         return cls(torch.from_numpy(csr.indptr), torch.from_numpy(csr.indices), torch.from_numpy(values))
 
     def to_scipy(self) -> Any:
@@ -177,6 +180,8 @@ class Graph:
             weight: [E]; 1 in float32 if not given.
             num_nodes: N; the largest node and one if not given.
         """
+        if not isinstance(edge_index, Tensor):
+            raise TypeError(f"edge_index must be a tensor [2, E], got {type(edge_index).__name__}")
         if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"edge_index must be [2, E] int32 or int64, got {list(edge_index.shape)} {edge_index.dtype}")
         edge_index = edge_index.long()
@@ -188,8 +193,14 @@ class Graph:
             weight = torch.ones(edge_index.shape[1], device=edge_index.device)
         if weight.shape != edge_index.shape[1:]:
             raise ValueError(f"weight must be [E] = [{edge_index.shape[1]}], got shape {list(weight.shape)}")
-        keys, place = torch.unique(edge_index[0] * nodes + edge_index[1], return_inverse=True)
-        summed = weight.new_zeros(len(keys)).index_add(0, place, weight)
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"weight must be float32 or float64, got {weight.dtype}")
+        if weight.device != edge_index.device:
+            raise ValueError(f"weight is on {weight.device} but edge_index is on {edge_index.device}; both must be on one device")
+        keys, order = (edge_index[0] * nodes + edge_index[1]).sort(stable=True)
+        keys, times = keys.unique_consecutive(return_counts=True)
+        begins = torch.nn.functional.pad(times.cumsum(0), (1, 0))
+        summed = torch.segment_reduce(weight.detach()[order], "sum", offsets=begins, initial=0)
         crow = torch.searchsorted(keys, torch.arange(nodes + 1, device=keys.device) * nodes)
         return cls(crow, keys % max(nodes, 1), summed)
 
@@ -240,16 +251,21 @@ def _check_arrays(crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | N
         raise TypeError(f"mutual must be bool, got {mutual.dtype}")
     if len(crow) == 0:
         raise ValueError("crow must be [N + 1], got an empty tensor")
-    if int(crow[0]) != 0 or int(crow[-1]) != len(col) or bool((crow.diff() < 0).any()):
+    if int(crow[0]) != 0 or int(crow[-1]) != len(col):
         raise ValueError(f"crow must ascend from 0 to E = {len(col)}, the size of col; it goes from {int(crow[0])} to {int(crow[-1])}")
+    descents = (crow.diff() < 0).nonzero()
+    if len(descents):
+        i = int(descents[0])
+        raise ValueError(f"crow must ascend from 0 to E = {len(col)}; crow[{i}] is {int(crow[i])} and crow[{i + 1}] is {int(crow[i + 1])}")
 
 
 def _check_rows(rows: Tensor, col: Tensor, nodes: int) -> None:
     if len(col) == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(col))
-    if low < 0 or high >= nodes:
-        raise ValueError(f"col must be in [0, {nodes}), the nodes of crow; got values from {low} to {high}")
+    outside = ((col < 0) | (col >= nodes)).nonzero()
+    if len(outside):
+        entry = int(outside[0])
+        raise ValueError(f"col must be in [0, {nodes}), the nodes of crow; col[{entry}] is {int(col[entry])}")
     wrong = (col[1:] <= col[:-1]) & (rows[1:] == rows[:-1])
     if bool(wrong.any()):
         entry = int(wrong.nonzero()[0])

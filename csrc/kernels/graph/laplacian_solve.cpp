@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Columns are solved in blocks of one or two cache lines per node: the block's four vectors of CG (x, r, p, q) and nothing else are then read
-// and written while it converges, and a neighbour's row is whole lines. Two lines take two thirds of the time per column of one, as the
-// matrix is read half as often; four take more, as the vectors leave the cache. The nodes of a large graph are renumbered breadth first, so
-// that neighbours lie near each other: that takes a fifth to a third of the time of each iteration. Sums over the nodes are taken chunk by
-// chunk, in their order.
+// Columns are solved in blocks of one or two cache lines per node: the block's four vectors of CG (x, r, p, q) and nothing else are then
+// read and written while it converges, and a neighbour's row is whole lines. Two lines take two thirds of the time per column of one, as
+// the matrix is read half as often; four take more, as the vectors leave the cache. The nodes of a large graph are renumbered breadth
+// first, so that neighbours lie near each other: that takes a fifth to a third of the time of each iteration. Sums over the nodes are taken
+// chunk by chunk, in their order.
 #include "laplacian_solve.h"
 
 #include "../common/buffer.h"
@@ -440,7 +440,7 @@ void laplacian_solve_backward(const LaplacianSolveBackward<Real>& in, ParallelFo
   });
 }
 
-#define SSM_INSTANTIATE(Real)                                                                                \
+#define SSM_INSTANTIATE(Real)                                                                              \
   template void laplacian_solve(const LaplacianSolve<Real>&, const LaplacianSolution<Real>&, ParallelFor); \
   template void laplacian_solve_backward(const LaplacianSolveBackward<Real>&, ParallelFor);
 SSM_INSTANTIATE(float)

@@ -38,7 +38,7 @@ struct LaplacianSolution {
   Real* solution;       // [N, C]
   int64_t* iterations;  // [C]
   Real* residual;       // [C]  ‖b − A x‖/‖b‖ of the solution itself, not of the recurrence; 0 where b = 0
-  Real* curvature;      // [C]  the least p·A p/p·p met, in the scaled system; min(A_ii) if that is below 0, and inf where nothing was iterated
+  Real* curvature;  // [C]  the least p·A p/p·p met, in the scaled system; min(A_ii) if that is below 0, and inf where nothing was iterated
 };
 
 template <class Real>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The exponentials are what costs. e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is one per node, and the second's argument is
-// small (one edge out of many), so that it mostly is the polynomial alone, without the reduction of its range. Edges where it is large take
-// the direct way. Where F_i is a large constant and small differences, the constant is taken off first, which no softmax sees.
+// The exponentials are what costs. e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is one per node, and the second's argument
+// is small (one edge out of many), so that it mostly is the polynomial alone, without the reduction of its range. Edges where it is large
+// take the direct way. Where F_i is a large constant and small differences, the constant is taken off first, which no softmax sees.
 #include "leave_one_edge_out.h"
 
 #include "../common/buffer.h"
@@ -328,7 +328,8 @@ struct Runs {
     const int64_t first = graph.crow[i], last = graph.crow[i + 1], half = graph.nodes / 2, past = i + half + 1;
     // Of two nodes that are N/2 apart in both directions, the smaller owns the pair.
     const int64_t wrapped = past - graph.nodes - (graph.nodes % 2 == 0);
-    int64_t before = 0, within = 0, around = 0;  // entries with a column below i, below past, below wrapped: counting has no branches to miss
+    int64_t before = 0, within = 0,
+            around = 0;  // entries with a column below i, below past, below wrapped: counting has no branches to miss
     for (int64_t e = first; e < last; ++e) {
       before += graph.col[e] < i;
       within += graph.col[e] < past;
@@ -436,7 +437,8 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
         Vec<Real> along{};
         for (int64_t c = 0; c < stride; c += kLanes<Real>) {
           const Real* at = saved + 4 * c;
-          const Vec<Real> e_i = load(at), a_i = load(at + kLanes<Real>), e_j = load(at + 2 * kLanes<Real>), a_j = load(at + 3 * kLanes<Real>);
+          const Vec<Real> e_i = load(at), a_i = load(at + kLanes<Real>), e_j = load(at + 2 * kLanes<Real>),
+                          a_j = load(at + 3 * kLanes<Real>);
           const Vec<Real> r_ij = e_i * (slopes.constant_i + slopes.linear_i * a_i - slopes.product * e_j);
           const Vec<Real> r_ji = e_j * (slopes.constant_j + slopes.linear_j * a_j - slopes.product * e_i);
           store(own + c, load(own + c) + r_ij);
@@ -455,7 +457,7 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
   });
 }
 
-#define SSM_INSTANTIATE(Real)                                                      \
+#define SSM_INSTANTIATE(Real)                                                         \
   template void leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, ParallelFor); \
   template void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, ParallelFor);
 SSM_INSTANTIATE(float)

@@ -38,9 +38,9 @@ struct LeaveOneEdgeOutBackward {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(
-    template <class Real> void leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real* dissimilarity, ParallelFor);
-    template <class Real> void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, ParallelFor);)
+SSM_PER_ISA(template <class Real> void leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real* dissimilarity, ParallelFor);
+            template <class Real>
+            void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 
