@@ -39,3 +39,22 @@ def test_label_spreading(monkeypatch, capsys):
     assert "labels equal" in printed
     rows = [line for line in printed.splitlines() if "labels as at the end" in line]
     assert [float(row.split()[-1]) for row in rows[1:]] == [1.0, 1.0]
+
+
+def test_pair_mlp_head(monkeypatch, capsys):
+    """The example itself asserts that loss and gradients are those of the head it replaces."""
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(
+        sys, "argv", ["pair_mlp_head.py", "--rows", "17", "--dim", "8", "--hidden", "24", "--seconds", "0", "--device", "cpu"]
+    )
+    runpy.run_path(str(EXAMPLES / "pair_mlp_head.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count(" equal: ") == 6 and "peak extra" in printed
+
+
+def test_mean_teacher_similarity(monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", ["mean_teacher_similarity.py", "--steps", "40", "--seeds", "1"])
+    runpy.run_path(str(EXAMPLES / "mean_teacher_similarity.py"), run_name="__main__")
+    rows = [line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 2 and all(float(accuracy) > 30 for _, accuracy in rows)  # of ten classes

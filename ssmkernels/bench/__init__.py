@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
 
-FAMILIES = ("memory", "graph")
+FAMILIES = ("memory", "graph", "pairs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from ssmkernels.bench import case, graph, measure, memory, report
+    from ssmkernels.bench import case, graph, measure, memory, pairs, report
 
-    rooms = {"memory": memory, "graph": graph}
+    rooms = {"memory": memory, "graph": graph, "pairs": pairs}
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)

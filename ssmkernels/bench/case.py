@@ -43,7 +43,7 @@ class Result:
     peers: Mapping[str, Timing]
     products: Timing | None
     floor: float
-    """Seconds: on the CPU the products' time (or the bytes at copy rate where there are none); on CUDA the larger of flops and bytes."""
+    """Seconds: on the CPU the products' time where there are some; otherwise, and on CUDA, the larger of flops and bytes."""
     extra_bytes: Mapping[str, int | None] = field(default_factory=dict)
 
     def ratio(self, peer: str) -> float:
@@ -67,7 +67,7 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
     if device == "cuda":
         floor = max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
     else:
-        floor = products.median if products else case.bytes / rates.copy
+        floor = products.median if products else max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
     extra = {name: peak_extra_bytes(functions[name], device=device) for name in ("ours", *case.peers)}
     result = Result(
         op=case.op,

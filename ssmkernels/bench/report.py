@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ def table(results: Sequence[Result]) -> str:
 def plot(results: Sequence[Result], out: Path) -> list[str]:
     """The plots of the families that were measured, beside ``out``; their names."""
     drawn = []
-    for figure, path in ((_plot_memory(results), out.with_suffix(".png")), (_plot_graph(results), out.with_name(f"{out.stem}-graph.png"))):
+    figures = {".png": _plot_memory(results), "-graph.png": _plot_graph(results), "-pairs.png": _plot_pairs(results)}
+    for ending, figure in figures.items():
         if figure is not None:
+            path = out.with_name(out.stem + ending)
             figure.savefig(path, dpi=110)
             drawn.append(path.name)
     return drawn
@@ -64,26 +66,39 @@ def _new_figure(title: str) -> tuple[Any, Any]:
 
 def _plot_memory(results: Sequence[Result]) -> Any:
     """Time and peak extra memory of instance_matching against B·K, ours beside the peers."""
-    chosen = sorted((r for r in results if r.op == "instance_matching"), key=lambda r: r.size["B"] * r.size["K"])
+    chosen = [r for r in results if r.op == "instance_matching"]
+    figure, time_axes = _plot_against(chosen, lambda r: r.size["B"] * r.size["K"], "instance_matching", "rows × slots (B·K)")
+    if figure is not None:
+        points = sorted((r.size["B"] * r.size["K"], 1e3 * r.products.median) for r in chosen if r.products)
+        time_axes.plot(*zip(*points, strict=True), "k:", label="its four matrix products (torch.mm)")
+        time_axes.legend(fontsize=8)
+    return figure
+
+
+def _plot_pairs(results: Sequence[Result]) -> Any:
+    """Time and peak extra memory of pair_focal_loss on all pairs, with "concat" and h = 128, against n·m."""
+    chosen = [r for r in results if r.op == "pair_focal_loss" and r.phase.endswith("concat") and "p" not in r.size and r.size["h"] == 128]
+    return _plot_against(chosen, lambda r: r.size["n"] * r.size["m"], "pair_focal_loss, concat, h = 128", "pairs (n·m)")[0]
+
+
+def _plot_against(chosen: Sequence[Result], size: Callable[[Result], int], title: str, label: str) -> tuple[Any, Any]:
+    """Time and peak extra memory of ours and of the peers, which may lack the largest sizes; the figure and its axes of time."""
     if not chosen:
-        return None
-    figure, (time_axes, memory_axes) = _new_figure("instance_matching")
-    x = [r.size["B"] * r.size["K"] for r in chosen]
-    for name in ("ours", *chosen[0].peers):
-        style = {"marker": "o", "linewidth": 2.5 if name == "ours" else 1.2}
-        label = "ssmkernels" if name == "ours" else name
-        time_axes.plot(x, [1e3 * (r.ours if name == "ours" else r.peers[name]).median for r in chosen], label=label, **style)
-        memory = [r.extra_bytes.get(name) for r in chosen]
+        return None, None
+    figure, (time_axes, memory_axes) = _new_figure(title)
+    for name in ("ours", *dict.fromkeys(peer for r in chosen for peer in r.peers)):
+        style = {"marker": "o", "linewidth": 2.5 if name == "ours" else 1.2, "label": "ssmkernels" if name == "ours" else name}
+        there = sorted((r for r in chosen if name == "ours" or name in r.peers), key=size)
+        x = [size(r) for r in there]
+        time_axes.plot(x, [1e3 * (r.ours if name == "ours" else r.peers[name]).median for r in there], **style)
+        memory = [r.extra_bytes.get(name) for r in there]
         if None not in memory:
-            memory_axes.plot(x, [max(m, 2**12) / 2**20 for m in memory if m is not None], label=label, **style)
-    products = [r.products.median for r in chosen if r.products]
-    if len(products) == len(x):
-        time_axes.plot(x, [1e3 * p for p in products], "k:", label="its four matrix products (torch.mm)")
-    for axes, title in ((time_axes, "ms, forward + backward"), (memory_axes, "peak extra MiB")):
-        axes.set(xscale="log", yscale="log", xlabel="rows × slots (B·K)", title=title)
+            memory_axes.plot(x, [max(m, 2**12) / 2**20 for m in memory if m is not None], **style)
+    for axes, what in ((time_axes, "ms, forward + backward"), (memory_axes, "peak extra MiB")):
+        axes.set(xscale="log", yscale="log", xlabel=label, title=what)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return figure
+    return figure, time_axes
 
 
 def _plot_graph(results: Sequence[Result]) -> Any:

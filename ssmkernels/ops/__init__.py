@@ -13,6 +13,7 @@ from ssmkernels.ops.memory import (
     merge_instance_matching,
     unfold,
 )
+from ssmkernels.ops.pairs import pair_focal_loss, pair_logits
 
 __all__ = [
     "InstanceMatching",
@@ -26,5 +27,7 @@ __all__ = [
     "leave_one_edge_out",
     "memory_update_",
     "merge_instance_matching",
+    "pair_focal_loss",
+    "pair_logits",
     "unfold",
 ]

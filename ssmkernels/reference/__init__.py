@@ -14,6 +14,7 @@ from ssmkernels.reference.memory import (
     memory_update_,
     unfold,
 )
+from ssmkernels.reference.pairs import pair_focal_loss, pair_logits
 
 __all__ = [
     "InstanceMatching",
@@ -25,5 +26,7 @@ __all__ = [
     "laplacian_solve",
     "leave_one_edge_out",
     "memory_update_",
+    "pair_focal_loss",
+    "pair_logits",
     "unfold",
 ]

@@ -195,6 +195,25 @@ static inline Vec<double> log(Vec<double> x) {
   return n * 6.93145751953125e-1 + (s * (z * p + 2.0) + n * 1.42860682030941723212e-6);
 }
 
+// log(1 + x) for x in [0, 1], to the precision of x itself: 2 artanh(x/(2 + x)).
+static inline Vec<float> log1p_unit(Vec<float> x) {
+  const Vec<float> s = x / (x + 2.0f), z = s * s;
+  Vec<float> p = broadcast(2.0f / 13);
+  p = p * z + 2.0f / 11;
+  p = p * z + 2.0f / 9;
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  return s * (z * p + 2.0f);
+}
+
+static inline Vec<double> log1p_unit(Vec<double> x) {
+  const Vec<double> s = x / (x + 2.0), z = s * s;
+  Vec<double> p = broadcast(2.0 / 33);
+  for (int odd = 31; odd > 1; odd -= 2) p = p * z + 2.0 / odd;
+  return s * (z * p + 2.0);
+}
+
 static inline float to_real(float x) {
   return x;
 }

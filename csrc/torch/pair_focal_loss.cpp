@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "../kernels/pairs/pair_focal_loss.h"
+
+#include "pairs.h"
+
+namespace ssmkernels::binding {
+namespace {
+
+// The labels of x and y, and what is made of them.
+struct FocalTensors {
+  Tensor x_labels, y_labels;
+  FocalLoss view;
+
+  FocalTensors(const PairTensors& in, const Tensor& x_labels_in, const Tensor& y_labels_in, std::optional<double> alpha, double gamma,
+               int64_t ignore_index)
+      : x_labels(check_labels(x_labels_in, "x_labels", in.x)), y_labels(check_labels(y_labels_in, "y_labels", in.y)) {
+    view = {data<int64_t>(x_labels), data<int64_t>(y_labels), ignore_index, alpha.value_or(1), alpha ? 1 - *alpha : 1, gamma};
+  }
+
+ private:
+  static Tensor check_labels(const Tensor& labels, const char* name, const Tensor& rows) {
+    check_shape(labels, name, rows.size(0));
+    check_like(labels, name, ScalarType::Long, rows);
+    return contiguous(labels);
+  }
+};
+
+Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const std::optional<Tensor>& w1,
+                          const std::optional<Tensor>& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs,
+                          int64_t interaction, std::optional<double> alpha, double gamma, int64_t ignore_index) {
+  const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
+  const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
+  Tensor losses = in.new_values();
+  if (in.count() == 0) return losses;
+  run_pairs(
+      in, "pair_focal_loss", false,
+      [&]<class Real>(const PairNetwork<Real>& network) {
+        SSM_CALL_ISA(pair_focal_loss, network, focal.view, data<Real>(losses), torch_parallel_for);
+      },
+      [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
+#ifdef SSM_WITH_CUDA
+        return cuda::pair_focal_loss(network, focal.view, data<Compute<Storage>>(losses), workspace, stream);
+#endif
+      });
+  return losses;
+}
+
+PairGradientTensors pair_focal_loss_backward_op(const Tensor& grad_losses, const Tensor& x, const Tensor& y, const Tensor& x_labels,
+                                                const Tensor& y_labels, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,
+                                                const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
+                                                std::optional<double> alpha, double gamma, int64_t ignore_index) {
+  const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
+  const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
+  const Tensor grad = in.check_grad(grad_losses);
+  PairGradientTensors out = in.new_gradients();
+  run_pairs(
+      in, "pair_focal_loss_backward", true,
+      [&]<class Real>(const PairNetwork<Real>& network) {
+        SSM_CALL_ISA(pair_focal_loss_backward, network, focal.view, data<Real>(grad), gradients_view<Real>(out), torch_parallel_for);
+      },
+      [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
+#ifdef SSM_WITH_CUDA
+        using Real = Compute<Storage>;
+        return cuda::pair_focal_loss_backward(network, focal.view, data<Real>(grad), gradients_view<Real>(out), workspace, stream);
+#endif
+      });
+  return out;
+}
+
+// The sum or mean and, if wanted, its gradients, in one pass; they are empty if not.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_loss_sum_op(
+    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const std::optional<Tensor>& w1,
+    const std::optional<Tensor>& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
+    std::optional<double> alpha, double gamma, int64_t ignore_index, bool mean, bool with_gradients) {
+  const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
+  const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
+  Tensor loss = new_tensor(in.w2, {}, in.w2.scalar_type());
+  const auto none = [&] { return new_tensor(in.w2, {0}, in.w2.scalar_type()); };
+  const PairGradientTensors out = with_gradients ? in.new_gradients() : PairGradientTensors{none(), none(), none(), none(), none(), none()};
+  run_pairs(
+      in, "pair_focal_loss", with_gradients,
+      [&]<class Real>(const PairNetwork<Real>& network) {
+        const PairGradients<Real> gradients = gradients_view<Real>(out);
+        const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
+        SSM_CALL_ISA(pair_focal_loss_sum, network, focal.view, sum, torch_parallel_for);
+      },
+      [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
+#ifdef SSM_WITH_CUDA
+        using Real = Compute<Storage>;
+        const PairGradients<Real> gradients = gradients_view<Real>(out);
+        const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
+        return cuda::pair_focal_loss_sum(network, focal.view, sum, workspace, stream);
+#endif
+      });
+  return std::tuple_cat(std::make_tuple(loss), out);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
+  library.def(
+      "pair_focal_loss(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, Tensor w2, Tensor b2, Tensor? pairs, "
+      "int interaction, float? alpha, float gamma, int ignore_index) -> Tensor losses");
+  library.def(
+      "pair_focal_loss_backward(Tensor grad_losses, Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, "
+      "Tensor w2, Tensor b2, Tensor? pairs, int interaction, float? alpha, float gamma, int ignore_index) -> (Tensor grad_x, "
+      "Tensor grad_y, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
+  library.def(
+      "pair_focal_loss_sum(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, Tensor w2, Tensor b2, "
+      "Tensor? pairs, int interaction, float? alpha, float gamma, int ignore_index, bool mean, bool with_gradients) -> (Tensor loss, "
+      "Tensor grad_x, Tensor grad_y, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
+}
+SSM_REGISTER("pair_focal_loss", pair_focal_loss_op)
+SSM_REGISTER("pair_focal_loss_backward", pair_focal_loss_backward_op)
+SSM_REGISTER("pair_focal_loss_sum", pair_focal_loss_sum_op)
+
+}  // namespace
+}  // namespace ssmkernels::binding

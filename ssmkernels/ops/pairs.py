@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The similarity network of MLSN (Wu, Feng and Zhou, 2020) on pairs of rows, and its focal loss.
+
+logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"), |x_i − y_j| ("absdiff") or x_i∘y_j ("product"). Of all n·m
+pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or backward. For "concat", w1·φ + b1 = A_i + B_j with two small
+matrix products, so that a pair costs O(h), and not O(h·d).
+Dtypes: float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The same input gives the
+same bits, for any number of threads. Gradients are first order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssmkernels import _library
+from ssmkernels.ops import _checks as check
+
+INTERACTIONS = ("concat", "absdiff", "product")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def pair_logits(
+    x: Tensor,
+    y: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    interaction: str = "concat",
+    pairs: Tensor | None = None,
+) -> Tensor:
+    """Logits of the similarity network, section 2.1 of the paper: w2·relu(w1·φ(x_i, y_j) + b1) + b2.
+
+    Memory is O(n·m) for the result, or O(p), and O((n + m)(d + h)), also in the backward. Differentiable in x, y, w1, b1, w2 and b2.
+
+    Args:
+        x: [n, d].
+        y: [m, d].
+        w1: [h, 2d] for "concat", [h, d] for "absdiff" and "product".
+        b1: [h].
+        w2: [h].
+        b2: [].
+        interaction: φ: ``"concat"``, ``"absdiff"`` or ``"product"``.
+        pairs: [p, 2] int64 rows of x and y, or None for all pairs.
+
+    Returns:
+        [n, m], or [p] with ``pairs``; float64 for float64, otherwise float32.
+
+    Raises:
+        TypeError: a dtype is wrong, or differs between the arguments (outside autocast).
+        ValueError: a shape, device or value is wrong; the message names it.
+    """
+    return torch.ops.ssmkernels.pair_logits(*_network(x, y, w1, b1, w2, b2, interaction, pairs))
+
+
+def pair_focal_loss(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    interaction: str = "concat",
+    pairs: Tensor | None = None,
+    alpha: float | None = 0.25,
+    gamma: float = 2.0,
+    ignore_index: int = -1,
+    reduction: str = "mean",
+) -> Tensor:
+    """Focal loss of the similarity network, equations (1) to (3) with FL = −α_t (1 − p_t)^γ log p_t as the distance (section 2.3).
+
+    The target of a pair is whether its labels match. A pair with an ignored label counts nowhere: its loss is 0, and a mean is taken over
+    the others (0 if there is none). With a mean or a sum the gradients are computed along with the loss, and memory is O((n + m)(d + h))
+    whatever the number of pairs. Differentiable in x, y, w1, b1, w2 and b2.
+
+    Args:
+        x, y, w1, b1, w2, b2, interaction, pairs: as for :func:`pair_logits`.
+        x_labels: [n] int64.
+        y_labels: [m] int64.
+        alpha: weight of pairs with matching labels, in [0, 1], the others having 1 − alpha; or None to weigh all by 1.
+        gamma: γ ≥ 0.
+        ignore_index: the label of rows to leave out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        A scalar; with "none" [n, m], or [p] with ``pairs``. float64 for float64, otherwise float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`pair_logits`.
+    """
+    for name, labels, rows, size in (("x_labels", x_labels, x, "n of x"), ("y_labels", y_labels, y, "m of y")):
+        check.check_tensor(name, labels, "[n]" if name == "x_labels" else "[m]", 1)
+        check.check_int64(name, labels)
+        check.check_tensor(name[0], rows, "[n, d]" if name == "x_labels" else "[m, d]", 2)
+        check.check_size(name, labels, 0, rows.shape[0], size)
+        check.check_same_device(name, labels, "x", x)
+    if alpha is not None:
+        alpha = check.check_fraction("alpha", alpha)
+    if isinstance(gamma, (bool, Tensor)) or not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    left, right, *network = _network(x, y, w1, b1, w2, b2, interaction, pairs)
+    args = (left, right, x_labels, y_labels, *network, alpha, float(gamma), ignore_index)
+    if reduction == "none":
+        return torch.ops.ssmkernels.pair_focal_loss(*args)
+    with_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, w1, b1, w2, b2))
+    return torch.ops.ssmkernels.pair_focal_loss_sum(*args, reduction == "mean", with_gradients)[0]
+
+
+def _network(
+    x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str, pairs: Tensor | None
+) -> tuple[Any, ...]:
+    """The arguments of the kernels. For "concat", x and y are A and B, and there is no w1 or b1."""
+    if interaction not in INTERACTIONS:
+        raise ValueError(f"interaction must be 'concat', 'absdiff' or 'product', got {interaction!r}")
+    _check_network(x, y, w1, b1, w2, b2, interaction)
+    if pairs is not None:
+        check.check_tensor("pairs", pairs, "[p, 2]", 2)
+        check.check_int64("pairs", pairs)
+        check.check_size("pairs", pairs, 1, 2, "two rows")
+        check.check_same_device("pairs", pairs, "x", x)
+        if check.values_are_checked(x):
+            for column, (rows, meaning) in enumerate(((x.shape[0], "the rows of x"), (y.shape[0], "the rows of y"))):
+                check.check_range(f"pairs[:, {column}]", pairs[:, column], rows, meaning)
+    x, y, w1 = check.autocast(x, y, w1)
+    dtype = check.compute_dtype(x.dtype)
+    b1, w2, b2 = b1.to(dtype), w2.to(dtype), b2.to(dtype)
+    if interaction == "concat" or x.device.type == "cpu":
+        # Rounding A and B to half types would turn hidden units on and off that are near 0.
+        x, y, w1 = x.to(dtype), y.to(dtype), w1.to(dtype)
+    if interaction != "concat":
+        return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
+    with torch.autocast(x.device.type, enabled=False):
+        left, right = F.linear(x, w1[:, : x.shape[1]], b1), F.linear(y, w1[:, x.shape[1] :])
+    return left, right, None, None, w2, b2, pairs, 0
+
+
+def _check_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str) -> None:
+    _library.require(x)
+    shapes = {"x": ("[n, d]", x), "y": ("[m, d]", y), "w1": ("[h, 2d]" if interaction == "concat" else "[h, d]", w1)}
+    shapes |= {"b1": ("[h]", b1), "w2": ("[h]", w2), "b2": ("[]", b2)}
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    for name, (shape, value) in shapes.items():
+        check.check_tensor(name, value, shape, 2 if "," in shape else len(shape) - 2)
+        check.check_floating(name, value)
+        check.check_same_device(name, value, "x", x)
+        if not autocast:
+            check.check_same_dtype(name, value, "x", x)
+    check.check_size("y", y, 1, x.shape[1], "d of x")
+    if interaction == "concat":
+        check.check_size("w1", w1, 1, 2 * x.shape[1], "2d of x")
+    else:
+        check.check_size("w1", w1, 1, x.shape[1], "d of x")
+    check.check_size("b1", b1, 0, w1.shape[0], "h of w1")
+    check.check_size("w2", w2, 0, w1.shape[0], "h of w1")
+
+
+# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
+
+
+def _fake_values(x: Tensor, y: Tensor, w2: Tensor, pairs: Tensor | None) -> Tensor:
+    return w2.new_empty((x.shape[0], y.shape[0]) if pairs is None else (pairs.shape[0],))
+
+
+def _fake_gradients(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty((0,) if tensor is None else tensor.shape) for tensor in tensors)
+
+
+def _fake_pair_logits(
+    x: Tensor, y: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor, pairs: Tensor | None, interaction: int
+) -> Tensor:
+    return _fake_values(x, y, w2, pairs)
+
+
+def _fake_pair_logits_backward(
+    grad_logits: Tensor, x: Tensor, y: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+
+
+def _fake_pair_focal_loss(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    pairs: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    return _fake_values(x, y, w2, pairs)
+
+
+def _fake_pair_focal_loss_backward(
+    grad_losses: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+
+
+def _fake_pair_focal_loss_sum(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    with_gradients = rest[-1]
+    tensors = (x, y, w1, b1, w2, b2) if with_gradients else (None,) * 6
+    return w2.new_empty(()), *_fake_gradients(*tensors, like=w2)
+
+
+def _spread(grads: tuple[Tensor, ...], dtype: torch.dtype, labels: int, settings: int) -> tuple[Tensor | None, ...]:
+    """Gradients of an op's arguments: x and y, as many labels, the network, and as many settings."""
+    x, y, w1, b1, w2, b2 = grads
+    weights = (None, None) if w1.numel() == 0 and b1.numel() == 0 else (w1.to(dtype), b1)
+    return x.to(dtype), y.to(dtype), *[None] * labels, *weights, w2, b2, *[None] * settings
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.tensors = [isinstance(each, Tensor) for each in inputs]
+    ctx.settings = [each for each in inputs if not isinstance(each, Tensor)]
+    ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
+
+
+def _saved_inputs(ctx: Any) -> list[Any]:
+    tensors, settings = iter(ctx.saved_tensors), iter(ctx.settings)
+    return [next(tensors) if is_tensor else next(settings) for is_tensor in ctx.tensors]
+
+
+@once_differentiable
+def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _saved_inputs(ctx)
+    return _spread(torch.ops.ssmkernels.pair_logits_backward(grad_logits, *inputs), inputs[0].dtype, 0, 2)
+
+
+@once_differentiable
+def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _saved_inputs(ctx)
+    return _spread(torch.ops.ssmkernels.pair_focal_loss_backward(grad_losses, *inputs), inputs[0].dtype, 2, 5)
+
+
+def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+@once_differentiable
+def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
+    return _spread(tuple(grad_loss * grad for grad in ctx.saved_tensors), ctx.dtype, 2, 7)
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("ssmkernels::pair_logits", _fake_pair_logits)
+    library.register_fake("ssmkernels::pair_logits_backward", _fake_pair_logits_backward)
+    library.register_fake("ssmkernels::pair_focal_loss", _fake_pair_focal_loss)
+    library.register_fake("ssmkernels::pair_focal_loss_backward", _fake_pair_focal_loss_backward)
+    library.register_fake("ssmkernels::pair_focal_loss_sum", _fake_pair_focal_loss_sum)
+    library.register_autograd("ssmkernels::pair_logits", _pair_logits_backward, setup_context=_save_inputs)
+    library.register_autograd("ssmkernels::pair_focal_loss", _pair_focal_loss_backward, setup_context=_save_inputs)
+    library.register_autograd("ssmkernels::pair_focal_loss_sum", _pair_focal_loss_sum_backward, setup_context=_save_pair_focal_loss_sum)
+
+
+if _library.load():
+    _register()
