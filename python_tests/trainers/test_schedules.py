@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from ssmkernels.trainers.schedules import cosine_7_16, step_decay, warm_up_half_cosine
+from ssmkernels.trainers.schedules import cosine_7_16, gaussian_ramp_up, linear_ramp_up, step_decay, warm_up_half_cosine
 
 
 def test_cosine_7_16_runs_from_one_to_a_fifth():
@@ -23,3 +23,9 @@ def test_warm_up_then_half_a_cosine_to_zero():
 
 def test_steps_down_every_few_epochs():
     assert [step_decay(epoch, 2, 0.5) for epoch in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_ramps_go_up_and_stay():
+    assert [linear_ramp_up(step, 40) for step in (0, 10, 40, 90)] == [0, 0.25, 1, 1]
+    assert [gaussian_ramp_up(step, 40) for step in (0, 20, 40, 90)] == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
+    assert linear_ramp_up(0, 0) == gaussian_ramp_up(0, 0) == 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import ops, reference
@@ -20,6 +21,30 @@ LISTED = [(128, 512, 512), (1024, 512, 65_536), (4096, 128, 4_000_000)]  # n = m
 INTERACTION_SIZES = [(128, 128), (1024, 128)]
 QUICK_SIZES, QUICK_LISTED, QUICK_INTERACTION_SIZES = [(64, 128), (256, 128)], [(128, 128, 512)], [(64, 64)]
 PEER_ELEMENTS = 2**28  # of the hidden units that the peers store: 1 GiB each, of which they hold several
+
+
+def split_focal_loss(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    interaction: str = "concat",
+    pairs: Tensor | None = None,
+) -> Tensor:
+    """The same loss for "concat" with w1·[x, y] split into two small products first, as a careful user writes it; [n, m, h] remains."""
+    left, right = F.linear(x, w1[:, : x.shape[1]], b1), F.linear(y, w1[:, x.shape[1] :])
+    if pairs is None:
+        hidden, same = left[:, None] + right[None], x_labels[:, None] == y_labels
+    else:
+        hidden, same = left[pairs[:, 0]] + right[pairs[:, 1]], x_labels[pairs[:, 0]] == y_labels[pairs[:, 1]]
+    logits = hidden.relu() @ w2 + b2
+    signed = torch.where(same, logits, -logits)
+    return (torch.where(same, 0.25, 0.75) * torch.sigmoid(-signed) ** 2 * F.softplus(-signed)).mean()
 
 
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
@@ -58,6 +83,9 @@ def _case(interaction: str, nodes: int, hidden: int, listed: int | None, device:
             "eager": step(reference.pair_focal_loss),
             "torch.compile": step(torch.compile(reference.pair_focal_loss, dynamic=False)),
         }
+        if interaction == "concat":
+            peers["split, eager"] = step(split_focal_loss)
+            peers["split, torch.compile"] = step(torch.compile(split_focal_loss, dynamic=False))
     rows = x.element_size() * 2 * nodes * (DIM + 2 * hidden)
     return Case(
         op="pair_focal_loss",

@@ -146,7 +146,8 @@ def _network(
     if interaction != "concat":
         return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
     with torch.autocast(x.device.type, enabled=False):
-        left, right = F.linear(x, w1[:, : x.shape[1]], b1), F.linear(y, w1[:, x.shape[1] :])
+        w1_x, w1_y = w1.unflatten(1, (2, -1)).unbind(1)  # the backward of two slices would make and add two matrices of zeros
+        left, right = F.linear(x, w1_x, b1), F.linear(y, w1_y)
     return left, right, None, None, w2, b2, pairs, 0
 
 

@@ -3,17 +3,22 @@
 
 from ssmkernels.trainers.loop import RunConfig, RunResult
 from ssmkernels.trainers.mixed_lp import CollectionConfig, MixedLP, MixedLPConfig, train_mixed_lp
+from ssmkernels.trainers.mlsn import MLSN, MLSNConfig, RampConfig, train_mlsn
 from ssmkernels.trainers.simmatch import DataConfig, SimMatch, SimMatchConfig, train_simmatch
 
 __all__ = [
+    "MLSN",
     "CollectionConfig",
     "DataConfig",
+    "MLSNConfig",
     "MixedLP",
     "MixedLPConfig",
+    "RampConfig",
     "RunConfig",
     "RunResult",
     "SimMatch",
     "SimMatchConfig",
     "train_mixed_lp",
+    "train_mlsn",
     "train_simmatch",
 ]

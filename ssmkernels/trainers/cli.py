@@ -16,6 +16,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
+from ssmkernels.trainers.mlsn import MLSNConfig, train_mlsn
 from ssmkernels.trainers.simmatch import SimMatchConfig, train_simmatch
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -37,6 +38,7 @@ METHODS = {
         ("test_NMI", *(f"test_{figure}@{k}" for figure in "RP" for k in (1, 2, 4, 8)), "test_MAP@R"),
         best=SELECTED_BY,
     ),
+    "mlsn": Method(MLSNConfig, train_mlsn, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_error", "student_error")),
     "simmatch": Method(
         SimMatchConfig, train_simmatch, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_accuracy", "student_accuracy")
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Learning rates as functions of the step: nothing to save, nothing to restore."""
+"""Learning rates and weights of losses as functions of the step: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def warm_up_half_cosine(step: int, steps: int, warm_up_steps: int) -> float:
 def step_decay(epoch: int, every: int, factor: float) -> float:
     """factor^⌊epoch / every⌋, PyTorch's StepLR; epochs count from 0."""
     return factor ** (epoch // every)
+
+
+def linear_ramp_up(step: int, ramp_steps: float) -> float:
+    """From 0 at step 0 to 1 at ``ramp_steps``, where it stays (MixMatch; FixMatch's Mean Teacher)."""
+    return min(step / ramp_steps, 1.0) if ramp_steps > 0 else 1.0
+
+
+def gaussian_ramp_up(step: int, ramp_steps: float) -> float:
+    """exp(−5 (1 − t/T)²), from .0067 to 1 at T = ``ramp_steps``, where it stays (Laine and Aila; Tarvainen and Valpola)."""
+    return math.exp(-5 * (1 - linear_ramp_up(step, ramp_steps)) ** 2)
