@@ -90,3 +90,13 @@ def test_cases_agree_with_their_peers():
         if each.op in ("instance_matching", "aggregate") and each.size["K"] == 250:
             ours, eager = each.ours()[0], each.peers["eager"]()[0]
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_one_op_of_a_family(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "cases", lambda **options: iter([small_case(op="aggregate"), small_case(op="unfold")]))
+    monkeypatch.setattr(measure, "device_rates", lambda device, dtypes: measure.Rates(1e9, {"float32": 1e9}))
+    arguments = ["memory", "--seconds", "0.05", "--out", str(tmp_path / "cpu.json")]
+    assert bench.main([*arguments, "--op", "unfold"]) == 0
+    assert [each["op"] for each in json.loads((tmp_path / "cpu.json").read_text())["results"]] == ["unfold"]
+    assert bench.main([*arguments, "--op", "fold"]) == 1
+    assert "no case of these families is of 'fold'" in capsys.readouterr().err

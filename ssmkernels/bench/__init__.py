@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--op", metavar="NAME", help="only this op of the families")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
     parser.add_argument(
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for family in args.families or FAMILIES:
             for each in rooms[family].cases(device=args.device, dtype=dtype, quick=args.quick):
+                if args.op not in (None, each.op):
+                    continue
                 torch.compiler.reset()  # every size is compiled for itself, as its user would have it
                 results.append(
                     case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True))
@@ -58,11 +61,16 @@ def main(argv: list[str] | None = None) -> int:
                 _write(out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
+    if not results:
+        print(
+            "ssmkernels bench: nothing was measured" + (f"; no case of these families is of {args.op!r}" if args.op else ""),
+            file=sys.stderr,
+        )
+        return 1
     print("\n" + report.table(results))
-    if results:
-        out.with_suffix(".md").write_text(report.table(results) + "\n")
-        plots = report.plot(results, out)
-        print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
+    out.with_suffix(".md").write_text(report.table(results) + "\n")
+    plots = report.plot(results, out)
+    print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
     return 0
 
 

@@ -44,7 +44,7 @@ struct ConcatTile {
   }
 };
 
-// The logits of a tile, without b2.
+// The logits of a tile, without b2. They are written behind a barrier, when the values of the tile before are done with.
 template <class Real>
 __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int64_t first_column, ConcatTile<Real>& tile) {
   constexpr int kWidth = kVector<Real>;
@@ -150,7 +150,6 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4) sweep_conc
   for (int64_t column_tile = column_begin; column_tile < column_end; ++column_tile)
     for (int64_t row_tile = row_begin; row_tile < row_end; ++row_tile) {
       const int64_t first_row = row_tile * kConcatRows, first_column = column_tile * kConcatColumns;
-      __syncthreads();  // the tile before is done with
       if (in.head.needs_logits()) tile_logits(in, first_row, first_column, tile);
       __syncthreads();
 #pragma unroll 1
