@@ -275,6 +275,22 @@ Sums<Real> narrow_sums(const Columns<Real>& j, const Node<Real>& i, Vec<Real> lo
   return sums;
 }
 
+// The same where the shift has to be the largest logit of the pair itself.
+template <class Real>
+Sums<Real> narrow_sums_of_logits(const Columns<Real>& j, const Node<Real>& i, Vec<Real> logit_weight, Vec<Real> mirrored, int64_t classes) {
+  const Vec<Real> scale = j.centred[kScaleLane<Real>];
+  Vec<Real> a_i[kLanes<Real>], a_j[kLanes<Real>], top_i, top_j;
+  for (int64_t c = 0; c < classes; ++c) {
+    a_i[c] = i.scale * i.centred[c] - j.centred[c] * logit_weight;
+    a_j[c] = j.centred[c] * scale - mirrored * i.centred[c];
+    top_i = c == 0 ? a_i[c] : max(top_i, a_i[c]);
+    top_j = c == 0 ? a_j[c] : max(top_j, a_j[c]);
+  }
+  Sums<Real> sums;
+  for (int64_t c = 0; c < classes; ++c) sums.add(exp(a_i[c] - top_i), a_i[c] - top_i, exp(a_j[c] - top_j), a_j[c] - top_j);
+  return sums;
+}
+
 // Lanes are classes: the sums of each pair, then along the lanes of all pairs at once.
 template <class Real>
 Sums<Real> wide_sums(const Nodes<Real>& nodes, const Batch<Real>& batch, const Batch<Real>& next) {
@@ -315,7 +331,7 @@ Sums<Real> sums_of(const Nodes<Real>& nodes, const Batch<Real>& batch, const Bat
     case Argument::moderate:
       return narrow_sums<Argument::moderate>(columns, node, logit_weight, mirrored, nodes.classes);
     default:
-      return wide_sums(nodes, batch, next);
+      return narrow_sums_of_logits(columns, node, logit_weight, mirrored, nodes.classes);
   }
 }
 
