@@ -43,15 +43,13 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], out: Path) -> list[str]:
-    """The plots of the families that were measured, beside ``out``; their names."""
-    drawn = []
-    figures = {".png": _plot_memory(results), "-graph.png": _plot_graph(results), "-pairs.png": _plot_pairs(results)}
-    for ending, figure in figures.items():
-        if figure is not None:
-            path = out.with_name(out.stem + ending)
-            figure.savefig(path, dpi=110)
-            drawn.append(path.name)
-    return drawn
+    """A plot of each family that was measured, beside ``out``; their names."""
+    figures = {"memory": _plot_memory(results), "graph": _plot_graph(results), "pairs": _plot_pairs(results)}
+    drawn = {family: figure for family, figure in figures.items() if figure is not None}
+    paths = {family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png") for family in drawn}
+    for family, path in paths.items():
+        drawn[family].savefig(path, dpi=110)
+    return [path.name for path in paths.values()]
 
 
 def _new_figure(title: str) -> tuple[Any, Any]:
