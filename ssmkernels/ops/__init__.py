@@ -14,11 +14,13 @@ from ssmkernels.ops.memory import (
     unfold,
 )
 from ssmkernels.ops.pairs import pair_focal_loss, pair_logits
+from ssmkernels.ops.ranking import SimilarityMoments, mined_pair_ranking_loss, pair_ranking_loss, similarity_moments
 
 __all__ = [
     "InstanceMatching",
     "InstanceMatchingPartial",
     "LaplacianSolution",
+    "SimilarityMoments",
     "aggregate",
     "finish_instance_matching",
     "instance_matching",
@@ -27,7 +29,10 @@ __all__ = [
     "leave_one_edge_out",
     "memory_update_",
     "merge_instance_matching",
+    "mined_pair_ranking_loss",
     "pair_focal_loss",
     "pair_logits",
+    "pair_ranking_loss",
+    "similarity_moments",
     "unfold",
 ]

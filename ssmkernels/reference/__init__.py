@@ -15,18 +15,23 @@ from ssmkernels.reference.memory import (
     unfold,
 )
 from ssmkernels.reference.pairs import pair_focal_loss, pair_logits
+from ssmkernels.reference.ranking import SimilarityMoments, mined_pair_ranking_loss, pair_ranking_loss, similarity_moments
 
 __all__ = [
     "InstanceMatching",
     "InstanceMatchingPartial",
     "LaplacianSolution",
+    "SimilarityMoments",
     "aggregate",
     "instance_matching",
     "instance_matching_partial",
     "laplacian_solve",
     "leave_one_edge_out",
     "memory_update_",
+    "mined_pair_ranking_loss",
     "pair_focal_loss",
     "pair_logits",
+    "pair_ranking_loss",
+    "similarity_moments",
     "unfold",
 ]

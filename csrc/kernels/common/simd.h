@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "dtype.h"
 
 #ifndef SSM_ISA
@@ -71,6 +75,12 @@ static inline Vec<Real> first_lanes(Vec<Real> v, int64_t count) {
   return lane < static_cast<Real>(count) ? v : Vec<Real>{};
 }
 
+template <class Real>
+static inline void store_first(Real* to, Vec<Real> v, int64_t count) {
+  if (count >= kLanes<Real>) return store(to, v);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
+}
+
 // Whether any lane differs: an OR over the bits, which the compiler folds.
 template <class Real>
 static inline bool differ(Vec<Real> a, Vec<Real> b) {
@@ -78,6 +88,43 @@ static inline bool differ(Vec<Real> a, Vec<Real> b) {
   bool any = false;
   for (int lane = 0; lane < kLanes<Real>; ++lane) any |= bits[lane] != 0;
   return any;
+}
+
+// Whether any lane of a comparison's result is true.
+template <class Bits>
+static inline bool any(Bits bits) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)bits, (__m512i)bits) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
+#else
+  bool found = false;
+  for (unsigned lane = 0; lane < sizeof bits / sizeof bits[0]; ++lane) found |= bits[lane] != 0;
+  return found;
+#endif
+}
+
+// NaN for negative x. With a mask, because GCC 12 warns of its own plain intrinsic.
+static inline Vec<float> sqrt(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+#endif
+}
+
+static inline Vec<double> sqrt(Vec<double> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_pd(0xff, x);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_pd(x);
+#else
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+#endif
 }
 
 // e^r for |r| <= 1/4: its Taylor polynomial, to 1.2e-8 and 1e-17.

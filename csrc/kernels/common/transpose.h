@@ -56,4 +56,16 @@ static inline Vec<Real> sum_lanes(Vec<Real> (&v)[kLanes<Real>]) {
     return sum_lanes<Real, kRun / 2>(v);
 }
 
+// to[column][row] = from[row][column]; rows and columns are multiples of kLanes.
+template <class Real>
+static inline void transpose_tile(const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; row += kLanes<Real>)
+    for (int64_t column = 0; column < columns; column += kLanes<Real>) {
+      Vec<Real> block[kLanes<Real>];
+      for (int k = 0; k < kLanes<Real>; ++k) block[k] = load(from + (row + k) * from_stride + column);
+      transpose<Real>(block);
+      for (int k = 0; k < kLanes<Real>; ++k) store(to + (column + k) * to_stride + row, block[k]);
+    }
+}
+
 }  // namespace ssmkernels::SSM_ISA

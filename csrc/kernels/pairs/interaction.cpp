@@ -51,18 +51,6 @@ class Packed {
   Buffer<Real> values_;
 };
 
-// [kPairs][stride] <-> [stride][kPairs]
-template <class Real>
-void transpose_tile(const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to, int64_t to_stride) {
-  for (int64_t row = 0; row < rows; row += kLanes<Real>)
-    for (int64_t column = 0; column < columns; column += kLanes<Real>) {
-      Vec<Real> block[kLanes<Real>];
-      for (int k = 0; k < kLanes<Real>; ++k) block[k] = load(from + (row + k) * from_stride + column);
-      transpose<Real>(block);
-      for (int k = 0; k < kLanes<Real>; ++k) store(to + (column + k) * to_stride + row, block[k]);
-    }
-}
-
 template <class Real>
 class Interactions {
  public:

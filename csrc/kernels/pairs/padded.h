@@ -2,24 +2,13 @@
 // What the walks over pairs share: how they are cut into tasks, padded copies of their operands, and partial sums of gradients.
 #pragma once
 
+#include "../common/arithmetic.h"
 #include "../common/buffer.h"
 #include "../common/parallel_for.h"
 #include "../common/simd.h"
 #include "pair_network.h"
 
 namespace ssmkernels::SSM_ISA {
-
-static inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-static inline int64_t min(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-
-static inline int64_t clamp(int64_t value, int64_t low, int64_t high) {
-  return value < low ? low : value > high ? high : value;
-}
 
 // All pairs are cut into up to 8 ranges of rows by 8 of columns; a list into up to 8 ranges. Each task has the gradients of its own part:
 // a row of x meets one task per range of columns, a row of y one per range of rows, and of a list all tasks.
@@ -110,11 +99,5 @@ class Partials {
  private:
   Buffer<Real> values_;
 };
-
-template <class Real>
-static inline void store_first(Real* to, Vec<Real> v, int64_t count) {
-  if (count >= kLanes<Real>) return store(to, v);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = v[lane];
-}
 
 }  // namespace ssmkernels::SSM_ISA

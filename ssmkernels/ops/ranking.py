@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ranking losses and similarity moments of SLADE (Duan et al., CVPR 2021) over all pairs of a batch.
+
+No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The backward computes again
+only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and results in float32. Autocast leaves the
+inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Gradients are first order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ssmkernels import _library
+from ssmkernels.ops import _checks as check
+
+REDUCTIONS = ("mean_nonzero", "mean", "sum")
+
+
+class SimilarityMoments(NamedTuple):
+    """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0 without such a pair."""
+
+    positive_mean: Tensor
+    positive_var: Tensor
+    negative_mean: Tensor
+    negative_var: Tensor
+
+
+def pair_ranking_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    positive_margin: float = 0.0,
+    negative_margin: float = 0.5,
+    reduction: str = "mean_nonzero",
+    references: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+) -> Tensor:
+    """L_rank, equation (1): Σ [d − m_pos]_+ over pairs with equal labels plus Σ [m_neg − d]_+ over pairs with different ones.
+
+    d_ij = ‖e_i − e_j‖₂ of the embeddings as given; scale them to unit length first where the loss is meant for that. Over all ordered pairs
+    i ≠ j or, with references, over all pairs (embedding i, reference j). Each of the two sums is divided by its number of non-zero terms
+    ("mean_nonzero", as pytorch-metric-learning's ContrastiveLoss does) or of pairs ("mean"), and is 0 without any. Differentiable in
+    embeddings and references; the gradient of a distance of 0 is 0.
+
+    Args:
+        embeddings: e [n, d].
+        labels: [n] int64, any values.
+        positive_margin: m_pos.
+        negative_margin: m_neg.
+        reduction: ``"mean_nonzero"``, ``"mean"`` or ``"sum"``.
+        references: [m, d], other embeddings to pair with, such as a memory of earlier batches.
+        reference_labels: [m] int64, with references.
+
+    Returns:
+        A scalar; float64 for float64, otherwise float32.
+
+    Raises:
+        TypeError: a dtype or an argument's type is wrong.
+        ValueError: a shape, device or value is wrong; the message names it.
+    """
+    _check_rows("embeddings", embeddings, "[n, d]")
+    _check_labels("labels", labels, "[n]", "embeddings", embeddings)
+    margins = _number("positive_margin", positive_margin), _number("negative_margin", negative_margin)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
+    if (references is None) != (reference_labels is None):
+        missing = "references" if references is None else "reference_labels"
+        raise ValueError(f"{missing} must be given too: references and reference_labels come together")
+    labels, order = labels.sort(stable=True)
+    reference_order = None
+    if references is not None and reference_labels is not None:
+        _check_rows("references", references, "[m, d]")
+        check.check_size("references", references, 1, embeddings.shape[1], "d of embeddings")
+        check.check_same_device("references", references, "embeddings", embeddings)
+        _check_labels("reference_labels", reference_labels, "[m]", "references", references)
+        references = references.to(torch.promote_types(embeddings.dtype, references.dtype))
+        embeddings = embeddings.to(references.dtype)
+        references = _computed(references)
+        reference_labels, reference_order = reference_labels.sort(stable=True)
+    return torch.ops.ssmkernels.pair_ranking_loss(
+        _computed(embeddings), order, labels, references, reference_order, reference_labels, *margins, REDUCTIONS.index(reduction)
+    )[0]
+
+
+def mined_pair_ranking_loss(
+    embeddings: Tensor,
+    basis_features: Tensor,
+    *,
+    positive_threshold: float | Tensor,
+    negative_threshold: float | Tensor,
+    positive_margin: float = 0.0,
+    negative_margin: float = 0.5,
+    reduction: str = "mean_nonzero",
+) -> Tensor:
+    """L_rank of pairs mined by the feature basis, equation (7): positives with s_ij ≥ T1, negatives with s_ij ≤ T2.
+
+    s_ij is the cosine of r_i and r_j, the basis features, to which no gradient flows; the cosine with a row of zeros is 0. A pair between
+    the thresholds counts nowhere; if T1 ≤ T2 a pair can be both. Everything else as in :func:`pair_ranking_loss`.
+
+    Args:
+        embeddings: e [n, d].
+        basis_features: r = W_a f [n, k], not normalised.
+        positive_threshold: T1, a number, or a scalar tensor on the device of the embeddings, which is not read by the host.
+        negative_threshold: T2, likewise.
+        positive_margin, negative_margin, reduction: as in :func:`pair_ranking_loss`.
+
+    Returns:
+        A scalar; float64 for float64, otherwise float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`pair_ranking_loss`.
+    """
+    _check_rows("embeddings", embeddings, "[n, d]")
+    _check_rows("basis_features", basis_features, "[n, k]")
+    check.check_size("basis_features", basis_features, 0, embeddings.shape[0], "n of embeddings")
+    check.check_same_device("basis_features", basis_features, "embeddings", embeddings)
+    margins = _number("positive_margin", positive_margin), _number("negative_margin", negative_margin)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
+    dtype = torch.promote_types(embeddings.dtype, basis_features.dtype)
+    embeddings, basis_features = _computed(embeddings.to(dtype)), _computed(basis_features.detach().to(dtype))
+    thresholds = [
+        _threshold(name, value, embeddings)
+        for name, value in (("positive_threshold", positive_threshold), ("negative_threshold", negative_threshold))
+    ]
+    return torch.ops.ssmkernels.mined_pair_ranking_loss(
+        embeddings, basis_features, torch.stack(thresholds), *margins, REDUCTIONS.index(reduction)
+    )[0]
+
+
+def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
+    """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with different ones.
+
+    What the similarity-distribution loss is made of, equations (5) and (6). Between n rows of d features this takes O(n·d·min(n, d)):
+    Σ s over a class is ‖Σ r‖² of its unit rows r, and Σ s² is ‖RᵀR‖²_F. Differentiable in the features. The cosine with a row of zeros is 0.
+
+    Args:
+        features: [n, d], not normalised.
+        labels: [n] int64, any values.
+
+    Returns:
+        Four scalars, 0 where there is no such pair; float64 for float64, otherwise float32.
+
+    Raises:
+        TypeError, ValueError: as :func:`pair_ranking_loss`.
+    """
+    _check_rows("features", features, "[n, d]")
+    _check_labels("labels", labels, "[n]", "features", features)
+    labels, order = labels.sort(stable=True)
+    return SimilarityMoments(*torch.ops.ssmkernels.similarity_moments(_computed(features), order, labels).unbind())
+
+
+def _check_rows(name: str, rows: Tensor, shape: str) -> None:
+    _library.require(rows)
+    check.check_tensor(name, rows, shape, 2)
+    check.check_floating(name, rows)
+
+
+def _check_labels(name: str, labels: Tensor, shape: str, rows_name: str, rows: Tensor) -> None:
+    check.check_tensor(name, labels, shape, 1)
+    check.check_int64(name, labels)
+    check.check_size(name, labels, 0, rows.shape[0], f"{shape[1]} of {rows_name}")
+    check.check_same_device(name, labels, rows_name, rows)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _threshold(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    dtype = check.compute_dtype(like.dtype)
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a scalar tensor, got {type(value).__name__}")
+        if math.isnan(value):
+            raise ValueError(f"{name} must not be NaN")
+        return torch.full((), value, dtype=dtype, device=like.device)
+    check.check_tensor(name, value, "[]", 0)
+    check.check_floating(name, value)
+    check.check_same_device(name, value, "embeddings", like)
+    return value.detach().to(dtype)
+
+
+def _computed(rows: Tensor) -> Tensor:
+    """Half types are computed in float32: on the CPU from a copy, on CUDA the kernels read them."""
+    return rows.to(check.compute_dtype(rows.dtype)) if rows.device.type == "cpu" else rows
+
+
+# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
+
+TILE = 32  # kRankingTile of the kernels
+
+
+def _fake_ranking_loss(embeddings: Tensor, references: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = check.compute_dtype(embeddings.dtype)
+    others = embeddings if references is None else references
+    tiles = tuple((rows.shape[0] + TILE - 1) // TILE for rows in (embeddings, others))
+    return embeddings.new_empty((), dtype=dtype), embeddings.new_empty(2, dtype=dtype), embeddings.new_empty(tiles, dtype=torch.uint8)
+
+
+def _fake_pair_ranking_loss(embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_ranking_loss(embeddings, references)
+
+
+def _fake_pair_ranking_loss_backward(
+    grad_loss: Tensor, embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = check.compute_dtype(embeddings.dtype)
+    others = embeddings.new_empty(0, dtype=dtype) if references is None else references.new_empty(references.shape, dtype=dtype)
+    return embeddings.new_empty(embeddings.shape, dtype=dtype), others
+
+
+def _fake_mined_pair_ranking_loss(embeddings: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_ranking_loss(embeddings, None)
+
+
+def _fake_mined_pair_ranking_loss_backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
+    return embeddings.new_empty(embeddings.shape, dtype=check.compute_dtype(embeddings.dtype))
+
+
+def _fake_similarity_moments(features: Tensor, order: Tensor, labels: Tensor) -> Tensor:
+    return features.new_empty(4, dtype=check.compute_dtype(features.dtype))
+
+
+def _fake_similarity_moments_backward(grad_moments: Tensor, features: Tensor, *rest: Any) -> Tensor:
+    return features.new_empty(features.shape, dtype=check.compute_dtype(features.dtype))
+
+
+def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, positive_margin, negative_margin, _ = inputs
+    _, weights, active = output
+    ctx.margins = positive_margin, negative_margin
+    ctx.mark_non_differentiable(weights, active)
+    ctx.save_for_backward(*tensors, weights, active)
+
+
+@once_differentiable
+def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, weights, active = ctx.saved_tensors
+    rows, references = torch.ops.ssmkernels.pair_ranking_loss_backward(grad_loss, *tensors, *ctx.margins, weights, active)
+    dtype = tensors[0].dtype
+    return rows.to(dtype), None, None, None if tensors[3] is None else references.to(dtype), *[None] * 5
+
+
+def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, basis_features, thresholds, *ctx.margins, _ = inputs
+    _, weights, active = output
+    ctx.mark_non_differentiable(weights, active)
+    ctx.save_for_backward(embeddings, basis_features, thresholds, weights, active)
+
+
+@once_differentiable
+def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
+    rows = torch.ops.ssmkernels.mined_pair_ranking_loss_backward(
+        grad_loss, embeddings, basis_features, thresholds, *ctx.margins, weights, active
+    )
+    return rows.to(embeddings.dtype), *[None] * 5
+
+
+def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+@once_differentiable
+def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
+    features, order, labels, moments = ctx.saved_tensors
+    grad = torch.ops.ssmkernels.similarity_moments_backward(grad_moments.contiguous(), features, order, labels, moments)
+    return grad.to(features.dtype), None, None
+
+
+def _register() -> None:
+    library = torch.library
+    library.register_fake("ssmkernels::pair_ranking_loss", _fake_pair_ranking_loss)
+    library.register_fake("ssmkernels::pair_ranking_loss_backward", _fake_pair_ranking_loss_backward)
+    library.register_fake("ssmkernels::mined_pair_ranking_loss", _fake_mined_pair_ranking_loss)
+    library.register_fake("ssmkernels::mined_pair_ranking_loss_backward", _fake_mined_pair_ranking_loss_backward)
+    library.register_fake("ssmkernels::similarity_moments", _fake_similarity_moments)
+    library.register_fake("ssmkernels::similarity_moments_backward", _fake_similarity_moments_backward)
+    library.register_autograd("ssmkernels::pair_ranking_loss", _pair_ranking_loss_backward, setup_context=_save_pair_ranking_loss)
+    library.register_autograd(
+        "ssmkernels::mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, setup_context=_save_mined_pair_ranking_loss
+    )
+    library.register_autograd("ssmkernels::similarity_moments", _similarity_moments_backward, setup_context=_save_similarity_moments)
+
+
+if _library.load():
+    _register()
