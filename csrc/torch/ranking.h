@@ -47,7 +47,7 @@ using RankingLossTensors = std::tuple<Tensor, Tensor, Tensor>;
 inline RankingLossTensors new_ranking_loss(const RankingTensors& in) {
   const ScalarType dtype = compute_dtype(in.rows);
   return {new_tensor(in.rows, {}, dtype), new_tensor(in.rows, {2}, dtype),
-          new_tensor(in.rows, {in.row_tiles(), in.reference_tiles()}, ScalarType::Byte)};
+          torch::stable::new_zeros(in.rows, {in.row_tiles(), in.reference_tiles()}, ScalarType::Byte)};
 }
 
 template <class Real>

@@ -49,6 +49,14 @@ def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> 
         raise TypeError(f"{name} is {value.dtype} but {like_name} is {like.dtype}; convert one of them, or call under torch.autocast")
 
 
+def check_number(name: str, value: object) -> float:
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
 def check_positive(name: str, value: object) -> float:
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

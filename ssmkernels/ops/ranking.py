@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ranking losses and similarity moments of SLADE (Duan et al., CVPR 2021) over all pairs of a batch.
 
-No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The backward computes again
-only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and results in float32. Autocast leaves the
-inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Gradients are first order.
+No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The backward computes
+again only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and results in float32. Autocast leaves
+the inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Gradients are first order.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +64,7 @@ def pair_ranking_loss(
     """
     _check_rows("embeddings", embeddings, "[n, d]")
     _check_labels("labels", labels, "[n]", "embeddings", embeddings)
-    margins = _number("positive_margin", positive_margin), _number("negative_margin", negative_margin)
+    margins = check.check_number("positive_margin", positive_margin), check.check_number("negative_margin", negative_margin)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
     if (references is None) != (reference_labels is None):
@@ -119,7 +118,7 @@ def mined_pair_ranking_loss(
     _check_rows("basis_features", basis_features, "[n, k]")
     check.check_size("basis_features", basis_features, 0, embeddings.shape[0], "n of embeddings")
     check.check_same_device("basis_features", basis_features, "embeddings", embeddings)
-    margins = _number("positive_margin", positive_margin), _number("negative_margin", negative_margin)
+    margins = check.check_number("positive_margin", positive_margin), check.check_number("negative_margin", negative_margin)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
     dtype = torch.promote_types(embeddings.dtype, basis_features.dtype)
@@ -137,7 +136,8 @@ def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with different ones.
 
     What the similarity-distribution loss is made of, equations (5) and (6). Between n rows of d features this takes O(n·d·min(n, d)):
-    Σ s over a class is ‖Σ r‖² of its unit rows r, and Σ s² is ‖RᵀR‖²_F. Differentiable in the features. The cosine with a row of zeros is 0.
+    Σ s over a class is ‖Σ r‖² of its unit rows r, and Σ s² is ‖RᵀR‖²_F. Differentiable in the features. A row of zeros has a cosine of 0
+    with any other, and no gradient.
 
     Args:
         features: [n, d], not normalised.
@@ -168,20 +168,12 @@ def _check_labels(name: str, labels: Tensor, shape: str, rows_name: str, rows: T
     check.check_same_device(name, labels, rows_name, rows)
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
 def _threshold(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     dtype = check.compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number or a scalar tensor, got {type(value).__name__}")
-        if math.isnan(value):
+        if value != value:
             raise ValueError(f"{name} must not be NaN")
         return torch.full((), value, dtype=dtype, device=like.device)
     check.check_tensor(name, value, "[]", 0)

@@ -36,7 +36,8 @@ struct RankingLoss {
   Reduction reduction;
   Real* loss;       // [1] out
   Real* weights;    // [2] out: w₊, w₋; 1 for a sum, else one over the pairs counted, 0 without any
-  uint8_t* active;  // [⌈n / tile⌉, ⌈m / tile⌉] out: for the backward of the same kernels, the tiles to look at
+  uint8_t* active;  // [⌈n / tile⌉, ⌈m / tile⌉] zeros, set where the backward has to look at a tile; without references
+                    // only on and above the diagonal
 };
 
 template <class Real>

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The calling convention of pytorch-metric-learning's pair losses: loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssmkernels.ops import _checks as check
+
+
+class PairIndices(NamedTuple):
+    """Positive pairs (positive_rows, positive_columns) and negative pairs likewise: rows of the embeddings, columns of the references."""
+
+    positive_rows: Tensor
+    positive_columns: Tensor
+    negative_rows: Tensor
+    negative_columns: Tensor
+
+
+class PairLabels(NamedTuple):
+    """All pairs, positive where labels [n] and reference_labels [m] are equal; without (i, i) where ``skip_diagonal``."""
+
+    labels: Tensor
+    reference_labels: Tensor
+    skip_diagonal: bool
+
+
+def _check_embeddings(name: str, value: Tensor, shape: str) -> None:
+    check.check_tensor(name, value, shape, 2)
+    check.check_floating(name, value)
+
+
+def _integers(name: str, value: Tensor, like: Tensor) -> Tensor:
+    check.check_tensor(name, value, "of one dimension", 1)
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(f"{name} must be integers, got {value.dtype}")
+    return value.to(like.device, torch.int64)
+
+
+def _labels(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
+    value = _integers(name, value, rows)
+    check.check_size(name, value, 0, rows.shape[0], f"the rows of {rows_name}")
+    return value
+
+
+def _indices(indices_tuple: Sequence[Tensor], rows: int, columns: int, like: Tensor) -> PairIndices:
+    if not isinstance(indices_tuple, Sequence) or len(indices_tuple) not in (3, 4):
+        got = f"{len(indices_tuple)} elements" if isinstance(indices_tuple, Sequence) else type(indices_tuple).__name__
+        raise ValueError(f"indices_tuple must be 3 tensors (anchors, positives, negatives) or 4 (two lists of pairs), got {got}")
+    listed = [_integers(f"indices_tuple[{place}]", each, like) for place, each in enumerate(indices_tuple)]
+    anchors, positives, *negative = listed
+    indices = PairIndices(anchors, positives, *(negative if len(negative) == 2 else (anchors, *negative)))
+    for kind, first, second in (("positive", indices[0], indices[1]), ("negative", indices[2], indices[3])):
+        if len(first) != len(second):
+            raise ValueError(f"the {kind} pairs of indices_tuple must be two lists of one length, got {len(first)} and {len(second)}")
+        if check.values_are_checked(first):
+            check.check_range(f"the first of the {kind} pairs of indices_tuple", first, rows, "a row of embeddings")
+            check.check_range(
+                f"the second of the {kind} pairs of indices_tuple", second, columns, "a row of ref_emb, or of embeddings without"
+            )
+    return indices
+
+
+def check_pair_arguments(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    indices_tuple: Sequence[Tensor] | None,
+    ref_emb: Tensor | None,
+    ref_labels: Tensor | None,
+) -> tuple[Tensor, PairIndices | PairLabels]:
+    """The references, which are the embeddings themselves without ``ref_emb``, and the pairs, on the device of the embeddings.
+
+    Raises:
+        ValueError, TypeError: an argument is not as the losses say; the message names it.
+    """
+    _check_embeddings("embeddings", embeddings, "[n, d]")
+    references = embeddings
+    if ref_emb is None:
+        if ref_labels is not None:
+            raise ValueError("ref_labels was given without ref_emb")
+        ref_labels = labels
+    else:
+        _check_embeddings("ref_emb", ref_emb, "[m, d]")
+        check.check_size("ref_emb", ref_emb, 1, embeddings.shape[1], "d of embeddings")
+        check.check_same_device("ref_emb", ref_emb, "embeddings", embeddings)
+        references = ref_emb
+    own_labels = None if labels is None else _labels("labels", labels, "embeddings", embeddings)
+    other_labels = None if ref_labels is None else _labels("ref_labels", ref_labels, "ref_emb", references)
+    if indices_tuple is not None:
+        return references, _indices(indices_tuple, embeddings.shape[0], references.shape[0], embeddings)
+    if own_labels is None:
+        raise ValueError("labels and indices_tuple are both None; one of them must say which pairs are positive")
+    if other_labels is None:
+        raise ValueError("ref_labels is None; with ref_emb, it or indices_tuple must say which pairs are positive")
+    return references, PairLabels(own_labels, other_labels, skip_diagonal=ref_labels is labels)
+
+
+def pair_masks(pairs: PairIndices | PairLabels, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Positive and negative pairs as masks [n, m]; a pair listed twice is one pair."""
+    if isinstance(pairs, PairLabels):
+        same = pairs.labels[:, None] == pairs.reference_labels
+        negatives = ~same
+        return (same.fill_diagonal_(False) if pairs.skip_diagonal else same), negatives
+    positives = torch.zeros(rows, columns, dtype=torch.bool, device=pairs.positive_rows.device)
+    negatives = torch.zeros_like(positives)
+    positives[pairs.positive_rows, pairs.positive_columns] = True
+    negatives[pairs.negative_rows, pairs.negative_columns] = True
+    return positives, negatives
+
+
+def at_most_one_pair(pairs: PairIndices | PairLabels) -> bool:
+    """Whether each list of pairs holds one at most, where pytorch-metric-learning's losses are 0."""
+    return isinstance(pairs, PairIndices) and all(len(each) <= 1 for each in pairs)
+
+
+def zero_loss(embeddings: Tensor) -> Tensor:
+    """0, with a gradient of 0."""
+    return embeddings[:0].sum(dtype=check.compute_dtype(embeddings.dtype))

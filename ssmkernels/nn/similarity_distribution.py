@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The similarity-distribution loss of SLADE (Duan et al., CVPR 2021) and the running moments that its mining reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels import ops
+from ssmkernels.ops import _checks as check
+
+MOMENTS = ops.SimilarityMoments._fields
+
+
+class RunningSimilarityMoments(nn.Module):
+    """Running means and variances of the similarities of positive and of negative pairs, (6): μ ← (1 − β) μ_batch + β μ.
+
+    Buffers ``positive_mean``, ``positive_var``, ``negative_mean``, ``negative_var``, 0-d and at least float32 whatever the module is
+    converted to; 0 until there has been such a pair. The first batch with one sets them, and a batch without leaves them as they were.
+    Which of the two a batch is is found out on the device, without a synchronisation. In eval mode nothing is updated.
+
+    Args:
+        momentum: β in [0, 1).
+    """
+
+    positive_mean: Tensor
+    positive_var: Tensor
+    negative_mean: Tensor
+    negative_var: Tensor
+    positive_seen: Tensor
+    negative_seen: Tensor
+
+    def __init__(self, momentum: float) -> None:
+        super().__init__()
+        self.momentum = check.check_fraction("momentum", momentum)
+        if momentum == 1:
+            raise ValueError("momentum must be below 1, or the moments would stay those of the first batch")
+        for name in MOMENTS:
+            self.register_buffer(name, torch.zeros(()))
+        for name in ("positive_seen", "negative_seen"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.bool))
+
+    def _update(self, basis_features: Tensor, labels: Tensor, *, batch_gradient: bool) -> ops.SimilarityMoments:
+        """The moments after this batch, kept in train mode; differentiable as (6) says, or with the gradient of the batch's own moments."""
+        check.check_tensor("basis_features", basis_features, "[n, k]", 2)
+        check.check_floating("basis_features", basis_features)
+        check.check_tensor("labels", labels, "[n]", 1)
+        check.check_int64("labels", labels)
+        check.check_size("labels", labels, 0, basis_features.shape[0], "n of basis_features")
+        check.check_same_device("labels", labels, "basis_features", basis_features)
+        batch = ops.similarity_moments(basis_features, labels)
+        in_order = labels.sort().values  # neighbours tell whether any two labels are equal, and whether any two differ
+        equal = in_order[1:] == in_order[:-1]
+        present = {"positive": equal.any(), "negative": (~equal).any()}
+        seen = {side: getattr(self, f"{side}_seen").clone() for side in present}  # the graph keeps these; the buffers are written below
+        moments = {}
+        for name, value in zip(MOMENTS, batch, strict=True):
+            side = name.partition("_")[0]
+            kept = getattr(self, name).to(value.dtype)
+            running = torch.where(seen[side], (1 - self.momentum) * value + self.momentum * kept, value)
+            if batch_gradient:
+                running = running.detach() + (value - value.detach())
+            moments[name] = torch.where(present[side], running, kept)
+        if self.training:
+            with torch.no_grad():
+                for name, value in moments.items():
+                    getattr(self, name).copy_(value)
+                for side, here in present.items():
+                    getattr(self, f"{side}_seen").logical_or_(here)
+        return ops.SimilarityMoments(**moments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """``.half()`` and the like move the moments without rounding them: an average at β = .99 stands still in a half type."""
+        before = {name: getattr(self, name) for name in MOMENTS}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            converted = getattr(self, name)
+            if converted.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, value.to(converted.device))
+        return self
+
+
+class SimilarityDistributionLoss(RunningSimilarityMoments):
+    """L_SD = max(μ⁻ − μ⁺ + m, 0) + λ_v (v⁺ + v⁻), (5) of SLADE, with the running moments of (6).
+
+    μ and v are mean and population variance of s_ij = cos(W_a f_i, W_a f_j) over the pairs i ≠ j of equal (+) and of different (−)
+    pseudo-labels. T1 = ``positive_mean`` and T2 = ``negative_mean`` are the thresholds of the mining, (7), 0-d tensors that
+    :func:`ssmkernels.ops.mined_pair_ranking_loss` takes as they are. See :class:`RunningSimilarityMoments` for the four buffers. Memory
+    is that of :func:`ssmkernels.ops.similarity_moments`.
+
+    The gradient of (6) as it is printed has a trap: only the batch's share of a running moment depends on the network, so that the
+    gradient is 1 − β (1 %) of what the loss looks like, and L_Basis is L_CE in effect. The paper does not say which of the two it
+    takes. ``gradient="batch"`` keeps the value and gives the batch moments their whole gradient; ``gradient="momentum"`` is the literal
+    (6). Whether the hinge is open is for the running means to say in both.
+
+    Under ``torch.distributed`` the moments are those of the features given: gather them first.
+
+    Args:
+        margin: m, in cosine. Not published; .5 is our choice.
+        variance_weight: λ_v ≥ 0. Not published; 1 is our choice.
+        momentum: β in [0, 1); the paper's .99.
+        gradient: "batch" or "momentum", as above.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.5,
+        variance_weight: float = 1.0,
+        momentum: float = 0.99,
+        gradient: Literal["batch", "momentum"] = "batch",
+    ) -> None:
+        super().__init__(momentum)
+        self.margin = check.check_number("margin", margin)
+        self.variance_weight = check.check_number("variance_weight", variance_weight)
+        if self.variance_weight < 0:
+            raise ValueError(f"variance_weight must be >= 0, got {variance_weight}")
+        if gradient not in ("batch", "momentum"):
+            raise ValueError(f"gradient must be 'batch' or 'momentum', got {gradient!r}")
+        self.gradient = gradient
+
+    def forward(self, basis_features: Tensor, labels: Tensor) -> Tensor:
+        """L_SD, a scalar in float32 (float64 for float64 features), also under autocast; the moments are updated first.
+
+        Args:
+            basis_features: W_a f [n, k], floating point, of any length.
+            labels: pseudo-labels [n] int64.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+        """
+        moments = self._update(basis_features, labels, batch_gradient=self.gradient == "batch")
+        gap = F.relu(moments.negative_mean - moments.positive_mean + self.margin)
+        return gap + self.variance_weight * (moments.positive_var + moments.negative_var)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, variance_weight={self.variance_weight}, momentum={self.momentum}, gradient={self.gradient!r}"
