@@ -58,3 +58,13 @@ def test_mean_teacher_similarity(monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / "mean_teacher_similarity.py"), run_name="__main__")
     rows = [line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 2 and all(float(accuracy) > 30 for _, accuracy in rows)  # of ten classes
+
+
+def test_metric_learning_loop(monkeypatch, capsys):
+    """The example itself asserts that losses and gradients are those of pytorch-metric-learning, in its own loop."""
+    pytest.importorskip("pytorch_metric_learning")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys, "argv", ["metric_learning_loop.py", "--iterations", "4", "--rows", "64", "--seconds", "0", "--device", "cpu"])
+    runpy.run_path(str(EXAMPLES / "metric_learning_loop.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "4 losses equal" in printed and "gradients equal" in printed and printed.count("peak extra") == 2

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
 
-FAMILIES = ("memory", "graph", "pairs")
+FAMILIES = ("memory", "graph", "pairs", "ranking")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from ssmkernels.bench import case, graph, measure, memory, pairs, report
+    from ssmkernels.bench import case, graph, measure, memory, pairs, ranking, report
 
-    rooms = {"memory": memory, "graph": graph, "pairs": pairs}
+    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking}
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)

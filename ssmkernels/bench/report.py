@@ -44,7 +44,12 @@ def table(results: Sequence[Result]) -> str:
 
 def plot(results: Sequence[Result], out: Path) -> list[str]:
     """A plot of each family that was measured, beside ``out``; their names."""
-    figures = {"memory": _plot_memory(results), "graph": _plot_graph(results), "pairs": _plot_pairs(results)}
+    figures = {
+        "memory": _plot_memory(results),
+        "graph": _plot_graph(results),
+        "pairs": _plot_pairs(results),
+        "ranking": _plot_ranking(results),
+    }
     drawn = {family: figure for family, figure in figures.items() if figure is not None}
     paths = {family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png") for family in drawn}
     for family, path in paths.items():
@@ -77,6 +82,17 @@ def _plot_pairs(results: Sequence[Result]) -> Any:
     """Time and peak extra memory of pair_focal_loss on all pairs, with "concat" and h = 128, against n·m."""
     chosen = [r for r in results if r.op == "pair_focal_loss" and r.phase.endswith("concat") and "p" not in r.size and r.size["h"] == 128]
     return _plot_against(chosen, lambda r: r.size["n"] * r.size["m"], "pair_focal_loss, concat, h = 128", "pairs (n·m)")[0]
+
+
+def _plot_ranking(results: Sequence[Result]) -> Any:
+    """Time and peak extra memory of pair_ranking_loss with d = 128 against n, beside the three n×n×d products that it could be made of."""
+    chosen = [r for r in results if r.op == "pair_ranking_loss" and r.phase == "forward + backward" and r.size["d"] == 128]
+    figure, time_axes = _plot_against(chosen, lambda r: r.size["n"], "pair_ranking_loss, d = 128", "rows (n)")
+    if figure is not None:
+        points = sorted((r.size["n"], 1e3 * r.products.median) for r in chosen if r.products)
+        time_axes.plot(*zip(*points, strict=True), "k:", label="three n²d matrix products (torch.mm)")
+        time_axes.legend(fontsize=8)
+    return figure
 
 
 def _plot_against(chosen: Sequence[Result], size: Callable[[Result], int], title: str, label: str) -> tuple[Any, Any]:

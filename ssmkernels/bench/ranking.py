@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Benchmark cases of the ranking family: our ops, pytorch-metric-learning's ContrastiveLoss, and plain PyTorch, eager and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels import ops, reference
+from ssmkernels.bench.case import Case
+from ssmkernels.bench.measure import Function
+
+SIZES = [(64, 128), (64, 512), (256, 128), (1024, 128), (1024, 512), (4096, 64), (4096, 128), (4096, 512)]  # n, d
+SIZES += [(16384, 128), (16384, 512)]
+ALL_ACTIVE_SIZES = [(256, 128), (4096, 64), (4096, 128), (4096, 512)]
+LARGE_SIZES = [(65536, 128)]  # without peers
+QUICK_SIZES = [(64, 128), (256, 64)]
+PER_CLASS = 16  # rows of a class
+BASIS = 100  # vectors of the feature basis
+PEER_PAIRS = 16384**2  # of which the peers store several matrices of 1 GiB
+MARGIN, ALL_ACTIVE_MARGIN = 0.5, 1.8  # of unit vectors, nearly all of which are nearer than 1.8
+
+
+def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
+    """Forward and backward: of the loss by labels with few active pairs and with nearly all, of the mined loss, and of the moments."""
+    for rows, dim in QUICK_SIZES if quick else [*SIZES, *LARGE_SIZES]:
+        yield _loss_case(rows, dim, MARGIN, "forward + backward", device, dtype)
+    for rows, dim in QUICK_SIZES[:1] if quick else ALL_ACTIVE_SIZES:
+        yield _loss_case(rows, dim, ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype)
+    for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512)]:
+        yield _mined_case(rows, dim, device, dtype)
+    for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512), (16384, 128)]:
+        yield _moments_case(rows, dim, device, dtype)
+
+
+def _rows(count: int, dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Unit rows, with cosines of about ½ within a class, in no order."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randperm(count, generator=draw) % max(2, count // PER_CLASS)
+    centers = F.normalize(torch.randn(int(labels.max()) + 1, dim, generator=draw))
+    rows = F.normalize(centers[labels] + torch.randn(count, dim, generator=draw) / dim**0.5)
+    return rows.to(device, dtype).requires_grad_(), labels.to(device)
+
+
+def _pair_products(rows: Tensor) -> dict[str, Function]:
+    rows = rows.detach()
+    weights = rows @ rows.t() if rows.shape[0] ** 2 <= PEER_PAIRS else None
+    products = {"distances": lambda: torch.mm(rows, rows.t())}
+    return {} if weights is None else products | {"gradient": lambda: torch.mm(weights, rows)}
+
+
+def _loss_case(count: int, dim: int, margin: float, phase: str, device: str, dtype: torch.dtype) -> Case:
+    rows, labels = _rows(count, dim, device, dtype)
+
+    def step(loss: Callable[[], Tensor]) -> Function:
+        return lambda: torch.autograd.grad(loss(), rows)
+
+    def through(room: Any) -> Function:
+        return step(lambda: room(rows, labels, negative_margin=margin))
+
+    peers = {}
+    products = _pair_products(rows)
+    if count**2 <= PEER_PAIRS:
+        try:
+            from pytorch_metric_learning.distances import LpDistance
+            from pytorch_metric_learning.losses import ContrastiveLoss
+        except ImportError:
+            pass
+        else:
+            theirs = ContrastiveLoss(0.0, margin, distance=LpDistance(normalize_embeddings=False))
+            peers["pytorch-metric-learning"] = step(lambda: theirs(rows, labels))
+        peers["eager"] = through(reference.pair_ranking_loss)
+        peers["torch.compile"] = through(torch.compile(reference.pair_ranking_loss, dynamic=False))
+    return Case(
+        op="pair_ranking_loss",
+        phase=phase,
+        size={"n": count, "d": dim},
+        dtype=dtype,
+        ours=through(ops.pair_ranking_loss),
+        peers=peers,
+        products=products,
+        product_counts={"distances": 1, "gradient": 2} if products else {},
+        flops=3 * 2 * count**2 * dim,
+        bytes=4 * rows.element_size() * count * dim,
+    )
+
+
+def _mined_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
+    rows, _ = _rows(count, dim, device, dtype)
+    basis = (rows.detach() @ torch.randn(dim, BASIS, generator=torch.Generator().manual_seed(1)).to(device, dtype)).requires_grad_(False)
+    thresholds = {"positive_threshold": 0.4, "negative_threshold": 0.0}
+
+    def step(loss: Callable[..., Tensor]) -> Function:
+        return lambda: torch.autograd.grad(loss(rows, basis, **thresholds, negative_margin=1.0), rows)
+
+    products = _pair_products(rows)
+    return Case(
+        op="mined_pair_ranking_loss",
+        phase="forward + backward",
+        size={"n": count, "d": dim, "k": BASIS},
+        dtype=dtype,
+        ours=step(ops.mined_pair_ranking_loss),
+        peers={
+            "eager": step(reference.mined_pair_ranking_loss),
+            "torch.compile": step(torch.compile(reference.mined_pair_ranking_loss, dynamic=False)),
+        },
+        products=products | {"cosines": lambda: torch.mm(basis, basis.t())},
+        product_counts={"distances": 1, "gradient": 2, "cosines": 1},
+        flops=2 * count**2 * (3 * dim + BASIS),
+        bytes=4 * rows.element_size() * count * (dim + BASIS),
+    )
+
+
+def _moments_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
+    rows, labels = _rows(count, dim, device, dtype)
+
+    def step(room: Any) -> Function:
+        return lambda: torch.autograd.grad(sum(room(rows, labels)), rows)
+
+    detached = rows.detach()
+    if count <= dim:  # from the cosines of pairs; with more rows from RᵀR and its product with them
+        products, counts = _pair_products(rows), {"distances": 1, "gradient": 2}
+    else:
+        gram = detached.t() @ detached
+        products = {"RᵀR": lambda: torch.mm(detached.t(), detached), "R·RᵀR": lambda: torch.mm(detached, gram)}
+        counts = {"RᵀR": 1, "R·RᵀR": 1}
+    return Case(
+        op="similarity_moments",
+        phase="forward + backward",
+        size={"n": count, "d": dim},
+        dtype=dtype,
+        ours=step(ops.similarity_moments),
+        peers={
+            "eager": step(reference.similarity_moments),
+            "torch.compile": step(torch.compile(reference.similarity_moments, dynamic=False)),
+        },
+        products=products,
+        product_counts=counts,
+        flops=(6 if count <= dim else 4) * count * dim * min(count, dim),
+        bytes=4 * rows.element_size() * count * dim,
+    )
