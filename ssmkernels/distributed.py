@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,3 +55,24 @@ def broadcast_buffers(module: nn.Module) -> None:
     if is_distributed():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """As :func:`all_gather_rows`, with gradient: the rows of rank r get what all ranks together send back to them.
+
+    Where every rank computes the same loss L of the gathered rows, that is world_size · ∂L/∂rows; DDP, which takes the mean over ranks of
+    the gradients of the parameters, makes of it the gradient of one process with the whole batch.
+    """
+    return _GatherRows.apply(tensor) if is_distributed() else tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        before = all_gather_rows(torch.tensor([tensor.shape[0]], device=tensor.device))[: dist.get_rank()]
+        ctx.first, ctx.rows = int(before.sum()), tensor.shape[0]
+        return all_gather_rows(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous())[ctx.first : ctx.first + ctx.rows]

@@ -13,6 +13,7 @@ from ssmkernels.models import (
     EMBEDDING_BACKBONES,
     BNInception,
     EmbeddingModel,
+    backbone_state,
     build_embedding_model,
     extract_features,
     preprocessing,
@@ -201,6 +202,41 @@ def test_weights_file_of_resnet50(tmp_path):
     loaded = build("resnet50", weights=str(tmp_path / "resnet50.pth")).backbone.state_dict()
     assert loaded.keys() == {key for key in state if not key.startswith("fc.")}
     assert all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
+def test_swavs_published_file(tmp_path):
+    """Names under ``module.``, with a projection head and prototypes, in the format that torch.save wrote until 2020."""
+    resnet50 = pytest.importorskip("torchvision.models").resnet50
+    torch.manual_seed(1)
+    trunk = {key: value for key, value in resnet50(weights=None).state_dict().items() if not key.startswith("fc.")}
+    head = {
+        "projection_head.0.weight": torch.zeros(2048, 2048),
+        "projection_head.0.bias": torch.zeros(2048),
+        "projection_head.1.weight": torch.zeros(2048),
+        "projection_head.1.bias": torch.zeros(2048),
+        "projection_head.1.running_mean": torch.zeros(2048),
+        "projection_head.1.running_var": torch.zeros(2048),
+        "projection_head.1.num_batches_tracked": torch.tensor(0),
+        "projection_head.3.weight": torch.zeros(128, 2048),
+        "projection_head.3.bias": torch.zeros(128),
+        "prototypes.weight": torch.zeros(3000, 128),
+    }
+    state = OrderedDict((f"module.{key}", value) for key, value in {**trunk, **head}.items())
+    torch.save(state, tmp_path / "swav_800ep_pretrain.pth.tar", _use_new_zipfile_serialization=False)
+    loaded = build("resnet50", weights=tmp_path / "swav_800ep_pretrain.pth.tar").backbone.state_dict()
+    assert loaded.keys() == trunk.keys()
+    assert all(torch.equal(loaded[key], trunk[key]) for key in trunk)
+
+
+@pytest.mark.parametrize("backbone", ["convnet-small", "efficientnet-lite0"])
+def test_backbone_state_is_a_file_of_weights(tmp_path, backbone):
+    model = build(backbone)
+    with torch.no_grad():
+        for value in model.backbone.state_dict().values():
+            value.add_(1)
+    torch.save(backbone_state(model.backbone), tmp_path / "backbone.pt")
+    loaded = build(backbone, weights=tmp_path / "backbone.pt")
+    torch.testing.assert_close(loaded.backbone.state_dict(), model.backbone.state_dict(), rtol=0, atol=0)
 
 
 def test_packaged_weights_tell_real_images_apart():

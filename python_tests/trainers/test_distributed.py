@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from ssmkernels.nn import sinkhorn_codes
+
 COLLECTIVES = """
 import sys
 import torch
@@ -63,6 +65,36 @@ result = fit(trainer, fabric=fabric, steps=14, run=config.run, config=asdict(con
 torch.save({"state": trainer.state_dict(), "history": result.history}, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
 """
 
+SWAV = """
+import sys
+import torch
+from ssmkernels import data
+from ssmkernels.nn import sinkhorn_codes
+from ssmkernels.trainers import RunConfig, SwAV, SwAVConfig
+from ssmkernels.trainers.loop import fit, make_fabric
+from dataclasses import asdict
+
+config = SwAVConfig(
+    backbone="convnet-small", hidden_dim=16, embedding_dim=8, num_prototypes=12, queue_length=64, queue_from_epoch=0, epochs=1,
+    batch_size=32, small_crops=1, small_size=8, learning_rate=3.0, freeze_prototypes_epochs=0,
+    run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=3, log_every=1, accelerator="cpu", bar=False),
+)
+fabric = make_fabric(accelerator="cpu")
+digits = data.load_collection("digits")
+trainer = SwAV(config, digits, digits, fabric)
+result = fit(trainer, fabric=fabric, steps=4, run=config.run, config=asdict(config))
+queue = trainer.queue.clone()
+trainer.queue.zero_()
+fabric.barrier()
+trainer.load_state_dict(torch.load(f"{sys.argv[1]}/run/checkpoint.pt", weights_only=True)["trainer"])
+scores = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+mine = scores[:30] if fabric.global_rank == 0 else scores[30:]
+torch.save({
+    "state": trainer.state_dict(), "history": result.history, "queue": queue, "restored": trainer.queue,
+    "codes": sinkhorn_codes(mine, epsilon=0.5),
+}, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
+"""
+
 
 def run_two_ranks(script, tmp_path, *arguments):
     (tmp_path / "script.py").write_text(script)
@@ -109,3 +141,19 @@ def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_pro
         torch.testing.assert_close(first["state"]["model"][name], value, rtol=1e-2, atol=1e-4, msg=name)
     assert (first["state"]["labels"] == alone["state"]["labels"]).float().mean() > 0.98
     assert first["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-3)
+
+
+def test_ranks_of_swav_agree_and_balance_codes_together(tmp_path):
+    first, second = run_two_ranks(SWAV, tmp_path)
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert first["history"] == second["history"]
+
+    # Each rank keeps a share of the queue, and a checkpoint all of it.
+    assert first["queue"].shape == second["queue"].shape == (2, 32, 8)
+    assert not torch.equal(first["queue"], second["queue"])
+    torch.testing.assert_close(torch.cat([first["queue"], second["queue"]], dim=1).transpose(0, 1), first["state"]["queue"], rtol=0, atol=0)
+    for rank in (first, second):
+        torch.testing.assert_close(rank["restored"], rank["queue"], rtol=0, atol=0)
+
+    scores = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(torch.cat([first["codes"], second["codes"]]), sinkhorn_codes(scores, epsilon=0.5), rtol=1e-12, atol=0)

@@ -8,7 +8,10 @@ step, with any number of loading processes and ranks, on the same bits.
 from ssmkernels.data import augment
 from ssmkernels.data.augment import default_transforms, to_tensor
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
+from ssmkernels.data.folds import halves, split_folds
 from ssmkernels.data.images import ArrayImages, FileImages, ImageDataset, ImageSplits
+from ssmkernels.data.multi_crop import CropViews, MultiCropBatch, MultiCropBatches, crop_views
+from ssmkernels.data.pk import PKBatches
 from ssmkernels.data.readers import DATASETS, load_dataset
 from ssmkernels.data.retrieval import (
     NORMALIZATIONS,
@@ -22,6 +25,7 @@ from ssmkernels.data.retrieval import (
 from ssmkernels.data.retrieval_readers import COLLECTIONS, load_collection
 from ssmkernels.data.split import split_labels
 from ssmkernels.data.streams import IndexStream, Stream, generator
+from ssmkernels.data.union import ImageUnion, unite
 
 __all__ = [
     "COLLECTIONS",
@@ -31,24 +35,33 @@ __all__ = [
     "Batch",
     "CollectionBatch",
     "CollectionBatches",
+    "CropViews",
     "FileImages",
     "ImageCollection",
     "ImageDataset",
     "ImageSplits",
     "ImageSubset",
+    "ImageUnion",
     "IndexStream",
+    "MultiCropBatch",
+    "MultiCropBatches",
+    "PKBatches",
     "RetrievalViews",
     "Stream",
     "TrainBatches",
     "augment",
     "class_subset",
+    "crop_views",
     "default_transforms",
     "evaluation_batches",
     "generator",
+    "halves",
     "load_collection",
     "load_dataset",
     "retrieval_views",
     "split_classes",
+    "split_folds",
     "split_labels",
     "to_tensor",
+    "unite",
 ]

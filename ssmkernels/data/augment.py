@@ -172,28 +172,42 @@ class ImageNetWeak:
 class MoCoV2:
     """The augmentation of MoCo v2 (Chen et al., 2020): :class:`ImageNetWeak`, colour jitter, greyscale, blur.
 
-    Jitter of brightness, contrast and saturation by up to 0.4 and of hue by up to 0.1 of the circle, in random order, with probability
-    0.8; grey with probability 0.2; Gaussian blur, σ between 0.1 and 2 pixels, with probability 0.5.
+    Jitter of brightness, contrast, saturation and hue, in random order, with probability 0.8; grey with probability 0.2; Gaussian blur,
+    σ of at least 0.1 pixels, with probability 0.5.
+
+    Args:
+        size, scale, flip: of :class:`ImageNetWeak`.
+        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a quarter of it.
+        blur: greatest σ in pixels; 0 for no blur.
     """
 
-    def __init__(self, size: int = 224, scale: tuple[float, float] = (0.2, 1.0)) -> None:
-        self.crop = ImageNetWeak(size, scale)
+    def __init__(
+        self, size: int = 224, scale: tuple[float, float] = (0.2, 1.0), *, flip: bool = True, jitter: float = 0.4, blur: float = 2.0
+    ) -> None:
+        if not 0 <= jitter <= 1:
+            raise ValueError(f"jitter is {jitter}; it should be in [0, 1]")
+        if blur != 0 and not blur >= 0.1:
+            raise ValueError(f"blur is {blur}; it should be 0 or at least 0.1")
+        self.crop = ImageNetWeak(size, scale, flip)
+        self.jitter, self.blur = jitter, blur
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image = self.crop(image, rng)
         if rng.random() < 0.8:
-            image = self._jitter(image, rng)
+            image = self._jittered(image, rng)
         if rng.random() < 0.2:
             image = image.convert("L").convert(image.mode)
-        if rng.random() < 0.5:
-            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+        if self.blur > 0 and rng.random() < 0.5:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, self.blur)))
         return image
 
-    @staticmethod
-    def _jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    def _jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
         for which in rng.permutation(4):
-            image = enhancers[which](image).enhance(rng.uniform(0.6, 1.4)) if which < 3 else _shift_hue(image, rng.uniform(-0.1, 0.1))
+            if which < 3:
+                image = enhancers[which](image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
+            else:
+                image = _shift_hue(image, rng.uniform(-self.jitter / 4, self.jitter / 4))
         return image
 
 

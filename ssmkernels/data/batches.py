@@ -34,6 +34,16 @@ class Batch(NamedTuple):
     """[μB] int64, the true labels: to measure pseudo-labels with, never to learn from."""
 
 
+def check_steps(batch_size: int, start_step: int, num_steps: int, rank: int, world_size: int) -> None:
+    """Raises a ``ValueError`` unless these are the size, the steps and the slice of batches that ranks share evenly."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size is {batch_size}; it should be a positive multiple of world_size, {world_size}")
+    if not 0 <= start_step <= num_steps:
+        raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
+
+
 class TrainBatches(Dataset[Batch]):
     """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
 
@@ -85,12 +95,7 @@ class TrainBatches(Dataset[Batch]):
             raise ValueError(f"labeled_index is in [{lowest}, {highest}]; it should be in [0, {len(labeled)}), the size of labeled")
         if mu < 0:
             raise ValueError(f"mu is {mu}; it should be at least 0")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size is {batch_size}; it should be a positive multiple of world_size, {world_size}")
-        if not 0 <= start_step <= num_steps:
-            raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
+        check_steps(batch_size, start_step, num_steps, rank, world_size)
         if exclude_labeled and labeled is not unlabeled:
             raise ValueError("exclude_labeled is True; labeled and unlabeled should then be the same data set")
 
@@ -194,12 +199,7 @@ class CollectionBatches(Dataset[CollectionBatch]):
             raise ValueError(f"index is {index.dtype} of shape {index.shape}; it should be integers of shape [K], K > 0")
         if index.min() < 0 or index.max() >= len(images):
             raise ValueError(f"index is in [{index.min()}, {index.max()}]; it should be in [0, {len(images)}), the size of images")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size is {batch_size}; it should be a positive multiple of world_size, {world_size}")
-        if not 0 <= start_step <= num_steps:
-            raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
+        check_steps(batch_size, start_step, num_steps, rank, world_size)
         self.images, self.index, self.transform = images, index.astype(np.int64), transform
         self.batch_size, self.seed, self.start_step, self.num_steps = batch_size, seed, start_step, num_steps
         self.mean, self.std = tuple(mean), tuple(std)
@@ -214,12 +214,19 @@ class CollectionBatches(Dataset[CollectionBatch]):
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)} batches")
         step = self.start_step + item
-        positions = self.index[self._order.batch(step, self.batch_size)[self._mine]]
+        positions = self.index[self._places(step)[self._mine]]
         views = [
-            self.transform(self.images.image(i), generator(self.seed, Stream.COLLECTION_VIEW, step, place))
+            self.transform(self.images.image(i), self._view_generator(step, place))
             for place, i in enumerate(positions, start=self._mine.start)
         ]
         return CollectionBatch(to_tensors(views, self.mean, self.std), torch.from_numpy(positions))
+
+    def _places(self, step: int) -> np.ndarray:
+        """Places in ``index`` of the images of a step, all ranks together."""
+        return self._order.batch(step, self.batch_size)
+
+    def _view_generator(self, step: int, place: int) -> np.random.Generator:
+        return generator(self.seed, Stream.COLLECTION_VIEW, step, place)
 
 
 def evaluation_batches(

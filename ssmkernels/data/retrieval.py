@@ -148,29 +148,43 @@ class RetrievalViews(NamedTuple):
     std: tuple[float, ...]
 
 
-def retrieval_views(collection: ImageCollection, normalization: str = "imagenet", *, size: int | None = None) -> RetrievalViews:
-    """Views of photographs: a random crop resized to ``size`` and flipped to train on; shorter side to 8/7 · ``size`` (256 for 224), then
-    the central square, to evaluate on. Small images at their own size are shifted by up to an eighth, and evaluated as they are.
+def retrieval_views(
+    collection: ImageCollection,
+    normalization: str = "imagenet",
+    *,
+    size: int | None = None,
+    resize: int | None = None,
+    crop_scale: tuple[float, float] = CROP_SCALE,
+) -> RetrievalViews:
+    """Views of photographs: a random crop resized to ``size`` and flipped to train on; shorter side to ``resize``, then the central square,
+    to evaluate on. Small images at their own size are shifted by up to an eighth, and evaluated as they are.
+
+    The protocol of Musgrave et al. (ECCV 2020) is ``size=227, resize=256, crop_scale=(0.16, 1.0)``.
 
     Args:
         collection: the images.
         normalization: "imagenet", "bgr-caffe" or "half", each of three channels, as :func:`ssmkernels.models.preprocessing` says, or
             "native": by the collection's own mean and deviation, with its own channels.
         size: side of the views in pixels, by default ``collection.image_size``.
+        resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for 224).
+        crop_scale: least and greatest share of a photograph that a training crop covers.
     """
-    if normalization not in (*NORMALIZATIONS, "native"):
-        raise ValueError(f"normalization is {normalization!r}; it should be one of {', '.join(NORMALIZATIONS)}, native")
+    mean, std, order = _normalization(collection, normalization)
     size = collection.image_size if size is None else size
     if size < 1:
         raise ValueError(f"size is {size}; it should be at least 1")
-    native = Normalization(collection.mean, collection.std, "native")
-    mean, std, order = NORMALIZATIONS.get(normalization, native)
     flip = collection.augmentation in ("imagenet", "crop-flip")
     if collection.augmentation in ("crop", "crop-flip") and size == collection.image_size:
         as_they_are = None if order == "native" else _EvaluationView(None, order)
         return RetrievalViews(_TrainingView(Weak(size, size // 8, flip), order), as_they_are, mean, std)
-    evaluation = ResizeCenterCrop(round(size * 256 / 224), size)
-    return RetrievalViews(_TrainingView(ImageNetWeak(size, CROP_SCALE, flip), order), _EvaluationView(evaluation, order), mean, std)
+    evaluation = ResizeCenterCrop(round(size * 256 / 224) if resize is None else resize, size)
+    return RetrievalViews(_TrainingView(ImageNetWeak(size, crop_scale, flip), order), _EvaluationView(evaluation, order), mean, std)
+
+
+def _normalization(collection: ImageCollection, name: str) -> Normalization:
+    if name not in (*NORMALIZATIONS, "native"):
+        raise ValueError(f"normalization is {name!r}; it should be one of {', '.join(NORMALIZATIONS)}, native")
+    return NORMALIZATIONS.get(name, Normalization(collection.mean, collection.std, "native"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     ===================== ============================================================================================
     cub200                Caltech-UCSD Birds 200-2011: root/CUB_200_2011/images.txt, image_class_labels.txt, images/
     cars196               torchvision's StanfordCars, both splits
+    nabirds               NABirds: root/nabirds/images.txt, image_class_labels.txt, classes.txt, images/; 555 classes
+    compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/*.jpg, a class for each model
+    inshop                DeepFashion In-shop: root/Eval/list_eval_partition.txt, root/Img/img/; a class for each item
+    fashion200k           Fashion200k: root/labels/*_{train,test}_detect_all.txt, root/women/; a class for each description
     aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes
     aircraft-family       the same images in 70 classes
     aircraft-manufacturer the same images in 30 classes
@@ -41,6 +45,12 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
 
     Images in files are seen at 224 pixels by default; arrays of squares of up to 64 pixels at their own size; larger arrays at their
     shorter side, at most 224.
+
+    Some of these sets appear in papers with other classes than here. SLADE (Duan et al., 2021) counts 743 classes of NABirds, of whose
+    taxonomy 555 nodes have images, and takes 145 classes (16,537 images) of CompCars and 1,045 (14,635 images) of Fashion200k by filters
+    that were not published. Descriptions in Fashion200k are compared word for word, as retrieval on it is usually scored; most have a few
+    images only. The classes of In-shop are the 3,997 items of its training split, by their numbers, then the 3,985 of its test split, whose
+    queries and gallery are merged.
 
     Args:
         root: the folder of the data (by default ``data``), or the file of "npz".
@@ -78,6 +88,60 @@ def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
     with _missing_data_explained(name, root, looked_for, hint):
         parts = [reader(root, split=split, loader=_path) for split in ("train", "test")]
     return _files(_listed(parts), parts[0].classes)
+
+
+def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
+    hint = "Ask for nabirds.tar.gz on https://dl.allaboutbirds.org/nabirds and unpack it there."
+    with _missing_data_explained(name, root, "nabirds/images.txt, image_class_labels.txt, classes.txt and images/", hint):
+        folder = root / "nabirds"
+        paths, classes, names = (_numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt", "classes.txt"))
+        if not (folder / "images").is_dir():
+            raise FileNotFoundError(folder / "images")
+    if paths.keys() != classes.keys():
+        raise ValueError(f"images.txt and image_class_labels.txt of {folder} should list the same images")
+    # classes.txt also has the inner nodes of the taxonomy, to which no image belongs.
+    numbers = sorted(set(classes.values()), key=int)
+    if not names.keys() >= set(numbers):
+        raise ValueError(f"classes.txt of {folder} should name every class of image_class_labels.txt")
+    label = {number: i for i, number in enumerate(numbers)}
+    return _files(((folder / "images" / path, label[classes[image]]) for image, path in paths.items()), [names[each] for each in numbers])
+
+
+def _compcars(name: str, root: Path, download: bool) -> ImageCollection:
+    """Models are named by the numbers of their make and of themselves, such as 78/1."""
+    folder = root / "data" / "image"
+    models = sorted((each for each in folder.glob("*/*") if each.is_dir()), key=lambda each: (each.parent.name, each.name))
+    samples = [(path, model.relative_to(folder).as_posix()) for model in models for path in sorted(model.glob("*/*.jpg"))]
+    if not samples:
+        hint = "Ask for the data set on http://mmlab.ie.cuhk.edu.hk/datasets/comp_cars/ and unpack data.zip there."
+        raise _not_found(name, root, "data/image/<make>/<model>/<year>/*.jpg", hint)
+    return _named(samples, sorted({model for _, model in samples}))
+
+
+def _inshop(name: str, root: Path, download: bool) -> ImageCollection:
+    hint = "Get both from https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html and unpack img.zip in Img."
+    with _missing_data_explained(name, root, "Eval/list_eval_partition.txt and Img/img/", hint):
+        lines = (root / "Eval" / "list_eval_partition.txt").read_text().splitlines()[2:]  # their number, and a heading
+        if not (root / "Img" / "img").is_dir():
+            raise FileNotFoundError(root / "Img" / "img")
+    listed = [line.split() for line in lines if line.strip()]
+    if not listed or any(len(each) != 3 for each in listed):
+        raise ValueError(f"list_eval_partition.txt of {root / 'Eval'} should have lines of an image, an item and a split after the second")
+    in_training = {item for _, item, split in listed if split == "train"}
+    items = sorted({item for _, item, _ in listed}, key=lambda item: (item not in in_training, item))
+    return _named(((root / "Img" / path, item) for path, item, _ in listed), items)
+
+
+def _fashion200k(name: str, root: Path, download: bool) -> ImageCollection:
+    hint = "Follow https://github.com/xthan/fashion-200k to labels and women.tar.gz, and unpack both there."
+    files = sorted(path for split in ("train", "test") for path in root.glob(f"labels/*_{split}_detect_all.txt"))
+    if not files or not (root / "women").is_dir():
+        raise _not_found(name, root, "labels/*_train_detect_all.txt, labels/*_test_detect_all.txt and women/", hint)
+    lines = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if any(len(line) != 3 for line in lines):
+        raise ValueError(f"the files in {root / 'labels'} should have lines of an image, a score and a description, with tabs between")
+    described = {path: description.strip() for path, _, description in lines}  # an image may be listed for two kinds of clothes
+    return _named(((root / path, description) for path, description in described.items()), sorted(set(described.values())))
 
 
 def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
@@ -163,6 +227,10 @@ def _merged(name: str, root: Path, download: bool) -> ImageCollection:
 COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "cub200": _cub200,
     "cars196": _cars196,
+    "nabirds": _nabirds,
+    "compcars": _compcars,
+    "inshop": _inshop,
+    "fashion200k": _fashion200k,
     "aircraft-variant": _aircraft,
     "aircraft-family": _aircraft,
     "aircraft-manufacturer": _aircraft,
@@ -183,6 +251,11 @@ def _files(samples: Iterable[tuple[str | Path, int]], class_names: Iterable[str]
     paths, labels = zip(*samples, strict=True)
     names = tuple(class_names)
     return ImageCollection(FileImages(paths, np.array(labels), len(names)), names, augmentation="imagenet" if flip else "imagenet-no-flip")
+
+
+def _named(samples: Iterable[tuple[Path, str]], class_names: Sequence[str]) -> ImageCollection:
+    label = {each: i for i, each in enumerate(class_names)}
+    return _files(((path, label[each]) for path, each in samples), class_names)
 
 
 def _class_folders(name: str, root: Path, hint: str, *, class_name: Callable[[str], str] = str) -> ImageCollection:

@@ -20,6 +20,9 @@ class Stream(IntEnum):
     CLASSES = 6
     COLLECTION_ORDER = 7
     COLLECTION_VIEW = 8
+    PK_ORDER = 9
+    PK_VIEW = 10
+    MULTI_CROP = 11
 
 
 def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:

@@ -4,7 +4,7 @@
 from ssmkernels.models.bn_inception import BNInception
 from ssmkernels.models.build import build_model, parameter_groups
 from ssmkernels.models.convnet import SmallConvNet
-from ssmkernels.models.embedding import EMBEDDING_BACKBONES, EmbeddingModel, build_embedding_model, preprocessing
+from ssmkernels.models.embedding import EMBEDDING_BACKBONES, EmbeddingModel, backbone_state, build_embedding_model, preprocessing
 from ssmkernels.models.features import extract_features
 from ssmkernels.models.projection import ProjectionModel
 from ssmkernels.models.wide_resnet import WideResNet
@@ -16,6 +16,7 @@ __all__ = [
     "ProjectionModel",
     "SmallConvNet",
     "WideResNet",
+    "backbone_state",
     "build_embedding_model",
     "build_model",
     "extract_features",

@@ -102,7 +102,8 @@ def build_embedding_model(
     Args:
         backbone: a name of the table.
         embedding_dim: size δ of the embeddings.
-        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone. A classifier in it is ignored.
+        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone, such as :func:`backbone_state` gives or,
+            for "resnet50", SwAV's authors published. A classifier, projection head or prototypes in it are ignored.
         pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm frozen.
         in_channels: channels of the images; only "convnet-small" takes others than 3.
 
@@ -120,6 +121,11 @@ def build_embedding_model(
     return EmbeddingModel(network, recipe.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
 
 
+def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as ``weights`` again."""
+    return {key: value.cpu() for key, value in _inner(backbone).state_dict().items()}
+
+
 def preprocessing(backbone: str) -> str:
     """The input normalisation of a backbone: "imagenet", "bgr-caffe", "half" or "native", see :func:`ssmkernels.data.retrieval_views`."""
     return _recipe(backbone).normalization
@@ -129,8 +135,8 @@ class _Recipe(NamedTuple):
     build: Callable[[int], nn.Module]
     feature_dim: int
     normalization: str
-    classifier: str
-    """Prefix of the keys of a state_dict that are left out."""
+    head: tuple[str, ...]
+    """Prefixes of the keys of a state_dict that are left out."""
     imagenet: Callable[[], Mapping[str, Tensor]] | None
 
 
@@ -177,10 +183,10 @@ def _convnet_small(in_channels: int) -> nn.Module:
 
 
 _RECIPES = {
-    "resnet50": _Recipe(_resnet50, 2048, "imagenet", "fc.", _resnet50_imagenet),
-    "bn-inception": _Recipe(_bn_inception, BNInception.feature_dim, "bgr-caffe", "last_linear.", None),
-    "efficientnet-lite0": _Recipe(_efficientnet_lite0, 1280, "half", "_fc.", _efficientnet_lite0_imagenet),
-    "convnet-small": _Recipe(_convnet_small, SmallConvNet.feature_dim, "native", "classifier.", None),
+    "resnet50": _Recipe(_resnet50, 2048, "imagenet", ("fc.", "projection_head.", "prototypes."), _resnet50_imagenet),
+    "bn-inception": _Recipe(_bn_inception, BNInception.feature_dim, "bgr-caffe", ("last_linear.",), None),
+    "efficientnet-lite0": _Recipe(_efficientnet_lite0, 1280, "half", ("_fc.",), _efficientnet_lite0_imagenet),
+    "convnet-small": _Recipe(_convnet_small, SmallConvNet.feature_dim, "native", ("classifier.",), None),
 }
 EMBEDDING_BACKBONES = tuple(_RECIPES)
 
@@ -198,12 +204,14 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
         raise ValueError(f"weights is 'imagenet'; {backbone} has none that can be fetched: it should be the path of a file")
     else:
         state = recipe.imagenet()
-    target = network.network if isinstance(network, _EfficientNetMaps) else network
+    if all(key.startswith("module.") for key in state):  # saved from inside DataParallel or DDP, as SwAV's is
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    target = _inner(network)
     # The Caffe port stores what batch norm knows of C channels as [1, C].
     state = {
         key: value.squeeze(0) if value.ndim == 2 and len(value) == 1 else value
         for key, value in state.items()
-        if not key.startswith(recipe.classifier)
+        if not key.startswith(recipe.head)
     }
     expected = target.state_dict()
     counters = {key for key in expected if key.endswith("num_batches_tracked")}  # old files have none, and nothing here needs them
@@ -214,6 +222,11 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
         said = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
         raise ValueError(f"weights, {weights}, are not those of {backbone}: of their keys {said}")
     target.load_state_dict(state, strict=False)
+
+
+def _inner(network: nn.Module) -> nn.Module:
+    """The module whose names the keys of a file of weights are."""
+    return network.network if isinstance(network, _EfficientNetMaps) else network
 
 
 def _read(path: str | Path) -> Mapping[str, Tensor]:

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Multi-crop (SwAV, Caron et al., NeurIPS 2020, section 3.2): two large crops of an image and several small ones, all distorted."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssmkernels.data.augment import MoCoV2, Transform, to_tensors
+from ssmkernels.data.batches import check_steps
+from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.retrieval import ImageCollection, _normalization, _TrainingView
+from ssmkernels.data.streams import IndexStream, Stream, generator
+
+
+class CropViews(NamedTuple):
+    """Transforms of the crops, and the ``mean`` and ``std`` (in the order of the channels that they give) to make tensors with."""
+
+    large: Transform
+    small: Transform
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def crop_views(
+    collection: ImageCollection,
+    normalization: str = "imagenet",
+    *,
+    size: int,
+    small_size: int,
+    scale: tuple[float, float] = (0.14, 1.0),
+    small_scale: tuple[float, float] = (0.05, 0.14),
+    jitter: float = 0.8,
+    blur: float = 2.0,
+) -> CropViews:
+    """SwAV's views: random crops, flipped where the collection may be, with SimCLR's distortion of colours (Chen et al., 2020), and blur.
+
+    Args:
+        collection: the images.
+        normalization: as in :func:`ssmkernels.data.retrieval_views`.
+        size, small_size: sides of the two kinds of crops in pixels.
+        scale, small_scale: least and greatest share of the image's area that they cover.
+        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a quarter of it.
+        blur: greatest σ in pixels; 0 for no blur.
+    """
+    for name, side in (("size", size), ("small_size", small_size)):
+        if side < 1:
+            raise ValueError(f"{name} is {side}; it should be at least 1")
+    mean, std, order = _normalization(collection, normalization)
+    flip = collection.augmentation in ("imagenet", "crop-flip")
+    large, small = (
+        _TrainingView(MoCoV2(side, share, flip=flip, jitter=jitter, blur=blur), order)
+        for side, share in ((size, scale), (small_size, small_scale))
+    )
+    return CropViews(large, small, mean, std)
+
+
+class MultiCropBatch(NamedTuple):
+    """Crops of B images."""
+
+    large: Tensor
+    """[2B, C, H, W] float32: the first crops of all images, then the second ones."""
+    small: Tensor
+    """[V·B, C, h, w] float32: V more crops of all images, in the same order; empty if V is 0."""
+    positions: Tensor
+    """[B] int64, places of the images in the data set."""
+
+
+class MultiCropBatches(Dataset[MultiCropBatch]):
+    """As :class:`ssmkernels.data.CollectionBatches`, with several crops of each image.
+
+    Args:
+        images: where the images come from; all are drawn, in seeded shuffles.
+        views: see :func:`crop_views`.
+        num_small: V ≥ 0, small crops of an image beside its two large ones.
+        batch_size: B, images of a step, all ranks together.
+        seed: seed of order and augmentation.
+        start_step: the first step.
+        num_steps: one past the last step.
+        rank, world_size: which slice of the batch is wanted, and how many there are.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        views: CropViews,
+        *,
+        num_small: int = 6,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_small < 0:
+            raise ValueError(f"num_small is {num_small}; it should be at least 0")
+        check_steps(batch_size, start_step, num_steps, rank, world_size)
+        self.images, self.views, self.num_small = images, views, num_small
+        self.batch_size, self.seed, self.start_step, self.num_steps = batch_size, seed, start_step, num_steps
+        share = batch_size // world_size
+        self._mine = slice(rank * share, (rank + 1) * share)
+        self._order = IndexStream(len(images), seed, stream=Stream.COLLECTION_ORDER)
+
+    def __len__(self) -> int:
+        return self.num_steps - self.start_step
+
+    def __getitem__(self, item: int) -> MultiCropBatch:
+        if not 0 <= item < len(self):
+            raise IndexError(f"item {item} of {len(self)} batches")
+        step = self.start_step + item
+        positions = self._order.batch(step, self.batch_size)[self._mine]
+        images = [self.images.image(i) for i in positions]
+        large = self._crops(images, self.views.large, range(2), step)
+        small = self._crops(images, self.views.small, range(2, 2 + self.num_small), step)
+        return MultiCropBatch(large, small, torch.from_numpy(positions))
+
+    def _crops(self, images: list[Image.Image], transform: Transform, numbers: range, step: int) -> Tensor:
+        if len(numbers) == 0:
+            return torch.empty(0)
+        crops = [
+            transform(image, generator(self.seed, Stream.MULTI_CROP, step, (number << 32) + place))
+            for number in numbers
+            for place, image in enumerate(images, start=self._mine.start)
+        ]
+        return to_tensors(crops, self.views.mean, self.views.std)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Prototypes and the codes of SwAV (Caron et al., NeurIPS 2020), section 3.1."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkernels.distributed import all_gather_rows
+from ssmkernels.ops import _checks as check
+
+
+class PrototypeHead(nn.Module):
+    """SwAV's head: Linear, batch norm, ReLU, Linear and L2 normalisation give z, and unit prototypes c_k the scores z·c_k.
+
+    ``prototypes.weight`` [K, D] is scored as it is; :meth:`normalize_prototypes_` makes its rows unit vectors before every step.
+
+    Args:
+        in_features: size d of the features.
+        hidden_features: width of the hidden layer.
+        embedding_dim: D, size of the embeddings z.
+        num_prototypes: K.
+
+    Shape: features [N, d] -> z [N, D] of norm 1, scores [N, K], cosines; both at least float32, also under autocast.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int = 2048, embedding_dim: int = 128, num_prototypes: int = 3000) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_features", in_features),
+            ("hidden_features", hidden_features),
+            ("embedding_dim", embedding_dim),
+            ("num_prototypes", num_prototypes),
+        ):
+            check.check_count(name, value)
+        self.projection = nn.Sequential(
+            nn.Linear(in_features, hidden_features), nn.BatchNorm1d(hidden_features), nn.ReLU(), nn.Linear(hidden_features, embedding_dim)
+        )
+        self.prototypes = nn.Linear(embedding_dim, num_prototypes, bias=False)
+        self.normalize_prototypes_()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.projection(features)
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+            return z, self.prototypes(z)
+
+    @torch.no_grad()
+    def normalize_prototypes_(self) -> None:
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+
+@torch.no_grad()
+def sinkhorn_codes(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """The codes q [N, K]: the matrix Q ∝ exp(scores / ε), scaled in turns so that every prototype has as much mass as any other and every
+    row a sum of 1, equations (3)-(5). The last scaling is that of the rows; the prototypes are even but for what it changes.
+
+    Under ``torch.distributed`` the prototypes are balanced over the rows of all ranks together, of which each gets the codes of its own. In
+    log space, so no score and no ε overflows; a sum over ranks is then a log-sum-exp of the ranks' [K] logarithms, which are gathered.
+
+    Args:
+        scores: [N, K] floating point, on every rank at least one row.
+        epsilon: ε > 0; the smaller, the sharper.
+        iterations: turns, at least 1.
+
+    Returns:
+        q [N, K], float32 (float64 for float64 scores), without gradient.
+    """
+    if scores.ndim != 2 or 0 in scores.shape or not scores.is_floating_point():
+        raise ValueError(f"scores is {scores.dtype} of shape {list(scores.shape)}; it should be floating point of shape [N, K], N, K > 0")
+    check.check_positive("epsilon", epsilon)
+    check.check_count("iterations", iterations)
+    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    for _ in range(iterations):
+        # Constant factors, 1/K and the number of rows among them, cancel in the scaling that follows.
+        log_q = log_q - all_gather_rows(log_q.logsumexp(dim=0, keepdim=True)).logsumexp(dim=0)
+        log_q = log_q.log_softmax(dim=1)
+    return log_q.exp()
