@@ -60,8 +60,9 @@ def test_table_and_plot(tmp_path):
     result = run(small_case())
     row = report.table([result]).splitlines()[-1]
     assert "`instance_matching`" in row and "B=2 K=3" in row and row.count("|") == report.table([result]).splitlines()[0].count("|")
-    report.plot([result], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    names = report.plot([result], tmp_path / "plot.json", measure.Rates(1e9, {"float32": 1e9}))
+    assert names == ["plot.png", "plot-roofline.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
 def test_results_are_written_with_machine_and_versions(tmp_path, monkeypatch, capsys):
@@ -100,3 +101,32 @@ def test_one_op_of_a_family(tmp_path, monkeypatch, capsys):
     assert [each["op"] for each in json.loads((tmp_path / "cpu.json").read_text())["results"]] == ["unfold"]
     assert bench.main([*arguments, "--op", "fold"]) == 1
     assert "no case of these families is of 'fold'" in capsys.readouterr().err
+
+
+def test_comparison_with_earlier_results(tmp_path, monkeypatch, capsys):
+    """By time over the floor of the same run, case by case."""
+    monkeypatch.setattr(memory, "cases", lambda **options: iter([small_case(), small_case(op="unfold")]))
+    monkeypatch.setattr(measure, "device_rates", lambda device, dtypes: measure.Rates(1e9, {"float32": 1e9}))
+    out = tmp_path / "cpu.json"
+    arguments = ["memory", "--seconds", "0.05", "--out", str(out)]
+    assert bench.main(arguments) == 0
+    old = json.loads(out.read_text())
+    old["results"] = old["results"][:1]
+    old["results"][0]["ours"]["median"] /= 1e4
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    capsys.readouterr()
+    assert bench.main([*arguments, "--compare", str(tmp_path / "old.json")]) == 0
+    assert capsys.readouterr().out.count("instance_matching forward B=2 K=3 float32 |") == 1
+    assert bench.main([*arguments, "--compare", str(tmp_path / "old.json"), "--fail-if-slower", "1.5"]) == 3
+    assert "1 of 1 cases got slower by more than 1.5" in capsys.readouterr().err
+    assert bench.main([*arguments, "--compare", str(out), "--fail-if-slower", "1e6"]) == 0
+    for wrong in (["--fail-if-slower", "1.5"], ["--compare", str(tmp_path / "none.json")]):
+        with pytest.raises(SystemExit):
+            bench.main([*arguments, *wrong])
+
+
+def test_families_are_measured_apart(tmp_path):
+    out = tmp_path / "cpu.json"
+    assert bench.main(["graph", "pairs", "--quick", "--seconds", "0", "--op", "pair_focal_loss", "--out", str(out)]) == 0
+    assert {each["op"] for each in json.loads(out.read_text())["results"]} == {"pair_focal_loss"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-roofline.png", "cpu.json", "cpu.md", "cpu.png"]

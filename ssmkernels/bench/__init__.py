@@ -21,46 +21,41 @@ FAMILIES = ("memory", "graph", "pairs", "ranking")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ssmkernels bench", description="Measure the ops beside their peers.")
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all)")
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all, a process each)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--op", metavar="NAME", help="only this op of the families")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
     parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="results; a table and a plot go beside it (default: runs/bench/DEVICE.json)"
+        "--out", type=Path, metavar="FILE.json", help="results; a table and plots go beside it (default: runs/bench/DEVICE.json)"
+    )
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say how much each case got slower since these results")
+    parser.add_argument(
+        "--fail-if-slower", type=float, metavar="RATIO", help="with --compare: exit with 3 if a time over its floor grew by more than this"
     )
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:
         parser.error(f"unknown family {unknown[0]!r}; there is {', '.join(FAMILIES)}")
+    if args.fail_if_slower is not None and (args.compare is None or not args.fail_if_slower > 0):
+        parser.error("--fail-if-slower is a positive ratio and needs --compare")
+    if args.compare is not None and not args.compare.is_file():
+        parser.error(f"--compare: there is no file {args.compare}")
 
     import torch
 
-    from ssmkernels.bench import case, graph, measure, memory, pairs, ranking, report
-
-    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking}
+    from ssmkernels.bench import report
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)
         return 1
-    dtype, out = getattr(torch, args.dtype), args.out or Path(f"runs/bench/{args.device}.json")
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
-    rates = measure.device_rates(args.device, {args.dtype: dtype})
-    print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
-    results: list[case.Result] = []
-    try:
-        for family in args.families or FAMILIES:
-            for each in rooms[family].cases(device=args.device, dtype=dtype, quick=args.quick):
-                if args.op not in (None, each.op):
-                    continue
-                torch.compiler.reset()  # every size is compiled for itself, as its user would have it
-                results.append(
-                    case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True))
-                )
-                _write(out, _document(args, argv, rates, results))
-    except KeyboardInterrupt:
-        print("stopped; what was measured so far:", file=sys.stderr)
+    out = args.out or Path(f"runs/bench/{args.device}.json")
+    before = None if args.compare is None else _read(args.compare)[1]  # it may be the file that is written
+    if len(args.families) == 1:
+        rates, results = _measure(args, argv, out)
+    else:
+        rates, results = _measure_apart(args, argv, out)
     if not results:
         print(
             "ssmkernels bench: nothing was measured" + (f"; no case of these families is of {args.op!r}" if args.op else ""),
@@ -69,9 +64,77 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print("\n" + report.table(results))
     out.with_suffix(".md").write_text(report.table(results) + "\n")
-    plots = report.plot(results, out)
+    plots = report.plot(results, out, rates)
     print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
-    return 0
+    if before is None:
+        return 0
+    changes = report.compare(results, before)
+    print("\n" + report.comparison_table(changes))
+    slower = [label for label, change in changes.items() if args.fail_if_slower is not None and change > args.fail_if_slower]
+    if slower:
+        print(f"ssmkernels bench: {len(slower)} of {len(changes)} cases got slower by more than {args.fail_if_slower}", file=sys.stderr)
+    return 3 if slower else 0
+
+
+def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tuple[Rates, list[Result]]:
+    """One family in this process."""
+    import torch
+
+    from ssmkernels.bench import case, graph, measure, memory, pairs, ranking
+
+    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking}
+    (family,) = args.families
+    dtype = getattr(torch, args.dtype)
+    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
+    rates = measure.device_rates(args.device, {args.dtype: dtype})
+    print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
+    results: list[Result] = []
+    try:
+        for each in rooms[family].cases(device=args.device, dtype=dtype, quick=args.quick):
+            if args.op not in (None, each.op):
+                continue
+            torch.compiler.reset()  # every size is compiled for itself, as its user would have it
+            results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True)))
+            _write(out, _document(args, argv, rates, results))
+    except KeyboardInterrupt:
+        print("stopped; what was measured so far:", file=sys.stderr)
+    return rates, results
+
+
+def _measure_apart(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tuple[Rates, list[Result]]:
+    """Each family in a process of its own, so that none inherits another's memory, threads or compiled code."""
+    from ssmkernels.bench.measure import Rates
+
+    rates, results = Rates(0.0, {}), []
+    for family in args.families or FAMILIES:
+        part = out.with_name(f"{out.stem}-{family}.part.json")
+        command = [sys.executable, "-m", "ssmkernels", "bench", family, "--device", args.device, "--dtype", args.dtype]
+        command += ["--seconds", str(args.seconds), "--out", str(part), *(["--quick"] if args.quick else [])]
+        command += ["--op", args.op] if args.op else []
+        process = subprocess.Popen(command)
+        try:
+            process.wait()
+            stopped = False
+        except KeyboardInterrupt:  # the process of the family gets it too, and writes what it has
+            process.wait()
+            stopped = True
+        if part.exists():
+            rates, measured = _read(part)
+            results += measured
+            _write(out, _document(args, argv, rates, results))
+            for made in out.parent.glob(f"{part.stem}*"):
+                made.unlink()
+        if stopped:
+            break
+    return rates, results
+
+
+def _read(path: Path) -> tuple[Rates, list[Result]]:
+    from ssmkernels.bench.case import Result
+    from ssmkernels.bench.measure import Rates
+
+    document = json.loads(path.read_text())
+    return Rates(**document["rates"]), [Result.from_json(each) for each in document["results"]]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -45,6 +45,19 @@ class Result:
     floor: float
     """Seconds: on the CPU the products' time where there are some; otherwise, and on CUDA, the larger of flops and bytes."""
     extra_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    flops: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Result:
+        """What ``dataclasses.asdict`` made of a result."""
+        peers = {name: Timing(**timing) for name, timing in values["peers"].items()}
+        products = None if values["products"] is None else Timing(**values["products"])
+        return cls(**(dict(values) | {"ours": Timing(**values["ours"]), "peers": peers, "products": products}))
+
+    def label(self) -> str:
+        size = " ".join(f"{key}={value:,}" for key, value in self.size.items())
+        return f"{self.op} {self.phase} {size} {self.dtype}"
 
     def ratio(self, peer: str) -> float:
         """How many times longer the peer takes."""
@@ -79,6 +92,8 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
         products=products,
         floor=floor,
         extra_bytes=extra,
+        flops=case.flops,
+        bytes=case.bytes,
     )
     label = " ".join(f"{key}={value:,}" for key, value in case.size.items())
     ratios = ", ".join(f"{result.ratio(peer):.1f}x {peer}" for peer in case.peers)

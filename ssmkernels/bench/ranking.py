@@ -48,9 +48,10 @@ def _rows(count: int, dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor
 
 def _pair_products(rows: Tensor) -> dict[str, Function]:
     rows = rows.detach()
-    weights = rows @ rows.t() if rows.shape[0] ** 2 <= PEER_PAIRS else None
-    products = {"distances": lambda: torch.mm(rows, rows.t())}
-    return {} if weights is None else products | {"gradient": lambda: torch.mm(weights, rows)}
+    if rows.shape[0] ** 2 > PEER_PAIRS:
+        return {}
+    weights = rows @ rows.t()
+    return {"distances": lambda: torch.mm(rows, rows.t()), "gradient": lambda: torch.mm(weights, rows)}
 
 
 def _loss_case(count: int, dim: int, margin: float, phase: str, device: str, dtype: torch.dtype) -> Case:

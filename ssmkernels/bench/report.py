@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ssmkernels.bench.case import Result
+from ssmkernels.bench.measure import Rates
 
 
 def _memory(size: int | None) -> str:
@@ -42,8 +43,22 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Sequence[Result], out: Path) -> list[str]:
-    """A plot of each family that was measured, beside ``out``; their names."""
+def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, float]:
+    """By how much each case that both runs have got slower, by its label: the ratio of its times over the floors of their own runs.
+
+    Absolute times of two runs tell more of the machine's other work than of ours; floors are measured beside the op.
+    """
+    shares = {each.label(): each.share_of_floor() for each in before}
+    return {each.label(): shares[each.label()] / each.share_of_floor() for each in results if each.label() in shares}
+
+
+def comparison_table(changes: Mapping[str, float]) -> str:
+    lines = ["| case | time over floor, to what it was |", "|---|---|"]
+    return "\n".join(lines + [f"| {label} | {change:.2f}x |" for label, change in sorted(changes.items(), key=lambda each: -each[1])])
+
+
+def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
+    """A plot of each family that was measured and a roofline of all cases, beside ``out``; their names."""
     figures = {
         "memory": _plot_memory(results),
         "graph": _plot_graph(results),
@@ -54,17 +69,40 @@ def plot(results: Sequence[Result], out: Path) -> list[str]:
     paths = {family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png") for family in drawn}
     for family, path in paths.items():
         drawn[family].savefig(path, dpi=110)
-    return [path.name for path in paths.values()]
+    roofline = out.with_name(f"{out.stem}-roofline.png")
+    _plot_roofline(results, rates).savefig(roofline, dpi=110)
+    return [*(path.name for path in paths.values()), roofline.name]
 
 
-def _new_figure(title: str) -> tuple[Any, Any]:
+def _plot_roofline(results: Sequence[Result], rates: Rates) -> Any:
+    """The rate of every case against its arithmetic intensity, below what the copy rate and the rate of matrix products allow.
+
+    A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare some.
+    """
+    figure, axes = _new_figure("roofline: flops of the plain algorithm", panels=1)
+    chosen = [r for r in results if r.flops and r.bytes]
+    intensities = [r.flops / r.bytes for r in chosen] or [1.0]
+    ends = min(intensities) / 2, max(intensities) * 2
+    for dtype, matmul in rates.matmul.items():
+        line = [ends[0], min(max(matmul / rates.copy, ends[0]), ends[1]), ends[1]]
+        axes.plot(line, [min(matmul, x * rates.copy) / 1e9 for x in line], "k-", label=f"copy rate, matrix products in {dtype}")
+    for op in dict.fromkeys(r.op for r in chosen):
+        points = [(r.flops / r.bytes, r.flops / r.ours.median / 1e9) for r in chosen if r.op == op]
+        axes.plot(*zip(*points, strict=True), "o", label=op)
+    axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _new_figure(title: str, panels: int = 2) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    return figure, figure.subplots(1, 2)
+    return figure, figure.subplots(1, panels)
 
 
 def _plot_memory(results: Sequence[Result]) -> Any:

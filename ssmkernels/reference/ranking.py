@@ -56,7 +56,8 @@ def pair_ranking_loss(
 ) -> Tensor:
     """Pairs with equal labels are positives, with different labels negatives."""
     embeddings = _computed(embeddings)
-    others, other_labels = (embeddings, labels) if references is None else (_computed(references), reference_labels)
+    others = embeddings if references is None else _computed(references)
+    other_labels = labels if reference_labels is None else reference_labels
     # Differences, not products: exact for close pairs, and the gradient of a distance 0 is 0.
     distances = torch.cdist(embeddings, others, compute_mode="donot_use_mm_for_euclid_dist")
     same, different = labels[:, None] == other_labels, labels[:, None] != other_labels

@@ -5,6 +5,10 @@ from ssmkernels.trainers.loop import RunConfig, RunResult
 from ssmkernels.trainers.mixed_lp import CollectionConfig, MixedLP, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.mlsn import MLSN, MLSNConfig, RampConfig, train_mlsn
 from ssmkernels.trainers.simmatch import DataConfig, SimMatch, SimMatchConfig, train_simmatch
+from ssmkernels.trainers.slade import Slade, concatenated_retrieval, train_folds, train_slade
+from ssmkernels.trainers.slade_config import SladeConfig
+from ssmkernels.trainers.slade_data import SladeDataConfig
+from ssmkernels.trainers.swav import SwAV, SwAVConfig, SwAVDataConfig, train_swav
 
 __all__ = [
     "MLSN",
@@ -18,7 +22,17 @@ __all__ = [
     "RunResult",
     "SimMatch",
     "SimMatchConfig",
+    "Slade",
+    "SladeConfig",
+    "SladeDataConfig",
+    "SwAV",
+    "SwAVConfig",
+    "SwAVDataConfig",
+    "concatenated_retrieval",
+    "train_folds",
     "train_mixed_lp",
     "train_mlsn",
     "train_simmatch",
+    "train_slade",
+    "train_swav",
 ]

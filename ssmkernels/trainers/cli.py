@@ -18,6 +18,10 @@ from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.mlsn import MLSNConfig, train_mlsn
 from ssmkernels.trainers.simmatch import SimMatchConfig, train_simmatch
+from ssmkernels.trainers.slade import SELECTED_BY as SLADE_SELECTED_BY
+from ssmkernels.trainers.slade import train_slade
+from ssmkernels.trainers.slade_config import SladeConfig
+from ssmkernels.trainers.swav import SwAVConfig, train_swav
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -42,6 +46,14 @@ METHODS = {
     "simmatch": Method(
         SimMatchConfig, train_simmatch, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_accuracy", "student_accuracy")
     ),
+    "slade": Method(
+        SladeConfig,
+        train_slade,
+        lambda config: f"{config.data.name}-{config.student}",
+        ("test_MAP@R", "test_RP", "test_P@1"),
+        best=SLADE_SELECTED_BY,
+    ),
+    "swav": Method(SwAVConfig, train_swav, lambda config: f"{config.data.name}-{config.backbone}", ("test_MAP@R", "test_RP", "test_P@1")),
 }
 
 

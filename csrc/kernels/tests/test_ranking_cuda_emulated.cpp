@@ -1,0 +1,569 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// The CUDA kernels of the ranking family against loops over pairs in double precision, run by the emulator in cuda_emulator/. Inputs,
+// outputs and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../common/mma.cuh"
+#include "../ranking/mined_pair_ranking_loss.h"
+#include "../ranking/pair_ranking_loss.h"
+#include "../ranking/similarity_moments.h"
+
+namespace {
+
+using namespace ssmkernels;
+
+int passed = 0, failed = 0;
+std::string context;
+
+void check(bool good, const char* what, double figure = 0) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
+}
+
+void succeeds(const char* error) {
+  check(!error, error ? error : "");
+}
+
+using Values = std::vector<double>;
+
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(size_t count) : count_(count) {
+    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
+    room_ = (bytes + page - 1) / page * page + page;
+    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(memory_ + room_ - page, page, PROT_NONE);
+    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
+    std::memset(static_cast<void*>(data_), 0xff, bytes);
+  }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() {
+    munmap(memory_, room_);
+  }
+  T* data() const {
+    return data_;
+  }
+  size_t size() const {
+    return count_;
+  }
+  T& operator[](size_t i) const {
+    return data_[i];
+  }
+  bool same_bits(const Guarded& other) const {
+    return count_ == other.count_ && std::memcmp(data_, other.data_, count_ * sizeof(T)) == 0;
+  }
+
+ private:
+  size_t count_, room_;
+  unsigned char* memory_;
+  T* data_;
+};
+
+double norm(const Values& x) {
+  double sum = 0;
+  for (double v : x) sum += v * v;
+  return std::sqrt(sum);
+}
+
+template <class Real>
+void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
+  Values difference(expected.size());
+  for (size_t i = 0; i < expected.size() && i < out.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
+  const double error = norm(difference), size = std::max(norm(expected), scale);
+  check(out.size() == expected.size() && error <= tolerance * size + 1e-40, what, error / size);
+}
+
+struct Setup {
+  const char* name;
+  double loss;       // relative error
+  double gradients;  // in the norm
+  double moments;
+};
+
+enum class Spread {
+  wide,      // normal, distances about 1.4
+  repeated,  // every third row is the one before
+  point,     // all near one point
+  clusters   // two tight ones far apart
+};
+
+struct Shape {
+  int64_t rows, references, dim;  // references −1: pairs of rows
+  int64_t classes;                // 0: every label is another
+  Spread spread = Spread::wide;
+  double positive_margin = 0, negative_margin = 1.4;
+  int64_t basis_dim = 0;  // mined
+  double positive_threshold = 0.2, negative_threshold = -0.1;
+  bool brief = false;  // one reduction, once
+};
+
+template <class Storage>
+void fill(const Guarded<Storage>& out, int64_t rows, int64_t dim, Spread spread, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  std::normal_distribution<double> normal;
+  const auto put = [&](int64_t i, int64_t c, double x) { out[i * dim + c] = cuda::from_real<Storage>(static_cast<Real>(x)); };
+  const double scale = 1 / std::sqrt(static_cast<double>(dim));
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < dim; ++c) {
+      const double x = normal(random) * scale;
+      if (spread == Spread::repeated && i % 3 == 2)
+        out[i * dim + c] = out[(i - 1) * dim + c];
+      else if (spread == Spread::point)
+        put(i, c, (1 + 0.3 * (c % 5)) + x * 0.02);
+      else if (spread == Spread::clusters)
+        put(i, c, (i % 2 ? 1 : -1) * (1 + 0.3 * (c % 5)) + x * 0.02);
+      else
+        put(i, c, x);
+    }
+}
+
+struct Labels {
+  Guarded<int64_t> labels, order, sorted;
+
+  Labels(int64_t count, int64_t classes, std::mt19937& random) : labels(count), order(count), sorted(count) {
+    for (int64_t i = 0; i < count; ++i)
+      labels[i] = (int64_t{1} << 40) + (classes == 0 ? i * 7 % 1009 : static_cast<int64_t>(random() % classes));
+    std::iota(order.data(), order.data() + count, 0);
+    std::stable_sort(order.data(), order.data() + count, [&](int64_t a, int64_t b) { return labels[a] < labels[b]; });
+    for (int64_t i = 0; i < count; ++i) sorted[i] = labels[order[i]];
+  }
+};
+
+template <class Storage>
+double value(const Guarded<Storage>& matrix, int64_t at) {
+  return cuda::to_real(matrix[at]);
+}
+
+template <class Storage>
+struct Problem {
+  using Real = Compute<Storage>;
+  Shape shape;
+  bool with_references;
+  int64_t others;
+  Guarded<Storage> rows, references, basis;
+  Guarded<Real> thresholds;
+  Labels labels, reference_labels;
+
+  Problem(const Shape& s, std::mt19937& random)
+      : shape(s),
+        with_references(s.references >= 0),
+        others(with_references ? s.references : s.rows),
+        rows(s.rows * s.dim),
+        references(with_references ? s.references * s.dim : 0),
+        basis(s.rows * s.basis_dim),
+        thresholds(2),
+        labels(s.rows, s.classes, random),
+        reference_labels(with_references ? s.references : 0, s.classes, random) {
+    fill(rows, s.rows, s.dim, s.spread, random);
+    if (with_references) {
+      fill(references, s.references, s.dim, s.spread, random);
+      if (s.spread == Spread::repeated && s.rows > 0 && s.references > 0)
+        for (int64_t c = 0; c < s.dim; ++c) references[c] = rows[c];
+    }
+    if (s.basis_dim > 0) {
+      fill(basis, s.rows, s.basis_dim, Spread::wide, random);
+      if (s.rows > 4)
+        for (int64_t c = 0; c < s.basis_dim; ++c) basis[4 * s.basis_dim + c] = Storage{};  // its cosines are 0
+      thresholds[0] = static_cast<Real>(s.positive_threshold);
+      thresholds[1] = static_cast<Real>(s.negative_threshold);
+    }
+  }
+
+  RankingPairs<Storage> pairs() const {
+    return {rows.data(),          with_references ? references.data() : nullptr, shape.rows, others, shape.dim, shape.positive_margin,
+            shape.negative_margin};
+  }
+  RankingLabels ordered() const {
+    return {labels.order.data(), labels.sorted.data(), with_references ? reference_labels.order.data() : nullptr,
+            with_references ? reference_labels.sorted.data() : nullptr};
+  }
+  RankingBasis<Storage> mined() const {
+    return {basis.data(), shape.basis_dim, thresholds.data()};
+  }
+  bool is_mined() const {
+    return shape.basis_dim > 0;
+  }
+  const char* loss(const RankingLoss<Real>& out, void* workspace) const {
+    return is_mined() ? cuda::mined_pair_ranking_loss(pairs(), mined(), out, workspace, nullptr)
+                      : cuda::pair_ranking_loss(pairs(), ordered(), out, workspace, nullptr);
+  }
+  const char* backward(const RankingGradients<Real>& out, void* workspace) const {
+    return is_mined() ? cuda::mined_pair_ranking_loss_backward(pairs(), mined(), out, workspace, nullptr)
+                      : cuda::pair_ranking_loss_backward(pairs(), ordered(), out, workspace, nullptr);
+  }
+  // Row i in the order of the sweep.
+  int64_t at(int64_t position) const {
+    return is_mined() ? position : labels.order[position];
+  }
+  int64_t other_at(int64_t position) const {
+    return with_references ? reference_labels.order[position] : at(position);
+  }
+  double other(int64_t j, int64_t c) const {
+    return with_references ? value(references, j * shape.dim + c) : value(rows, j * shape.dim + c);
+  }
+  double distance(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int64_t c = 0; c < shape.dim; ++c) {
+      const double x = value(rows, i * shape.dim + c) - other(j, c);
+      sum += x * x;
+    }
+    return std::sqrt(sum);
+  }
+  double cosine(int64_t i, int64_t j) const {
+    double sum = 0, left = 0, right = 0;
+    for (int64_t c = 0; c < shape.basis_dim; ++c) {
+      const double a = value(basis, i * shape.basis_dim + c), b = value(basis, j * shape.basis_dim + c);
+      sum += a * b, left += a * a, right += b * b;
+    }
+    return sum / (std::max(std::sqrt(left), 1e-12) * std::max(std::sqrt(right), 1e-12));
+  }
+};
+
+template <class Storage>
+struct Reference {
+  double sums[2] = {}, pairs[2] = {}, nonzero[2] = {};
+  std::vector<uint8_t> active;  // [row, other]: bit 0 a positive with a loss, bit 1 a negative
+  Values distances;
+
+  explicit Reference(const Problem<Storage>& in) : active(in.shape.rows * in.others), distances(active.size()) {
+    for (int64_t i = 0; i < in.shape.rows; ++i)
+      for (int64_t j = 0; j < in.others; ++j) {
+        if (!in.with_references && i == j) continue;
+        const bool same = !in.is_mined() && in.labels.labels[i] == (in.with_references ? in.reference_labels : in.labels).labels[j];
+        const double s = in.is_mined() ? in.cosine(i, j) : 0;
+        const bool kinds[2] = {in.is_mined() ? s >= in.thresholds[0] : same, in.is_mined() ? s <= in.thresholds[1] : !same};
+        const double d = distances[i * in.others + j] = in.distance(i, j);
+        const double excess[2] = {d - in.shape.positive_margin, in.shape.negative_margin - d};
+        for (int kind = 0; kind < 2; ++kind) {
+          if (!kinds[kind]) continue;
+          pairs[kind] += 1;
+          if (!(excess[kind] > 0)) continue;
+          nonzero[kind] += 1;
+          sums[kind] += excess[kind];
+          active[i * in.others + j] |= 1 << kind;
+        }
+      }
+  }
+
+  double weight(Reduction reduction, int kind) const {
+    const double count = reduction == Reduction::mean ? pairs[kind] : nonzero[kind];
+    return reduction == Reduction::sum ? 1 : count > 0 ? 1 / count : 0;
+  }
+  double loss(Reduction reduction) const {
+    return weight(reduction, 0) * sums[0] + weight(reduction, 1) * sums[1];
+  }
+  // Returns the norm of what they sum.
+  double gradients(const Problem<Storage>& in, Reduction reduction, double grad, Values& rows, Values& references) const {
+    const int64_t d = in.shape.dim;
+    Values terms;
+    rows.assign(in.shape.rows * d, 0);
+    references.assign(in.others * d, 0);
+    for (int64_t i = 0; i < in.shape.rows; ++i)
+      for (int64_t j = 0; j < in.others; ++j) {
+        const int kinds = active[i * in.others + j];
+        const double distance = distances[i * in.others + j];
+        if (kinds == 0 || distance == 0) continue;
+        const double k = grad * ((kinds & 1 ? weight(reduction, 0) : 0) - (kinds & 2 ? weight(reduction, 1) : 0)) / distance;
+        terms.push_back(k * distance);
+        for (int64_t c = 0; c < d; ++c) {
+          const double x = k * (value(in.rows, i * d + c) - in.other(j, c));
+          rows[i * d + c] += x;
+          (in.with_references ? references : rows)[j * d + c] -= x;
+        }
+      }
+    return norm(terms);
+  }
+};
+
+template <class Storage>
+struct Output {
+  using Real = Compute<Storage>;
+  Guarded<Real> loss, weights, rows, references;
+  Guarded<uint8_t> active;
+
+  explicit Output(const Problem<Storage>& in)
+      : loss(1),
+        weights(2),
+        rows(in.rows.size()),
+        references(in.references.size()),
+        active((in.shape.rows + 31) / 32 * ((in.others + 31) / 32)) {
+    std::fill(active.data(), active.data() + active.size(), 0);  // whoever reads a flag that is not written finds nothing active
+  }
+  bool same_bits(const Output& other) const {
+    return loss.same_bits(other.loss) && weights.same_bits(other.weights) && rows.same_bits(other.rows) &&
+           references.same_bits(other.references) && active.same_bits(other.active);
+  }
+  void run(const Problem<Storage>& in, Reduction reduction, const Guarded<Real>& grad) const {
+    Guarded<char> workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, false));
+    succeeds(in.loss({reduction, loss.data(), weights.data(), active.data()}, workspace.data()));
+    backward(in, grad);
+  }
+  void backward(const Problem<Storage>& in, const Guarded<Real>& grad) const {
+    Guarded<char> workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, true));
+    succeeds(in.backward({grad.data(), weights.data(), active.data(), rows.data(), in.with_references ? references.data() : nullptr},
+                         workspace.data()));
+  }
+};
+
+template <class Storage>
+void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  const Problem<Storage> problem(shape, random);
+  const Reference<Storage> reference(problem);
+  Guarded<Real> grad(1);
+  grad[0] = Real(-1.75);
+  for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
+    if (shape.brief && reduction != Reduction::mean_nonzero) break;
+    context = std::string(setup.name) + " n " + std::to_string(shape.rows) + " m " + std::to_string(shape.references) + " d " +
+              std::to_string(shape.dim) + " classes " + std::to_string(shape.classes) + " spread " +
+              std::to_string(static_cast<int>(shape.spread)) + " margins " + std::to_string(shape.positive_margin) + " " +
+              std::to_string(shape.negative_margin) + " basis " + std::to_string(shape.basis_dim) + " reduction " +
+              std::to_string(static_cast<int>(reduction));
+    const Output<Storage> out(problem);
+    out.run(problem, reduction, grad);
+    if (!shape.brief) {
+      const Output<Storage> again(problem);
+      emulator::first_phase = 1;
+      again.run(problem, reduction, grad);
+      emulator::first_phase = 0;
+      check(out.same_bits(again), "the same bits in another order of warps");
+    }
+
+    compare(out.loss, {reference.loss(reduction)}, setup.loss, "loss");
+    for (int kind = 0; kind < 2; ++kind) {
+      const double weight = reference.weight(reduction, kind);
+      check(std::fabs(out.weights[kind] - weight) <= 1e-7 * weight, "weight", out.weights[kind] / weight);
+    }
+    Values rows, references;
+    const double terms = reference.gradients(problem, reduction, grad[0], rows, references);
+    const double scale = shape.dim == 1 ? terms : 0;  // in one dimension they cancel
+    compare(out.rows, rows, setup.gradients, "∂rows", scale);
+    if (problem.with_references) compare(out.references, references, setup.gradients, "∂references", scale);
+
+    const int64_t across = (problem.others + 31) / 32;
+    std::vector<uint8_t> tiles(out.active.size());
+    for (int64_t i = 0; i < shape.rows; ++i)
+      for (int64_t j = problem.with_references ? 0 : i + 1; j < problem.others; ++j)
+        tiles[i / 32 * across + j / 32] |= reference.active[problem.at(i) * problem.others + problem.other_at(j)] != 0;
+    bool right = true;
+    for (int64_t i = 0; i < (shape.rows + 31) / 32; ++i)
+      for (int64_t j = problem.with_references ? 0 : i; j < across; ++j)
+        right &= (out.active[i * across + j] != 0) == (tiles[i * across + j] != 0);
+    check(right, "active tiles");
+
+    std::fill(out.active.data(), out.active.data() + out.active.size(), 0);
+    out.backward(problem, grad);
+    check(std::all_of(out.rows.data(), out.rows.data() + out.rows.size(), [](Real x) { return x == 0; }) &&
+              std::all_of(out.references.data(), out.references.data() + out.references.size(), [](Real x) { return x == 0; }),
+          "nothing from tiles that are not active");
+  }
+}
+
+template <class Storage>
+void test_losses(const Setup& setup) {
+  std::mt19937 random(77);
+  const auto test = [&](const Shape& shape) { test_loss<Storage>(setup, shape, random); };
+  test({1, -1, 3, 1});
+  test({3, -1, 1, 2});
+  test({17, -1, 3, 3});
+  test({33, -1, 17, 5, Spread::repeated});
+  test({65, -1, 64, 1});
+  test({65, -1, 33, 0});
+  test({123, -1, 130, 7, Spread::repeated, 0.2, 1.3});
+  test({200, -1, 17, 30, Spread::wide, -0.1, 0.7});  // a positive counts at distance 0
+  test({200, -1, 300, 12, Spread::wide, 1.35, 1.3});
+  test({70, -1, 5, 4, Spread::repeated, 0, -0.5});  // no negative counts
+  test({66, -1, 40, 4, Spread::point, 0.01, 0.03});
+  test({66, -1, 40, 4, Spread::clusters, 0.01, 0.03});
+  test({66, -1, 40, 4, Spread::clusters, 0, 5});
+  test({130, -1, 20, 40, Spread::wide, 0, 0.3});  // few tiles are active
+  test({3, -1, 2048, 2});
+  test({1, 1, 1, 1});
+  test({3, 17, 17, 2});
+  test({65, 33, 130, 5, Spread::repeated, 0.1, 1.3});
+  test({33, 200, 64, 9, Spread::clusters, 0.01, 0.03});
+  test({200, 65, 20, 40, Spread::wide, 0, 0.4});
+  // Several tiles of K to a block, for one and more chunks of the second product, with and without close pairs.
+  for (const Spread spread : {Spread::wide, Spread::clusters})
+    for (const int64_t dim : {20, 130}) {
+      Shape shape{33, 2200, dim, 5, spread, 0, 5};
+      shape.brief = true;
+      test(shape);
+    }
+  if constexpr (sizeof(Storage) == 4) {  // several tiles to a block, and to a lane that looks for active ones
+    Shape shape{64, 65700, 1, 0};
+    shape.negative_margin = 0.001;
+    shape.brief = true;
+    test(shape);
+  }
+  test({0, -1, 5, 1});
+  test({0, 5, 5, 1});
+  test({5, 0, 5, 1});
+  // mined
+  test({1, -1, 3, 1, Spread::wide, 0, 1.4, 3});
+  test({17, -1, 3, 1, Spread::wide, 0, 1.4, 1, 0.5, 0.5});
+  test({65, -1, 33, 1, Spread::repeated, 0.1, 1.4, 20});
+  test({123, -1, 64, 1, Spread::point, 0.01, 0.03, 64, 0.05, 0.1});  // some pairs are both
+  test({130, -1, 130, 1, Spread::wide, 1.4, 1.35, 17, 0.9, -0.9});
+  test({40, -1, 7, 1, Spread::wide, 0, 1.4, 130, 0, 0});
+  test({0, -1, 5, 1, Spread::wide, 0, 1.4, 3});
+}
+
+// NaN in a row shows in the loss, and in the gradients of all rows that have pairs with it.
+template <class Storage>
+void test_not_finite(const Setup& setup) {
+  using Real = Compute<Storage>;
+  for (const int64_t basis_dim : {0, 5}) {
+    context = std::string(setup.name) + " NaN";
+    std::mt19937 random(3);
+    Shape shape{70, -1, 9, 7};
+    shape.basis_dim = basis_dim;
+    shape.positive_threshold = shape.negative_threshold = 0;
+    Problem<Storage> problem(shape, random);
+    problem.rows[40 * 9 + 3] = cuda::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+    Guarded<Real> grad(1);
+    grad[0] = 1;
+    for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
+      const Output<Storage> out(problem);
+      out.run(problem, reduction, grad);
+      check(std::isnan(out.loss[0]), "loss");
+      check(std::isnan(out.rows[40 * 9]) && std::isnan(out.rows[0]), "gradient");
+      check(std::isfinite(out.weights[0]) && std::isfinite(out.weights[1]), "weights");
+    }
+  }
+}
+
+// ---- moments
+
+template <class Storage>
+void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spread spread, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  context = std::string(setup.name) + " moments n " + std::to_string(n) + " d " + std::to_string(d) + " classes " +
+            std::to_string(classes) + " spread " + std::to_string(static_cast<int>(spread));
+  Guarded<Storage> features(n * d);
+  fill(features, n, d, spread, random);
+  if (n > 5)
+    for (int64_t c = 0; c < d; ++c) features[5 * d + c] = Storage{};
+  const Labels labels(n, classes, random);
+  const LabeledFeatures<Storage> in{features.data(), labels.order.data(), labels.sorted.data(), n, d};
+
+  Values unit(n * d), norms(n), cosines(n * n);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < d; ++c) norms[i] += value(features, i * d + c) * value(features, i * d + c);
+    norms[i] = norms[i] > 0 ? std::sqrt(norms[i]) : std::numeric_limits<double>::infinity();  // zeros have no direction
+    for (int64_t c = 0; c < d; ++c) unit[i * d + c] = value(features, i * d + c) / norms[i];
+  }
+  double counts[2] = {};
+  Values expected(4);
+  const auto kind = [&](int64_t i, int64_t j) { return labels.labels[i] == labels.labels[j] ? 0 : 1; };
+  const auto each = [&](auto f) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        if (i != j) f(i, j, kind(i, j));
+  };
+  each([&](int64_t i, int64_t j, int k) {
+    double sum = 0;
+    for (int64_t c = 0; c < d; ++c) sum += unit[i * d + c] * unit[j * d + c];
+    cosines[i * n + j] = sum;
+    counts[k] += 1;
+    expected[2 * k] += sum;
+  });
+  for (int k = 0; k < 2; ++k) expected[2 * k] /= std::max(counts[k], 1.0);
+  each([&](int64_t i, int64_t j, int k) {
+    const double apart = cosines[i * n + j] - expected[2 * k];
+    expected[2 * k + 1] += apart * apart / counts[k];
+  });
+
+  Guarded<Real> moments(4), again(4);
+  {
+    Guarded<char> workspace(cuda::similarity_moments_workspace(in, false));
+    succeeds(cuda::similarity_moments(in, moments.data(), workspace.data(), nullptr));
+    Guarded<char> other(cuda::similarity_moments_workspace(in, false));
+    emulator::first_phase = 1;
+    succeeds(cuda::similarity_moments(in, again.data(), other.data(), nullptr));
+    emulator::first_phase = 0;
+  }
+  check(moments.same_bits(again), "the same bits in another order of warps");
+  for (int k = 0; k < 4; ++k) {
+    const double least = k % 2 ? 1e-15 : 1e-12;
+    check(std::fabs(moments[k] - expected[k]) <= setup.moments * std::fabs(expected[k]) + least, "moment",
+          (moments[k] - expected[k]) / expected[k]);
+  }
+
+  Guarded<Real> grads(4), gradient(n * d), gradient_again(n * d);
+  const double given[4] = {1.5, -2, 0.75, 3};
+  for (int k = 0; k < 4; ++k) grads[k] = static_cast<Real>(given[k]);
+  {
+    Guarded<char> workspace(cuda::similarity_moments_workspace(in, true));
+    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr));
+    Guarded<char> other(cuda::similarity_moments_workspace(in, true));
+    emulator::first_phase = 1;
+    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(), nullptr));
+    emulator::first_phase = 0;
+  }
+  check(gradient.same_bits(gradient_again), "the same bits of the gradient in another order of warps");
+  Values slope(n * d), expected_gradient(n * d);
+  each([&](int64_t i, int64_t j, int k) {
+    const double weight = 2 * (given[2 * k] + 2 * given[2 * k + 1] * (cosines[i * n + j] - expected[2 * k])) / counts[k];
+    for (int64_t c = 0; c < d; ++c) slope[i * d + c] += weight * unit[j * d + c];
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    double along = 0;
+    for (int64_t c = 0; c < d; ++c) along += slope[i * d + c] * unit[i * d + c];
+    for (int64_t c = 0; c < d; ++c) expected_gradient[i * d + c] = (slope[i * d + c] - along * unit[i * d + c]) / norms[i];
+  }
+  compare(gradient, expected_gradient, (spread == Spread::point ? 1e4 : 20) * setup.moments, "∂features",
+          d == 1 ? 1 : 0);  // there is none in one dimension
+}
+
+template <class Storage>
+void test_all_moments(const Setup& setup) {
+  std::mt19937 random(5);
+  const auto test = [&](int64_t n, int64_t d, int64_t classes, Spread spread = Spread::wide) {
+    test_moments<Storage>(setup, n, d, classes, spread, random);
+  };
+  test(0, 3, 1);
+  test(1, 3, 1);
+  test(3, 1, 2);
+  test(3, 17, 2);
+  test(17, 17, 3);
+  test(33, 3, 1);
+  test(65, 130, 0);
+  test(65, 64, 4);
+  test(123, 200, 10);
+  test(123, 33, 0);
+  test(200, 70, 3);
+  test(200, 17, 40, Spread::repeated);
+  test(70, 20, 4, Spread::point);
+  test(40, 64, 4, Spread::point);
+  test(330, 5, 2, Spread::clusters);
+}
+
+template <class Storage>
+void test_all(const Setup& setup) {
+  test_losses<Storage>(setup);
+  test_not_finite<Storage>(setup);
+  test_all_moments<Storage>(setup);
+}
+
+}  // namespace
+
+int main() {
+  emulator::shared_limit = 99 * 1024;  // sm_86, sm_89
+  test_all<float>({"float32", 2e-6, 5e-6, 1e-6});
+  test_all<double>({"float64", 1e-13, 1e-12, 1e-12});
+  test_all<bfloat16>({"bfloat16", 2e-6, 5e-4, 1e-6});
+  test_all<float16>({"float16", 2e-6, 5e-4, 1e-6});
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}

@@ -1,0 +1,479 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""SLADE: A Self-Training Framework For Distance Metric Learning (Duan et al., CVPR 2021).
+
+A teacher learns to embed the images of labelled classes. k-means on its embeddings of unlabelled images, of other classes, gives these
+pseudo-labels. A student learns from both sets, together with a feature basis W_a, one vector for every labelled class, whose similarities
+say which pairs of pseudo-labelled images to believe:
+
+    min over θ^s, W_a of L_rank(D^l; θ^s) + λ1 L_rank(D^u; θ^s) + λ2 (L_CE(D^l) + L_SD(D^u))        (L_Basis in the parentheses)
+
+with the pairs of D^u mined: positive from a similarity T1 = μ⁺ on, negative up to T2 = μ⁻, the running means that L_SD keeps. The student
+is the teacher of the next round.
+
+The rows of the ablations are settings of the same trainer: ``student`` is "none" for the teacher alone, "pseudo-labels" for L_rank on the
+pseudo-labels, "basis" for these and L_Basis, "mining" for all of it; ``similarity_loss`` puts another loss in the place of L_SD.
+
+Where the paper is silent: a student starts from the weights that the teacher started from, not from the teacher's. It then owes the teacher
+its pseudo-labels alone and none of its mistakes, and after ``student_steps`` = ``teacher_steps``, the default, it has had as many steps
+as the teacher, so that the rows compare; ``student`` "none" with more ``teacher_steps`` tells what more steps on labelled images would do.
+W_a, the running moments and the optimiser start anew with each student. The teacher is the network at the end of its steps. L_rank is
+one loss in all its places: the multi-similarity loss too is taken over mined pairs, since sums of different losses, whose sizes differ by
+orders of magnitude, would need another λ1. The protocol is that of Musgrave et al. (ECCV 2020), on whose code the paper builds: the last
+classes to test on, the others in class-disjoint folds, one to validate on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ssmkernels import data, metrics, models, ops
+from ssmkernels.distributed import all_gather_rows, all_reduce_mean, broadcast_buffers, gather_rows
+from ssmkernels.nn import (
+    ContrastiveLoss,
+    FeatureBasis,
+    GlobalCrossEntropy,
+    LocalCrossEntropy,
+    MultiSimilarityLoss,
+    SimilarityDistributionLoss,
+)
+from ssmkernels.nn.similarity_distribution import MOMENTS, RunningSimilarityMoments
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.loop import Fabric, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.pseudo_labels import cluster
+from ssmkernels.trainers.slade_config import SladeConfig
+from ssmkernels.trainers.slade_data import held_out_classes, load_images, make_views, split_images
+
+Stage = Literal["teacher", "warm-up", "joint"]
+
+SELECTED_BY = "final_MAP@R"
+"""MAP@R among the validation classes, once the network is trained that the run is for: the last student, or the teacher where there is
+none. 0 before."""
+EVALUATED_EVERY = 200
+"""Steps between evaluations, by default: Musgrave's two epochs of 100."""
+FIGURES = ("MAP@R", "RP", "P@1")
+
+
+class SladeBatch(NamedTuple):
+    """What one step learns from."""
+
+    labeled: data.CollectionBatch
+    pseudo_labeled: data.CollectionBatch | None
+    """None for the teacher."""
+
+
+class Slade:
+    """Self-training, for :func:`ssmkernels.trainers.loop.fit`.
+
+    Args:
+        config: the settings.
+        images: the labelled collection; its classes are split here.
+        fabric: the device, its precision and the other ranks.
+        unlabeled_images: the unlabelled collection where there is one; none is needed for the teacher alone.
+        network: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]); ``config.backbone`` is built if none is given.
+    """
+
+    def __init__(
+        self,
+        config: SladeConfig,
+        images: data.ImageCollection,
+        fabric: Fabric,
+        *,
+        unlabeled_images: data.ImageCollection | None = None,
+        network: nn.Module | None = None,
+    ) -> None:
+        if config.batch_size % (config.per_class * fabric.world_size):
+            raise ValueError(
+                f"batch_size is {config.batch_size}; it should be a multiple of per_class, {config.per_class}, times the "
+                f"{fabric.world_size} ranks"
+            )
+        self.config, self.fabric = config, fabric
+        self.images = split_images(config.data, images, unlabeled_images, seed=config.seed)
+        if config.uses_unlabeled and config.k > len(self.unlabeled):
+            raise ValueError(f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images")
+        self.labels = torch.as_tensor(self.images.labeled.labels, device=fabric.device)
+        self.pseudo_labels = torch.empty(0, dtype=torch.int64, device=fabric.device)  # of the running round
+        self.clustering: dict[str, float] = {}
+        self.final = False  # whether the last step was one of the network that the run is for
+
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            network = build_network(config, images) if network is None else network
+            self.basis = FeatureBasis(config.embedding_dim, self.images.labeled.num_classes).to(fabric.device)
+            self.similarity = _similarity_loss(config, self.images.labeled.num_classes).to(fabric.device)
+        self.rank = _ranking_loss(config)
+        self.model = network.to(memory_format=torch.channels_last)
+        self.network = fabric.setup_module(self.model)
+        self.basis_parameters = [*self.basis.parameters(), *self.similarity.parameters()] if config.uses_basis else []
+        self.optimizer: Any = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
+        self.start = deepcopy({name: part.state_dict() for name, part in self._parts().items()})
+
+    @property
+    def unlabeled(self) -> data.ImageCollection:
+        if self.images.unlabeled is None:
+            raise ValueError(f"unlabeled_images is None; it should be the images of {self.config.data.unlabeled_name}, data.unlabeled_name")
+        return self.images.unlabeled
+
+    def start_round(self) -> None:
+        """The network so far becomes the teacher, whose clusters are the pseudo-labels, and everything that learns starts again."""
+        embeddings, true_labels = self._embed(self.unlabeled)
+        found: Any = None
+        if self.fabric.is_global_zero:
+            pseudo_labels = cluster(embeddings, self.config.k, seed=self.config.seed)
+            nmi = metrics.nmi_of_clusters(true_labels.cpu(), pseudo_labels)  # measured, never learnt from
+            found = pseudo_labels, {"pseudo_label_NMI": nmi}
+        pseudo_labels, self.clustering = self.fabric.broadcast(found)
+        self.pseudo_labels = pseudo_labels.to(self.fabric.device)
+        for name, part in self._parts().items():
+            part.load_state_dict(self.start[name])
+
+    def stage(self, step: int) -> Stage:
+        """What ``step`` is for: the first teacher; then, round by round, a warm-up and a student."""
+        config = self.config
+        if step < config.teacher_steps:
+            return "teacher"
+        into_round = (step - config.teacher_steps) % config.round_steps
+        return "warm-up" if into_round < config.round_steps - config.student_steps else "joint"
+
+    def step(self, batch: SladeBatch, step: int) -> dict[str, Tensor]:
+        """One step of any stage."""
+        stage = self.stage(step)
+        self.model.train(stage != "warm-up")
+        self.optimizer.zero_grad()
+        losses = self.losses(batch, stage)
+        self.fabric.backward(losses["loss"])
+        for parameter in self.basis_parameters:
+            if parameter.grad is not None:
+                parameter.grad = all_reduce_mean(parameter.grad)  # of the whole batch on every rank, equal but for rounding
+        self.optimizer.step()
+        self.final = step >= self.config.steps - (self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def losses(self, batch: SladeBatch, stage: Stage) -> dict[str, Tensor]:
+        """The losses of a stage, over the pairs of the whole batch on every rank; those that it does not have are 0."""
+        config, labeled, pseudo_labeled = self.config, batch.labeled, batch.pseudo_labeled
+        zero = torch.zeros((), device=self.fabric.device)
+        losses = {"loss_labeled": zero}
+        if config.uses_unlabeled:
+            losses["loss_unlabeled"] = zero
+        if config.uses_basis:
+            losses |= {"loss_cross_entropy": zero, "loss_similarity": zero}
+        labels = self.labels[all_gather_rows(labeled.positions)]
+        if pseudo_labeled is None:
+            losses["loss_labeled"] = self.rank(gather_rows(self.network(labeled.images)[1]), labels)
+            return {"loss": losses["loss_labeled"], **losses}
+
+        pseudo_labels = self.pseudo_labels[all_gather_rows(pseudo_labeled.positions)]
+        with torch.set_grad_enabled(stage == "joint"):
+            _, embeddings = self.network(torch.cat([labeled.images, pseudo_labeled.images]))
+        f_l, f_u = (gather_rows(each) for each in embeddings.split([len(labeled.images), len(pseudo_labeled.images)]))
+        loss = zero
+        if config.uses_basis:
+            losses["loss_cross_entropy"] = self.basis.cross_entropy(f_l, labels)
+            losses["loss_similarity"] = self.similarity(self.basis(f_u), pseudo_labels)  # sets T1 and T2 first
+            loss = config.lambda_2 * (losses["loss_cross_entropy"] + losses["loss_similarity"])
+        if stage == "joint":
+            losses["loss_labeled"] = self.rank(f_l, labels)
+            losses["loss_unlabeled"] = self._mined_rank(f_u) if config.student == "mining" else self.rank(f_u, pseudo_labels)
+            loss = losses["loss_labeled"] + config.lambda_1 * losses["loss_unlabeled"] + loss
+        return {"loss": loss, **losses}
+
+    def _mined_rank(self, embeddings: Tensor) -> Tensor:
+        """L_rank over the pairs with s ≥ T1, as positives, and with s ≤ T2, as negatives."""
+        config = self.config
+        t_1, t_2 = self.similarity.positive_mean, self.similarity.negative_mean
+        if config.ranking_loss == "contrastive":
+            return ops.mined_pair_ranking_loss(
+                embeddings,
+                self.basis(embeddings.detach()),
+                positive_threshold=t_1,
+                negative_threshold=t_2,
+                positive_margin=config.positive_margin,
+                negative_margin=config.negative_margin,
+            )
+        similarities = self.basis.similarities(embeddings.detach())
+        others = ~torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
+        # As long as T1 < T2 a pair can be both, which eq. (1) lets cancel out; a loss of exponentials cannot take it.
+        positives, negatives = (similarities >= t_1) & others & (similarities > t_2), (similarities <= t_2) & others & (similarities < t_1)
+        return self.rank(embeddings, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True)))
+
+    def scalars(self, means: dict[str, float]) -> dict[str, float]:
+        """The means, with the figures of the clustering of the running round and the moments of the similarities."""
+        moments = {}
+        if self.config.uses_basis:
+            moments = {f"similarity_{name}": float(getattr(self.similarity, name)) for name in MOMENTS}
+        return {**means, **self.clustering, **moments}
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.config.batch_size * (2 if self.config.uses_unlabeled else 1)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        return ("loss",)
+
+    def evaluate(self) -> dict[str, float]:
+        """Retrieval with the embeddings, among the validation classes and among the test classes."""
+        figures: dict[str, float] = {}
+        for name, images in (("validation", self.images.validation), ("test", self.images.test)):
+            embeddings, labels = self._embed(images)
+            if self.fabric.is_global_zero:
+                figures |= _retrieval(name, embeddings, labels)
+        if self.fabric.is_global_zero:
+            figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
+        return self.fabric.broadcast(figures)
+
+    def epoch_ends(self) -> set[int]:
+        """The steps after which to evaluate: every so many of a network, and its last."""
+        config = self.config
+        ends = set(range(EVALUATED_EVERY, config.teacher_steps, EVALUATED_EVERY)) | {config.teacher_steps}
+        for end in range(config.teacher_steps + config.round_steps, config.steps + 1, config.round_steps):
+            ends |= {*range(end - config.student_steps + EVALUATED_EVERY, end, EVALUATED_EVERY), end}
+        return ends
+
+    def batches(self, start_step: int) -> Iterator[SladeBatch]:
+        """The batches of every step from ``start_step`` on. A round starts when its first batch is asked for, after the last step of the
+        one before; on resuming within a round, with the pseudo-labels of the checkpoint."""
+        config = self.config
+        for labeled in self._loader(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0):
+            yield SladeBatch(labeled, None)
+        for first in range(config.teacher_steps, config.steps, config.round_steps):
+            end = first + config.round_steps
+            if start_step >= end:
+                continue
+            if start_step <= first:
+                self.start_round()
+            both = (
+                self._loader(self.images.labeled, self.labels, max(first, start_step), end, stream=0),
+                self._loader(self.unlabeled, self.pseudo_labels, max(first, start_step), end, stream=1),
+            )
+            for labeled, pseudo_labeled in zip(*both, strict=True):
+                yield SladeBatch(labeled, pseudo_labeled)
+
+    def state_dict(self) -> dict[str, Any]:
+        for module in (self.model, self.similarity):
+            broadcast_buffers(module)
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**parts, "pseudo_labels": self.pseudo_labels, "clustering": self.clustering}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.pseudo_labels = state["pseudo_labels"].to(self.fabric.device)
+        self.clustering = state["clustering"]
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "basis": self.basis, "similarity": self.similarity, "optimizer": self.optimizer}
+
+    def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
+        """Embeddings and true labels of all images."""
+        broadcast_buffers(self.model)
+        _, embeddings, labels = embed(self.model, _evaluation_batches(self.config, images, self.fabric), device=self.fabric.device)
+        return embeddings, labels
+
+    def _loader(
+        self, images: data.ImageCollection, labels: Tensor, start_step: int, end: int, *, stream: int
+    ) -> Iterable[data.CollectionBatch]:
+        """``per_class`` images of each of some classes, for every step."""
+        views = make_views(self.config.data, images, models.preprocessing(self.config.backbone))
+        batches = data.PKBatches(
+            images.images,
+            np.arange(len(images)),
+            labels.cpu().numpy(),
+            transform=views.training,
+            batch_size=self.config.batch_size,
+            per_class=self.config.per_class,
+            seed=self.config.seed,
+            start_step=min(start_step, end),
+            num_steps=end,
+            stream=stream,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            mean=views.mean,
+            std=views.std,
+        )
+        cuda = self.fabric.device.type == "cuda"
+        return DataLoader(
+            batches, batch_size=None, num_workers=self.config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda
+        )
+
+
+def train_slade(
+    config: SladeConfig,
+    *,
+    resume: bool = False,
+    images: data.ImageCollection | None = None,
+    unlabeled_images: data.ImageCollection | None = None,
+) -> RunResult:
+    """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
+
+    ``result.best("final_MAP@R")`` is the evaluation of the last student (of the teacher, where ``student`` is "none") that is best on the
+    validation classes, and ``run.out``/best.pt has the weights of its network. With ``data.fold`` None this is :func:`train_folds`.
+
+    Args:
+        images: the labelled collection; ``config.data`` is loaded if none is given.
+        unlabeled_images: the unlabelled collection, if ``config.data`` has one; loaded where no ``images`` are given.
+    """
+    if images is None:
+        images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
+    if config.data.fold is None:
+        return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images)
+    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images)
+    settings = asdict(config)
+    del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
+    return fit(
+        trainer,
+        fabric=fabric,
+        steps=config.steps,
+        run=config.run,
+        config=settings,
+        resume=resume,
+        epoch_ends=trainer.epoch_ends(),
+        best=SELECTED_BY,
+    )
+
+
+def train_folds(
+    config: SladeConfig,
+    *,
+    resume: bool = False,
+    images: data.ImageCollection | None = None,
+    unlabeled_images: data.ImageCollection | None = None,
+) -> RunResult:
+    """Trains a network for every fold, in ``run.out``/fold0, fold1, …, and tests their embeddings together: Musgrave's protocol.
+
+    The history of a finished result is one record: ``test_MAP@R`` and so on of the concatenated embeddings (4 folds of 128 are the "512" of
+    the tables), ``separate_test_MAP@R`` and so on the mean over the networks by themselves (the "128"), and the mean over the folds of
+    their best validation figures. It is in ``run.out``/metrics.jsonl too.
+
+    Args:
+        resume: go on with the folds that are not finished.
+        images, unlabeled_images: of :func:`train_slade`.
+
+    Raises:
+        ValueError: ``run.out`` is None.
+    """
+    if config.run.out is None:
+        raise ValueError("run.out is None; it should be a folder, for the weights of the folds")
+    if images is None:
+        images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
+    results: list[RunResult] = []
+    for each in _of_folds(config):
+        results.append(train_slade(each, resume=resume, images=images, unlabeled_images=unlabeled_images))
+        if not results[-1].finished:
+            break
+    done = RunResult(
+        finished=results[-1].finished, step=sum(each.step for each in results), steps=config.data.folds * config.steps, history=[]
+    )
+    if done.finished:
+        records = [result.best(SELECTED_BY) for result in results]
+        names = (SELECTED_BY, *(f"validation_{name}" for name in FIGURES))
+        validation = {name: statistics.fmean(record[name] for record in records) for name in names}
+        done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images)})
+        if int(os.environ.get("RANK", 0)) == 0:
+            line = json.dumps({"step": done.step, "group": "test", **done.history[0]})
+            Path(config.run.out, "metrics.jsonl").write_text(line + "\n")
+    return done
+
+
+def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) -> dict[str, float]:
+    """Retrieval among the test classes with the networks of all folds, each with its best.pt in ``run.out``/fold0, fold1, ….
+
+    Args:
+        config: what :func:`train_folds` was called with.
+        images: the labelled collection.
+
+    Returns:
+        ``test_*`` of the embeddings side by side, each of norm 1, and ``separate_test_*``, the mean over the networks by themselves, for
+        MAP@R, RP and P@1.
+    """
+    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    test = data.class_subset(images, held_out_classes(config.data, images.num_classes))
+    embeddings, apart = [], []
+    for each in _of_folds(config):
+        network = build_network(replace(each, weights=None), images)
+        network.load_state_dict(load_checkpoint(Path(str(each.run.out), "best.pt"))["model"])
+        batches = _evaluation_batches(each, test, fabric)
+        _, found, labels = embed(network.to(fabric.device), batches, device=fabric.device)
+        embeddings.append(found)
+        apart.append(_retrieval("separate_test", found, labels))
+    means = {name: statistics.fmean(figures[name] for figures in apart) for name in apart[0]}
+    return {**_retrieval("test", torch.cat(embeddings, dim=1), labels), **means}
+
+
+def build_network(config: SladeConfig, images: data.ImageCollection) -> nn.Module:
+    """The network of ``config`` for these images, with its initial weights."""
+    return models.build_embedding_model(
+        config.backbone,
+        config.embedding_dim,
+        weights=config.weights,
+        pooling=config.pooling,
+        freeze_bn=config.freeze_bn,
+        in_channels=len(make_views(config.data, images, models.preprocessing(config.backbone)).mean),
+    )
+
+
+def _of_folds(config: SladeConfig) -> Iterator[SladeConfig]:
+    for fold in range(config.data.folds):
+        run = replace(config.run, out=str(Path(str(config.run.out), f"fold{fold}")))
+        yield replace(config, data=replace(config.data, fold=fold), run=run)
+
+
+def _evaluation_batches(config: SladeConfig, images: data.ImageCollection, fabric: Fabric) -> Iterable[tuple[Tensor, Tensor]]:
+    views = make_views(config.data, images, models.preprocessing(config.backbone))
+    return data.evaluation_batches(
+        images.images,
+        256,
+        mean=views.mean,
+        std=views.std,
+        transform=views.evaluation,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        workers=config.run.workers,
+        worker_init_fn=ignore_stop_signals,
+    )
+
+
+def _retrieval(name: str, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+    figures = metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())
+    return {f"{name}_{figure}": figures[figure] for figure in FIGURES}
+
+
+def _ranking_loss(config: SladeConfig) -> nn.Module:
+    if config.ranking_loss == "contrastive":
+        return ContrastiveLoss(config.positive_margin, config.negative_margin)
+    return MultiSimilarityLoss(config.ms_alpha, config.ms_beta, config.ms_base)
+
+
+def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMoments:
+    if config.similarity_loss == "local-ce":
+        return LocalCrossEntropy(momentum=config.moment_momentum)
+    if config.similarity_loss == "global-ce":
+        return GlobalCrossEntropy(num_basis, config.k, momentum=config.moment_momentum)
+    return SimilarityDistributionLoss(config.sd_margin, config.sd_variance_weight, config.moment_momentum, config.moment_gradient)
+
+
+def _optimizer(config: SladeConfig, network: nn.Module, basis_parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": [each for each in network.parameters() if each.requires_grad], "lr": config.learning_rate}]
+    if basis_parameters:
+        groups.append({"params": basis_parameters, "lr": config.basis_learning_rate})
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return torch.optim.RMSprop(groups, momentum=0.9, weight_decay=config.weight_decay)
