@@ -7,6 +7,8 @@ def test_demo_leaves_a_report_and_plots(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SEEDS", (1,))
     monkeypatch.setattr(demo, "STEPS", 40)
     monkeypatch.setattr(demo, "EMBEDDINGS", (*demo.EMBEDDINGS, "--labeled_epochs", "1", "--epochs", "1"))
+    few = ("--teacher_steps", "4", "--warm_up_steps", "2", "--student_steps", "4")
+    monkeypatch.setattr(demo, "SLADE", (*demo.SLADE, *few))
     assert demo.main(["--out", str(tmp_path), "--budget-minutes", "0.8"]) == 0
     printed = capsys.readouterr().out
     report = (tmp_path / "report.md").read_text()
@@ -14,6 +16,8 @@ def test_demo_leaves_a_report_and_plots(tmp_path, capsys, monkeypatch):
     for words in ("supervised only", "FixMatch", "SimMatch", "accuracy of confident pseudo-labels", "instance_matching", "peak extra MiB"):
         assert words in report
     for words in ("2 draws of five labels per class", "MNIST-5k", "shuffled W_dis", "What does not", "proxies only", "mixed LP"):
+        assert words in report
+    for words in ("components of the student", "+ Basis + Mining", "4 steps of the teacher, 2 of W_a, 4 of the student"):
         assert words in report
     assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "report.md") in printed

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmkernels.experiments import mixed_lp, mlsn, simmatch
+from ssmkernels.experiments import mixed_lp, mlsn, simmatch, slade
 from ssmkernels.experiments.experiment import BUDGETS, Experiment, Study, run_experiment
 
-EXPERIMENTS: dict[str, Experiment | Study] = {**simmatch.EXPERIMENTS, **mixed_lp.EXPERIMENTS, **mlsn.EXPERIMENTS}
+EXPERIMENTS: dict[str, Experiment | Study] = {**simmatch.EXPERIMENTS, **mixed_lp.EXPERIMENTS, **mlsn.EXPERIMENTS, **slade.EXPERIMENTS}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -259,7 +259,7 @@ struct FinishInput {
   Real* out;
 };
 
-// Through r = x / ‖x‖.
+// Through r = x / ‖x‖, which takes away what lies along r: the pair (i, i) need not be.
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads) finish_moment_gradient(const __grid_constant__ FinishInput<Real> in) {
   const int lane = threadIdx.x % 32;
@@ -267,21 +267,17 @@ __global__ void __launch_bounds__(kReduceThreads) finish_moment_gradient(const _
   if (i >= in.rows.count) return;
   const double* row = in.rows.values + i * in.rows.pitch;
   const Slope all = in.slopes->negative;
-  double on_mean = 0, norm = 0;
+  double on_mean = 0;
   if (in.products)
-    for (int64_t c = lane; c < in.dim; c += 32) {
-      on_mean += row[c] * in.gram.mean[c];
-      norm += row[c] * row[c];
-    }
+    for (int64_t c = lane; c < in.dim; c += 32) on_mean += row[c] * in.gram.mean[c];
   on_mean = warp_sum(on_mean);
-  norm = warp_sum(norm);
   const auto gradient = [&](int64_t c) {
     double sum = 0;
     for (int64_t part = 0; part < in.parts.parts; ++part)
       if (in.parts.has(part, i)) sum += in.parts.sums[in.parts.row_at(part, i) * in.parts.pitch + c];
     if (in.products)
       sum += static_cast<double>(in.rows.count) * (all.alpha + all.beta * on_mean) * in.gram.mean[c] +
-             all.beta * in.products[i * in.gram.h.padded() + c] - (all.alpha + all.beta * norm) * row[c];
+             all.beta * in.products[i * in.gram.h.padded() + c];
     return 2 * sum;
   };
   double along = 0;
