@@ -121,6 +121,18 @@ def test_folds_are_quarters_of_the_first_half(collection):
     assert classes == [("0", "1", "2"), ("3", "4")]
 
 
+def test_unlabeled_images_of_the_test_classes_are_not_tested_on(make_config, collection):
+    """Nothing else changes: the same classes, all training ones with their labels."""
+    config = make_config(data={"unlabeled_classes": "test"}).data
+    parts = split_images(config, collection, None, seed=1)
+    assert [part.class_names for part in parts] == [("0", "1", "2", "5", "6"), ("7", "8", "9"), ("3", "4"), ("7", "8", "9")]
+    seen = [{np.asarray(part.images.image(i)).tobytes() for i in range(len(part))} for part in (parts.unlabeled, parts.test)]
+    assert [len(part) for part in (parts.unlabeled, parts.test)] == [30, 30] and not seen[0] & seen[1]
+    assert np.bincount(parts.unlabeled.labels).tolist() == np.bincount(parts.test.labels).tolist() == [10, 10, 10]
+    again, other = (split_images(config, collection, None, seed=seed).test for seed in (1, 2))
+    assert again.images.index.tolist() == parts.test.images.index.tolist() != other.images.index.tolist()
+
+
 def test_an_unlabeled_collection_leaves_all_training_classes_their_labels(make_config, collection):
     other = data.class_subset(collection, range(10))
     config = make_config(data={"unlabeled_name": "digits"}, k=30)
@@ -584,6 +596,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(tmp_path, monkeypatch):
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"ms_beta": 0.0}, r"ms_beta is 0\.0; it should be positive"),
         ({"moment_momentum": 1.0}, r"moment_momentum is 1\.0; it should be in \[0, 1\)"),
+        ({"data": {"unlabeled_classes": "all"}}, r"data\.unlabeled_classes is 'all'; it should be one of training, test"),
         ({"student": "all"}, "student is 'all'; it should be one of none, pseudo-labels, basis, mining"),
         ({"similarity_loss": "ce"}, "similarity_loss is 'ce'; it should be one of sd, local-ce, global-ce"),
         ({"ranking_loss": "triplet"}, "ranking_loss is 'triplet'; it should be one of contrastive, multi-similarity"),

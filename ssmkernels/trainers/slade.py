@@ -54,7 +54,7 @@ from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import Fabric, RunResult, fit, ignore_stop_signals, make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
 from ssmkernels.trainers.slade_config import SladeConfig
-from ssmkernels.trainers.slade_data import held_out_classes, load_images, make_views, split_images
+from ssmkernels.trainers.slade_data import load_images, make_views, split_images, tested_images
 
 Stage = Literal["teacher", "warm-up", "joint"]
 
@@ -405,7 +405,7 @@ def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) ->
         MAP@R, RP and P@1.
     """
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    test = data.class_subset(images, held_out_classes(config.data, images.num_classes))
+    test, _ = tested_images(config.data, images, seed=config.seed)
     embeddings, apart = [], []
     for each in _of_folds(config):
         network = build_network(replace(each, weights=None), images)

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -15,6 +15,8 @@ EVALUATION_SCALE = 256 / 227
 """Shorter side of an evaluated photograph over that of the crop from its centre: Musgrave's."""
 CROP_SCALE = (0.16, 1.0)
 """Share of a photograph that a training crop covers: Musgrave's."""
+
+UnlabeledClasses = Literal["training", "test"]
 
 
 @dataclass
@@ -26,11 +28,15 @@ class SladeDataConfig:
     root: str | None = None
     """Folder or file of its images; none for those that come inside packages."""
     unlabeled_name: str | None = None
-    """Collection of the unlabelled images, all of it. With none, some of the training classes of the labelled one are taken."""
+    """Collection of the unlabelled images, all of it. With none, some images of the labelled one are taken."""
     unlabeled_root: str | None = None
     """Folder or file of its images."""
+    unlabeled_classes: UnlabeledClasses = "training"
+    """Where there is no unlabelled collection: "training" takes the labels off some of the training classes; "test" has half of the images
+    of the test classes, drawn by the seed and not tested on, as images without labels. The latter is the situation of CUB-200 and NABirds,
+    which has the species that are tested on."""
     labeled_fraction: float = 0.5
-    """Of the training classes, drawn by the seed, to keep their labels where there is no unlabelled collection; the others lose them."""
+    """Of the training classes, drawn by the seed, to keep their labels where some lose them."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none for the labelled collection's own."""
     test_fraction: float = 0.5
@@ -46,6 +52,10 @@ class SladeDataConfig:
             raise ValueError(f"data.folds is {self.folds}; it should be at least 2")
         if self.fold is not None and not 0 <= self.fold < self.folds:
             raise ValueError(f"data.fold is {self.fold}; it should be in [0, {self.folds}), one of data.folds, or null for all")
+        if self.unlabeled_classes not in get_args(UnlabeledClasses):
+            raise ValueError(
+                f"data.unlabeled_classes is {self.unlabeled_classes!r}; it should be one of {', '.join(get_args(UnlabeledClasses))}"
+            )
         for name in ("labeled_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it should be between 0 and 1")
@@ -54,7 +64,7 @@ class SladeDataConfig:
 
 
 class SladeImages(NamedTuple):
-    """The images of a run, of disjoint classes but for an unlabelled collection of its own."""
+    """The images of a run: of disjoint classes but for the unlabelled ones, and no image twice."""
 
     labeled: data.ImageCollection
     unlabeled: data.ImageCollection | None
@@ -87,28 +97,56 @@ def split_images(
     """The last classes of ``images`` test, those of a fold of the others validate, the rest is to train on.
 
     Args:
-        unlabeled_images: the collection ``config.unlabeled_name``. Where there is no such name, some training classes of ``images`` lose
-            their labels instead.
-        seed: of the draw of those classes.
+        unlabeled_images: the collection ``config.unlabeled_name``. Where there is no such name, ``config.unlabeled_classes`` says which of
+            ``images`` are taken instead.
+        seed: of the draw of those.
     """
     if config.fold is None:
         raise ValueError("data.fold is None; it should be the number of a fold")
     test = held_out_classes(config, images.num_classes)
     validation = data.split_folds(test[0], config.folds)[config.fold]
     labeled = np.setdiff1d(np.arange(test[0]), validation)
+    tested, untested = tested_images(config, images, seed=seed)
     if unlabeled_images is None and config.unlabeled_name is None:
-        num_labeled = round(config.labeled_fraction * len(labeled))
-        if not 2 <= num_labeled < len(labeled):
-            raise ValueError(
-                f"data.labeled_fraction is {config.labeled_fraction}, {num_labeled} of {len(labeled)} training classes; "
-                "it should leave at least 2 with labels and 1 without"
-            )
-        order = data.generator(seed, data.Stream.CLASSES).permutation(labeled)
-        labeled = np.sort(order[:num_labeled])
-        unlabeled_images = data.class_subset(images, np.sort(order[num_labeled:]))
-    return SladeImages(
-        data.class_subset(images, labeled), unlabeled_images, *(data.class_subset(images, each) for each in (validation, test))
+        if untested is not None:
+            unlabeled_images = untested
+        else:
+            labeled, without = _without_labels(config, labeled, seed)
+            unlabeled_images = data.class_subset(images, without)
+    return SladeImages(data.class_subset(images, labeled), unlabeled_images, data.class_subset(images, validation), tested)
+
+
+def tested_images(
+    config: SladeDataConfig, images: data.ImageCollection, *, seed: int
+) -> tuple[data.ImageCollection, data.ImageCollection | None]:
+    """The images of the test classes that are tested on, and the others of these classes where those are the unlabelled ones."""
+    held_out = data.class_subset(images, held_out_classes(config, images.num_classes))
+    if config.unlabeled_name is not None or config.unlabeled_classes == "training":
+        return held_out, None
+    return _halves_of_classes(held_out, seed)
+
+
+def _without_labels(config: SladeDataConfig, classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The classes that keep their labels, and those that lose them."""
+    num_labeled = round(config.labeled_fraction * len(classes))
+    if not 2 <= num_labeled < len(classes):
+        raise ValueError(
+            f"data.labeled_fraction is {config.labeled_fraction}, {num_labeled} of {len(classes)} training classes; "
+            "it should leave at least 2 with labels and 1 without"
+        )
+    order = data.generator(seed, data.Stream.CLASSES).permutation(classes)
+    return np.sort(order[:num_labeled]), np.sort(order[num_labeled:])
+
+
+def _halves_of_classes(images: data.ImageCollection, seed: int) -> tuple[data.ImageCollection, data.ImageCollection]:
+    """Half of the images of every class, and the others."""
+    order = data.generator(seed, data.Stream.CLASSES).permutation(len(images))
+    by_class = order[np.argsort(images.labels[order], kind="stable")]
+    parts = [np.sort(by_class[first::2]) for first in (0, 1)]
+    first, second = (
+        replace(images, images=data.ImageSubset(images.images, part, images.labels[part], images.num_classes)) for part in parts
     )
+    return first, second
 
 
 def make_views(config: SladeDataConfig, images: data.ImageCollection, normalization: str) -> data.RetrievalViews:
