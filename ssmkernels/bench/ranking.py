@@ -21,7 +21,7 @@ LARGE_SIZES = [(65536, 128)]  # without peers
 QUICK_SIZES = [(64, 128), (256, 64)]
 PER_CLASS = 16  # rows of a class
 BASIS = 100  # vectors of the feature basis
-PEER_PAIRS = 16384**2  # of which the peers store several matrices of 1 GiB
+PEER_PAIRS = 16384**2  # of which pytorch-metric-learning stores 9 GiB; plain PyTorch, which takes as long, is timed up to 4,096 rows
 MARGIN, ALL_ACTIVE_MARGIN = 0.5, 1.8  # of unit vectors, nearly all of which are nearer than 1.8
 
 
@@ -33,7 +33,7 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
         yield _loss_case(rows, dim, ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype)
     for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512)]:
         yield _mined_case(rows, dim, device, dtype)
-    for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512), (16384, 128)]:
+    for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512)]:
         yield _moments_case(rows, dim, device, dtype)
 
 
@@ -74,6 +74,7 @@ def _loss_case(count: int, dim: int, margin: float, phase: str, device: str, dty
         else:
             theirs = ContrastiveLoss(0.0, margin, distance=LpDistance(normalize_embeddings=False))
             peers["pytorch-metric-learning"] = step(lambda: theirs(rows, labels))
+    if count <= 4096:
         peers["eager"] = through(reference.pair_ranking_loss)
         peers["torch.compile"] = through(torch.compile(reference.pair_ranking_loss, dynamic=False))
     return Case(
