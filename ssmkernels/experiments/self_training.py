@@ -1,0 +1,557 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The ablations and the similarity histograms of SLADE (Duan et al., CVPR 2021): on the paper's images, or in miniature on smaller ones.
+
+Without --data they run on digits that come inside packages; with a folder of class folders, on its images; with a folder that has
+CUB_200_2011 and nabirds in it, or stanford_cars and CompCars' data, on those.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmkernels import data as images
+from ssmkernels import models
+from ssmkernels.experiments.experiment import Budget
+from ssmkernels.experiments.report import half_width, markdown_table, mean_and_std
+from ssmkernels.trainers import RunResult, Slade, SladeConfig, SladeDataConfig, train_slade, train_swav
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.cli import parse_config
+from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.loop import fit, make_fabric
+from ssmkernels.trainers.slade import FIGURES, SELECTED_BY
+from ssmkernels.trainers.slade_data import load_images, make_views, split_images
+
+TEACHER = ("--student", "none")
+PSEUDO_LABELS = ("--student", "pseudo-labels")
+BASIS = ("--student", "basis")
+MINING = ("--student", "mining")
+
+SWAV_FILE = "swav_800ep_pretrain.pth.tar"
+"""ResNet-50 of SwAV's authors, which the paper starts its fine-tuning from."""
+
+_FEW_STEPS = (
+    *("--teacher_steps", "6", "--warm_up_steps", "3", "--student_steps", "6", "--k", "8"),
+    *("--batch_size", "16", "--per_class", "4", "--run.log_every", "3", "--run.workers", "0"),
+)
+_FEW_EPOCHS = ("--epochs", "1", "--num_prototypes", "8", "--queue_length", "0", "--batch_size", "64")
+SMALL_BUDGETS = {"smoke": Budget(1, _FEW_STEPS), "short": Budget(3), "paper": Budget(10)}
+PAPER_BUDGETS = {
+    "smoke": Budget(1, (*_FEW_STEPS, "--data.fold", "0")),
+    "short": Budget(1, ("--teacher_steps", "400", "--student_steps", "400", "--data.fold", "0")),
+    "paper": Budget(1, ("--data.fold", "null")),
+}
+
+Rows = Mapping[str, Sequence[str]]
+Results = Mapping[str, Sequence[RunResult]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images, recipe and budget of an ablation.
+
+    Args:
+        config: of ``ssmkernels train slade``.
+        title: of the images.
+        budget: how much of the training is done.
+        swav: arguments of ``ssmkernels train swav`` that fine-tune the backbone, for ablation 1.
+        place: arguments that say where the images are.
+        paper: column of the paper's tables whose images these are.
+        swav_weights: what SwAV is fine-tuned from; None for what the configuration says.
+        smoke: whether fine-tuning is cut short as well.
+    """
+
+    config: str
+    title: str
+    budget: Budget
+    swav: tuple[str, ...] = ()
+    place: tuple[str, ...] = ()
+    paper: str | None = None
+    swav_weights: str | None = None
+    smoke: bool = False
+
+    def parse(self, arguments: Sequence[str] = (), seed: int = 1, out: Path | None = None) -> SladeConfig:
+        where = () if out is None else ("--run.out", str(out))
+        everything = ["--config", self.config, *self.budget.arguments, *arguments, *self.place, "--seed", str(seed), *where]
+        return parse_config("slade", everything)[0]
+
+
+def choose(budget: str, data: str | None) -> list[Setting]:
+    """The settings for the images in the folder ``data``, or inside packages without one.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it has neither the paper's images nor folders of classes.
+    """
+    smoke = budget == "smoke"
+    if data is None:
+        return [
+            Setting("digits", "scikit-learn's digits, 8x8 pixels", SMALL_BUDGETS[budget], ("--config", "digits"), smoke=smoke),
+            Setting(
+                "mnist5k", "MNIST-5k, 28x28 pixels", SMALL_BUDGETS[budget], ("--config", "digits", "--data.name", "mnist5k"), smoke=smoke
+            ),
+        ]
+    folder = Path(data)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data is {data}, which is no folder; it should be that of the images")
+    found = [paper_setting(column, budget, folder) for column, marker in _MARKERS.items() if (folder / marker).is_dir()]
+    if found:
+        return found
+    if not any(each.is_dir() for each in folder.iterdir()):
+        raise ValueError(
+            f"--data is {data}, which has no folders in it; it should have a folder of images for each class, or the paper's images: "
+            "CUB_200_2011 and nabirds, stanford_cars and CompCars' data"
+        )
+    swav = ("--config", "flowers17", "--data.root", data)
+    return [Setting("flowers17", f"images of {folder.name}", SMALL_BUDGETS[budget], swav, ("--data.root", data), smoke=smoke)]
+
+
+_MARKERS = {"CUB-200": "CUB_200_2011", "Cars-196": "stanford_cars"}
+_CONFIGS = {"CUB-200": "cub200-nabirds", "Cars-196": "cars196-compcars"}
+_SWAV = {"CUB-200": (), "Cars-196": ("--data.name", "cars196", "--data.unlabeled_name", "compcars")}
+
+
+def paper_setting(column: str, budget: str, folder: Path) -> Setting:
+    """Contrastive loss on the images of a column of the paper's tables, labelled and unlabelled ones both in ``folder``."""
+    place = ("--data.root", str(folder), "--data.unlabeled_root", str(folder))
+    return Setting(
+        _CONFIGS[column],
+        f"{column} and its unlabelled images",
+        PAPER_BUDGETS[budget],
+        ("--config", "cub200", *_SWAV[column], *place),
+        place,
+        paper=column,
+        swav_weights=str(folder / SWAV_FILE),
+        smoke=budget == "smoke",
+    )
+
+
+def fine_tuned(setting: Setting, seed: int, out: Path) -> tuple[str, ...]:
+    """The argument that starts from a backbone which SwAV has fine-tuned on all training images without their labels, kept in ``out``.
+
+    Raises:
+        KeyboardInterrupt: the fine-tuning was stopped; its checkpoint is kept.
+    """
+    split = setting.parse().data
+    arguments = [*setting.swav, "--data.test_fraction", str(split.test_fraction)]
+    if setting.swav_weights is not None:
+        arguments += ["--weights", setting.swav_weights]
+    if setting.smoke:
+        arguments += _FEW_EPOCHS
+    place = out / _name(setting.config, "swav", seed)
+    print(f"{setting.title}: fine-tuning by SwAV, seed {seed}", flush=True)
+    config, _ = parse_config("swav", [*arguments, "--seed", str(seed), "--run.out", str(place)])
+    if not train_swav(config, resume=True).finished:
+        raise KeyboardInterrupt
+    return ("--weights", str(place / "backbone.pt"))
+
+
+def train_rows(setting: Setting, rows: Rows, *, out: Path | None, seeds: Sequence[int]) -> dict[str, list[RunResult]]:
+    """Every row with every seed, seed by seed; from what an earlier call left in ``out``.
+
+    Raises:
+        KeyboardInterrupt: a run was stopped; its checkpoint is kept.
+    """
+    labeled, unlabeled = load_images(setting.parse().data)
+    results: dict[str, list[RunResult]] = {row: [] for row in rows}
+    for seed in seeds:
+        for row, arguments in rows.items():
+            print(f"{setting.title}: {row}, seed {seed}", flush=True)
+            config = setting.parse(arguments, seed, None if out is None else out / _name(setting.config, row, seed))
+            result = train_slade(config, resume=True, images=labeled, unlabeled_images=unlabeled)
+            if not result.finished:
+                raise KeyboardInterrupt
+            results[row].append(result)
+    return results
+
+
+def _name(*parts: object) -> str:
+    return "-".join(re.sub(r"[^\w-]+", "_", str(part), flags=re.ASCII).strip("_") for part in parts)
+
+
+def test_figure(result: RunResult, figure: str) -> float:
+    """In percent, of the network that is best on the validation classes."""
+    return 100 * result.best(SELECTED_BY)[f"test_{figure}"]
+
+
+def table(results: Results, paper: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
+    """Means and deviations of every row beside the paper's numbers, which stand under ``columns``."""
+    rows = [
+        [
+            row,
+            *(mean_and_std([test_figure(run, figure) for run in runs], digits=1) for figure in FIGURES),
+            ", ".join(f"{test_figure(run, 'MAP@R'):.1f}" for run in runs),
+            *paper.get(row, ("-",) * len(columns)),
+        ]
+        for row, runs in results.items()
+    ]
+    return markdown_table(["%", *FIGURES, "MAP@R by seed", *columns], rows)
+
+
+def claim(results: Results, better: str, worse: str) -> str:
+    """One row against another in MAP@R, seed by seed: in how many it is higher, and the paired difference with its 95 % interval."""
+    both = zip(results[better], results[worse], strict=True)
+    differences = [test_figure(a, "MAP@R") - test_figure(b, "MAP@R") for a, b in both]
+    mean, half, seeds = float(np.mean(differences)), half_width(differences), len(differences)
+    higher = sum(each > 0 for each in differences)
+    if seeds == 1:
+        return f"- {better} − {worse}: {mean:+.1f} points with one seed, which says nothing about the next."
+    words = "holds" if mean > half else "the opposite holds" if mean < -half else "not told apart"
+    return f"- {better} − {worse}: higher in {higher} of {seeds} seeds, {mean:+.1f} ± {half:.1f} points: {words}."
+
+
+PROTOCOL = (
+    "MAP@R, RP and P@1 among the test classes at the evaluation with the best MAP@R among the validation classes; mean ± standard "
+    "deviation over seeds. A seed also draws the training classes that keep their labels, where the unlabelled images are no set of "
+    "their own. Differences are of MAP@R, paired by seed, with their 95 % interval."
+)
+
+
+INITIAL, LONG_TEACHER = "Initial weights", "Teacher, as many steps as all"
+MINING_LOCAL, MINING_LOOSE = "+ Basis + Mining, Local-CE", "+ Basis + Mining, λ_v = .1"
+
+
+def ablation2_rows(setting: Setting) -> dict[str, tuple[str, ...]]:
+    """The components of the student, and teachers with none of the training and with as many steps."""
+    config = setting.parse(MINING)
+    return {
+        INITIAL: (*TEACHER, "--teacher_steps", "1", "--learning_rate", "0"),
+        "Teacher (contrastive)": TEACHER,
+        LONG_TEACHER: (*TEACHER, "--teacher_steps", str(config.steps)),
+        "Student (pseudo-labels)": PSEUDO_LABELS,
+        "+ Basis": BASIS,
+        "+ Basis + Mining": MINING,
+    }
+
+
+CLAIMS_2 = (
+    ("Student (pseudo-labels)", "Teacher (contrastive)"),
+    ("+ Basis", "Student (pseudo-labels)"),
+    ("+ Basis + Mining", "+ Basis"),
+    ("+ Basis + Mining", "Teacher (contrastive)"),
+    ("+ Basis + Mining", LONG_TEACHER),
+)
+PAPER_2 = {
+    "CUB-200": {
+        "Teacher (contrastive)": "29.29",
+        "Student (pseudo-labels)": "30.81",
+        "+ Basis": "32.45",
+        "+ Basis + Mining": "33.59",
+    },
+    "Cars-196": {
+        "Teacher (contrastive)": "31.73",
+        "Student (pseudo-labels)": "31.99",
+        "+ Basis": "35.78",
+        "+ Basis + Mining": "36.24",
+    },
+}
+
+
+def ablation2(*, budget: str, data: str | None, out: Path) -> str:
+    """What each component of the student adds."""
+    parts = [_opening("SLADE, ablation 2: components of the student", budget, data), f"{PROTOCOL}\n"]
+    for setting in choose(budget, data):
+        start = _start(setting, out)
+        rows = {row: (*start, *arguments) for row, arguments in ablation2_rows(setting).items()}
+        parts.append(_section(setting, rows, out, CLAIMS_2, *_columns(PAPER_2)))
+    return _write(out, parts)
+
+
+def shared_classes(*, budget: str, data: str | None, out: Path) -> str:
+    """Ablation 2 with unlabelled images of the classes that are tested on, as NABirds has CUB-200's; in miniature only."""
+    parts = [
+        _opening("SLADE, components of the student with unlabelled images of the test classes", budget, data),
+        "The unlabelled images are half of those of the test classes, drawn by the seed; the others are tested on. All training classes keep "
+        "their labels. This is the paper's situation, many of the species that CUB-200 tests being in NABirds; the miniatures of ablation 2 "
+        "have unlabelled images of other classes instead.\n",
+        f"{PROTOCOL}\n",
+    ]
+    for each in choose(budget, data):
+        if each.paper is not None:
+            continue
+        setting = replace(each, place=(*each.place, "--data.unlabeled_classes", "test"))
+        rows = ablation2_rows(setting) | {
+            MINING_LOCAL: (*MINING, "--similarity_loss", "local-ce"),
+            MINING_LOOSE: (*MINING, "--sd_variance_weight", "0.1"),
+        }
+        claims = (*CLAIMS_2, ("Student (pseudo-labels)", LONG_TEACHER), ("+ Basis", LONG_TEACHER), (MINING_LOCAL, LONG_TEACHER))
+        parts.append(_section(setting, rows, out, claims, {}, ()))
+    return _write(out, parts)
+
+
+PAPER_3 = {"Local-CE": ("32.69", "43.20", "72.64"), "Global-CE": ("32.23", "42.68", "72.45"), "SD": ("33.59", "44.01", "73.19")}
+_CUB_COLUMNS = tuple(f"paper {figure}, CUB-200" for figure in FIGURES)
+
+
+def ablation3(*, budget: str, data: str | None, out: Path) -> str:
+    """L_SD against cross-entropies on the pairs."""
+    rows = {
+        "Local-CE": ("--similarity_loss", "local-ce"),
+        "Global-CE": ("--similarity_loss", "global-ce"),
+        "SD": ("--similarity_loss", "sd"),
+    }
+    parts = [_opening("SLADE, ablation 3: the loss of the similarities", budget, data), f"{PROTOCOL}\n"]
+    for setting in choose(budget, data):
+        start = _start(setting, out)
+        here = {row: (*start, *arguments) for row, arguments in rows.items()}
+        parts.append(_section(setting, here, out, (("SD", "Local-CE"), ("SD", "Global-CE")), PAPER_3, _CUB_COLUMNS))
+    return _write(out, parts)
+
+
+PAPER_4 = {
+    "k = 100": ("31.83", "42.25", "72.19"),
+    "k = 200": ("32.61", "43.02", "72.75"),
+    "k = 300": ("32.81", "43.18", "72.21"),
+    "k = 400": ("33.59", "44.01", "73.19"),
+    "k = 500": ("33.26", "43.69", "73.26"),
+}
+
+
+def ablation4(*, budget: str, data: str | None, out: Path) -> str:
+    """The number of clusters: the paper's on its images, quarters to fourfold of the configuration's elsewhere."""
+    parts = [_opening("SLADE, ablation 4: the number of clusters k", budget, data), f"{PROTOCOL}\n"]
+    for setting in choose(budget, data):
+        usual = setting.parse().k
+        ks = [usual // 4, usual // 2, usual, 2 * usual, 4 * usual]
+        if setting.paper is not None and not setting.smoke:
+            ks = [100, 200, 300, 400, 500]
+        start = _start(setting, out)
+        rows = {f"k = {k}": (*start, "--k", str(k)) for k in ks}
+        claims = tuple((f"k = {usual}", f"k = {k}") for k in ks if k != usual and usual in ks)
+        paper = (PAPER_4, _CUB_COLUMNS) if setting.paper is not None else ({}, ())
+        parts.append(_section(setting, rows, out, claims, *paper))
+    if not any(setting.paper for setting in choose(budget, data)):
+        header = ["paper, NABirds (555 classes with images, 48,000 images)", *FIGURES]
+        parts.append(markdown_table(header, [[row, *figures] for row, figures in PAPER_4.items()]) + "\n")
+    return _write(out, parts)
+
+
+PAPER_1 = {
+    "CUB-200": {"ImageNet": "29.38", "SwAV": "32.79", "SwAV, fine-tuned": "33.59"},
+    "Cars-196": {"ImageNet": "31.38", "SwAV": "35.54", "SwAV, fine-tuned": "36.24"},
+}
+
+
+def ablation1(*, budget: str, data: str | None, out: Path) -> str:
+    """What teacher and student start from: random or ImageNet's weights, SwAV's, and SwAV's fine-tuned on the images at hand."""
+    parts = [_opening("SLADE, ablation 1: initial weights", budget, data), f"{PROTOCOL}\n"]
+    for setting in choose(budget, data):
+        trained = setting.parse().weights is not None
+        rows: dict[str, tuple[str, ...]] = {"random": ("--weights", "null", "--freeze_bn", "false")}
+        if trained:
+            rows["ImageNet"] = ()
+        if setting.swav_weights is not None and Path(setting.swav_weights).is_file():
+            rows["SwAV"] = ("--weights", setting.swav_weights)
+        tuned = "SwAV, fine-tuned" if "SwAV" in rows else f"{'ImageNet' if trained else 'random'}, then SwAV"
+        if setting.paper is None or "SwAV" in rows:
+            rows[tuned] = fine_tuned(setting, 1, out)
+        names = list(rows)
+        parts.append(_section(setting, rows, out, list(zip(names[1:], names[:-1], strict=True)), *_columns(PAPER_1)))
+        if setting.paper is not None and "SwAV" not in rows:
+            parts.append(f"Left out: the rows of SwAV, for want of {setting.swav_weights}.\n")
+    return _write(out, parts)
+
+
+POINTS = 2000  # images at most whose pairs are looked at
+BINS = 50
+
+
+class Similarities(NamedTuple):
+    """The pairs of unlabelled images, by their true labels."""
+
+    positives: np.ndarray
+    """s_ij of the pairs of one class, float32."""
+    negatives: np.ndarray
+    """s_ij of the others."""
+    mined: np.ndarray
+    """Share of the pairs with s ≥ T1 that are of one class, and of those with s ≤ T2 that are not."""
+    clustered: np.ndarray
+    """Share of the pairs within a cluster that are of one class, and of the other pairs that are not."""
+
+    @property
+    def ranking(self) -> float:
+        """The probability that a positive pair has the higher similarity, half of it where both are equal."""
+        order = np.sort(self.negatives)
+        below = np.searchsorted(order, self.positives, "left") + np.searchsorted(order, self.positives, "right")
+        return float(below.mean() / 2 / len(order))
+
+
+def similarities(*, budget: str, data: str | None, out: Path) -> str:
+    """Histograms of s_ij after the warm-up of W_a and at the end of the training, and how many of the mined pairs are right."""
+    parts = [_opening("SLADE: similarities of unlabelled pairs", budget, data)]
+    parts.append(
+        "s_ij, the cosine of W_a f_i and W_a f_j, over pairs of unlabelled images, positive where their true labels agree: before, with "
+        "W_a warmed up on the network that the student starts from, and after the student's training. P is the probability that a "
+        "positive pair is more similar than a negative one. The last two columns are the share of mined pairs that their true labels "
+        "agree with, s ≥ T1 as positive and s ≤ T2 as negative; in brackets that of the pseudo-labels. One seed.\n"
+    )
+    for setting in choose(budget, data):
+        print(f"{setting.title}: similarities", flush=True)
+        fold = () if setting.paper is None else ("--data.fold", "0")
+        stages = before_and_after(setting.parse((*MINING, *fold), 1, out / setting.config))
+        rows = [
+            [
+                stage,
+                *(f"{each.mean():.3f}" for each in (found.positives, found.negatives)),
+                *(f"{each.var():.3f}" for each in (found.positives, found.negatives)),
+                f"{found.ranking:.3f}",
+                *(f"{100 * ours:.0f} % ({100 * theirs:.0f} %)" for ours, theirs in zip(found.mined, found.clustered, strict=True)),
+            ]
+            for stage, found in stages.items()
+        ]
+        picture = f"similarities_{setting.config}.png"
+        plot_similarities(out / picture, stages, title=setting.title)
+        moments = ("mean of positives", "of negatives", "variance of positives", "of negatives")
+        header = ["s_ij", *moments, "P", "right positives", "right negatives"]
+        parts.append(f"{setting.title}:\n\n{markdown_table(header, rows)}\n\n![similarities]({picture})\n")
+    return _write(out, parts)
+
+
+def before_and_after(config: SladeConfig) -> dict[str, Similarities]:
+    """Trains as ``config`` says and looks after the warm-up of W_a and at the end; from where an earlier call stopped.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped; its checkpoint is kept.
+    """
+    assert config.run.out is not None
+    place = Path(config.run.out)
+    labeled, unlabeled = load_images(config.data)
+    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
+    settings = asdict(config)
+    del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
+    found = {}
+    for stage, steps in (("before", config.teacher_steps + config.warm_up_steps), ("after", config.steps)):
+        kept = place / f"{stage}.npz"
+        if not kept.exists():
+            done = fit(trainer, fabric=fabric, steps=steps, run=config.run, config=settings, resume=True, epoch_ends=trainer.epoch_ends())
+            if not done.finished:
+                raise KeyboardInterrupt
+            trainer.load_state_dict(load_checkpoint(place / "checkpoint.pt")["trainer"])
+            np.savez(kept, **pair_similarities(trainer)._asdict())
+        with np.load(kept) as arrays:
+            found[stage] = Similarities(**arrays)
+    return found
+
+
+@torch.no_grad()
+def pair_similarities(trainer: Slade) -> Similarities:
+    """The similarities of the pairs i < j of unlabelled images, or of a sample of the images."""
+    unlabeled = trainer.unlabeled
+    index = np.sort(np.random.default_rng(0).permutation(len(unlabeled))[:POINTS])
+    views = make_views(trainer.config.data, unlabeled, models.preprocessing(trainer.config.backbone))
+    batches = images.evaluation_batches(
+        images.ImageSubset(unlabeled.images, index, unlabeled.labels[index], unlabeled.num_classes),
+        256,
+        mean=views.mean,
+        std=views.std,
+        transform=views.evaluation,
+    )
+    _, embeddings, labels = embed(trainer.model, batches, device=trainer.fabric.device)
+    cosines: Tensor = trainer.basis.similarities(embeddings)
+    clusters = trainer.pseudo_labels[torch.as_tensor(index, device=labels.device)]
+    pairs = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
+    same, together = labels[:, None] == labels, clusters[:, None] == clusters
+    likely, unlikely = cosines >= trainer.similarity.positive_mean, cosines <= trainer.similarity.negative_mean
+
+    def right(positives: Tensor, negatives: Tensor) -> np.ndarray:
+        return torch.stack([same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()]).cpu().numpy()
+
+    return Similarities(
+        positives=cosines[pairs & same].cpu().numpy(),
+        negatives=cosines[pairs & ~same].cpu().numpy(),
+        mined=right(likely, unlikely),
+        clustered=right(together, ~together),
+    )
+
+
+def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: str) -> None:
+    """A panel for each stage with the two histograms, and their means as dashed lines."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(stages), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for axes, (stage, found) in zip(panels, stages.items(), strict=True):
+        for name, values, colour in (("positive pairs", found.positives, "tab:blue"), ("negative pairs", found.negatives, "tab:red")):
+            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour, label=name)
+            axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
+        axes.set(title=stage, xlabel="$s_{ij}$")
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("density")
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+
+
+def _start(setting: Setting, out: Path) -> tuple[str, ...]:
+    """The paper's ablations start from fine-tuned SwAV: so do those on its images, where SwAV's weights are there."""
+    if setting.swav_weights is not None and Path(setting.swav_weights).is_file():
+        return fine_tuned(setting, 1, out)
+    return ()
+
+
+def _columns(paper: Mapping[str, Mapping[str, str]]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """MAP@R by column and row of the paper, as :func:`table` wants it."""
+    rows = dict.fromkeys(row for column in paper.values() for row in column)
+    return {row: tuple(column.get(row, "-") for column in paper.values()) for row in rows}, tuple(f"paper MAP@R, {name}" for name in paper)
+
+
+def _section(
+    setting: Setting,
+    rows: Rows,
+    out: Path,
+    claims: Sequence[tuple[str, str]],
+    paper: Mapping[str, Sequence[str]],
+    columns: Sequence[str],
+) -> str:
+    """One set of images: its table and its claims."""
+    extent = setting.budget
+    results = train_rows(setting, rows, out=out, seeds=range(1, extent.seeds + 1))
+    said = "\n".join(claim(results, *each) for each in claims)
+    return f"{described(setting)}\n\n{table(results, paper, columns)}\n\n{said}\n"
+
+
+def described(setting: Setting) -> str:
+    """Images, network and steps, in words."""
+    config = setting.parse()
+    arguments = f"; {' '.join(setting.budget.arguments)}" if setting.budget.arguments else ""
+    return (
+        f"{setting.title}: {_split(config.data)}{config.backbone}, weights {config.weights or 'random'}, {config.teacher_steps} steps of "
+        f"the teacher, {config.warm_up_steps} of W_a, {config.student_steps} of the student, {config.batch_size} images a step of either "
+        f"kind, k = {config.k}, {setting.budget.seeds} seed(s){arguments}."
+    )
+
+
+def _split(config: SladeDataConfig) -> str:
+    """Classes and images by what they are for, with the first seed's draw of classes."""
+    if config.unlabeled_name is not None:
+        return ""
+    parts = split_images(config, load_images(config)[0], None, seed=1)
+    uses = ("with labels", "without", "to validate", "to test")
+    said = [f"{part.num_classes} classes ({len(part)} images) {use}" for use, part in zip(uses, parts, strict=True) if part is not None]
+    return f"{', '.join(said)}; "
+
+
+def _opening(title: str, budget: str, data: str | None) -> str:
+    said = [f"Budget {budget}."]
+    if budget == "smoke":
+        said.append("This shows that it runs, not what it reaches.")
+    if data is None:
+        said.append("No --data was given: the images come inside packages, and the paper's numbers are of others.")
+    return f"# {title}\n\n{' '.join(said)}\n"
+
+
+def _write(out: Path, parts: Sequence[str]) -> str:
+    report = "\n".join(parts)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(report)
+    return report
