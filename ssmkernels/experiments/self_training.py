@@ -268,9 +268,9 @@ def shared_classes(*, budget: str, data: str | None, out: Path) -> str:
     """Ablation 2 with unlabelled images of the classes that are tested on, as NABirds has CUB-200's; in miniature only."""
     parts = [
         _opening("SLADE, components of the student with unlabelled images of the test classes", budget, data),
-        "The unlabelled images are half of those of the test classes, drawn by the seed; the others are tested on. All training classes keep "
-        "their labels. This is the paper's situation, many of the species that CUB-200 tests being in NABirds; the miniatures of ablation 2 "
-        "have unlabelled images of other classes instead.\n",
+        "The unlabelled images are half of those of the test classes, drawn by the seed; the others are tested on. All training classes "
+        "keep their labels. This is the paper's situation, many of the species that CUB-200 tests being in NABirds; the miniatures of "
+        "ablation 2 have unlabelled images of other classes instead.\n",
         f"{PROTOCOL}\n",
     ]
     for each in choose(budget, data):
