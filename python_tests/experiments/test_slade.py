@@ -12,6 +12,7 @@ from ssmkernels.experiments import demo, self_training, slade
 from ssmkernels.experiments.cli import main
 from ssmkernels.experiments.experiment import BUDGETS, Budget
 from ssmkernels.trainers import Slade
+from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import parse_config
 from ssmkernels.trainers.loop import RunResult, make_fabric
 
@@ -86,6 +87,7 @@ def test_ablation_2_is_kept(few, tmp_path, capsys):
         assert words in report
     for row, paper in self_training.PAPER_2["CUB-200"].items():
         assert re.search(rf"^\| {re.escape(row)} +\| [\d.]+ .* {paper} ", report, flags=re.MULTILINE)
+    assert len(re.findall(r"^\| \+ Basis \+ Mining +\| [\d.]+ ", report, flags=re.MULTILINE)) == 2  # and among the unlabelled classes
     before = written(tmp_path)
     assert len(before) == 6
     assert main(["slade-ablation2", "--out", str(tmp_path)]) == 0
@@ -246,3 +248,14 @@ def test_shared_classes(few, tmp_path):
     assert "3 classes (266 images) without" in report and "3 classes (267 images) to test" in report
     for row in ("Teacher, as many steps as all", "+ Basis + Mining", "+ Basis + Mining, Local-CE"):
         assert f"| {row} |" in report
+
+
+def test_the_unlabelled_classes_are_those_of_the_seed(few, tmp_path):
+    rows = {"Initial": (*self_training.TEACHER, "--teacher_steps", "1", "--learning_rate", "0")}
+    for seed in (1, 2):
+        self_training.train_rows(few, rows, out=tmp_path, seeds=(seed,))
+        found = self_training.unlabeled_map(few, "Initial", rows["Initial"], seed, tmp_path)
+        trainer = Slade(few.parse(rows["Initial"], seed), self_training.load_images(few.parse().data)[0], make_fabric(accelerator="cpu"))
+        trainer.load_state_dict(load_checkpoint(tmp_path / f"digits-Initial-{seed}" / "checkpoint.pt")["trainer"])
+        trainer.images = trainer.images._replace(test=trainer.unlabeled)
+        assert found == pytest.approx(100 * trainer.evaluate()["test_MAP@R"])
