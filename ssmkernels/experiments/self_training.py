@@ -276,7 +276,7 @@ def _on_unlabeled_classes(setting: Setting, rows: Rows, out: Path) -> str:
     lines = [[row, mean_and_std(values, digits=1), ", ".join(f"{each:.1f}" for each in values)] for row, values in found.items()]
     said = "\n".join(compared(better, worse, found[better], found[worse]) for better, worse in CLAIMS_2)
     return (
-        "The same networks among the unlabelled images themselves, by their true labels. These classes are seen in training, though without "
+        "The same networks among the unlabelled images themselves, by their true labels. These classes are seen in training, without "
         f"labels, as many of the paper's test species are in NABirds:\n\n{markdown_table(['%', 'MAP@R', 'by seed'], lines)}\n\n{said}\n"
     )
 
@@ -514,7 +514,7 @@ def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: 
         for name, values, colour in (("positive pairs", found.positives, "tab:blue"), ("negative pairs", found.negatives, "tab:red")):
             axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour, label=name)
             axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
-        axes.set(title=stage, xlabel="$s_{ij}$")
+        axes.set(title=stage, xlabel="$s_{ij}$", xticks=(-1, -0.5, 0, 0.5, 1))
         axes.legend(fontsize="small")
     panels[0].set_ylabel("density")
     figure.suptitle(title)
