@@ -22,15 +22,20 @@ struct ClassRun {
 template <class Real>
 class Moments {
  public:
-  Moments(const LabeledFeatures<Real>& in, bool keep_rows, ParallelFor parallel_for)
+  Moments(const LabeledFeatures<Real>& in, ParallelFor parallel_for)
       : n(in.count),
         dim(in.dim),
         gram_dim(divide_up(in.dim, kTile) * kTile),
         total_by_pairs(in.count <= kGramRows * in.dim),
         norms(in.count),
+        self_cosines(in.count),
         unit(
-            in.count, in.dim, keep_rows || !total_by_pairs,
-            [&](int64_t k, Real* to) { norms.data()[k] = normalize(in.features + in.order[k] * in.dim, in.dim, to); }, parallel_for),
+            in.count, in.dim, true,
+            [&](int64_t k, Real* to) {
+              norms.data()[k] = normalize(in.features + in.order[k] * in.dim, in.dim, to);
+              self_cosines.data()[k] = dot(to, to, in.dim);
+            },
+            parallel_for),
         classes_(unit.tiles * kTile),
         runs_(in.count),
         total_(in.dim) {
@@ -104,7 +109,7 @@ class Moments {
     fill_gram(run, gram, parallel_for);
     double sum = 0;
     for (int64_t k = 0; k < gram_dim * gram_dim; ++k) sum += gram[k] * gram[k];
-    for (int64_t k = run.begin; k < run.end; ++k) sum -= self_cosine(k) * self_cosine(k);
+    for (int64_t k = run.begin; k < run.end; ++k) sum -= self_cosines.data()[k] * self_cosines.data()[k];
     return sum;
   }
 
@@ -119,14 +124,6 @@ class Moments {
     const Real* row = unit.rows(0) + k * unit.stride;
     for (int64_t c = 0; c < dim; ++c) to[c] = row[c];
     for (int64_t c = dim; c < gram_dim; ++c) to[c] = 0;
-  }
-
-  // s_kk: 1 up to rounding, 0 for a row of zeros.
-  double self_cosine(int64_t k) const {
-    const Real* column = unit.columns(k / kTile) + k % kTile;
-    double sum = 0;
-    for (int64_t c = 0; c < dim; ++c) sum += static_cast<double>(column[c * kTile]) * column[c * kTile];
-    return sum;
   }
 
   const ClassRun* runs() const {
@@ -144,14 +141,15 @@ class Moments {
 
   const int64_t n, dim, gram_dim;
   const bool total_by_pairs;
-  const Buffer<double> norms;  // ‖x‖, in the order of the visit
+  const Buffer<double> norms;         // ‖x‖, in the order of the visit
+  const Buffer<double> self_cosines;  // s_kk: 1 up to rounding, 0 for a row of zeros
   const TiledRows<Real> unit;
   double pairs[2], mean[2];  // of positives, of negatives
 
  private:
   void add_row(int64_t k, double* sum) const {
-    const Real* column = unit.columns(k / kTile) + k % kTile;
-    for (int64_t c = 0; c < dim; ++c) sum[c] += column[c * kTile];
+    const Real* row = unit.rows(0) + k * unit.stride;
+    for (int64_t c = 0; c < dim; ++c) sum[c] += row[c];
   }
 
   // Σ_{i≠j} s = ‖Σ r‖² − Σ s_ii, for each class and in total.
@@ -163,7 +161,7 @@ class Moments {
         sum_rows(runs_.data()[run], sum.data());
         double square = 0, self = 0;
         for (int64_t c = 0; c < dim; ++c) square += sum.data()[c] * sum.data()[c];
-        for (int64_t k = runs_.data()[run].begin; k < runs_.data()[run].end; ++k) self += self_cosine(k);
+        for (int64_t k = runs_.data()[run].begin; k < runs_.data()[run].end; ++k) self += self_cosines.data()[k];
         sums.data()[run] = square - self;
       }
     });
@@ -173,9 +171,17 @@ class Moments {
       positive += size > 1 ? sums.data()[run] : 0;  // of a single row, rounding is all there is
       positive_pairs += size * (size - 1);
     }
-    sum_rows(everything(), total_.data());
+    const int64_t parts = clamp(n / 256, 1, 64), part = divide_up(n, parts);
+    const Buffer<double> part_sums(parts * dim);
+    parallel_for(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) sum_rows({min(p * part, n), min((p + 1) * part, n)}, part_sums.data() + p * dim);
+    });
+    for (int64_t c = 0; c < dim; ++c) {
+      total_.data()[c] = 0;
+      for (int64_t p = 0; p < parts; ++p) total_.data()[c] += part_sums.data()[p * dim + c];
+    }
     for (int64_t c = 0; c < dim; ++c) square += total_.data()[c] * total_.data()[c];
-    for (int64_t k = 0; k < n; ++k) self += self_cosine(k);
+    for (int64_t k = 0; k < n; ++k) self += self_cosines.data()[k];
     pairs[0] = positive_pairs;
     pairs[1] = static_cast<double>(n) * static_cast<double>(n - 1) - positive_pairs;
     mean[0] = pairs[0] > 0 ? positive / pairs[0] : 0;
@@ -215,7 +221,7 @@ void add_gram_gradients(const Moments<Real>& in, const ClassRun& run, const doub
             for (int v = 0; v < 2; ++v) store(products + (i + r) * width + c + v * kLanes<double>, sums[r][v]);
         }
       for (int64_t r = 0; r < count; ++r) {
-        const double *row = rows + r * width, *product = products + r * width, self = in.self_cosine(first + r);
+        const double *row = rows + r * width, *product = products + r * width, self = in.self_cosines.data()[first + r];
         Real* to = grads + (first + r) * in.unit.stride;
         for (int64_t c = 0; c < in.dim; ++c)
           to[c] += static_cast<Real>(slope.alpha * (sum[c] - row[c]) + slope.beta * (product[c] - self * row[c]));
@@ -228,7 +234,7 @@ void add_gram_gradients(const Moments<Real>& in, const ClassRun& run, const doub
 
 template <class Real>
 void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, ParallelFor parallel_for) {
-  const Moments<Real> in(features, false, parallel_for);
+  const Moments<Real> in(features, parallel_for);
   // Σ (s − mean)² over i < j, in tiles of pairs.
   const int64_t tiles = in.unit.tiles;
   const Buffer<double> parts(2 * tiles);
@@ -265,7 +271,7 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
         in.sum_rows(in.runs()[run], sum.data());
         double cosines = 0;
         for (int64_t c = 0; c < in.dim; ++c) cosines += sum.data()[c] * sum.data()[c];
-        for (int64_t k = in.runs()[run].begin; k < in.runs()[run].end; ++k) cosines -= in.self_cosine(k);
+        for (int64_t k = in.runs()[run].begin; k < in.runs()[run].end; ++k) cosines -= in.self_cosines.data()[k];
         spread[0] +=
             in.sum_of_squares(in.runs()[run], gram.data(), parallel_for) - in.mean[0] * (2 * cosines - in.mean[0] * size * (size - 1));
       }
@@ -285,7 +291,7 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
 template <class Real>
 void similarity_moments_backward(const LabeledFeatures<Real>& features, const Real* moments, const Real* grad_moments, Real* grad_features,
                                  ParallelFor parallel_for) {
-  const Moments<Real> in(features, true, parallel_for);
+  const Moments<Real> in(features, parallel_for);
   const int64_t tiles = in.unit.tiles, dim = in.dim, stride = in.unit.stride;
   // ∂mean/∂s = 1/count, ∂var/∂s = 2 (s − mean)/count; a pair is met as (i, j) and as (j, i).
   PairSlope slopes[2];
@@ -336,9 +342,7 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
   parallel_for(in.n, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const Real *row = in.unit.rows(0) + k * stride, *grad = grads.data() + k * stride;
-      double along = 0;
-      for (int64_t c = 0; c < dim; ++c) along += static_cast<double>(row[c]) * grad[c];
-      const double norm = in.norms.data()[k], factor = norm < kSmallestNorm ? 0 : 1 / norm;
+      const double along = dot(row, grad, dim), norm = in.norms.data()[k], factor = norm < kSmallestNorm ? 0 : 1 / norm;
       Real* to = grad_features + features.order[k] * dim;
       for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(factor * (grad[c] - along * row[c]));
     }

@@ -147,13 +147,24 @@ class TiledRows {
   Buffer<Real> columns_, rows_;
 };
 
+// a·b in double, in several partial sums, which the compiler makes lanes of.
+template <class Real>
+static inline double dot(const Real* a, const Real* b, int64_t size) {
+  constexpr int kParts = 16;
+  double parts[kParts] = {}, sum = 0;
+  int64_t c = 0;
+  for (; c + kParts <= size; c += kParts)
+    for (int k = 0; k < kParts; ++k) parts[k] += static_cast<double>(a[c + k]) * b[c + k];
+  for (; c < size; ++c) sum += static_cast<double>(a[c]) * b[c];
+  for (const double part : parts) sum += part;
+  return sum;
+}
+
 // to = row/‖row‖, or zeros where that is no direction; returns ‖row‖.
 inline constexpr double kSmallestNorm = 1e-12;
 template <class Real>
 static inline double normalize(const Real* row, int64_t dim, Real* to) {
-  double square = 0;
-  for (int64_t c = 0; c < dim; ++c) square += static_cast<double>(row[c]) * row[c];
-  const double norm = __builtin_sqrt(square), factor = norm < kSmallestNorm ? 0 : 1 / norm;
+  const double norm = __builtin_sqrt(dot(row, row, dim)), factor = norm < kSmallestNorm ? 0 : 1 / norm;
   for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(row[c] * factor);
   return norm;
 }
