@@ -36,7 +36,7 @@ def train(loss_function, iterations):
         iterations_per_epoch=iterations,
         data_device=torch.device("cpu"),
         dataloader_num_workers=0,
-        end_of_iteration_hook=lambda loop: seen.append(float(loop.losses["total_loss"])),
+        end_of_iteration_hook=lambda loop: seen.append(float(loop.losses["total_loss"].detach())),
     )
     loop.train()
     return torch.tensor(seen)
