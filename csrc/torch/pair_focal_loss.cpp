@@ -25,8 +25,8 @@ struct FocalTensors {
   }
 };
 
-Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const std::optional<Tensor>& w1,
-                          const std::optional<Tensor>& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs,
+Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& w1,
+                          const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs,
                           int64_t interaction, std::optional<double> alpha, double gamma, int64_t ignore_index) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
@@ -45,66 +45,67 @@ Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labe
   return losses;
 }
 
-PairGradientTensors pair_focal_loss_backward_op(const Tensor& grad_losses, const Tensor& x, const Tensor& y, const Tensor& x_labels,
-                                                const Tensor& y_labels, const std::optional<Tensor>& w1, const std::optional<Tensor>& b1,
+PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const Tensor& x, const Tensor& y, const Tensor& x_labels,
+                                                const Tensor& y_labels, const Tensor& w1, const Tensor& b1,
                                                 const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
                                                 std::optional<double> alpha, double gamma, int64_t ignore_index) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   const Tensor grad = in.check_grad(grad_losses);
-  PairGradientTensors out = in.new_gradients();
+  PairGradientTensors out(in, true);
   run_pairs(
       in, "pair_focal_loss_backward", true,
       [&]<class Real>(const PairNetwork<Real>& network) {
-        SSM_CALL_ISA(pair_focal_loss_backward, network, focal.view, data<Real>(grad), gradients_view<Real>(out), torch_parallel_for);
+        SSM_CALL_ISA(pair_focal_loss_backward, network, focal.view, data<Real>(grad), out.view<Real>(), torch_parallel_for);
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         using Real = Compute<Storage>;
-        return cuda::pair_focal_loss_backward(network, focal.view, data<Real>(grad), gradients_view<Real>(out), workspace, stream);
+        return cuda::pair_focal_loss_backward(network, focal.view, data<Real>(grad), out.view<Real>(), workspace, stream);
 #endif
       });
-  return out;
+  out.finish(in);
+  return out.tuple();
 }
 
 // The sum or mean and, if wanted, its gradients, in one pass; they are empty if not.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_loss_sum_op(
-    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const std::optional<Tensor>& w1,
-    const std::optional<Tensor>& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
+    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& w1,
+    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
     std::optional<double> alpha, double gamma, int64_t ignore_index, bool mean, bool with_gradients) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   Tensor loss = new_tensor(in.w2, {}, in.w2.scalar_type());
-  const auto none = [&] { return new_tensor(in.w2, {0}, in.w2.scalar_type()); };
-  const PairGradientTensors out = with_gradients ? in.new_gradients() : PairGradientTensors{none(), none(), none(), none(), none(), none()};
+  PairGradientTensors out(in, with_gradients);
   run_pairs(
       in, "pair_focal_loss", with_gradients,
       [&]<class Real>(const PairNetwork<Real>& network) {
-        const PairGradients<Real> gradients = gradients_view<Real>(out);
+        const PairGradients<Real> gradients = out.view<Real>();
         const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
         SSM_CALL_ISA(pair_focal_loss_sum, network, focal.view, sum, torch_parallel_for);
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         using Real = Compute<Storage>;
-        const PairGradients<Real> gradients = gradients_view<Real>(out);
+        const PairGradients<Real> gradients = out.view<Real>();
         const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
         return cuda::pair_focal_loss_sum(network, focal.view, sum, workspace, stream);
 #endif
       });
-  return std::tuple_cat(std::make_tuple(loss), out);
+  out.finish(in);
+  return std::tuple_cat(std::make_tuple(loss), out.tuple());
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "pair_focal_loss(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, Tensor w2, Tensor b2, Tensor? pairs, "
+      "pair_focal_loss(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? pairs, "
       "int interaction, float? alpha, float gamma, int ignore_index) -> Tensor losses");
   library.def(
-      "pair_focal_loss_backward(Tensor grad_losses, Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, "
+      "pair_focal_loss_backward(Tensor grad_losses, Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor w1, Tensor b1, "
       "Tensor w2, Tensor b2, Tensor? pairs, int interaction, float? alpha, float gamma, int ignore_index) -> (Tensor grad_x, "
       "Tensor grad_y, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
   library.def(
-      "pair_focal_loss_sum(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor? w1, Tensor? b1, Tensor w2, Tensor b2, "
+      "pair_focal_loss_sum(Tensor x, Tensor y, Tensor x_labels, Tensor y_labels, Tensor w1, Tensor b1, Tensor w2, Tensor b2, "
       "Tensor? pairs, int interaction, float? alpha, float gamma, int ignore_index, bool mean, bool with_gradients) -> (Tensor loss, "
       "Tensor grad_x, Tensor grad_y, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2, Tensor grad_b2)");
 }

@@ -2,44 +2,74 @@
 // What the bindings of the pairs family share.
 #pragma once
 
+#include <array>
+
 #include "../kernels/pairs/pair_logits.h"
 #include "common.h"
 
 namespace ssmkernels::binding {
 
 using torch::stable::contiguous;
-using PairGradientTensors =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // x, y, w1, b1, w2, b2; empty for what there is not
 
-// The similarity network and its pairs, contiguous, in the memory of the tensors.
+inline Tensor new_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
+  return new_tensor(like, size, like.scalar_type());
+}
+
+// out = rows·weightᵀ + bias and out = a·b: the variants of torch's products that are given their result, which autocast leaves alone.
+inline void linear_out(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 4> stack{from(rows), from(weight), from(bias), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor transposed(const Tensor& matrix) {
+  return torch::stable::transpose(matrix, 0, 1);
+}
+
+inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The similarity network and its pairs, contiguous, in the memory of the tensors. For "concat", what the kernels take as x and y are
+// left [n, h] and right [m, h], the two parts of w1·[x_i, y_j] + b1 = left_i + right_j: two small matrix products of torch's.
 struct PairTensors {
   Interaction interaction;
-  Tensor x, y, w1, b1, w2, b2, pairs;
+  Tensor x, y, w1, b1, w2, b2, pairs, left, right;
 
-  PairTensors(const Tensor& x_in, const Tensor& y_in, const std::optional<Tensor>& w1_in, const std::optional<Tensor>& b1_in,
-              const Tensor& w2_in, const Tensor& b2_in, const std::optional<Tensor>& pairs_in, int64_t interaction_in)
-      : interaction(static_cast<Interaction>(interaction_in)), x(contiguous(x_in)), y(contiguous(y_in)), w2(contiguous(w2_in)), b2(b2_in) {
+  PairTensors(const Tensor& x_in, const Tensor& y_in, const Tensor& w1_in, const Tensor& b1_in, const Tensor& w2_in, const Tensor& b2_in,
+              const std::optional<Tensor>& pairs_in, int64_t interaction_in)
+      : interaction(static_cast<Interaction>(interaction_in)),
+        x(contiguous(x_in)),
+        y(contiguous(y_in)),
+        w1(contiguous(w1_in)),
+        b1(contiguous(b1_in)),
+        w2(contiguous(w2_in)),
+        b2(b2_in) {
     STD_TORCH_CHECK(interaction_in >= 0 && interaction_in <= 2, "interaction must be 0 (concat), 1 (absdiff) or 2 (product)");
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be [n, d] and [m, d]");
     check_like(y, "y", x.scalar_type(), x);
     STD_TORCH_CHECK(w2.dim() == 1 && b2.dim() == 0, "w2 must be [h] and b2 []");
     check_like(w2, "w2", compute_dtype(x), x);
     check_like(b2, "b2", compute_dtype(x), x);
-    if (is_concat()) {
-      STD_TORCH_CHECK(!w1_in && !b1_in && w2.size(0) == x.size(1), "for concat x and y are [n, h] and [m, h], and there is no w1 or b1");
-    } else {
-      STD_TORCH_CHECK(w1_in && b1_in, "w1 and b1 are missing");
-      check_shape(*w1_in, "w1", w2.size(0), x.size(1));
-      check_like(*w1_in, "w1", x.scalar_type(), x);
-      check_shape(*b1_in, "b1", w2.size(0));
-      check_like(*b1_in, "b1", compute_dtype(x), x);
-      w1 = contiguous(*w1_in);
-      b1 = contiguous(*b1_in);
+    check_shape(w1, "w1", w2.size(0), (is_concat() ? 2 : 1) * x.size(1));
+    check_like(w1, "w1", x.scalar_type(), x);
+    check_shape(b1, "b1", w2.size(0));
+    check_like(b1, "b1", compute_dtype(x), x);
+    if (pairs_in) {
+      STD_TORCH_CHECK(pairs_in->dim() == 2 && pairs_in->size(1) == 2, "pairs must be [p, 2]");
+      check_like(*pairs_in, "pairs", ScalarType::Long, x);
+      pairs = contiguous(*pairs_in);
     }
-    if (!pairs_in) return;
-    STD_TORCH_CHECK(pairs_in->dim() == 2 && pairs_in->size(1) == 2, "pairs must be [p, 2]");
-    check_like(*pairs_in, "pairs", ScalarType::Long, x);
-    pairs = contiguous(*pairs_in);
+    if (!is_concat()) return;
+    STD_TORCH_CHECK(x.scalar_type() == compute_dtype(x), "for concat x, y and w1 must be float32 or float64");
+    left = new_like(w2, {x.size(0), w2.size(0)});
+    right = new_like(w2, {y.size(0), w2.size(0)});
+    linear_out(x, half_of(w1, 0), b1, left);
+    linear_out(y, half_of(w1, 1), std::nullopt, right);
   }
 
   bool is_concat() const {
@@ -56,8 +86,8 @@ struct PairTensors {
   PairNetwork<Storage> view() const {
     using Real = Compute<Storage>;
     return {interaction,
-            data<Storage>(x),
-            data<Storage>(y),
+            data<Storage>(is_concat() ? left : x),
+            data<Storage>(is_concat() ? right : y),
             is_concat() ? nullptr : data<Storage>(w1),
             is_concat() ? nullptr : data<Real>(b1),
             data<Real>(w2),
@@ -65,15 +95,15 @@ struct PairTensors {
             list(),
             x.size(0),
             y.size(0),
-            x.size(1),
+            is_concat() ? w2.size(0) : x.size(1),
             w2.size(0),
             count()};
   }
 
   // [n, m] or [p]
   Tensor new_values() const {
-    if (is_listed()) return new_tensor(w2, {count()}, w2.scalar_type());
-    return new_tensor(w2, {x.size(0), y.size(0)}, w2.scalar_type());
+    if (is_listed()) return new_like(w2, {count()});
+    return new_like(w2, {x.size(0), y.size(0)});
   }
 
   Tensor check_grad(const Tensor& grad) const {
@@ -85,9 +115,9 @@ struct PairTensors {
     return contiguous(grad);
   }
 
-  PairGradientTensors new_gradients() const {
-    const auto like = [&](const Tensor& tensor) { return tensor.defined() ? new_like(tensor) : new_tensor(w2, {0}, w2.scalar_type()); };
-    return {like(x), like(y), like(w1), like(b1), like(w2), new_tensor(w2, {}, w2.scalar_type())};
+  // The columns of w1 that meet x (0) or y (1).
+  Tensor half_of(Tensor weight, int64_t which) const {
+    return torch::stable::narrow(weight, 1, which * x.size(1), x.size(1));
   }
 
  private:
@@ -96,18 +126,51 @@ struct PairTensors {
     if (!is_listed()) return nullptr;
     return count() > 0 ? data<int64_t>(pairs) : empty;
   }
+};
 
-  Tensor new_like(const Tensor& tensor) const {
-    if (tensor.dim() == 1) return new_tensor(w2, {tensor.size(0)}, w2.scalar_type());
-    return new_tensor(w2, {tensor.size(0), tensor.size(1)}, w2.scalar_type());
+// Gradients of x, y, w1, b1, w2 and b2; empty if they are not wanted. For "concat" the kernels give those of left and right, and
+// `finish` makes the others of them.
+struct PairGradientTensors {
+  Tensor x, y, w1, b1, w2, b2, left, right;
+
+  PairGradientTensors(const PairTensors& in, bool wanted) {
+    const auto like = [&](const Tensor& tensor) {
+      if (!wanted) return new_like(in.w2, {0});
+      return tensor.dim() == 2 ? new_like(in.w2, {tensor.size(0), tensor.size(1)}) : new_like(in.w2, {tensor.size(0)});
+    };
+    x = like(in.x);
+    y = like(in.y);
+    w1 = like(in.w1);
+    b1 = like(in.b1);
+    w2 = like(in.w2);
+    b2 = wanted ? new_like(in.w2, {}) : new_like(in.w2, {0});
+    if (!wanted || !in.is_concat()) return;
+    left = like(in.left);
+    right = like(in.right);
+  }
+
+  template <class Real>
+  PairGradients<Real> view() const {
+    if (left.defined()) return {data<Real>(left), data<Real>(right), nullptr, nullptr, data<Real>(w2), data<Real>(b2)};
+    return {data<Real>(x), data<Real>(y), data<Real>(w1), data<Real>(b1), data<Real>(w2), data<Real>(b2)};
+  }
+
+  void finish(const PairTensors& in) {
+    if (!left.defined()) return;
+    mm_out(left, in.half_of(in.w1, 0), x);
+    mm_out(right, in.half_of(in.w1, 1), y);
+    mm_out(transposed(left), in.x, in.half_of(w1, 0));
+    mm_out(transposed(right), in.y, in.half_of(w1, 1));
+    const int64_t rows[] = {0};
+    torch::stable::sum_out(b1, left, rows);
+  }
+
+  auto tuple() const {
+    return std::make_tuple(x, y, w1, b1, w2, b2);
   }
 };
 
-template <class Real>
-PairGradients<Real> gradients_view(const PairGradientTensors& tensors) {
-  const auto& [x, y, w1, b1, w2, b2] = tensors;
-  return {data<Real>(x), data<Real>(y), data<Real>(w1), data<Real>(b1), data<Real>(w2), data<Real>(b2)};
-}
+using PairGradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Runs cpu(network) with a network of float32 or float64, or cuda(network, workspace, stream) with one of any dtype.
 template <class Cpu, class Cuda>

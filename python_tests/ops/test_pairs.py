@@ -248,14 +248,13 @@ def test_only_the_gradients_asked_for(device):
 def test_opcheck(interaction, listed, device):
     library = torch.ops.ssmkernels
     problem = Problem(4, 5, 6, 6, torch.float32, device, interaction=INTERACTIONS[interaction], listed=listed)
-    x, y, w1, b1, w2, b2 = (value.requires_grad_() for value in problem.network)
-    weights = (None, None, w2, b2) if interaction == 0 else (w1, b1, w2, b2)
+    x, y, *weights = (value.requires_grad_() for value in problem.network)
     focal = (0.25, 2.0, -1)
     labels = (problem.x_labels, problem.y_labels)
     opcheck(library.pair_logits.default, (x, y, *weights, problem.pairs, interaction))
     opcheck(library.pair_focal_loss.default, (x, y, *labels, *weights, problem.pairs, interaction, *focal))
     opcheck(library.pair_focal_loss_sum.default, (x, y, *labels, *weights, problem.pairs, interaction, *focal, True, True))
-    apart = [None if value is None else value.detach() for value in (x, y, *weights)]
+    apart = [value.detach() for value in (x, y, *weights)]
     opcheck(library.pair_focal_loss_sum.default, (*apart[:2], *labels, *apart[2:], problem.pairs, interaction, *focal, False, False))
     grad = problem.grad.float()
     opcheck(library.pair_logits_backward.default, (grad, *apart, problem.pairs, interaction))
@@ -327,13 +326,13 @@ def test_bits_do_not_depend_on_threads_or_run(interaction, listed):
         results = []
         for count in (1, 2, 3, 1):
             torch.set_num_threads(count)
-            x, y, w1, *weights = problem.network
-            left, right = (torch.linspace(-1, 1, 130 * 40).view(130, 40), torch.linspace(1, -1, 300 * 40).view(300, 40).sin())
-            if interaction == "concat":  # past the products of torch, whose bits are its own business
-                arguments = (left, right, problem.x_labels, problem.y_labels, None, None, *weights[1:], problem.pairs, 0)
-            else:
-                arguments = (x, y, problem.x_labels, problem.y_labels, w1, *weights, problem.pairs, INTERACTIONS.index(interaction))
-            results.append(torch.ops.ssmkernels.pair_focal_loss_sum(*arguments, 0.25, 2.0, -1, True, True))
+            x, y, w1, b1, w2, b2 = problem.network
+            if interaction == "concat":  # products with ones and zeros, as the bits of torch's products are its own business
+                x, y = (torch.linspace(-1, 1, 130 * 40).view(130, 40), torch.linspace(1, -1, 300 * 40).view(300, 40).sin())
+                w1, b1 = torch.eye(40).repeat(1, 2), torch.zeros(40)
+            arguments = (x, y, problem.x_labels, problem.y_labels, w1, b1, w2, b2, problem.pairs, INTERACTIONS.index(interaction))
+            loss, grad_x, grad_y, grad_w1, grad_b1, *rest = torch.ops.ssmkernels.pair_focal_loss_sum(*arguments, 0.25, 2.0, -1, True, True)
+            results.append((loss, grad_x, grad_y, *rest, *(() if interaction == "concat" else (grad_w1, grad_b1))))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -531,8 +530,7 @@ def test_pairs_out_of_range_are_never_followed(device):
     library = torch.ops.ssmkernels
     for interaction in (0, 1, 2):
         problem = Problem(4, 5, 6, 6, torch.float32, device, interaction=INTERACTIONS[interaction])
-        x, y, w1, b1, w2, b2 = problem.network
-        weights = (None, None, w2, b2) if interaction == 0 else (w1, b1, w2, b2)
+        x, y, *weights = problem.network
         labels = (problem.x_labels.abs(), problem.y_labels.abs())
         good = torch.tensor([[1, 2], [3, 4]], device=device)
         mixed = torch.tensor([[1, 2], [4, 0], [-1, 3], [2, 5], [3, 4], [0, -(2**40)]], device=device)

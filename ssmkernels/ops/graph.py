@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
+from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
 PRECONDITIONERS = ("jacobi", "none")
@@ -142,8 +143,8 @@ def solve_with_curvature(
         the scaled system, under "jacobi"): at most 0 shows that the matrix is not positive definite, and ends the column. A diagonal entry
         of A that is not positive (a node without entries aside) ends them all: then it is the least of those.
     """
-    return torch.ops.ssmkernels.laplacian_solve(
-        crow.long(), col.int(), weight, dissimilarity, diagonal, rhs, initial, rtol, max_iter, preconditioner == "jacobi"
+    return autograd.call(
+        "laplacian_solve", crow.long(), col.int(), weight, dissimilarity, diagonal, rhs, initial, rtol, max_iter, preconditioner == "jacobi"
     )
 
 
@@ -188,9 +189,7 @@ def leave_one_edge_out(
         check.check_range("reverse", reverse, col.shape[0], "the entries of col")
         check.check_weights("weight", given["weight"])
         check.check_finite("propagated", given["propagated"])
-    return torch.ops.ssmkernels.leave_one_edge_out(
-        crow.long(), col.int(), reverse.long(), given["weight"], given["propagated"], logit_scale
-    )
+    return autograd.call("leave_one_edge_out", crow.long(), col.int(), reverse.long(), given["weight"], given["propagated"], logit_scale)
 
 
 def _check_ids(name: str, value: Tensor) -> None:
@@ -284,12 +283,12 @@ def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 @once_differentiable
 def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
-    grad_rhs = torch.ops.ssmkernels.laplacian_solve(
-        crow, col, weight, dissimilarity, diagonal, grad_solution, None, ctx.rtol, ctx.max_iter, ctx.jacobi
+    grad_rhs = autograd.call(
+        "laplacian_solve", crow, col, weight, dissimilarity, diagonal, grad_solution, None, ctx.rtol, ctx.max_iter, ctx.jacobi
     )[0]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[2:5]):
-        grads = torch.ops.ssmkernels.laplacian_solve_backward(crow, col, grad_rhs, solution)
+        grads = torch.ops.ssmkernels.laplacian_solve_backward.default(crow, col, grad_rhs, solution)
     grad_weight, grad_dissimilarity, grad_diagonal = grads
     return None, None, grad_weight, None if dissimilarity is None else grad_dissimilarity, grad_diagonal, grad_rhs, *[None] * 4
 
@@ -301,7 +300,7 @@ def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 @once_differentiable
 def _leave_one_edge_out_backward(ctx: Any, grad_dissimilarity: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.ssmkernels.leave_one_edge_out_backward(grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
+    grads = torch.ops.ssmkernels.leave_one_edge_out_backward.default(grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
     return None, None, None, *grads, None
 
 
@@ -311,8 +310,8 @@ def _register() -> None:
     library.register_fake("ssmkernels::laplacian_solve_backward", _fake_laplacian_solve_backward)
     library.register_fake("ssmkernels::leave_one_edge_out", _fake_leave_one_edge_out)
     library.register_fake("ssmkernels::leave_one_edge_out_backward", _fake_leave_one_edge_out_backward)
-    library.register_autograd("ssmkernels::laplacian_solve", _laplacian_solve_backward, setup_context=_save_laplacian_solve)
-    library.register_autograd("ssmkernels::leave_one_edge_out", _leave_one_edge_out_backward, setup_context=_save_leave_one_edge_out)
+    autograd.register("laplacian_solve", _laplacian_solve_backward, _save_laplacian_solve)
+    autograd.register("leave_one_edge_out", _leave_one_edge_out_backward, _save_leave_one_edge_out)
 
 
 if _library.load():

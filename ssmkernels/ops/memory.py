@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
+from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
 
@@ -90,7 +91,7 @@ def instance_matching(
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     with_gradient = torch.is_grad_enabled() and query_strong.requires_grad
-    pseudo_probs, loss, _ = torch.ops.ssmkernels.instance_matching(*args, alpha, with_gradient, check.allow_tf32(args[2]))
+    pseudo_probs, loss, _ = autograd.call("instance_matching", *args, alpha, with_gradient, check.allow_tf32(args[2]))
     return InstanceMatching(pseudo_probs, loss)
 
 
@@ -112,7 +113,7 @@ def instance_matching_partial(
     """
     _library.require(bank)
     args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
-    return InstanceMatchingPartial(*torch.ops.ssmkernels.instance_matching_partial(*args, check.allow_tf32(args[2])))
+    return InstanceMatchingPartial(*torch.ops.ssmkernels.instance_matching_partial.default(*args, check.allow_tf32(args[2])))
 
 
 @torch.no_grad()
@@ -200,7 +201,7 @@ def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
     if check.values_are_checked(bank_labels):
         check.check_range("bank_labels", bank_labels, num_classes, "the number of classes")
     query, bank = check.autocast(query, bank)
-    return torch.ops.ssmkernels.aggregate(query, bank, bank_labels, num_classes, temperature, check.allow_tf32(bank))[0]
+    return autograd.call("aggregate", query, bank, bank_labels, num_classes, temperature, check.allow_tf32(bank))[0]
 
 
 @torch.no_grad()
@@ -233,7 +234,7 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     query, bank = check.autocast(query, bank)
     probs = probs.to(check.compute_dtype(bank.dtype))
-    return torch.ops.ssmkernels.unfold(query, bank, bank_labels, probs, temperature, check.allow_tf32(bank))
+    return torch.ops.ssmkernels.unfold.default(query, bank, bank_labels, probs, temperature, check.allow_tf32(bank))
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
         check.check_range("index", index, bank.shape[0], "the slots of bank")
         if labels.numel() and int(labels.min()) < 0:
             raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
-    torch.ops.ssmkernels.memory_update_(bank, bank_labels, index, features, labels, momentum)
+    torch.ops.ssmkernels.memory_update_.default(bank, bank_labels, index, features, labels, momentum)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((bank, bank_labels))  # autograd then sees that a saved bank has changed
 
@@ -408,7 +409,7 @@ def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 @once_differentiable
 def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
     query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
-    grad_query = torch.ops.ssmkernels.aggregate_backward(
+    grad_query = torch.ops.ssmkernels.aggregate_backward.default(
         grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, ctx.temperature, ctx.allow_tf32
     )
     return (grad_query.to(query.dtype), *[None] * 5)
@@ -422,8 +423,8 @@ def _register() -> None:
     library.register_fake("ssmkernels::aggregate_backward", _fake_aggregate_backward)
     library.register_fake("ssmkernels::unfold", _fake_unfold)
     library.register_fake("ssmkernels::memory_update_", _fake_memory_update)
-    library.register_autograd("ssmkernels::instance_matching", _instance_matching_backward, setup_context=_save_instance_matching)
-    library.register_autograd("ssmkernels::aggregate", _aggregate_backward, setup_context=_save_aggregate)
+    autograd.register("instance_matching", _instance_matching_backward, _save_instance_matching)
+    autograd.register("aggregate", _aggregate_backward, _save_aggregate)
 
 
 if _library.load():

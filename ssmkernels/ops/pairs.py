@@ -14,11 +14,11 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
+from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
 INTERACTIONS = ("concat", "absdiff", "product")
@@ -57,7 +57,7 @@ def pair_logits(
         TypeError: a dtype is wrong, or differs between the arguments (outside autocast).
         ValueError: a shape, device or value is wrong; the message names it.
     """
-    return torch.ops.ssmkernels.pair_logits(*_network(x, y, w1, b1, w2, b2, interaction, pairs))
+    return autograd.call("pair_logits", *_network(x, y, w1, b1, w2, b2, interaction, pairs))
 
 
 def pair_focal_loss(
@@ -114,18 +114,18 @@ def pair_focal_loss(
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    left, right, *network = _network(x, y, w1, b1, w2, b2, interaction, pairs)
-    args = (left, right, x_labels, y_labels, *network, alpha, float(gamma), ignore_index)
+    rows_x, rows_y, *network = _network(x, y, w1, b1, w2, b2, interaction, pairs)
+    args = (rows_x, rows_y, x_labels, y_labels, *network, alpha, float(gamma), ignore_index)
     if reduction == "none":
-        return torch.ops.ssmkernels.pair_focal_loss(*args)
+        return autograd.call("pair_focal_loss", *args)
     with_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, w1, b1, w2, b2))
-    return torch.ops.ssmkernels.pair_focal_loss_sum(*args, reduction == "mean", with_gradients)[0]
+    return autograd.call("pair_focal_loss_sum", *args, reduction == "mean", with_gradients)[0]
 
 
 def _network(
     x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str, pairs: Tensor | None
 ) -> tuple[Any, ...]:
-    """The arguments of the kernels. For "concat", x and y are A and B, and there is no w1 or b1."""
+    """The arguments of the kernels."""
     if interaction not in INTERACTIONS:
         raise ValueError(f"interaction must be 'concat', 'absdiff' or 'product', got {interaction!r}")
     _check_network(x, y, w1, b1, w2, b2, interaction)
@@ -141,14 +141,9 @@ def _network(
     dtype = check.compute_dtype(x.dtype)
     b1, w2, b2 = b1.to(dtype), w2.to(dtype), b2.to(dtype)
     if interaction == "concat" or x.device.type == "cpu":
-        # Rounding A and B to half types would turn hidden units on and off that are near 0.
+        # For "concat", half types would round the two parts of w1·[x_i, y_j] and turn hidden units on and off that are near 0.
         x, y, w1 = x.to(dtype), y.to(dtype), w1.to(dtype)
-    if interaction != "concat":
-        return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
-    with torch.autocast(x.device.type, enabled=False):
-        w1_x, w1_y = w1.unflatten(1, (2, -1)).unbind(1)  # the backward of two slices would make and add two matrices of zeros
-        left, right = F.linear(x, w1_x, b1), F.linear(y, w1_y)
-    return left, right, None, None, w2, b2, pairs, 0
+    return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
 
 
 def _check_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str) -> None:
@@ -178,18 +173,18 @@ def _fake_values(x: Tensor, y: Tensor, w2: Tensor, pairs: Tensor | None) -> Tens
     return w2.new_empty((x.shape[0], y.shape[0]) if pairs is None else (pairs.shape[0],))
 
 
-def _fake_gradients(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty((0,) if tensor is None else tensor.shape) for tensor in tensors)
+def _fake_gradients(*tensors: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(tensor.shape) for tensor in tensors)
 
 
 def _fake_pair_logits(
-    x: Tensor, y: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor, pairs: Tensor | None, interaction: int
+    x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pairs: Tensor | None, interaction: int
 ) -> Tensor:
     return _fake_values(x, y, w2, pairs)
 
 
 def _fake_pair_logits_backward(
-    grad_logits: Tensor, x: Tensor, y: Tensor, w1: Tensor | None, b1: Tensor | None, w2: Tensor, b2: Tensor, *rest: Any
+    grad_logits: Tensor, x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
 
@@ -199,8 +194,8 @@ def _fake_pair_focal_loss(
     y: Tensor,
     x_labels: Tensor,
     y_labels: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
     w2: Tensor,
     b2: Tensor,
     pairs: Tensor | None,
@@ -215,8 +210,8 @@ def _fake_pair_focal_loss_backward(
     y: Tensor,
     x_labels: Tensor,
     y_labels: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
     w2: Tensor,
     b2: Tensor,
     *rest: Any,
@@ -229,22 +224,22 @@ def _fake_pair_focal_loss_sum(
     y: Tensor,
     x_labels: Tensor,
     y_labels: Tensor,
-    w1: Tensor | None,
-    b1: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
     w2: Tensor,
     b2: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     with_gradients = rest[-1]
-    tensors = (x, y, w1, b1, w2, b2) if with_gradients else (None,) * 6
-    return w2.new_empty(()), *_fake_gradients(*tensors, like=w2)
+    if with_gradients:
+        return w2.new_empty(()), *_fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+    return w2.new_empty(()), *(w2.new_empty((0,)) for _ in range(6))
 
 
 def _spread(grads: tuple[Tensor, ...], dtype: torch.dtype, labels: int, settings: int) -> tuple[Tensor | None, ...]:
     """Gradients of an op's arguments: x and y, as many labels, the network, and as many settings."""
     x, y, w1, b1, w2, b2 = grads
-    weights = (None, None) if w1.numel() == 0 and b1.numel() == 0 else (w1.to(dtype), b1)
-    return x.to(dtype), y.to(dtype), *[None] * labels, *weights, w2, b2, *[None] * settings
+    return x.to(dtype), y.to(dtype), *[None] * labels, w1.to(dtype), b1, w2, b2, *[None] * settings
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -261,13 +256,13 @@ def _saved_inputs(ctx: Any) -> list[Any]:
 @once_differentiable
 def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
-    return _spread(torch.ops.ssmkernels.pair_logits_backward(grad_logits, *inputs), inputs[0].dtype, 0, 2)
+    return _spread(torch.ops.ssmkernels.pair_logits_backward.default(grad_logits, *inputs), inputs[0].dtype, 0, 2)
 
 
 @once_differentiable
 def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
-    return _spread(torch.ops.ssmkernels.pair_focal_loss_backward(grad_losses, *inputs), inputs[0].dtype, 2, 5)
+    return _spread(torch.ops.ssmkernels.pair_focal_loss_backward.default(grad_losses, *inputs), inputs[0].dtype, 2, 5)
 
 
 def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -278,7 +273,7 @@ def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 @once_differentiable
 def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-    return _spread(tuple(grad_loss * grad for grad in ctx.saved_tensors), ctx.dtype, 2, 7)
+    return _spread(tuple(torch._foreach_mul(ctx.saved_tensors, grad_loss)), ctx.dtype, 2, 7)
 
 
 def _register() -> None:
@@ -288,9 +283,9 @@ def _register() -> None:
     library.register_fake("ssmkernels::pair_focal_loss", _fake_pair_focal_loss)
     library.register_fake("ssmkernels::pair_focal_loss_backward", _fake_pair_focal_loss_backward)
     library.register_fake("ssmkernels::pair_focal_loss_sum", _fake_pair_focal_loss_sum)
-    library.register_autograd("ssmkernels::pair_logits", _pair_logits_backward, setup_context=_save_inputs)
-    library.register_autograd("ssmkernels::pair_focal_loss", _pair_focal_loss_backward, setup_context=_save_inputs)
-    library.register_autograd("ssmkernels::pair_focal_loss_sum", _pair_focal_loss_sum_backward, setup_context=_save_pair_focal_loss_sum)
+    autograd.register("pair_logits", _pair_logits_backward, _save_inputs)
+    autograd.register("pair_focal_loss", _pair_focal_loss_backward, _save_inputs)
+    autograd.register("pair_focal_loss_sum", _pair_focal_loss_sum_backward, _save_pair_focal_loss_sum)
 
 
 if _library.load():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
+from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
 REDUCTIONS = ("mean_nonzero", "mean", "sum")
@@ -82,8 +83,16 @@ def pair_ranking_loss(
         embeddings = embeddings.to(references.dtype)
         references = _computed(references)
         reference_labels, reference_order = reference_labels.sort(stable=True)
-    return torch.ops.ssmkernels.pair_ranking_loss(
-        _computed(embeddings), order, labels, references, reference_order, reference_labels, *margins, REDUCTIONS.index(reduction)
+    return autograd.call(
+        "pair_ranking_loss",
+        _computed(embeddings),
+        order,
+        labels,
+        references,
+        reference_order,
+        reference_labels,
+        *margins,
+        REDUCTIONS.index(reduction),
     )[0]
 
 
@@ -128,8 +137,8 @@ def mined_pair_ranking_loss(
         _threshold(name, value, embeddings)
         for name, value in (("positive_threshold", positive_threshold), ("negative_threshold", negative_threshold))
     ]
-    return torch.ops.ssmkernels.mined_pair_ranking_loss(
-        embeddings, basis_features, torch.stack(thresholds), *margins, REDUCTIONS.index(reduction)
+    return autograd.call(
+        "mined_pair_ranking_loss", embeddings, basis_features, torch.stack(thresholds), *margins, REDUCTIONS.index(reduction)
     )[0]
 
 
@@ -153,7 +162,7 @@ def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     _check_rows("features", features, "[n, d]")
     _check_labels("labels", labels, "[n]", "features", features)
     labels, order = labels.sort(stable=True)
-    return SimilarityMoments(*torch.ops.ssmkernels.similarity_moments(_computed(features), order, labels).unbind())
+    return SimilarityMoments(*autograd.call("similarity_moments", _computed(features), order, labels).unbind())
 
 
 def _check_rows(name: str, rows: Tensor, shape: str) -> None:
@@ -239,7 +248,7 @@ def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 @once_differentiable
 def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, weights, active = ctx.saved_tensors
-    rows, references = torch.ops.ssmkernels.pair_ranking_loss_backward(grad_loss, *tensors, *ctx.margins, weights, active)
+    rows, references = torch.ops.ssmkernels.pair_ranking_loss_backward.default(grad_loss, *tensors, *ctx.margins, weights, active)
     dtype = tensors[0].dtype
     return rows.to(dtype), None, None, None if tensors[3] is None else references.to(dtype), *[None] * 5
 
@@ -254,7 +263,7 @@ def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tup
 @once_differentiable
 def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
-    rows = torch.ops.ssmkernels.mined_pair_ranking_loss_backward(
+    rows = torch.ops.ssmkernels.mined_pair_ranking_loss_backward.default(
         grad_loss, embeddings, basis_features, thresholds, *ctx.margins, weights, active
     )
     return rows.to(embeddings.dtype), *[None] * 5
@@ -267,7 +276,7 @@ def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 @once_differentiable
 def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
     features, order, labels, moments = ctx.saved_tensors
-    grad = torch.ops.ssmkernels.similarity_moments_backward(grad_moments.contiguous(), features, order, labels, moments)
+    grad = torch.ops.ssmkernels.similarity_moments_backward.default(grad_moments.contiguous(), features, order, labels, moments)
     return grad.to(features.dtype), None, None
 
 
@@ -279,11 +288,9 @@ def _register() -> None:
     library.register_fake("ssmkernels::mined_pair_ranking_loss_backward", _fake_mined_pair_ranking_loss_backward)
     library.register_fake("ssmkernels::similarity_moments", _fake_similarity_moments)
     library.register_fake("ssmkernels::similarity_moments_backward", _fake_similarity_moments_backward)
-    library.register_autograd("ssmkernels::pair_ranking_loss", _pair_ranking_loss_backward, setup_context=_save_pair_ranking_loss)
-    library.register_autograd(
-        "ssmkernels::mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, setup_context=_save_mined_pair_ranking_loss
-    )
-    library.register_autograd("ssmkernels::similarity_moments", _similarity_moments_backward, setup_context=_save_similarity_moments)
+    autograd.register("pair_ranking_loss", _pair_ranking_loss_backward, _save_pair_ranking_loss)
+    autograd.register("mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, _save_mined_pair_ranking_loss)
+    autograd.register("similarity_moments", _similarity_moments_backward, _save_similarity_moments)
 
 
 if _library.load():
