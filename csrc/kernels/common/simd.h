@@ -66,6 +66,12 @@ static inline V max(V a, V b) {
   return a > b ? a : b;
 }
 
+// b where either is NaN.
+template <class V>
+static inline V min(V a, V b) {
+  return a < b ? a : b;
+}
+
 // v in its first `count` lanes, 0 in the others.
 template <class Real>
 static inline Vec<Real> first_lanes(Vec<Real> v, int64_t count) {
@@ -158,9 +164,8 @@ static inline Vec<double> exp_tiny(Vec<double> r) {
 static inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   using Bits = VectorOf<float>::Bits;
-  V clamped = x > 88.0f ? broadcast(88.0f) : x;
-  clamped = clamped < -87.3f ? broadcast(-87.3f) : clamped;
-  const V shifter = broadcast(12582912.0f);  // 1.5·2^23: adding it rounds to an integer
+  const V clamped = min(broadcast(88.0f), x);
+  const V shifter = broadcast(12582912.0f + 127);  // adding 1.5·2^23 rounds to an integer; 127 is the exponent of 1
   const V n_shifted = clamped * 1.44269504088896341f + shifter;
   const V n = n_shifted - shifter;
   const V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln2 in two parts
@@ -171,16 +176,15 @@ static inline Vec<float> exp(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const V result = p * (V)(((Bits)n_shifted + 127) << 23);  // the low bits of n_shifted are n
+  const V result = p * (V)((Bits)n_shifted << 23);  // the low bits of n_shifted are n + 127
   return x < -87.3f ? V{} : result;
 }
 
 static inline Vec<double> exp(Vec<double> x) {
   using V = Vec<double>;
   using Bits = VectorOf<double>::Bits;
-  V clamped = x > 709.0 ? broadcast(709.0) : x;
-  clamped = clamped < -708.0 ? broadcast(-708.0) : clamped;
-  const V shifter = broadcast(6755399441055744.0);  // 1.5·2^52
+  const V clamped = min(broadcast(709.0), x);
+  const V shifter = broadcast(6755399441055744.0 + 1023);  // 1.5·2^52
   const V n_shifted = clamped * 1.4426950408889634074 + shifter;
   const V n = n_shifted - shifter;
   const V r = clamped - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
@@ -197,7 +201,7 @@ static inline Vec<double> exp(Vec<double> x) {
   p = p * r + 1.0 / 6;
   p = p * r + 0.5;
   p = p * (r * r) + r + 1.0;
-  const V result = p * (V)(((Bits)n_shifted + 1023) << 52);
+  const V result = p * (V)((Bits)n_shifted << 52);
   return x < -708.0 ? V{} : result;
 }
 

@@ -2,8 +2,11 @@
 // The exponentials are what costs. e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is one per node, and the second's argument
 // is small (one edge out of many), so that it mostly is the polynomial alone, without the reduction of its range. Edges where it is large
 // take the direct way. Where F_i is a large constant and small differences, the constant is taken off first, which no softmax sees.
+// A vector's worth of consecutive entries of a row is computed at once: for few classes with the pairs in the lanes, the rows of their
+// other nodes being transposed; for many with the classes in the lanes, and only what follows from their sums with the pairs there.
 #include "leave_one_edge_out.h"
 
+#include "../common/arithmetic.h"
 #include "../common/buffer.h"
 #include "../common/simd.h"
 #include "../common/transpose.h"
@@ -55,7 +58,8 @@ class Nodes {
   // Fetches the values of a node into the cache, while others are computed.
   void prefetch(int64_t i) const {
     const char* values = reinterpret_cast<const char*>(centred(i));
-    for (int64_t byte = 0; byte < static_cast<int64_t>(2 * stride * sizeof(Real)); byte += 64) __builtin_prefetch(values + byte);
+    for (int64_t byte = 0; byte < static_cast<int64_t>((is_narrow() ? 1 : 2) * stride * sizeof(Real)); byte += 64)
+      __builtin_prefetch(values + byte);
   }
 
   void prepare(const LeaveOneEdgeOut<Real>& in, ParallelFor parallel_for) {
@@ -195,14 +199,21 @@ void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
   }
 }
 
+// Of each pair in the lanes.
 template <class Real>
 struct Confidences {
-  Vec<Real> omega_i, omega_j, overlap;  // ω_ij, ω_ji, Z_ij·Z_ji
+  Vec<Real> inverse_i, inverse_j, mean_i, mean_j;  // 1/Σ e and Σ e a/Σ e of each side
+  Vec<Real> omega_i, omega_j, overlap;             // ω_ij, ω_ji, Z_ij·Z_ji
 
-  Confidences(const Sums<Real>& s, Real inverse_log_classes)
-      : omega_i(1 - (log(s.sum_i) - s.moment_i / s.sum_i) * inverse_log_classes),
-        omega_j(1 - (log(s.sum_j) - s.moment_j / s.sum_j) * inverse_log_classes),
-        overlap(s.dot / (s.sum_i * s.sum_j)) {}
+  Confidences(const Sums<Real>& s, Real inverse_log_classes) {
+    inverse_i = 1 / s.sum_i;
+    inverse_j = 1 / s.sum_j;
+    mean_i = s.moment_i * inverse_i;
+    mean_j = s.moment_j * inverse_j;
+    omega_i = 1 - (log(s.sum_i) - mean_i) * inverse_log_classes;
+    omega_j = 1 - (log(s.sum_j) - mean_j) * inverse_log_classes;
+    overlap = s.dot * inverse_i * inverse_j;
+  }
 
   Vec<Real> dissimilarity() const {  // rounding alone takes it out of [0, 1]
     const Vec<Real> none{}, product = max(omega_i, none) * max(omega_j, none) * max(1 - overlap, none);
@@ -210,98 +221,109 @@ struct Confidences {
   }
 };
 
-// G r_ij = e_ij (constant_i + linear_i a_ij − product e_ji), and r_ji likewise.
+// G r_ij = e_ij (constant_i + linear_i a_ij − product e_ji), and r_ji likewise; of each pair in the lanes.
 template <class Real>
 struct Slopes {
-  Real constant_i, linear_i, constant_j, linear_j, product;
+  Vec<Real> constant_i, linear_i, constant_j, linear_j, product;
 
-  Slopes(const Sums<Real>& s, Real inverse_log_classes, Real grad) {
-    const Real sum_i = sum_lanes<Real>(s.sum_i), sum_j = sum_lanes<Real>(s.sum_j);
-    const Real mean_i = sum_lanes<Real>(s.moment_i) / sum_i, mean_j = sum_lanes<Real>(s.moment_j) / sum_j;
-    const Real omega_i = 1 - (log(broadcast(sum_i))[0] - mean_i) * inverse_log_classes;
-    const Real omega_j = 1 - (log(broadcast(sum_j))[0] - mean_j) * inverse_log_classes;
-    const Real overlap = sum_lanes<Real>(s.dot) / (sum_i * sum_j), both = grad * omega_i * omega_j;
-    linear_i = grad * omega_j * (1 - overlap) * inverse_log_classes / sum_i;
-    linear_j = grad * omega_i * (1 - overlap) * inverse_log_classes / sum_j;
-    constant_i = both * overlap / sum_i - linear_i * mean_i;
-    constant_j = both * overlap / sum_j - linear_j * mean_j;
-    product = both / (sum_i * sum_j);
+  Slopes(const Sums<Real>& s, Real inverse_log_classes, Vec<Real> grad) {
+    const Confidences<Real> of(s, inverse_log_classes);
+    const Vec<Real> both = grad * of.omega_i * of.omega_j, apart = grad * (1 - of.overlap) * inverse_log_classes;
+    linear_i = apart * of.omega_j * of.inverse_i;
+    linear_j = apart * of.omega_i * of.inverse_j;
+    constant_i = both * of.overlap * of.inverse_i - linear_i * of.mean_i;
+    constant_j = both * of.overlap * of.inverse_j - linear_j * of.mean_j;
+    product = both * of.inverse_i * of.inverse_j;
   }
 };
 
-// Up to one vector of pairs that share node i, waiting to be computed together.
-template <class Real>
+// Up to a vector of entries of one row: `head` consecutive ones from `first` on, and the others from `second` on.
 struct Batch {
-  int64_t node = 0;
-  int size = 0;
-  int64_t entry[kLanes<Real>], mirror[kLanes<Real>], other[kLanes<Real>];
-  Real logit_weight[kLanes<Real>], mirrored[kLanes<Real>];
+  int64_t node, first, second;
+  int head, size;
 
-  void fill_up() {  // with copies of the first pair
-    for (int k = size; k < kLanes<Real>; ++k) {
-      other[k] = other[0];
-      logit_weight[k] = logit_weight[0];
-      mirrored[k] = mirrored[0];
-    }
+  int64_t entry(int k) const {
+    return k < head ? first + k : second + (k - head);
   }
 };
 
-// Pairs in the lanes: the rows of their other nodes, transposed.
+// The pairs of a batch in the lanes; past its size copies of the first.
+template <class Real>
+struct Pairs {
+  int32_t other[kLanes<Real>];
+  Real logit_weight[kLanes<Real>], mirrored[kLanes<Real>];  // λ w_ij, λ w_ji
+
+  Pairs(const LeaveOneEdgeOut<Real>& in, const Batch& batch) {
+    if (batch.head == kLanes<Real>) {
+      __builtin_memcpy(other, in.graph.col + batch.first, sizeof other);
+      __builtin_memcpy(logit_weight, in.weight + batch.first, sizeof logit_weight);
+#pragma GCC unroll 16
+      for (int k = 0; k < kLanes<Real>; ++k) mirrored[k] = in.weight[in.reverse[batch.first + k]];
+    } else {
+      for (int k = 0; k < kLanes<Real>; ++k) {
+        const int64_t entry = batch.entry(k < batch.size ? k : 0);
+        other[k] = in.graph.col[entry];
+        logit_weight[k] = in.weight[entry];
+        mirrored[k] = in.weight[in.reverse[entry]];
+      }
+    }
+    const Real lambda = static_cast<Real>(in.logit_scale);
+    store(logit_weight, lambda * load(logit_weight));
+    store(mirrored, lambda * load(mirrored));
+  }
+};
+
+// The rows of the other nodes of a batch, transposed.
 template <class Real>
 struct Columns {
-  Vec<Real> centred[kLanes<Real>], factor[kLanes<Real>];
+  Vec<Real> of[kLanes<Real>];
 
-  Columns(const Nodes<Real>& nodes, const Batch<Real>& batch) {
+  Columns(const Nodes<Real>& nodes, const Pairs<Real>& pairs, int64_t offset) {
 #pragma GCC unroll 16
-    for (int k = 0; k < kLanes<Real>; ++k) {
-      const Real* row = nodes.centred(batch.other[k]);
-      centred[k] = load(row);
-      factor[k] = load(row + kLanes<Real>);
-    }
-    transpose<Real>(centred);
-    transpose<Real>(factor);
+    for (int k = 0; k < kLanes<Real>; ++k) of[k] = load(nodes.centred(pairs.other[k]) + offset);
+    transpose<Real>(of);
   }
 };
 
-template <Argument kArgument, class Real>
-Sums<Real> narrow_sums(const Columns<Real>& j, const Node<Real>& i, Vec<Real> logit_weight, Vec<Real> mirrored, int64_t classes) {
-  const Vec<Real> scale = j.centred[kScaleLane<Real>], top = j.centred[kTopLane<Real>];
-  Sums<Real> sums;
-  for (int64_t c = 0; c < classes; ++c) {
-    const Vec<Real> x_i = j.centred[c] * logit_weight, x_j = mirrored * i.centred[c];
-    sums.add(factor_of<kArgument>(x_i) * i.factor[c], (i.scale * i.centred[c] - i.top) - x_i, j.factor[c] * factor_of<kArgument>(x_j),
-             (j.centred[c] * scale - top) - x_j);
+// Calls each(c, e_i, a_i, e_j, a_j) for every class; the a are relative to the shift that the e are.
+template <class Real, class F>
+void for_each_class(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, const Columns<Real>& centred, const F& each) {
+  const Vec<Real> scale = centred.of[kScaleLane<Real>], top = centred.of[kTopLane<Real>], reach = centred.of[kReachLane<Real>];
+  const Vec<Real> logit_weight = load(pairs.logit_weight), mirrored = load(pairs.mirrored);
+  Real base[kLanes<Real>];  // the logits of i with all its edges
+  store(base, load(i.centred) * i.scale);
+  if (max_lane<Real>(max(logit_weight * reach, mirrored * i.reach)) <= static_cast<Real>(kExpTiny)) {
+    const Columns<Real> factor(nodes, pairs, kLanes<Real>);
+    for (int64_t c = 0; c < nodes.classes; ++c) {
+      const Vec<Real> x_i = centred.of[c] * logit_weight, x_j = mirrored * i.centred[c];
+      each(c, exp_tiny(-x_i) * i.factor[c], (base[c] - i.top) - x_i, factor.of[c] * exp_tiny(-x_j), (centred.of[c] * scale - top) - x_j);
+    }
+    return;
   }
-  return sums;
-}
-
-// The same where the shift has to be the largest logit of the pair itself.
-template <class Real>
-Sums<Real> narrow_sums_of_logits(const Columns<Real>& j, const Node<Real>& i, Vec<Real> logit_weight, Vec<Real> mirrored, int64_t classes) {
-  const Vec<Real> scale = j.centred[kScaleLane<Real>];
   Vec<Real> a_i[kLanes<Real>], a_j[kLanes<Real>], top_i, top_j;
-  for (int64_t c = 0; c < classes; ++c) {
-    a_i[c] = i.scale * i.centred[c] - j.centred[c] * logit_weight;
-    a_j[c] = j.centred[c] * scale - mirrored * i.centred[c];
+  for (int64_t c = 0; c < nodes.classes; ++c) {
+    a_i[c] = base[c] - centred.of[c] * logit_weight;
+    a_j[c] = centred.of[c] * scale - mirrored * i.centred[c];
     top_i = c == 0 ? a_i[c] : max(top_i, a_i[c]);
     top_j = c == 0 ? a_j[c] : max(top_j, a_j[c]);
   }
-  Sums<Real> sums;
-  for (int64_t c = 0; c < classes; ++c) sums.add(exp(a_i[c] - top_i), a_i[c] - top_i, exp(a_j[c] - top_j), a_j[c] - top_j);
-  return sums;
+  for (int64_t c = 0; c < nodes.classes; ++c) each(c, exp(a_i[c] - top_i), a_i[c] - top_i, exp(a_j[c] - top_j), a_j[c] - top_j);
 }
 
-// Lanes are classes: the sums of each pair, then along the lanes of all pairs at once.
-template <class Real>
-Sums<Real> wide_sums(const Nodes<Real>& nodes, const Batch<Real>& batch, const Batch<Real>& next) {
+// Lanes are classes: calls each(k, c, e_i, a_i, e_j, a_j) for every pair k and vector of classes, and sums along the lanes of all pairs at
+// once.
+template <class Real, class F>
+Sums<Real> wide_sums(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, int size, const F& each) {
   Vec<Real> sum_i[kLanes<Real>], sum_j[kLanes<Real>], moment_i[kLanes<Real>], moment_j[kLanes<Real>], dot[kLanes<Real>];
-  const Node<Real> node = nodes[batch.node];
   for (int k = 0; k < kLanes<Real>; ++k) {
-    if (k < next.size) nodes.prefetch(next.other[k]);
     Sums<Real> sums;
-    if (k < batch.size)
-      for_each_vector<Real>({node, nodes[batch.other[k]], batch.logit_weight[k], batch.mirrored[k]}, nodes.classes,
-                            [&](int64_t, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) { sums.add(e_i, a_i, e_j, a_j); });
+    if (k + 1 < size) nodes.prefetch(pairs.other[k + 1]);
+    if (k < size)
+      for_each_vector<Real>({i, nodes[pairs.other[k]], pairs.logit_weight[k], pairs.mirrored[k]}, nodes.classes,
+                            [&](int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
+                              sums.add(e_i, a_i, e_j, a_j);
+                              each(k, c, e_i, a_i, e_j, a_j);
+                            });
     else
       sums.sum_i = sums.sum_j = broadcast(Real(1));
     sum_i[k] = sums.sum_i;
@@ -320,49 +342,158 @@ Sums<Real> wide_sums(const Nodes<Real>& nodes, const Batch<Real>& batch, const B
 }
 
 template <class Real>
-Sums<Real> sums_of(const Nodes<Real>& nodes, const Batch<Real>& batch, const Batch<Real>& next) {
-  if (!nodes.is_narrow()) return wide_sums(nodes, batch, next);
-  const Columns<Real> columns(nodes, batch);
-  const Node<Real> node = nodes[batch.node];
-  const Vec<Real> logit_weight = load(batch.logit_weight), mirrored = load(batch.mirrored);
-  switch (argument_of(max_lane<Real>(max(logit_weight * columns.centred[kReachLane<Real>], mirrored * node.reach)))) {
-    case Argument::tiny:
-      return narrow_sums<Argument::tiny>(columns, node, logit_weight, mirrored, nodes.classes);
-    case Argument::moderate:
-      return narrow_sums<Argument::moderate>(columns, node, logit_weight, mirrored, nodes.classes);
-    default:
-      return narrow_sums_of_logits(columns, node, logit_weight, mirrored, nodes.classes);
-  }
+Sums<Real> sums_of(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, int size) {
+  if (!nodes.is_narrow()) return wide_sums(nodes, i, pairs, size, [](auto...) {});
+  Sums<Real> sums;
+  for_each_class(nodes, i, pairs, Columns<Real>(nodes, pairs, 0),
+                 [&](int64_t, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) { sums.add(e_i, a_i, e_j, a_j); });
+  return sums;
 }
 
 // A pair is computed by one of its rows: by i if j is among the N/2 nodes that follow it, cyclically. Every row then owns about half of its
-// pairs, and finds them in two runs of its entries.
+// pairs, and finds them in two runs of its entries. (With i < j as the rule, a row's partners would be spread over more of the memory.)
 struct Runs {
   int64_t begin[2], end[2];
 
-  Runs(const Csr& graph, int64_t i) {
-    const int64_t first = graph.crow[i], last = graph.crow[i + 1], half = graph.nodes / 2, past = i + half + 1;
+  static Runs all(const Csr& graph, int64_t i) {
+    return {{graph.crow[i], 0}, {graph.crow[i + 1], 0}};
+  }
+
+  static Runs owned(const Csr& graph, int64_t i) {
+    const int64_t first = graph.crow[i], last = graph.crow[i + 1], past = i + graph.nodes / 2 + 1;
     // Of two nodes that are N/2 apart in both directions, the smaller owns the pair.
-    const int64_t wrapped = past - graph.nodes - (graph.nodes % 2 == 0);
-    int64_t before = 0, within = 0,
-            around = 0;  // entries with a column below i, below past, below wrapped: counting has no branches to miss
+    const int64_t wrapped = max<int64_t>(past - graph.nodes - (graph.nodes % 2 == 0), 0);
+    const uint32_t bounds[] = {static_cast<uint32_t>(i), static_cast<uint32_t>(past), static_cast<uint32_t>(wrapped)};
+    uint32_t before = 0, within = 0, around = 0;  // entries with a column below each: counting has no branches to miss
     for (int64_t e = first; e < last; ++e) {
-      before += graph.col[e] < i;
-      within += graph.col[e] < past;
-      around += graph.col[e] < wrapped;
+      const uint32_t j = static_cast<uint32_t>(graph.col[e]);
+      before += j < bounds[0];
+      within += j < bounds[1];
+      around += j < bounds[2];
     }
-    begin[0] = first + before;
-    end[0] = first + within;
-    begin[1] = first;
-    end[1] = first + (around < before ? around : before);
+    return {{first + before, first}, {first + within, first + min(around, before)}};
   }
 };
 
 template <class Real>
 bool is_valid(const LeaveOneEdgeOut<Real>& in, int64_t entry) {
-  const int64_t j = in.graph.col[entry], mirror = in.reverse[entry];
-  return j >= 0 && j < in.graph.nodes && mirror >= 0 && mirror < in.graph.edges;
+  return static_cast<uint64_t>(in.graph.col[entry]) < static_cast<uint64_t>(in.graph.nodes) &&
+         static_cast<uint64_t>(in.reverse[entry]) < static_cast<uint64_t>(in.graph.edges);
 }
+
+// How many of up to a vector of entries from `first` on are to be followed before one that is not.
+template <class Real>
+int valid_entries(const LeaveOneEdgeOut<Real>& in, int64_t first, int64_t last) {
+  if (last - first >= kLanes<Real>) {
+    uint32_t bad_columns = 0;  // sums of the width of what is compared, which the compiler turns into vectors
+    uint64_t bad_mirrors = 0;
+    for (int k = 0; k < kLanes<Real>; ++k) {
+      bad_columns |= static_cast<uint32_t>(in.graph.col[first + k]) >= static_cast<uint32_t>(in.graph.nodes);
+      bad_mirrors |= static_cast<uint64_t>(in.reverse[first + k]) >= static_cast<uint64_t>(in.graph.edges);
+    }
+    if (!bad_columns && !bad_mirrors) return kLanes<Real>;
+  }
+  int count = 0;
+  while (count < kLanes<Real> && first + count < last && is_valid(in, first + count)) ++count;
+  return count;
+}
+
+// Calls each(batch) for the entries of some runs, without those that are not to be followed.
+template <class Real, class F>
+void for_each_batch(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& runs, const F& each) {
+  int64_t at = runs.begin[0], end = runs.end[0], next = runs.begin[1], next_end = runs.end[1];
+  while (at < end || next < next_end) {
+    if (at == end) {
+      at = next;
+      end = next_end;
+      next = next_end;
+    }
+    Batch batch{node, at, next, valid_entries(in, at, end), 0};
+    batch.size = batch.head;
+    if (at + batch.head == end && batch.head < kLanes<Real>) {
+      const int more = valid_entries(in, next, min(next_end, next + kLanes<Real> - batch.head));
+      batch.size += more;
+      next += more;
+    }
+    if (batch.size > 0) each(batch);
+    const bool stopped = batch.head < kLanes<Real> && at + batch.head < end;
+    at += batch.head + stopped;
+  }
+}
+
+// What the entries of one row add to the gradients of its node.
+template <class Real>
+struct RowGradient {
+  const Nodes<Real>& nodes;
+  const Node<Real>& i;
+  Real *own, *others, *saved;
+  Real inverse_log_classes;
+  Vec<Real> own_of[kLanes<Real>] = {}, others_of[kLanes<Real>] = {};  // with few classes: of each class, with the pairs in the lanes
+
+  // Σ_c G r_ij F_j of each pair in the lanes; r sums to 0, so that centring F_j changes nothing.
+  Vec<Real> add(const Pairs<Real>& pairs, int size, Vec<Real> grad) {
+    return nodes.is_narrow() ? add_narrow(pairs, grad) : add_wide(pairs, size, grad);
+  }
+
+  void finish() {
+    if (!nodes.is_narrow()) return;
+    store(own, sum_lanes<Real>(own_of));
+    store(others, sum_lanes<Real>(others_of));
+  }
+
+ private:
+  Vec<Real> add_narrow(const Pairs<Real>& pairs, Vec<Real> grad) {
+    if (nodes.classes < 2) __builtin_unreachable();  // or the compiler warns of arrays that a loop over no classes would leave unset
+    const Columns<Real> centred(nodes, pairs, 0);
+    Vec<Real> e_i[kLanes<Real>], a_i[kLanes<Real>], e_j[kLanes<Real>], a_j[kLanes<Real>];
+    Sums<Real> sums;
+    for_each_class(nodes, i, pairs, centred, [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
+      sums.add(ei, ai, ej, aj);
+      e_i[c] = ei;
+      a_i[c] = ai;
+      e_j[c] = ej;
+      a_j[c] = aj;
+    });
+    const Slopes<Real> slopes(sums, inverse_log_classes, grad);
+    const Vec<Real> mirrored = load(pairs.mirrored);
+    Vec<Real> along{};
+    for (int64_t c = 0; c < nodes.classes; ++c) {
+      const Vec<Real> r_ij = e_i[c] * (slopes.constant_i + slopes.linear_i * a_i[c] - slopes.product * e_j[c]);
+      const Vec<Real> r_ji = e_j[c] * (slopes.constant_j + slopes.linear_j * a_j[c] - slopes.product * e_i[c]);
+      own_of[c] += r_ij;
+      others_of[c] += mirrored * r_ji;
+      along += r_ij * centred.of[c];
+    }
+    return along;
+  }
+
+  Vec<Real> add_wide(const Pairs<Real>& pairs, int size, Vec<Real> grad) {
+    const int64_t classes = nodes.classes, stride = nodes.stride;
+    const Sums<Real> sums =
+        wide_sums(nodes, i, pairs, size, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
+          Real* at = saved + 4 * (k * stride + c);
+          store(at, e_i);
+          store(at + kLanes<Real>, a_i);
+          store(at + 2 * kLanes<Real>, e_j);
+          store(at + 3 * kLanes<Real>, a_j);
+        });
+    const Slopes<Real> slopes(sums, inverse_log_classes, grad);
+    Vec<Real> along[kLanes<Real>] = {};
+    for (int k = 0; k < size; ++k) {
+      const Real* centred = nodes.centred(pairs.other[k]);
+      for (int64_t c = 0; c < stride; c += kLanes<Real>) {
+        const Real* at = saved + 4 * (k * stride + c);
+        const Vec<Real> e_i = load(at), a_i = load(at + kLanes<Real>), e_j = load(at + 2 * kLanes<Real>), a_j = load(at + 3 * kLanes<Real>);
+        const Vec<Real> r_ij = e_i * (slopes.constant_i[k] + slopes.linear_i[k] * a_i - slopes.product[k] * e_j);
+        const Vec<Real> r_ji = e_j * (slopes.constant_j[k] + slopes.linear_j[k] * a_j - slopes.product[k] * e_i);
+        store(own + c, load(own + c) + r_ij);
+        store(others + c, load(others + c) + pairs.mirrored[k] * r_ji);
+        along[k] += r_ij * load_classes(centred, c, classes);
+      }
+    }
+    return sum_lanes<Real>(along);
+  }
+};
 
 template <class Real>
 Real inverse_log(int64_t classes) {
@@ -376,45 +507,34 @@ void leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, Pa
   Nodes<Real> nodes(in);
   nodes.prepare(in, parallel_for);
   const int64_t tasks = (in.graph.nodes + kRowsPerTask - 1) / kRowsPerTask;
-  const Real lambda = static_cast<Real>(in.logit_scale), inverse_log_classes = inverse_log<Real>(in.classes);
+  const Real inverse_log_classes = inverse_log<Real>(in.classes);
   parallel_for(in.graph.edges, [&](int64_t begin, int64_t end) {  // entries that nobody owns stay 0
     for (int64_t e = begin; e < end; ++e) dissimilarity[e] = 0;
   });
   parallel_for(tasks, [&](int64_t begin, int64_t end) {
-    Batch<Real> batches[2];  // one that is filled, and the one before it, which is computed once its successor can be fetched
-    int at = 0;
-    const auto flush = [&] {
-      Batch<Real>& batch = batches[1 - at];
-      if (batch.size > 0) {
-        for (int k = 0; k < batch.size; ++k) batch.mirrored[k] = lambda * in.weight[batch.mirror[k]];
-        batch.fill_up();
-        const Vec<Real> result = Confidences<Real>(sums_of(nodes, batch, batches[at]), inverse_log_classes).dissimilarity();
-        for (int k = 0; k < batch.size; ++k) dissimilarity[batch.entry[k]] = dissimilarity[batch.mirror[k]] = result[k];
+    Batch waiting{};  // computed while what its successor needs is on its way to the cache
+    const auto compute = [&] {
+      if (waiting.size == 0) return;
+      const Pairs<Real> pairs(in, waiting);
+      const Sums<Real> sums = sums_of(nodes, nodes[waiting.node], pairs, waiting.size);
+      const Vec<Real> result = Confidences<Real>(sums, inverse_log_classes).dissimilarity();
+      for (int k = 0; k < waiting.size; ++k) {
+        const int64_t entry = waiting.entry(k);
+        dissimilarity[entry] = dissimilarity[in.reverse[entry]] = result[k];
       }
-      at = 1 - at;
-      batches[at].size = 0;
     };
-    for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i) {
-      const Runs runs(in.graph, i);
-      for (int run = 0; run < 2; ++run) {
-        for (int64_t e = runs.begin[run]; e < runs.end[run]; ++e) {
-          if (!is_valid(in, e)) continue;
-          Batch<Real>& batch = batches[at];
-          const int k = batch.size++;
-          batch.entry[k] = e;
-          batch.mirror[k] = in.reverse[e];
-          batch.other[k] = in.graph.col[e];
-          batch.logit_weight[k] = lambda * in.weight[e];
-          batch.node = i;
-          if (nodes.is_narrow()) nodes.prefetch(in.graph.col[e]);
-          __builtin_prefetch(in.weight + in.reverse[e]);
-          __builtin_prefetch(dissimilarity + in.reverse[e], 1);
-          if (batch.size == kLanes<Real>) flush();
+    for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i)
+      for_each_batch(in, i, Runs::owned(in.graph, i), [&](const Batch& batch) {
+        for (int k = 0; k < batch.size; ++k) {
+          const int64_t entry = batch.entry(k);
+          if (nodes.is_narrow()) nodes.prefetch(in.graph.col[entry]);
+          __builtin_prefetch(in.weight + in.reverse[entry]);
+          __builtin_prefetch(dissimilarity + in.reverse[entry], 1);
         }
-      }
-      if (batches[at].size > 0) flush();
-    }
-    if (batches[1 - at].size > 0) flush();
+        compute();
+        waiting = batch;
+      });
+    compute();
   });
 }
 
@@ -425,48 +545,28 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
   const int64_t stride = nodes.stride, tasks = (in.graph.nodes + kRowsPerTask - 1) / kRowsPerTask;
   const Real lambda = static_cast<Real>(in.logit_scale), inverse_log_classes = inverse_log<Real>(in.classes);
   parallel_for(tasks, [&](int64_t begin, int64_t end) {
-    Buffer<Real> scratch(6 * stride);
+    Buffer<Real> scratch((2 + 4 * kLanes<Real>)*stride);
     Real* own = scratch.take(stride);     // Σ_j G r_ij
     Real* others = scratch.take(stride);  // Σ_j G w_ji r_ji
-    Real* saved = scratch.take(4 * stride);
+    Real* saved = scratch.take(4 * kLanes<Real> * stride);
     for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i) {
       const Node<Real> node = nodes[i];
+      const int64_t first = in.graph.crow[i], last = in.graph.crow[i + 1];
+      RowGradient<Real> row{nodes, node, own, others, saved, inverse_log_classes};
       for (int64_t c = 0; c < 2 * stride; ++c) own[c] = 0;
-      for (int64_t e = in.graph.crow[i]; e < in.graph.crow[i + 1]; ++e) {
-        out.grad_weight[e] = 0;
-        if (!is_valid(in, e)) continue;
-        const int64_t mirror = in.reverse[e];
-        const Real grad = out.grad_dissimilarity[e] + out.grad_dissimilarity[mirror];
-        if (grad == 0) continue;
-        const Pair<Real> pair{node, nodes[in.graph.col[e]], lambda * in.weight[e], lambda * in.weight[mirror]};
-        if (e + 1 < in.graph.crow[i + 1] && is_valid(in, e + 1)) nodes.prefetch(in.graph.col[e + 1]);
-        Sums<Real> sums;
-        for_each_vector(pair, in.classes, [&](int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
-          sums.add(e_i, a_i, e_j, a_j);
-          Real* at = saved + 4 * c;
-          store(at, e_i);
-          store(at + kLanes<Real>, a_i);
-          store(at + 2 * kLanes<Real>, e_j);
-          store(at + 3 * kLanes<Real>, a_j);
-        });
-        const Slopes<Real> slopes(sums, inverse_log_classes, grad);
-        Vec<Real> along{};
-        for (int64_t c = 0; c < stride; c += kLanes<Real>) {
-          const Real* at = saved + 4 * c;
-          const Vec<Real> e_i = load(at), a_i = load(at + kLanes<Real>), e_j = load(at + 2 * kLanes<Real>),
-                          a_j = load(at + 3 * kLanes<Real>);
-          const Vec<Real> r_ij = e_i * (slopes.constant_i + slopes.linear_i * a_i - slopes.product * e_j);
-          const Vec<Real> r_ji = e_j * (slopes.constant_j + slopes.linear_j * a_j - slopes.product * e_i);
-          store(own + c, load(own + c) + r_ij);
-          store(others + c, load(others + c) + pair.mirrored * r_ji);
-          along += r_ij * load_classes(pair.j.centred, c, in.classes);  // r sums to 0, so that centring F_j changes nothing
-        }
-        out.grad_weight[e] = -lambda * sum_lanes<Real>(along);
-      }
+      for (int64_t e = first; e < last; ++e) out.grad_weight[e] = 0;
+      for_each_batch(in, i, Runs::all(in.graph, i), [&](const Batch& batch) {
+        Real grad[kLanes<Real>] = {};
+        for (int k = 0; k < batch.size; ++k)
+          grad[k] = out.grad_dissimilarity[batch.first + k] + out.grad_dissimilarity[in.reverse[batch.first + k]];
+        if (!differ<Real>(load(grad), Vec<Real>{})) return;
+        store_first(out.grad_weight + batch.first, -lambda * row.add(Pairs<Real>(in, batch), batch.size, load(grad)), batch.size);
+      });
+      row.finish();
       Vec<Real> along{};
       for (int64_t c = 0; c < stride; c += kLanes<Real>) along += load(own + c) * load_classes(node.centred, c, in.classes);
       const Real grad_degree = lambda * sum_lanes<Real>(along);
-      for (int64_t e = in.graph.crow[i]; e < in.graph.crow[i + 1]; ++e) out.grad_weight[e] += grad_degree;
+      for (int64_t e = first; e < last; ++e) out.grad_weight[e] += grad_degree;
       Real* grad = out.grad_propagated + i * in.classes;
       for (int64_t c = 0; c < in.classes; ++c) grad[c] = node.scale * own[c] - others[c];
     }
