@@ -260,7 +260,7 @@ def test_cuda_tensor_given_to_a_cpu_build(monkeypatch):
 def test_help_names_every_command(arguments, capsys):
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in ("train", "reproduce", "demo", "bench", "info"))
+    assert all(f"\n  {name} " in out for name in ("train", "reproduce", "report", "demo", "bench", "info"))
 
 
 def test_no_command_is_an_error(capsys):
@@ -275,7 +275,7 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "ssmkernels: unknown command 'trian'; it should be one of train, reproduce, demo, bench, info\n"
+    assert capsys.readouterr().err == "ssmkernels: unknown command 'trian'; it should be one of train, reproduce, report, demo, bench, info\n"
 
 
 def test_interrupt_is_130_without_traceback(monkeypatch, capsys):

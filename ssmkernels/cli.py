@@ -12,6 +12,7 @@ from ssmkernels import __version__
 COMMANDS = {
     "train": ("ssmkernels.trainers.cli", "train a model with one of the papers' methods"),
     "reproduce": ("ssmkernels.experiments.cli", "run a table or figure of a paper"),
+    "report": ("ssmkernels.experiments.report_page", "one page of what reproduce has left in a folder"),
     "demo": ("ssmkernels.experiments.demo", "a few minutes' comparison on real images that come with the packages"),
     "bench": ("ssmkernels.bench", "time the ops beside eager PyTorch and torch.compile"),
     "info": ("ssmkernels.info", "what was built, what machine this is, and what is wrong"),

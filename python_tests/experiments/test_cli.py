@@ -12,7 +12,7 @@ from ssmkernels.trainers.loop import RunResult
 def test_list_names_every_experiment(capsys):
     assert main(["--list"]) == 0
     listed = capsys.readouterr().out
-    for name in ("simmatch-table1", "simmatch-table2", "simmatch-figure4", "simmatch-ablation"):
+    for name in (*(f"simmatch-table{n}" for n in (1, 2, 3, 5)), "simmatch-figure4", "simmatch-figure5"):
         assert name in listed
 
 
@@ -34,12 +34,14 @@ def test_the_papers_numbers_of_table_1():
     assert len(paper) == 18
 
 
-def test_smoke_runs_offline_and_says_so(tmp_path, capsys):
-    assert main(["simmatch-ablation", "--out", str(tmp_path)]) == 0
+def test_smoke_runs_offline_and_says_so(tmp_path, capsys, monkeypatch):
+    table = EXPERIMENTS["simmatch-table5"]
+    monkeypatch.setitem(EXPERIMENTS, "simmatch-table5", dataclasses.replace(table, offline=(*table.offline, "--steps", "8")))
+    assert main(["simmatch-table5", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "No --data was given" in printed
+    assert "No folder of images was given" in printed
     assert "61.7" in printed
-    report = (tmp_path / "simmatch-ablation-smoke" / "report.md").read_text()
+    report = (tmp_path / "simmatch-table5-smoke" / "report.md").read_text()
     assert report in printed
     assert report.count("| imagenet-1 ") == 3
 
@@ -65,5 +67,6 @@ def test_figures_are_medians_or_last_values_over_seeds():
     figure = EXPERIMENTS["simmatch-table1"].figures[0]
     runs = [RunResult(True, 3, [{"step": k, "ema_accuracy": base + k / 100} for k in range(3)]) for base in (0.5, 0.7)]
     assert figure.of(runs) == "61.00 ± 14.14"
+    assert figure.values(runs) == [pytest.approx(51), pytest.approx(71)]
     assert dataclasses.replace(figure, median=False).of(runs) == "62.00 ± 14.14"
     assert dataclasses.replace(figure, name="student_top5").of(runs) == "-"

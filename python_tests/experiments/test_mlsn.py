@@ -11,7 +11,8 @@ import torch
 from ssmkernels.experiments import demo, similarity
 from ssmkernels.experiments.cli import EXPERIMENTS, main
 from ssmkernels.experiments.experiment import Budget
-from ssmkernels.trainers import RunResult
+from ssmkernels.experiments.jobs import Outcome
+from ssmkernels.trainers import RunResult, train_mlsn
 from ssmkernels.trainers.cli import parse_config
 
 FEW = Budget(
@@ -26,7 +27,8 @@ def few(monkeypatch):
 
 
 def runs(*errors):
-    return [RunResult(True, 1, [{"step": 1, "ema_error": each, "student_error": each + 0.1}]) for each in errors]
+    results = [RunResult(True, 1, [{"step": 1, "ema_error": each, "student_error": each + 0.1}]) for each in errors]
+    return [Outcome(f"seed {seed}", dataclasses.asdict(result)) for seed, result in enumerate(results)]
 
 
 def test_every_experiment_is_listed(capsys):
@@ -64,7 +66,7 @@ def test_a_table_smokes_offline(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "mlsn-table2", dataclasses.replace(table, cells=table.cells[:8:2]))
     assert main(["mlsn-table2", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for words in ("No --data was given", "46.43 ± 1.21", "22.90 ± 0.93", "MixMatch-pytorch", "cifar10-1000-tuned"):
+    for words in ("No folder of images was given", "46.43 ± 1.21", "22.90 ± 0.93", "MixMatch-pytorch", "cifar10-1000-tuned"):
         assert words in printed
 
 
@@ -86,7 +88,7 @@ def test_figures_2_and_3(few, tmp_path, capsys):
     for name in ("mlsn-figure2", "mlsn-figure3"):
         assert main([name, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for words in ("| 25 %  ", "self-training", "silhouette", "labels and weak labels"):
+    for words in ("| 25 %  ", "self-training", "silhouette", "all labels, supervised"):
         assert words in printed
     for name in ("mlsn-figure2-smoke/figure2.png", "mlsn-figure3-smoke/figure3.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -103,7 +105,9 @@ def test_all_labels_are_all(few):
 
 def test_similarity_probs_tell_clusters_apart(few, tmp_path):
     """y_sc of the figures: rows sum to 1, and say the class when the network knows which samples are alike."""
-    trainer = similarity.trained(similarity.choose("smoke", None).parse((), 1, tmp_path / "run"))
+    config = similarity.choose("smoke", None).parse((), 1, tmp_path / "run")
+    train_mlsn(config)
+    trainer = similarity.trained(config, tmp_path / "run")
     network = trainer.teacher.model.similarity
     with torch.no_grad():  # logit = 6 − 4 Σ |x_i − y_j| over the first ten features
         for parameter in network.parameters():
@@ -130,6 +134,17 @@ def test_verdicts_are_paired():
     assert similarity.verdict(results, "c", "a", 3).endswith(": higher.")
     assert "with one seed" in similarity.verdict({"a": runs(0.1), "b": runs(0.2)}, "a", "b", 3)
     assert "20.0 ± 10.0" in similarity.error_table(results, 3)
+
+
+def test_verdicts_are_of_the_seeds_that_finished_both():
+    failed = Outcome("seed 1", None, "ValueError: no")
+    results = {"a": runs(0.10, 0.20), "b": [*runs(0.15), failed], "c": [failed, failed]}
+    assert similarity.verdict(results, "b", "a", 3).startswith("b − a: +5.0 points with one seed")
+    assert similarity.verdict(results, "c", "a", 3) == "c − a: no seed finished both."
+    assert "| c      | failed " in similarity.error_table(results, 3)
+    averaged, student = similarity.entries(results, "set", 3, {"b": "5.3"})[2:4]
+    assert (averaged.values, averaged.paper, averaged.failed) == ((15.0,), "5.3", ("ValueError: no",))
+    assert student.values == (25.0,) and student.paper == "-"
 
 
 def test_digits_need_no_folder(tmp_path, capsys):

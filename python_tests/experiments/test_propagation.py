@@ -11,6 +11,7 @@ from PIL import Image
 
 from ssmkernels.experiments import feature_sets, propagation
 from ssmkernels.experiments.cli import EXPERIMENTS, main
+from ssmkernels.experiments.record import read_record
 from ssmkernels.experiments.report import half_width, mean_and_interval
 from ssmkernels.trainers.loop import RunResult
 
@@ -29,9 +30,12 @@ def test_table_3(few, tmp_path, capsys):
     assert report in capsys.readouterr().out
     for words in (*propagation.METHODS, "5 per class", "2 to 8 per class", "What holds", "What does not"):
         assert words in report
-    kept = json.loads((out / "digits.json").read_text())
-    assert len(kept) == 4 and set(kept["5 per class, draw 1"]) == set(propagation.METHODS)
-    assert all(0.05 < value < 1 for draw in kept.values() for value in draw.values())
+    kept = [json.loads(path.read_text())["value"] for path in (out / "jobs").glob("digits-*/job.json")]
+    assert len(kept) == 4 and all(set(draw) == set(propagation.METHODS) for draw in kept)
+    assert all(0.05 < value < 1 for draw in kept for value in draw.values())
+    record = read_record(out)
+    assert len(record.entries) == 2 * len(propagation.METHODS) and all(len(entry.values) == 2 for entry in record.entries)
+    assert record.seeds == (1, 2) and record.seconds > 0 and "shuffled W_dis" in record.notes
 
 
 def test_a_second_run_goes_on_where_the_first_stopped(few, tmp_path, monkeypatch):
@@ -45,10 +49,10 @@ def test_a_second_run_goes_on_where_the_first_stopped(few, tmp_path, monkeypatch
 
     for _ in range(2):
         try:
-            rows = propagation.run_draws("digits", out=tmp_path, folder=None, predict=predict)
+            drawn = propagation.run_draws("digits", out=tmp_path, folder=None, predict=predict)
         except KeyboardInterrupt:
             continue
-    assert calls == [50, 50, 50] and len(rows["5 per class"]["all zeros"]) == 2
+    assert calls == [50, 50, 50] and len(drawn.of("all zeros")) == 2
 
 
 def test_figures_4_and_5(few, tmp_path, capsys, monkeypatch):
@@ -110,6 +114,35 @@ def test_a_folder_without_the_files_is_an_error(tmp_path, capsys):
     assert "it should have at least one of cifar10.npz, flowers17.npz" in capsys.readouterr().err
     assert main(["mixed-lp-table3", "--data", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
     assert "which is no folder" in capsys.readouterr().err
+
+
+def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
+    """CUB-200-2011 in its published form, six images of each of ten classes, beside the paper's numbers."""
+    paths = [(label, f"{label:03d}.Bird/{i}.jpg") for label in range(1, 11) for i in range(6)]
+    for label, path in paths:
+        picture = tmp_path / "CUB_200_2011" / "images" / path
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (25 * label, 0, 0)).save(picture)
+    for file, values in {"images.txt": [path for _, path in paths], "image_class_labels.txt": [label for label, _ in paths]}.items():
+        (tmp_path / "CUB_200_2011" / file).write_text("".join(f"{number} {value}\n" for number, value in enumerate(values, 1)))
+    monkeypatch.setattr(feature_sets, "SOURCES", {name: feature_sets.SOURCES[name] for name in ("cub200", "pets")})
+    monkeypatch.setattr(propagation.run_draws, "__kwdefaults__", {**propagation.run_draws.__kwdefaults__, "draws": 2})
+
+    def extract(model, batches, device):
+        assert [images.shape[2:] for images, _ in batches] == [(224, 224)]
+        draw = torch.Generator().manual_seed(0)
+        labels = torch.tensor([label - 1 for label, _ in paths])
+        return torch.nn.functional.one_hot(labels, 12).float() + 0.3 * torch.rand(60, 12, generator=draw)
+
+    monkeypatch.setattr(feature_sets.models, "extract_features", extract)
+    out = tmp_path / "out" / "table3"
+    found = propagation.table3(budget="smoke", data=str(tmp_path), out=out)
+    papers = {entry.row: entry.paper for entry in found.entries if entry.column == "cub, 5 per class"}
+    assert papers["ours"] == "0.468 ± 0.003" and papers["LGC"] == "0.441 ± 0.005" and papers["(12)"] == "-"
+    assert all(len(entry.values) == 2 and entry.values[0] > 0.2 for entry in found.entries if "5 per class" in entry.column)
+    assert (tmp_path / "out" / "features" / "cub200-efficientnet-lite0.npz").exists()
+    assert any("in place of BN-Inception" in each for each in found.deviations)
+    assert len(propagation.PAPER_3) == 10
 
 
 def test_figures_are_read_at_the_best_evaluation():

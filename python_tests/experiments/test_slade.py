@@ -2,6 +2,7 @@
 """The tables of SLADE in a few steps."""
 
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from ssmkernels.experiments import demo, self_training, slade
 from ssmkernels.experiments.cli import main
 from ssmkernels.experiments.experiment import BUDGETS, Budget
+from ssmkernels.experiments.jobs import Outcome
 from ssmkernels.trainers import Slade
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import parse_config
@@ -28,7 +30,8 @@ def few(monkeypatch):
 
 
 def runs(*figures):
-    return [RunResult(True, 1, [{"step": 1, "final_MAP@R": 0.5, "test_MAP@R": m, "test_RP": m, "test_P@1": m}]) for m in figures]
+    results = [RunResult(True, 1, [{"step": 1, "final_MAP@R": 0.5, "test_MAP@R": m, "test_RP": m, "test_P@1": m}]) for m in figures]
+    return [Outcome(f"seed {seed}", asdict(result)) for seed, result in enumerate(results)]
 
 
 def written(folder):
@@ -83,7 +86,7 @@ def test_ablation_2_is_kept(few, tmp_path, capsys):
     assert main(["slade-ablation2", "--out", str(tmp_path)]) == 0
     report = (tmp_path / "slade-ablation2-smoke" / "report.md").read_text()
     assert report in capsys.readouterr().out
-    for words in ("3 classes (545 images) with labels", "3 classes (533 images) to test", "with one seed", "No --data was given"):
+    for words in ("3 classes (545 images) with labels", "3 classes (533 images) to test", "with one seed", "No folder of images was given"):
         assert words in report
     for row, paper in self_training.PAPER_2["CUB-200"].items():
         assert re.search(rf"^\| {re.escape(row)} +\| [\d.]+ .* {paper} ", report, flags=re.MULTILINE)
@@ -101,7 +104,7 @@ def test_ablations_1_3_and_4(few, tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("| random, then SwAV ", "random, then SwAV − random", "| Local-CE ", "SD − Global-CE", "32.69", "| k = 2 ", "| k = 32 "):
         assert words in printed
-    assert (tmp_path / "slade-ablation1-smoke" / "digits-swav-1" / "backbone.pt").is_file()
+    assert len(list(tmp_path.glob("jobs/swav-digits-seed1-*/backbone.pt"))) == 1
 
 
 def test_similarities_are_looked_at_before_and_after(few, tmp_path, capsys, monkeypatch):
@@ -123,7 +126,7 @@ def test_similarities_are_looked_at_before_and_after(few, tmp_path, capsys, monk
     out = tmp_path / "slade-similarities-smoke"
     assert (out / "similarities_digits.png").read_bytes().startswith(b"\x89PNG")
     for stage in ("before", "after"):
-        with np.load(out / "digits" / f"{stage}.npz") as found:
+        with np.load(next(tmp_path.glob(f"jobs/similarities-*/{stage}.npz"))) as found:
             positives, negatives, shares = found["positives"], found["negatives"], [*found["mined"], *found["clustered"]]
         count = 355  # unlabelled images of two classes, each pair once
         assert len(positives) + len(negatives) == count * (count - 1) // 2
@@ -169,10 +172,12 @@ def test_settings_follow_the_folder(tmp_path):
 
 
 def test_the_main_table_smokes_offline(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(self_training.PAPER_BUDGETS, "smoke", Budget(1, (*QUICK, "--data.fold", "0")))
+    monkeypatch.setitem(self_training.PAPER_BUDGETS, "smoke", Budget(1, ("--data.fold", "0")))
+    monkeypatch.setattr(slade, "OFFLINE", (*slade.OFFLINE, *QUICK))
+    monkeypatch.setattr(self_training, "SMALL_BUDGETS", {"smoke": Budget(1, QUICK), "short": Budget(1)})
     assert main(["slade-cub200-nabirds", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for words in ("No --data was given", "25.02", "74.09", "SLADE, S4 (SwAV)", "Its filter of CompCars"):
+    for words in ("No folder of images was given", "25.02", "74.09", "SLADE, S4 (SwAV)", "Its filter of CompCars"):
         assert words in printed
     assert len(written(tmp_path)) == 8 + 1  # and SwAV's
     assert main(["slade-cub200-nabirds", "--budget", "short", "--out", str(tmp_path)]) == 1
@@ -244,7 +249,7 @@ def test_right_pairs_are_counted():
 
 
 def test_shared_classes(few, tmp_path):
-    report = self_training.shared_classes(budget="smoke", data=None, out=tmp_path)
+    report = self_training.shared_classes(budget="smoke", data=None, out=tmp_path / "shared").text
     assert "3 classes (266 images) without" in report and "3 classes (267 images) to test" in report
     for row in ("Teacher, as many steps as all", "+ Basis + Mining", "+ Basis + Mining, Local-CE"):
         assert f"| {row} " in report
@@ -253,9 +258,9 @@ def test_shared_classes(few, tmp_path):
 def test_the_unlabelled_classes_are_those_of_the_seed(few, tmp_path):
     rows = {"Initial": (*self_training.TEACHER, "--teacher_steps", "1", "--learning_rate", "0")}
     for seed in (1, 2):
-        self_training.train_rows(few, rows, out=tmp_path, seeds=(seed,))
-        found = self_training.unlabeled_map(few, "Initial", rows["Initial"], seed, tmp_path)
+        self_training.train_rows(few, rows, out=tmp_path / "rows", seeds=(seed,))
+        found = self_training.unlabeled_map(few, rows["Initial"], seed, tmp_path / "rows")
         trainer = Slade(few.parse(rows["Initial"], seed), self_training.load_images(few.parse().data)[0], make_fabric(accelerator="cpu"))
-        trainer.load_state_dict(load_checkpoint(tmp_path / f"digits-Initial-{seed}" / "checkpoint.pt")["trainer"])
+        trainer.load_state_dict(load_checkpoint(next(tmp_path.glob(f"jobs/slade-digits-seed{seed}-*/checkpoint.pt")))["trainer"])
         trainer.images = trainer.images._replace(test=trainer.unlabeled)
         assert found == pytest.approx(100 * trainer.evaluate()["test_MAP@R"])

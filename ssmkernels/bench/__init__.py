@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
 
-FAMILIES = ("memory", "graph", "pairs", "ranking")
+FAMILIES = ("memory", "graph", "pairs", "ranking", "overhead", "growth")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,8 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    print("\n" + report.table(results))
-    out.with_suffix(".md").write_text(report.table(results) + "\n")
+    tables = report.table(results)
+    if any(result.phase.endswith("growth") for result in results):
+        tables += "\n\n" + report.growth_table(results)
+    print("\n" + tables)
+    out.with_suffix(".md").write_text(tables + "\n")
     plots = report.plot(results, out, rates)
     print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
     if before is None:
@@ -80,9 +83,9 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
     """One family in this process."""
     import torch
 
-    from ssmkernels.bench import case, graph, measure, memory, pairs, ranking
+    from ssmkernels.bench import case, graph, growth, measure, memory, overhead, pairs, ranking
 
-    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking}
+    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking, "overhead": overhead, "growth": growth}
     (family,) = args.families
     dtype = getattr(torch, args.dtype)
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)

@@ -42,95 +42,100 @@ Room = Callable[..., Any]  # an op, or what stands in its place
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
     """One case per op and size; unit-norm random features, a class-sorted bank, as nn.LabeledMemory keeps it."""
     for rows, slots, classes in QUICK_SIZES if quick else CUDA_SIZES if device == "cuda" else SIZES:
-        draw = torch.Generator().manual_seed(0)
+        yield from cases_of_size(rows, slots, classes, device, dtype)
 
-        def unit(count: int, draw: torch.Generator = draw) -> Tensor:
-            return F.normalize(torch.randn(count, DIM, generator=draw), dim=1).to(device, dtype)
 
-        query_weak, query_strong, bank = unit(rows), unit(rows).requires_grad_(), unit(slots)
-        labels = torch.randint(0, classes, (slots,), generator=draw).sort().values.to(device)
-        probs = torch.randn(rows, classes, generator=draw).softmax(dim=1).to(device)
-        grad_classes = torch.randn(rows, classes, generator=draw).to(device)
-        official_bank = bank.t().contiguous()
-        size = {"B": rows, "D": DIM, "K": slots, "L": classes}
-        products: dict[str, Function] = {"score": functools.partial(torch.mm, query_weak, bank.t()), "mean": _mean_product(rows, bank)}
-        item = bank.element_size()
+def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The four ops on one size."""
+    draw = torch.Generator().manual_seed(0)
 
-        def matching(room: Room, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(room(*inputs)[1].mean(), inputs[1])
+    def unit(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, DIM, generator=draw), dim=1).to(device, dtype)
 
-        yield Case(
-            op="instance_matching",
-            phase="forward + backward",
-            size=size,
-            dtype=dtype,
-            ours=matching(ops.instance_matching),
-            peers={
-                "eager": matching(reference.instance_matching),
-                "torch.compile": matching(torch.compile(reference.instance_matching, dynamic=False)),
-                "official": matching(official_block, (query_weak, query_strong, official_bank, labels, probs.to(dtype))),
-            },
-            products=products,
-            product_counts={"score": 2, "mean": 2},
-            flops=8 * rows * slots * DIM,
-            bytes=item * (slots + 3 * rows) * DIM + 8 * slots + 8 * rows * classes,
-        )
+    query_weak, query_strong, bank = unit(rows), unit(rows).requires_grad_(), unit(slots)
+    labels = torch.randint(0, classes, (slots,), generator=draw).sort().values.to(device)
+    probs = torch.randn(rows, classes, generator=draw).softmax(dim=1).to(device)
+    grad_classes = torch.randn(rows, classes, generator=draw).to(device)
+    official_bank = bank.t().contiguous()
+    size = {"B": rows, "D": DIM, "K": slots, "L": classes}
+    products: dict[str, Function] = {"score": functools.partial(torch.mm, query_weak, bank.t()), "mean": _mean_product(rows, bank)}
+    item = bank.element_size()
 
-        def aggregate(room: Room, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(room(*inputs), inputs[0], grad)
+    def matching(room: Room, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(room(*inputs)[1].mean(), inputs[1])
 
-        yield Case(
-            op="aggregate",
-            phase="forward + backward",
-            size=size,
-            dtype=dtype,
-            ours=aggregate(ops.aggregate),
-            peers={
-                "eager": aggregate(reference.aggregate),
-                "torch.compile": aggregate(torch.compile(reference.aggregate, dynamic=False)),
-            },
-            products=products,
-            product_counts={"score": 2, "mean": 1},
-            flops=6 * rows * slots * DIM,
-            bytes=item * (2 * slots + 3 * rows) * DIM + 16 * slots + 16 * rows * classes,
-        )
+    yield Case(
+        op="instance_matching",
+        phase="forward + backward",
+        size=size,
+        dtype=dtype,
+        ours=matching(ops.instance_matching),
+        peers={
+            "eager": matching(reference.instance_matching),
+            "torch.compile": matching(torch.compile(reference.instance_matching, dynamic=False)),
+            "official": matching(official_block, (query_weak, query_strong, official_bank, labels, probs.to(dtype))),
+        },
+        products=products,
+        product_counts={"score": 2, "mean": 2},
+        flops=8 * rows * slots * DIM,
+        bytes=item * (slots + 3 * rows) * DIM + 8 * slots + 8 * rows * classes,
+    )
 
-        def unfold(room: Room, inputs: Any = (query_weak, bank, labels, probs)) -> Callable[[], object]:
-            return lambda: room(*inputs)
+    def aggregate(room: Room, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(room(*inputs), inputs[0], grad)
 
-        yield Case(
-            op="unfold",
-            phase="forward",
-            size=size,
-            dtype=dtype,
-            ours=unfold(ops.unfold),
-            peers={"eager": unfold(reference.unfold), "torch.compile": unfold(torch.compile(reference.unfold, dynamic=False))},
-            products={"score": products["score"]},
-            product_counts={"score": 1},
-            flops=2 * rows * slots * DIM,
-            bytes=item * (slots + rows) * DIM + 8 * slots + 4 * rows * classes + 4 * rows * slots,
-        )
+    yield Case(
+        op="aggregate",
+        phase="forward + backward",
+        size=size,
+        dtype=dtype,
+        ours=aggregate(ops.aggregate),
+        peers={
+            "eager": aggregate(reference.aggregate),
+            "torch.compile": aggregate(torch.compile(reference.aggregate, dynamic=False)),
+        },
+        products=products,
+        product_counts={"score": 2, "mean": 1},
+        flops=6 * rows * slots * DIM,
+        bytes=item * (2 * slots + 3 * rows) * DIM + 16 * slots + 16 * rows * classes,
+    )
 
-        features, index = unit(rows), torch.randperm(slots, generator=draw)[:rows].to(device)
-        index = index.repeat(-(-rows // slots))[:rows]
+    def unfold(room: Room, inputs: Any = (query_weak, bank, labels, probs)) -> Callable[[], object]:
+        return lambda: room(*inputs)
 
-        writable = (bank.clone(), labels.clone(), index, features, labels[index])
+    yield Case(
+        op="unfold",
+        phase="forward",
+        size=size,
+        dtype=dtype,
+        ours=unfold(ops.unfold),
+        peers={"eager": unfold(reference.unfold), "torch.compile": unfold(torch.compile(reference.unfold, dynamic=False))},
+        products={"score": products["score"]},
+        product_counts={"score": 1},
+        flops=2 * rows * slots * DIM,
+        bytes=item * (slots + rows) * DIM + 8 * slots + 4 * rows * classes + 4 * rows * slots,
+    )
 
-        def update(room: Room, inputs: Any = writable) -> Callable[[], object]:
-            return lambda: room(*inputs)
+    features, index = unit(rows), torch.randperm(slots, generator=draw)[:rows].to(device)
+    index = index.repeat(-(-rows // slots))[:rows]
 
-        yield Case(
-            op="memory_update_",
-            phase="in place",
-            size=size,
-            dtype=dtype,
-            ours=update(ops.memory_update_),
-            peers={"eager": update(_vectorised_update)},
-            products={},
-            product_counts={},
-            flops=0,
-            bytes=3 * item * rows * DIM,
-        )
+    writable = (bank.clone(), labels.clone(), index, features, labels[index])
+
+    def update(room: Room, inputs: Any = writable) -> Callable[[], object]:
+        return lambda: room(*inputs)
+
+    yield Case(
+        op="memory_update_",
+        phase="in place",
+        size=size,
+        dtype=dtype,
+        ours=update(ops.memory_update_),
+        peers={"eager": update(_vectorised_update)},
+        products={},
+        product_counts={},
+        flops=0,
+        bytes=3 * item * rows * DIM,
+    )
 
 
 def _mean_product(rows: int, bank: Tensor) -> Callable[[], object]:

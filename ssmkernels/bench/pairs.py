@@ -50,15 +50,15 @@ def split_focal_loss(
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
     """Forward and backward of the mean focal loss, ten classes."""
     for nodes, hidden in QUICK_SIZES if quick else SIZES:
-        yield _case("concat", nodes, hidden, None, device, dtype)
+        yield case_of_size("concat", nodes, hidden, None, device, dtype)
     for nodes, hidden, listed in QUICK_LISTED if quick else LISTED:
-        yield _case("concat", nodes, hidden, listed, device, dtype)
+        yield case_of_size("concat", nodes, hidden, listed, device, dtype)
     for interaction in ("absdiff", "product"):
         for nodes, hidden in QUICK_INTERACTION_SIZES if quick else INTERACTION_SIZES:
-            yield _case(interaction, nodes, hidden, None, device, dtype)
+            yield case_of_size(interaction, nodes, hidden, None, device, dtype)
 
 
-def _case(interaction: str, nodes: int, hidden: int, listed: int | None, device: str, dtype: torch.dtype) -> Case:
+def case_of_size(interaction: str, nodes: int, hidden: int, listed: int | None, device: str, dtype: torch.dtype) -> Case:
     draw = torch.Generator().manual_seed(0)
     wide = 2 * DIM if interaction == "concat" else DIM
 

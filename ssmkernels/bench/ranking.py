@@ -28,13 +28,13 @@ MARGIN, ALL_ACTIVE_MARGIN = 0.5, 1.8  # of unit vectors, nearly all of which are
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
     """Forward and backward: of the loss by labels with few active pairs and with nearly all, of the mined loss, and of the moments."""
     for rows, dim in QUICK_SIZES if quick else [*SIZES, *LARGE_SIZES]:
-        yield _loss_case(rows, dim, MARGIN, "forward + backward", device, dtype)
+        yield loss_case(rows, dim, MARGIN, "forward + backward", device, dtype)
     for rows, dim in QUICK_SIZES[:1] if quick else ALL_ACTIVE_SIZES:
-        yield _loss_case(rows, dim, ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype)
+        yield loss_case(rows, dim, ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype)
     for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512)]:
-        yield _mined_case(rows, dim, device, dtype)
+        yield mined_case(rows, dim, device, dtype)
     for rows, dim in QUICK_SIZES if quick else [(64, 128), (1024, 128), (4096, 128), (4096, 512)]:
-        yield _moments_case(rows, dim, device, dtype)
+        yield moments_case(rows, dim, device, dtype)
 
 
 def _rows(count: int, dim: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def _pair_products(rows: Tensor) -> dict[str, Function]:
     return {"distances": lambda: torch.mm(rows, rows.t()), "gradient": lambda: torch.mm(weights, rows)}
 
 
-def _loss_case(count: int, dim: int, margin: float, phase: str, device: str, dtype: torch.dtype) -> Case:
+def loss_case(count: int, dim: int, margin: float, phase: str, device: str, dtype: torch.dtype) -> Case:
     rows, labels = _rows(count, dim, device, dtype)
 
     def step(loss: Callable[[], Tensor]) -> Function:
@@ -91,7 +91,7 @@ def _loss_case(count: int, dim: int, margin: float, phase: str, device: str, dty
     )
 
 
-def _mined_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
+def mined_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
     rows, _ = _rows(count, dim, device, dtype)
     basis = (rows.detach() @ torch.randn(dim, BASIS, generator=torch.Generator().manual_seed(1)).to(device, dtype)).requires_grad_(False)
     thresholds = {"positive_threshold": 0.4, "negative_threshold": 0.0}
@@ -117,7 +117,7 @@ def _mined_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
     )
 
 
-def _moments_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
+def moments_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
     rows, labels = _rows(count, dim, device, dtype)
 
     def step(room: Any) -> Function:

@@ -43,6 +43,37 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def growth_table(results: Sequence[Result]) -> str:
+    """What each op takes per unit of its work at growing sizes, and its peak extra memory."""
+    lines = ["| op | unit | ns per unit, from the smallest size on | units | extra MiB |", "|---|---|---|---|---|"]
+    for op, chosen in _by_op(_growth(results)).items():
+        costs = " → ".join(f"{1e9 * r.ours.median / _units(r)[1]:.3g}" for r in chosen)
+        counts = " → ".join(f"{_units(r)[1]:.2g}" for r in chosen)
+        memory = " → ".join(_memory(r.extra_bytes.get("ours")) for r in chosen)
+        lines.append(f"| `{op}` {chosen[0].phase.removesuffix(', growth')} | {_units(chosen[0])[0]} | {costs} | {counts} | {memory} |")
+    return "\n".join(lines)
+
+
+def _growth(results: Sequence[Result]) -> list[Result]:
+    return [r for r in results if r.phase.endswith("growth")]
+
+
+def _by_op(results: Sequence[Result]) -> dict[str, list[Result]]:
+    return {op: [r for r in results if r.op == op] for op in dict.fromkeys(r.op for r in results)}
+
+
+def _units(result: Result) -> tuple[str, float]:
+    """What the work of an op is counted in, and how many of them there are."""
+    size = result.size
+    if "K" in size:
+        return "row × slot", size["B"] * size["K"]
+    if result.op == "laplacian_solve":
+        return "entry and iteration", result.flops / (2 * size["C"])
+    if "E" in size:
+        return "entry", size["E"]
+    return ("row", size["n"]) if result.op == "similarity_moments" else ("pair", size["n"] * size.get("m", size["n"]))
+
+
 def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, float]:
     """By how much each case that both runs have got slower, by its label: the ratio of its times over the floors of their own runs.
 
@@ -59,11 +90,13 @@ def comparison_table(changes: Mapping[str, float]) -> str:
 
 def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
     """A plot of each family that was measured and a roofline of all cases, beside ``out``; their names."""
+    families = [r for r in results if not r.phase.endswith(("growth", "small"))]
     figures = {
-        "memory": _plot_memory(results),
-        "graph": _plot_graph(results),
-        "pairs": _plot_pairs(results),
-        "ranking": _plot_ranking(results),
+        "memory": _plot_memory(families),
+        "graph": _plot_graph(families),
+        "pairs": _plot_pairs(families),
+        "ranking": _plot_ranking(families),
+        "growth": _plot_growth(results),
     }
     drawn = {family: figure for family, figure in figures.items() if figure is not None}
     paths = {family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png") for family in drawn}
@@ -80,7 +113,7 @@ def _plot_roofline(results: Sequence[Result], rates: Rates) -> Any:
     A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare some.
     """
     figure, axes = _new_figure("roofline: flops of the plain algorithm", panels=1)
-    chosen = [r for r in results if r.flops and r.bytes]
+    chosen = [r for r in results if r.flops and r.bytes]  # calls of small batches have none
     intensities = [r.flops / r.bytes for r in chosen] or [1.0]
     ends = min(intensities) / 2, max(intensities) * 2
     for dtype, matmul in rates.matmul.items():
@@ -92,6 +125,24 @@ def _plot_roofline(results: Sequence[Result], rates: Rates) -> Any:
     axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+    return figure
+
+
+def _plot_growth(results: Sequence[Result]) -> Any:
+    """Time and peak extra memory per unit of work against the number of units, of every op."""
+    chosen = _growth(results)
+    if not chosen:
+        return None
+    figure, (time_axes, memory_axes) = _new_figure("growth: each op from its smallest size to its largest")
+    for op, points in _by_op(chosen).items():
+        units = [_units(r)[1] for r in points]
+        time_axes.plot(units, [1e9 * r.ours.median / count for r, count in zip(points, units, strict=True)], "o-", label=op)
+        memory = [(count, r.extra_bytes.get("ours")) for r, count in zip(points, units, strict=True)]
+        memory_axes.plot(*zip(*[(count, max(m, 2**12) / 2**20) for count, m in memory if m is not None], strict=True), "o-", label=op)
+    for axes, what in ((time_axes, "ns per unit"), (memory_axes, "peak extra MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="units: pairs, entries, row × slot, rows", title=what)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
     return figure
 
 
@@ -154,7 +205,7 @@ def _plot_against(chosen: Sequence[Result], size: Callable[[Result], int], title
 
 
 def _plot_graph(results: Sequence[Result]) -> Any:
-    """Time per entry and class of the graph, of both ops, against its entries; and how many times longer each peer takes."""
+    """Time per entry of the graph, of both ops, against its entries; and how many times longer each peer takes."""
     chosen = [r for r in results if r.op in ("leave_one_edge_out", "laplacian_solve") and "backward" not in r.phase]
     if not chosen:
         return None

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Real images as features for propagation: pixels of those inside packages, EfficientNet-Lite0 features of those in a folder."""
+"""Real images as features for propagation: pixels of those inside packages, features of a network of those in a folder.
+
+The network of the paper's sets is BN-Inception where its weights are in the folder, as in the paper, and else EfficientNet-Lite0.
+"""
 
 from __future__ import annotations
 
 import io
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,23 +37,48 @@ class Source:
     file: str | None = None
     read: Callable[[Any], tuple[list[Image.Image], np.ndarray]] | None = None
     size: int = 0
-    """Side of the images that EfficientNet-Lite0 sees."""
+    """Side of the images that the network sees."""
+    collection: str | None = None
+    """One of the paper's sets, as :func:`ssmkernels.data.load_collection` knows it."""
+
+
+BN_INCEPTION = "bn_inception-52deb4733.pth"
 
 
 def available(folder: str | None) -> dict[str, Source]:
-    """The sets that can be had: those inside packages, and those whose file is in ``folder``."""
+    """The sets that can be had: those inside packages, and those of which the images are in ``folder``.
+
+    Raises:
+        FileNotFoundError: there are none in ``folder``; it says what was looked for.
+        ValueError: a set in ``folder`` is damaged.
+    """
     if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(f"--data is {folder!r}, which is no folder; it should have {', '.join(_files())}")
-    there = [each for each in _files() if folder is not None and (Path(folder) / each).is_file()]
-    found = {name: each for name, each in SOURCES.items() if each.file is None or each.file in there}
+        raise FileNotFoundError(f"--data is {folder!r}, which is no folder; it should have {_wanted()}")
+    there = {name for name in SOURCES if folder is not None and _is_there(SOURCES[name], Path(folder))}
     if folder is not None and not there:
-        raise FileNotFoundError(f"--data is {folder!r}; it should have at least one of {', '.join(_files())}")
-    return found
+        raise FileNotFoundError(f"--data is {folder!r}; it should have {_wanted()}")
+    return {name: each for name, each in SOURCES.items() if name in there or (each.file is None and each.collection is None)}
+
+
+def _is_there(source: Source, folder: Path) -> bool:
+    if source.file is not None:
+        return (folder / source.file).is_file()
+    if source.collection is None:
+        return False
+    try:
+        data.load_collection(source.collection, folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def load(name: str, folder: str | None, cache: Path) -> FeatureSet:
     """The set ``name``; features of a network are kept in ``cache`` and made once."""
     source = SOURCES[name]
+    if source.collection is not None:
+        backbone = network_of(folder)
+        kept = cache / f"{name}-{backbone}.npz"
+        return _kept(kept) if kept.exists() else _collection_features(source, backbone, Path(str(folder)), kept)
     if source.file is None or source.read is None:
         images = data.load_collection(name).images
         pixels = np.stack([np.asarray(images.image(i), dtype=np.float32).ravel() for i in range(len(images))])
@@ -59,12 +88,36 @@ def load(name: str, folder: str | None, cache: Path) -> FeatureSet:
         with np.load(Path(folder or ".") / source.file, allow_pickle=False) as archive:
             pictures, labels = source.read(archive)
         print(f"{source.title}: features of {len(labels)} images", flush=True)
-        features = models.extract_features("efficientnet-lite0", _Batches(pictures, source.size))
-        cache.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name("unfinished.npz")
-        np.savez(unfinished, features=features.numpy(), labels=labels)
-        unfinished.replace(kept)
-    with np.load(kept) as archive:
+        _keep(kept, models.extract_features("efficientnet-lite0", _Batches(pictures, source.size)), labels)
+    return _kept(kept)
+
+
+def network_of(folder: str | None) -> str:
+    """The network of the paper's sets in ``folder``."""
+    return "bn-inception" if folder is not None and (Path(folder) / BN_INCEPTION).is_file() else "efficientnet-lite0"
+
+
+def _collection_features(source: Source, backbone: str, folder: Path, kept: Path) -> FeatureSet:
+    collection = data.load_collection(str(source.collection), folder)
+    print(f"{source.title}: {backbone} features of {len(collection)} images", flush=True)
+    weights = folder / BN_INCEPTION if backbone == "bn-inception" else "imagenet"
+    network = models.build_embedding_model(backbone, 1, weights=weights, pooling="avg")
+    views = data.retrieval_views(collection, models.preprocessing(backbone), size=source.size)
+    batches = data.evaluation_batches(collection.images, 128, mean=views.mean, std=views.std, transform=views.evaluation)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _keep(kept, models.extract_features(network.to(memory_format=torch.channels_last), batches, device=device), collection.labels)
+    return _kept(kept)
+
+
+def _keep(path: Path, features: Tensor, labels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished-{os.getpid()}.npz")
+    np.savez(unfinished, features=features.numpy(), labels=labels)
+    unfinished.replace(path)
+
+
+def _kept(path: Path) -> FeatureSet:
+    with np.load(path) as archive:
         return FeatureSet(torch.from_numpy(archive["features"]), torch.from_numpy(archive["labels"]))
 
 
@@ -111,14 +164,35 @@ def _read_cifar10_train(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
     return _read_cifar10(archive, slice(0, 10_000))
 
 
+_PAPER_SETS = {
+    "aircraft-family": "aircraft (family)",
+    "aircraft-manufacturer": "aircraft (manufacturer)",
+    "aircraft-variant": "aircraft (variant)",
+    "cars196": "cars",
+    "cifar100": "CIFAR100",
+    "cub200": "cub",
+    "dogs": "dogs",
+    "pets": "pets",
+    "gtsrb": "traffic_sign",
+    "flowers102": "vgg_flowers",
+}
+
 SOURCES = {
     "digits": Source("digits, pixels (1,797; 10 classes)"),
     "mnist5k": Source("MNIST-5k, pixels (5,000; 10)"),
     "flowers17": Source("17-flowers, 224 px (1,360; 17)", "flowers17.npz", read_flowers17, size=224),
     "cifar10-test": Source("CIFAR-10 test, 128 px (10,000; 10)", "cifar10.npz", _read_cifar10_test, size=128),
     "cifar10-train": Source("CIFAR-10 train, 128 px (first 10,000; 10)", "cifar10.npz", _read_cifar10_train, size=128),
+    **{name: Source(title, size=224, collection=name) for name, title in _PAPER_SETS.items()},
 }
 
 
-def _files() -> list[str]:
-    return sorted({source.file for source in SOURCES.values() if source.file is not None})
+def _wanted() -> str:
+    files = sorted({source.file for source in SOURCES.values() if source.file is not None})
+    sets = ", ".join(source.collection for source in SOURCES.values() if source.collection is not None)
+    return f"at least one of {', '.join(files)}" + (
+        f", or of the paper's sets {sets} in the form that they are published in; ssmkernels.data.load_collection says of each what it "
+        "looks for and where to get it"
+        if sets
+        else ""
+    )

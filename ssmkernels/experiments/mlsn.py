@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from ssmkernels.experiments import similarity
 from ssmkernels.experiments.experiment import Cell, Experiment, Figure, Study
 
-_OFFLINE = ("--data.name", "digits", "--data.labels", "40", "--data.labels_in_unlabeled", "true")
+_OFFLINE = (
+    *("--data.name", "digits", "--data.labels", "40", "--data.labels_in_unlabeled", "true", "--model", "convnet-small"),
+    *("--steps", "80", "--batch_size", "32", "--hidden_features", "64", "--ema_decay", "0.95"),
+    *("--run.eval_every", "20", "--run.log_every", "10"),
+)
 _RECIPE = (
     "No code of the paper is public. A setting without -tuned is the base that it most likely used, MixMatch-pytorch of August 2019 "
     "(AdamW, λ1 = 75 in a linear ramp over the whole run); -tuned is Mean Teacher as in the code of FixMatch (SGD, λ1 = 50, a teacher with "

@@ -7,10 +7,11 @@ CUB_200_2011 and nabirds in it, or stanford_cars and CompCars' data, on those.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,21 @@ from torch import Tensor
 
 from ssmkernels import data as images
 from ssmkernels import metrics, models
-from ssmkernels.experiments.experiment import Budget
+from ssmkernels.experiments.experiment import Budget, Findings, entries_of, failure_text
+from ssmkernels.experiments.jobs import (
+    FOLDER,
+    Job,
+    Outcome,
+    pairs_of,
+    results_of,
+    run_jobs,
+    run_rows,
+    seconds_of,
+    this_rank,
+    training_job,
+    training_name,
+)
+from ssmkernels.experiments.record import Entry, Plot
 from ssmkernels.experiments.report import half_width, markdown_table, mean_and_std
 from ssmkernels.trainers import RunResult, Slade, SladeConfig, SladeDataConfig, train_slade, train_swav
 from ssmkernels.trainers.checkpoint import load_checkpoint
@@ -42,7 +57,11 @@ _FEW_STEPS = (
     *("--batch_size", "16", "--per_class", "4", "--run.log_every", "3", "--run.workers", "0"),
 )
 _FEW_EPOCHS = ("--epochs", "1", "--num_prototypes", "8", "--queue_length", "0", "--batch_size", "64")
-SMALL_BUDGETS = {"smoke": Budget(1, _FEW_STEPS), "short": Budget(3), "paper": Budget(10)}
+_MINIATURE = (
+    *("--teacher_steps", "20", "--warm_up_steps", "10", "--student_steps", "20"),
+    *("--run.eval_every", "20", "--run.log_every", "10", "--run.workers", "0"),
+)
+SMALL_BUDGETS = {"smoke": Budget(1, _MINIATURE), "short": Budget(3), "paper": Budget(10)}
 PAPER_BUDGETS = {
     "smoke": Budget(1, (*_FEW_STEPS, "--data.fold", "0")),
     "short": Budget(1, ("--teacher_steps", "400", "--student_steps", "400", "--data.fold", "0")),
@@ -50,7 +69,7 @@ PAPER_BUDGETS = {
 }
 
 Rows = Mapping[str, Sequence[str]]
-Results = Mapping[str, Sequence[RunResult]]
+Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ def choose(budget: str, data: str | None) -> list[Setting]:
     if not any(each.is_dir() for each in folder.iterdir()):
         raise ValueError(
             f"--data is {data}, which has no folders in it; it should have a folder of images for each class, or the paper's images: "
-            "CUB_200_2011 and nabirds, stanford_cars and CompCars' data"
+            "CUB_200_2011 and nabirds, stanford_cars and CompCars' data; ssmkernels.data.load_collection says where to get them"
         )
     swav = ("--config", "flowers17", "--data.root", data)
     return [Setting("flowers17", f"images of {folder.name}", SMALL_BUDGETS[budget], swav, ("--data.root", data), smoke=smoke)]
@@ -133,8 +152,9 @@ def paper_setting(column: str, budget: str, folder: Path) -> Setting:
     )
 
 
-def fine_tuned(setting: Setting, seed: int, out: Path) -> tuple[str, ...]:
-    """The argument that starts from a backbone which SwAV has fine-tuned on all training images without their labels, kept in ``out``.
+def fine_tuned(setting: Setting, seed: int, out: Path) -> tuple[tuple[str, ...], Outcome]:
+    """The argument that starts from a backbone which SwAV has fine-tuned on all training images without their labels, kept beside ``out``,
+    and how the fine-tuning ended.
 
     Raises:
         KeyboardInterrupt: the fine-tuning was stopped; its checkpoint is kept.
@@ -145,35 +165,26 @@ def fine_tuned(setting: Setting, seed: int, out: Path) -> tuple[str, ...]:
         arguments += ["--weights", setting.swav_weights]
     if setting.smoke:
         arguments += _FEW_EPOCHS
-    place = out / _name(setting.config, "swav", seed)
-    print(f"{setting.title}: fine-tuning by SwAV, seed {seed}", flush=True)
-    config, _ = parse_config("swav", [*arguments, "--seed", str(seed), "--run.out", str(place)])
-    if not train_swav(config, resume=True).finished:
-        raise KeyboardInterrupt
-    return ("--weights", str(place / "backbone.pt"))
+    config, _ = parse_config("swav", [*arguments, "--seed", str(seed)])
+    job = training_job("swav", config, train_swav, f"{setting.title}: fine-tuning by SwAV, seed {seed}")
+    outcome = run_jobs(out.parent / FOLDER, [job])[job.name]
+    return ("--weights", str(out.parent / FOLDER / job.name / "backbone.pt")), outcome
 
 
-def train_rows(setting: Setting, rows: Rows, *, out: Path | None, seeds: Sequence[int]) -> dict[str, list[RunResult]]:
-    """Every row with every seed, seed by seed; from what an earlier call left in ``out``.
+def train_rows(setting: Setting, rows: Rows, *, out: Path | None, seeds: Sequence[int]) -> dict[str, list[Outcome]]:
+    """How every row with every seed ended, seed by seed; from what an earlier call left beside ``out``.
 
     Raises:
         KeyboardInterrupt: a run was stopped; its checkpoint is kept.
     """
     labeled, unlabeled = load_images(setting.parse().data)
-    results: dict[str, list[RunResult]] = {row: [] for row in rows}
-    for seed in seeds:
-        for row, arguments in rows.items():
-            print(f"{setting.title}: {row}, seed {seed}", flush=True)
-            config = setting.parse(arguments, seed, None if out is None else out / _name(setting.config, row, seed))
-            result = train_slade(config, resume=True, images=labeled, unlabeled_images=unlabeled)
-            if not result.finished:
-                raise KeyboardInterrupt
-            results[row].append(result)
-    return results
-
-
-def _name(*parts: object) -> str:
-    return "-".join(re.sub(r"[^\w-]+", "_", str(part), flags=re.ASCII).strip("_") for part in parts)
+    train = functools.partial(train_slade, images=labeled, unlabeled_images=unlabeled)
+    jobs = {
+        (row, seed): training_job("slade", setting.parse(arguments, seed), train, f"{setting.title}: {row}, seed {seed}")
+        for seed in seeds
+        for row, arguments in rows.items()
+    }
+    return run_rows(out, jobs)
 
 
 def test_figure(result: RunResult, figure: str) -> float:
@@ -181,28 +192,30 @@ def test_figure(result: RunResult, figure: str) -> float:
     return 100 * result.best(SELECTED_BY)[f"test_{figure}"]
 
 
-def table(results: Results, paper: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
+def table(outcomes: Outcomes, paper: Mapping[str, Sequence[str]], columns: Sequence[str]) -> str:
     """Means and deviations of every row beside the paper's numbers, which stand under ``columns``."""
-    rows = [
-        [
-            row,
-            *(mean_and_std([test_figure(run, figure) for run in runs], digits=1) for figure in FIGURES),
-            ", ".join(f"{test_figure(run, 'MAP@R'):.1f}" for run in runs),
-            *paper.get(row, ("-",) * len(columns)),
-        ]
-        for row, runs in results.items()
-    ]
+    rows = []
+    for row, each in outcomes.items():
+        runs = results_of(each)
+        figures = [mean_and_std([test_figure(run, figure) for run in runs], digits=1) if runs else "failed" for figure in FIGURES]
+        by_seed = ", ".join(f"{test_figure(run, 'MAP@R'):.1f}" for run in runs)
+        rows.append([row, *figures, by_seed, *paper.get(row, ("-",) * len(columns))])
     return markdown_table(["%", *FIGURES, "MAP@R by seed", *columns], rows)
 
 
-def claim(results: Results, better: str, worse: str) -> str:
+def claim(outcomes: Outcomes, better: str, worse: str) -> str:
     """One row against another in MAP@R, seed by seed."""
-    return compared(better, worse, *([test_figure(run, "MAP@R") for run in results[row]] for row in (better, worse)))
+    pairs = pairs_of(outcomes[better], outcomes[worse])
+    return compared(
+        better, worse, *([test_figure(run, "MAP@R") for run in runs] for runs in ([a for a, _ in pairs], [b for _, b in pairs]))
+    )
 
 
 def compared(better: str, worse: str, higher: Sequence[float], lower: Sequence[float]) -> str:
     """In how many seeds ``better`` is higher, and the paired difference with its 95 % interval."""
     differences = [a - b for a, b in zip(higher, lower, strict=True)]
+    if not differences:
+        return f"- {better} − {worse}: no seed finished both."
     mean, half, seeds = float(np.mean(differences)), half_width(differences), len(differences)
     if seeds == 1:
         return f"- {better} − {worse}: {mean:+.1f} points with one seed, which says nothing about the next."
@@ -258,38 +271,57 @@ PAPER_2 = {
 }
 
 
-def ablation2(*, budget: str, data: str | None, out: Path) -> str:
+def ablation2(*, budget: str, data: str | None, out: Path) -> Findings:
     """What each component of the student adds."""
-    parts = [_opening("SLADE, ablation 2: components of the student", budget, data), f"{PROTOCOL}\n"]
+    parts = []
     for setting in choose(budget, data):
         start = _start(setting, out)
         rows = {row: (*start, *arguments) for row, arguments in ablation2_rows(setting).items()}
-        parts.append(_section(setting, rows, out, CLAIMS_2, *_columns(PAPER_2)))
+        paper = {row: (number, "-", "-") for row, number in PAPER_2.get(setting.paper or "", {}).items()}
+        part = _section(setting, rows, out, CLAIMS_2, *_columns(PAPER_2), paper)
         if setting.parse().data.unlabeled_name is None:
-            parts.append(_on_unlabeled_classes(setting, rows, out))
-    return _write(out, parts)
+            part = part.with_text(_on_unlabeled_classes(setting, rows, out))
+        parts.append(part)
+    return _findings(parts, budget, data)
 
 
 def _on_unlabeled_classes(setting: Setting, rows: Rows, out: Path) -> str:
     """MAP@R among the classes that the students see without labels: what the paper's test species are to NABirds."""
-    found = {row: [unlabeled_map(setting, row, rows[row], seed, out) for seed in range(1, setting.budget.seeds + 1)] for row in rows}
-    lines = [[row, mean_and_std(values, digits=1), ", ".join(f"{each:.1f}" for each in values)] for row, values in found.items()]
-    said = "\n".join(compared(better, worse, found[better], found[worse]) for better, worse in CLAIMS_2)
+    seeds = range(1, setting.budget.seeds + 1)
+    jobs = {(row, seed): _unlabeled_job(setting, row, rows[row], seed, out) for row in rows for seed in seeds}
+    outcomes = run_rows(out, jobs)
+    lines = []
+    for row, each in outcomes.items():
+        values = [outcome.value for outcome in each if outcome.error is None]
+        by_seed = ", ".join(f"{value:.1f}" for value in values)
+        lines.append([row, mean_and_std(values, digits=1) if values else "failed", by_seed])
+    said = []
+    for better, worse in CLAIMS_2:
+        pairs = [(a.value, b.value) for a, b in zip(outcomes[better], outcomes[worse], strict=True) if a.error is None and b.error is None]
+        said.append(compared(better, worse, [a for a, _ in pairs], [b for _, b in pairs]))
     return (
         "The same networks among the unlabelled images themselves, by their true labels. These classes are seen in training, without "
-        f"labels, as many of the paper's test species are in NABirds:\n\n{markdown_table(['%', 'MAP@R', 'by seed'], lines)}\n\n{said}\n"
+        f"labels, as many of the paper's test species are in NABirds:\n\n{markdown_table(['%', 'MAP@R', 'by seed'], lines)}\n\n"
+        + "\n".join(said)
+        + "\n"
     )
 
 
+def _unlabeled_job(setting: Setting, row: str, arguments: Sequence[str], seed: int, out: Path) -> Job:
+    name = training_name("slade", setting.parse(arguments, seed))
+    title = f"{setting.title}: {row}, seed {seed}, among the unlabelled classes"
+    return Job(f"unlabeled-{name}", title, lambda folder: unlabeled_map(setting, arguments, seed, out))
+
+
 @torch.no_grad()
-def unlabeled_map(setting: Setting, row: str, arguments: Sequence[str], seed: int, out: Path) -> float:
+def unlabeled_map(setting: Setting, arguments: Sequence[str], seed: int, out: Path) -> float:
     """MAP@R in percent, among the unlabelled images of a finished run of :func:`train_rows`, of its best network."""
     config = setting.parse(arguments, seed)
     labeled, _ = load_images(config.data)
     unlabeled = split_images(config.data, labeled, None, seed=seed).unlabeled
     assert unlabeled is not None
     network = build_network(replace(config, weights=None), labeled)
-    network.load_state_dict(load_checkpoint(out / _name(setting.config, row, seed) / "best.pt")["model"])
+    network.load_state_dict(load_checkpoint(out.parent / FOLDER / training_name("slade", config) / "best.pt")["model"])
     device = make_fabric(accelerator=config.run.accelerator).device
     _, embeddings, labels = embed(network.to(device), _evaluation_batches(config, unlabeled), device=device)
     return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())["MAP@R"]
@@ -300,15 +332,14 @@ def _evaluation_batches(config: SladeConfig, collection: images.ImageCollection)
     return images.evaluation_batches(collection.images, 256, mean=views.mean, std=views.std, transform=views.evaluation)
 
 
-def shared_classes(*, budget: str, data: str | None, out: Path) -> str:
+def shared_classes(*, budget: str, data: str | None, out: Path) -> Findings:
     """Ablation 2 with unlabelled images of the classes that are tested on, as NABirds has CUB-200's; in miniature only."""
-    parts = [
-        _opening("SLADE, components of the student with unlabelled images of the test classes", budget, data),
+    said = (
         "The unlabelled images are half of those of the test classes, drawn by the seed; the others are tested on. All training classes "
         "keep their labels. This is the paper's situation, many of the species that CUB-200 tests being in NABirds; the miniatures of "
-        "ablation 2 have unlabelled images of other classes instead.\n",
-        f"{PROTOCOL}\n",
-    ]
+        "ablation 2 have unlabelled images of other classes instead."
+    )
+    parts = []
     for each in choose(budget, data):
         if each.paper is not None:
             continue
@@ -319,26 +350,29 @@ def shared_classes(*, budget: str, data: str | None, out: Path) -> str:
         }
         claims = (*CLAIMS_2, ("Student (pseudo-labels)", LONG_TEACHER), ("+ Basis", LONG_TEACHER), (MINING_LOCAL, LONG_TEACHER))
         parts.append(_section(setting, rows, out, claims, {}, ()))
-    return _write(out, parts)
+    if not parts:
+        raise ValueError(f"--data is {data}, which has the paper's own images; this takes a folder of class folders, or images in packages")
+    return _findings(parts, budget, data, (said,))
 
 
 PAPER_3 = {"Local-CE": ("32.69", "43.20", "72.64"), "Global-CE": ("32.23", "42.68", "72.45"), "SD": ("33.59", "44.01", "73.19")}
 _CUB_COLUMNS = tuple(f"paper {figure}, CUB-200" for figure in FIGURES)
 
 
-def ablation3(*, budget: str, data: str | None, out: Path) -> str:
+def ablation3(*, budget: str, data: str | None, out: Path) -> Findings:
     """L_SD against cross-entropies on the pairs."""
     rows = {
         "Local-CE": ("--similarity_loss", "local-ce"),
         "Global-CE": ("--similarity_loss", "global-ce"),
         "SD": ("--similarity_loss", "sd"),
     }
-    parts = [_opening("SLADE, ablation 3: the loss of the similarities", budget, data), f"{PROTOCOL}\n"]
+    parts = []
     for setting in choose(budget, data):
         start = _start(setting, out)
         here = {row: (*start, *arguments) for row, arguments in rows.items()}
-        parts.append(_section(setting, here, out, (("SD", "Local-CE"), ("SD", "Global-CE")), PAPER_3, _CUB_COLUMNS))
-    return _write(out, parts)
+        paper = PAPER_3 if setting.paper == "CUB-200" else {}
+        parts.append(_section(setting, here, out, (("SD", "Local-CE"), ("SD", "Global-CE")), PAPER_3, _CUB_COLUMNS, paper))
+    return _findings(parts, budget, data)
 
 
 PAPER_4 = {
@@ -350,9 +384,9 @@ PAPER_4 = {
 }
 
 
-def ablation4(*, budget: str, data: str | None, out: Path) -> str:
+def ablation4(*, budget: str, data: str | None, out: Path) -> Findings:
     """The number of clusters: the paper's on its images, quarters to fourfold of the configuration's elsewhere."""
-    parts = [_opening("SLADE, ablation 4: the number of clusters k", budget, data), f"{PROTOCOL}\n"]
+    parts = []
     for setting in choose(budget, data):
         usual = setting.parse().k
         ks = [usual // 4, usual // 2, usual, 2 * usual, 4 * usual]
@@ -361,12 +395,12 @@ def ablation4(*, budget: str, data: str | None, out: Path) -> str:
         start = _start(setting, out)
         rows = {f"k = {k}": (*start, "--k", str(k)) for k in ks}
         claims = tuple((f"k = {usual}", f"k = {k}") for k in ks if k != usual and usual in ks)
-        paper = (PAPER_4, _CUB_COLUMNS) if setting.paper is not None else ({}, ())
-        parts.append(_section(setting, rows, out, claims, *paper))
+        columns = (PAPER_4, _CUB_COLUMNS) if setting.paper is not None else ({}, ())
+        parts.append(_section(setting, rows, out, claims, *columns, PAPER_4 if setting.paper == "CUB-200" else {}))
     if not any(setting.paper for setting in choose(budget, data)):
         header = ["paper, NABirds (555 classes with images, 48,000 images)", *FIGURES]
-        parts.append(markdown_table(header, [[row, *figures] for row, figures in PAPER_4.items()]) + "\n")
-    return _write(out, parts)
+        parts[-1] = parts[-1].with_text(markdown_table(header, [[row, *figures] for row, figures in PAPER_4.items()]) + "\n")
+    return _findings(parts, budget, data)
 
 
 PAPER_1 = {
@@ -375,9 +409,9 @@ PAPER_1 = {
 }
 
 
-def ablation1(*, budget: str, data: str | None, out: Path) -> str:
+def ablation1(*, budget: str, data: str | None, out: Path) -> Findings:
     """What teacher and student start from: random or ImageNet's weights, SwAV's, and SwAV's fine-tuned on the images at hand."""
-    parts = [_opening("SLADE, ablation 1: initial weights", budget, data), f"{PROTOCOL}\n"]
+    parts = []
     for setting in choose(budget, data):
         trained = setting.parse().weights is not None
         rows: dict[str, tuple[str, ...]] = {"random": ("--weights", "null", "--freeze_bn", "false")}
@@ -386,17 +420,23 @@ def ablation1(*, budget: str, data: str | None, out: Path) -> str:
         if setting.swav_weights is not None and Path(setting.swav_weights).is_file():
             rows["SwAV"] = ("--weights", setting.swav_weights)
         tuned = "SwAV, fine-tuned" if "SwAV" in rows else f"{'ImageNet' if trained else 'random'}, then SwAV"
+        seconds = 0.0
         if setting.paper is None or "SwAV" in rows:
-            rows[tuned] = fine_tuned(setting, 1, out)
+            rows[tuned], tuning = fine_tuned(setting, 1, out)
+            seconds = tuning.seconds
         names = list(rows)
-        parts.append(_section(setting, rows, out, list(zip(names[1:], names[:-1], strict=True)), *_columns(PAPER_1)))
+        claims = list(zip(names[1:], names[:-1], strict=True))
+        paper = {row: (number, "-", "-") for row, number in PAPER_1.get(setting.paper or "", {}).items()}
+        part = _section(setting, rows, out, claims, *_columns(PAPER_1), paper)
         if setting.paper is not None and "SwAV" not in rows:
-            parts.append(f"Left out: the rows of SwAV, for want of {setting.swav_weights}.\n")
-    return _write(out, parts)
+            part = part.with_text(f"Left out: the rows of SwAV, for want of {SWAV_FILE} in --data.\n")
+        parts.append(replace(part, seconds=part.seconds + seconds))
+    return _findings(parts, budget, data)
 
 
 POINTS = 2000  # images at most whose pairs are looked at
 BINS = 50
+STAGES = ("before", "after")
 
 
 class Similarities(NamedTuple):
@@ -419,35 +459,71 @@ class Similarities(NamedTuple):
         return float(below.mean() / 2 / len(order))
 
 
-def similarities(*, budget: str, data: str | None, out: Path) -> str:
+def similarities(*, budget: str, data: str | None, out: Path) -> Findings:
     """Histograms of s_ij after the warm-up of W_a and at the end of the training, and how many of the mined pairs are right."""
-    parts = [_opening("SLADE: similarities of unlabelled pairs", budget, data)]
-    parts.append(
+    said = (
         "s_ij, the cosine of W_a f_i and W_a f_j, over pairs of unlabelled images, positive where their true labels agree: before, with "
         "W_a warmed up on the network that the student starts from, and after the student's training. P is the probability that a "
         "positive pair is more similar than a negative one. The last two columns are the share of mined pairs that their true labels "
-        "agree with, s ≥ T1 as positive and s ≤ T2 as negative; in brackets that of the pseudo-labels. One seed.\n"
+        "agree with, s ≥ T1 as positive and s ≤ T2 as negative; in brackets that of the pseudo-labels. One seed."
     )
-    for setting in choose(budget, data):
-        print(f"{setting.title}: similarities", flush=True)
-        fold = () if setting.paper is None else ("--data.fold", "0")
-        stages = before_and_after(setting.parse((*MINING, *fold), 1, out / setting.config))
-        rows = [
-            [
-                stage,
-                *(f"{each.mean():.3f}" for each in (found.positives, found.negatives)),
-                *(f"{each.var():.3f}" for each in (found.positives, found.negatives)),
-                f"{found.ranking:.3f}",
-                *(f"{100 * ours:.0f} % ({100 * theirs:.0f} %)" for ours, theirs in zip(found.mined, found.clustered, strict=True)),
-            ]
-            for stage, found in stages.items()
-        ]
+    settings = choose(budget, data)
+    jobs = []
+    for setting in settings:
+        config = setting.parse((*MINING, *(() if setting.paper is None else ("--data.fold", "0"))), 1)
+        name = f"similarities-{training_name('slade', config)}"
+        jobs.append(Job(name, f"{setting.title}: similarities", functools.partial(_look, config)))
+    outcomes = run_jobs(out.parent / FOLDER, jobs)
+    parts = [_histograms(setting, out, outcomes[job.name]) for setting, job in zip(settings, jobs, strict=True)]
+    return replace(_findings(parts, budget, data, (said,), protocol=False), seeds=(1,))
+
+
+def _look(config: SladeConfig, folder: Path) -> list[str]:
+    config.run.out = str(folder)
+    return list(before_and_after(config))
+
+
+def _histograms(setting: Setting, out: Path, outcome: Outcome) -> Part:
+    """The two stages of a setting, from the job that looked at them."""
+    entries, rows = [], []
+    plots: tuple[Plot, ...] = ()
+    stages = _stages(out.parent / FOLDER / outcome.name) if outcome.error is None else {}
+    for stage, found in stages.items():
+        means = {"mean of positives": found.positives.mean(), "mean of negatives": found.negatives.mean()}
+        spreads = {"variance of positives": found.positives.var(), "variance of negatives": found.negatives.var()}
+        numbers = {**means, **spreads, "P": found.ranking}
+        entries += [Entry(stage, setting.title, name, "", "-", (float(value),)) for name, value in numbers.items()]
+        shares = zip(found.mined, found.clustered, strict=True)
+        rows.append([stage, *(f"{value:.3f}" for value in numbers.values()), *(f"{100 * a:.0f} % ({100 * b:.0f} %)" for a, b in shares)])
+    if outcome.error is not None:
+        entries = [Entry("before and after", setting.title, "similarities", "", "-", (), (outcome.error,))]
+        return Part(f"{setting.title}: failed, {outcome.error}\n", "", setting, tuple(entries), outcome.seconds)
+    header = [
+        "s_ij",
+        "mean of positives",
+        "of negatives",
+        "variance of positives",
+        "of negatives",
+        "P",
+        "right positives",
+        "right negatives",
+    ]
+    text = f"{setting.title}:\n\n{markdown_table(header, rows)}\n"
+    if this_rank()[0] == 0:
         picture = f"similarities_{setting.config}.png"
         plot_similarities(out / picture, stages, title=setting.title)
-        moments = ("mean of positives", "of negatives", "variance of positives", "of negatives")
-        header = ["s_ij", *moments, "P", "right positives", "right negatives"]
-        parts.append(f"{setting.title}:\n\n{markdown_table(header, rows)}\n\n![similarities]({picture})\n")
-    return _write(out, parts)
+        words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
+        plots = (Plot(f"{setting.title}: similarities", picture, words),)
+    return Part(f"{text}{_pictures(plots)}", text, setting, tuple(entries), outcome.seconds, plots)
+
+
+def _stages(folder: Path) -> dict[str, Similarities]:
+    """What :func:`before_and_after` has left in ``folder``."""
+    found = {}
+    for stage in STAGES:
+        with np.load(folder / f"{stage}.npz") as arrays:
+            found[stage] = Similarities(**arrays)
+    return found
 
 
 def before_and_after(config: SladeConfig) -> dict[str, Similarities]:
@@ -463,8 +539,7 @@ def before_and_after(config: SladeConfig) -> dict[str, Similarities]:
     trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
     settings = asdict(config)
     del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
-    found = {}
-    for stage, steps in (("before", config.teacher_steps + config.warm_up_steps), ("after", config.steps)):
+    for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
         kept = place / f"{stage}.npz"
         if not kept.exists():
             done = fit(trainer, fabric=fabric, steps=steps, run=config.run, config=settings, resume=True, epoch_ends=trainer.epoch_ends())
@@ -472,9 +547,7 @@ def before_and_after(config: SladeConfig) -> dict[str, Similarities]:
                 raise KeyboardInterrupt
             trainer.load_state_dict(load_checkpoint(place / "checkpoint.pt")["trainer"])
             np.savez(kept, **pair_similarities(trainer)._asdict())
-        with np.load(kept) as arrays:
-            found[stage] = Similarities(**arrays)
-    return found
+    return _stages(place)
 
 
 @torch.no_grad()
@@ -522,10 +595,25 @@ def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: 
     figure.savefig(path, dpi=90)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One set of images: what is said of it, of which ``notes`` are what its entries and plots do not say."""
+
+    text: str
+    notes: str
+    setting: Setting
+    entries: tuple[Entry, ...]
+    seconds: float
+    plots: tuple[Plot, ...] = ()
+
+    def with_text(self, more: str) -> Part:
+        return replace(self, text=f"{self.text}\n{more}", notes=f"{self.notes}\n{more}")
+
+
 def _start(setting: Setting, out: Path) -> tuple[str, ...]:
     """The paper's ablations start from fine-tuned SwAV: so do those on its images, where SwAV's weights are there."""
     if setting.swav_weights is not None and Path(setting.swav_weights).is_file():
-        return fine_tuned(setting, 1, out)
+        return fine_tuned(setting, 1, out)[0]
     return ()
 
 
@@ -542,12 +630,36 @@ def _section(
     claims: Sequence[tuple[str, str]],
     paper: Mapping[str, Sequence[str]],
     columns: Sequence[str],
-) -> str:
-    """One set of images: its table and its claims."""
-    extent = setting.budget
-    results = train_rows(setting, rows, out=out, seeds=range(1, extent.seeds + 1))
-    said = "\n".join(claim(results, *each) for each in claims)
-    return f"{described(setting)}\n\n{table(results, paper, columns)}\n\n{said}\n"
+    entries_paper: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Part:
+    """One set of images: its table and its claims.
+
+    Args:
+        paper, columns: numbers of the paper that stand in the table, by row, be they of these images or of others.
+        entries_paper: those of these images, one for each of the figures.
+    """
+    outcomes = train_rows(setting, rows, out=out, seeds=range(1, setting.budget.seeds + 1))
+    figures = {figure: functools.partial(test_figure, figure=figure) for figure in FIGURES}
+    entries = entries_of(outcomes, setting.paper or setting.title, figures, entries_paper)
+    notes = f"{described(setting)}\n\n" + "\n".join(claim(outcomes, *each) for each in claims) + "\n"
+    text = f"{described(setting)}\n\n{failure_text(entries)}{table(outcomes, paper, columns)}\n\n{notes.partition(chr(10) * 2)[2]}"
+    return Part(text, notes, setting, entries, seconds_of(outcomes))
+
+
+def _findings(parts: Sequence[Part], budget: str, data: str | None, said: tuple[str, ...] = (), *, protocol: bool = True) -> Findings:
+    """All sets of images together."""
+    deviations = _deviations(budget, data)
+    opening = [" ".join(deviations), *said, *([PROTOCOL] if protocol else [])]
+    return Findings(
+        text=_paragraphs([*opening, *(part.text for part in parts)]),
+        data=", ".join(part.setting.title for part in parts) + (" (inside packages)" if data is None else ""),
+        seeds=tuple(range(1, max(part.setting.budget.seeds for part in parts) + 1)),
+        entries=tuple(entry for part in parts for entry in part.entries),
+        seconds=sum(part.seconds for part in parts),
+        plots=tuple(plot for part in parts for plot in part.plots),
+        deviations=deviations,
+        notes=_paragraphs([*said, *([PROTOCOL] if protocol else []), *(part.notes for part in parts)]),
+    )
 
 
 def described(setting: Setting) -> str:
@@ -571,17 +683,18 @@ def _split(config: SladeDataConfig) -> str:
     return f"{', '.join(said)}; "
 
 
-def _opening(title: str, budget: str, data: str | None) -> str:
+def _deviations(budget: str, data: str | None) -> tuple[str, ...]:
     said = [f"Budget {budget}."]
     if budget == "smoke":
         said.append("This shows that it runs, not what it reaches.")
     if data is None:
-        said.append("No --data was given: the images come inside packages, and the paper's numbers are of others.")
-    return f"# {title}\n\n{' '.join(said)}\n"
+        said.append("No folder of images was given: they come inside packages, and the paper's numbers are of others.")
+    return tuple(said)
 
 
-def _write(out: Path, parts: Sequence[str]) -> str:
-    report = "\n".join(parts)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text(report)
-    return report
+def _paragraphs(parts: Sequence[str]) -> str:
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _pictures(plots: Sequence[Plot]) -> str:
+    return "".join(f"\n![{plot.title}]({plot.file})\n" for plot in plots)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What is kept, skipped, tried again, and dealt out to ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssmkernels.experiments import jobs
+from ssmkernels.experiments.jobs import Job, alone, run_jobs, training_name
+from ssmkernels.trainers.cli import parse_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def job(name, run):
+    return Job(name, f"title of {name}", run)
+
+
+def state(folder, name):
+    return json.loads((folder / name / "job.json").read_text())
+
+
+def test_finished_jobs_are_kept_and_failed_ones_tried_again(tmp_path, capsys):
+    calls = []
+
+    def works(folder):
+        calls.append("works")
+        return {"folder": folder.name}
+
+    def fails_once(folder):
+        calls.append("fails once")
+        if calls.count("fails once") == 1:
+            raise ValueError("no such image")
+        return 2
+
+    def last(folder):
+        calls.append("last")
+        return 3
+
+    work = [job("a", works), job("b", fails_once), job("c", last)]
+    first = run_jobs(tmp_path, work)
+    assert (first["a"].value, first["b"].error, first["c"].value) == ({"folder": "a"}, "ValueError: no such image", 3)
+    assert "title of b failed: no such image" in capsys.readouterr().err
+    second = run_jobs(tmp_path, work)
+    assert (second["b"].value, second["b"].error) == (2, None)
+    assert calls == ["works", "fails once", "last", "fails once"]
+    assert second["a"] == first["a"]
+
+
+def test_a_stopped_job_is_gone_on_with_and_its_time_counts(tmp_path, monkeypatch):
+    clock = iter([0.0, 7.0, 100.0, 102.0])
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: next(clock))
+    attempts = []
+
+    def run(folder):
+        attempts.append(folder)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+        return "done"
+
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(tmp_path, [job("a", run)])
+    assert state(tmp_path, "a")["status"] == "stopped"
+    outcome = run_jobs(tmp_path, [job("a", run)])["a"]
+    assert (outcome.value, outcome.seconds) == ("done", 9.0)
+    assert run_jobs(tmp_path, [job("a", run)])["a"] == outcome and len(attempts) == 2
+
+
+def test_a_job_that_two_rows_share_is_run_once(tmp_path):
+    calls = []
+    shared = job("same", lambda folder: calls.append(folder) or 1)
+    rows = jobs.run_rows(tmp_path / "experiment", {("x", 1): shared, ("y", 1): shared})
+    assert len(calls) == 1 and rows["x"] == rows["y"]
+    assert jobs.seconds_of(rows) == rows["x"][0].seconds
+    assert (tmp_path / "jobs" / "same" / "job.json").exists()
+
+
+def test_broken_markers_are_an_error(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "job.json").write_text("{")
+    with pytest.raises(ValueError, match=r"job\.json is not readable .* delete it"):
+        run_jobs(tmp_path, [job("a", lambda folder: 1)])
+
+
+def test_names_follow_what_determines_a_run():
+    def name(*arguments):
+        return training_name("simmatch", parse_config("simmatch", ["--config", "digits", *arguments])[0])
+
+    usual = name()
+    assert usual.startswith("simmatch-digits-20-seed1-")
+    assert name("--run.out", "elsewhere", "--run.workers", "3", "--data.root", "here") == usual
+    assert len({usual, name("--alpha", "0.5"), name("--seed", "2"), name("--run.eval_every", "7")}) == 4
+
+
+def test_a_rank_alone_has_a_device_of_its_own(monkeypatch):
+    for variable, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with alone():
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert os.environ["RANK"] == "3" and os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from ssmkernels.experiments.jobs import Job, run_jobs, this_rank
+
+folder, stops = Path(sys.argv[1]), sys.argv[2] == "stops"
+rank = this_rank()[0]
+
+def run(number):
+    def work(folder):
+        if stops and number == 1:
+            raise KeyboardInterrupt
+        if number == 3:
+            raise ValueError("three")
+        return [number, rank]
+    return work
+
+try:
+    found = run_jobs(folder, [Job(f"job{n}", f"job {n}", run(n)) for n in range(5)])
+except KeyboardInterrupt:
+    print(f"rank {rank} stopped")
+    sys.exit(0)
+print(f"rank {rank}: {[each.value or each.error for each in found.values()]}")
+"""
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_ranks_deal_out_whole_jobs(tmp_path, stops):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = torchrun(tmp_path / "script.py", tmp_path / "jobs", "stops" if stops else "-")
+    assert done.returncode == 0, done.stderr
+    if stops:
+        assert "rank 1 did not finish 'job 1'" in done.stderr
+        assert "rank 0 stopped" in done.stdout and "rank 1 stopped" in done.stdout
+        return
+    everything = "[[0, 0], [1, 1], [2, 0], 'ValueError: three', [4, 0]]"
+    assert f"rank 0: {everything}" in done.stdout and f"rank 1: {everything}" in done.stdout
+
+
+def test_reproduce_under_torchrun(tmp_path):
+    command = ["-m", "ssmkernels.cli", "reproduce", "simmatch-table5", "--data", "embedded", "--out", tmp_path]
+    done = torchrun(*command)
+    assert done.returncode == 0, done.stderr
+    states = [json.loads(path.read_text()) for path in tmp_path.glob("jobs/*/job.json")]
+    assert len(states) == 3 and all(each["status"] == "finished" for each in states)
+    assert len({each["launch"] for each in states}) == 1 and states[0]["launch"]
+    assert done.stdout.count("The report is in") == 1
+    assert "Waiting for rank 1: " in done.stdout or done.stdout.count("without q̂, imagenet-1") >= 1
+    assert (tmp_path / "simmatch-table5-smoke" / "record.json").exists()

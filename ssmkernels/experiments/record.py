@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What an experiment leaves behind for a report: ``record.json`` in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+FILE = "record.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: what the paper prints and what came out here."""
+
+    row: str
+    """The method."""
+    column: str
+    """The setting or data."""
+    figure: str
+    """What is measured: "top-1", "NMI", …"""
+    unit: str
+    """Of paper and values: "%" or ""."""
+    paper: str
+    """The paper's text; "-" if it prints none."""
+    values: tuple[float, ...]
+    """Ours, one per finished seed; empty if none finished."""
+    failed: tuple[str, ...] = ()
+    """One message per failed seed."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the experiment."""
+
+    title: str
+    file: str
+    """PNG, relative to the folder of the record."""
+    paper: str = ""
+    """What the paper's figure shows, in words."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A table or figure of a paper as it was run once: one budget, one place of the data."""
+
+    name: str
+    """As in ``ssmkernels reproduce NAME``."""
+    title: str
+    paper: str
+    """"SimMatch", "Mixed label propagation", "MLSN" or "SLADE"."""
+    budget: str
+    """smoke, short or paper."""
+    data: str
+    """What the images were, in words."""
+    seeds: tuple[int, ...]
+    command: str
+    """The ``ssmkernels reproduce …`` that makes it, with DIR for a folder."""
+    entries: tuple[Entry, ...]
+    plots: tuple[Plot, ...]
+    deviations: tuple[str, ...]
+    """What differs from the paper."""
+    notes: str
+    """Markdown: further tables of a study, or ""."""
+    seconds: float
+    """Wall time of all cells together, over all calls."""
+    machine: str
+    """Such as "2 x AMD EPYC 7763, no GPU"."""
+    versions: dict[str, str]
+    """Of the packages that matter: name -> version."""
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Writes ``record`` into ``folder``, made if need be. Whoever reads, now or after a crash, finds the old file or the new one, whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / FILE, json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n")
+
+
+def read_record(folder: Path) -> Record:
+    """The record that :func:`write_record` left in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or not a record; the message names the file and what in it is wrong.
+    """
+    path = folder / FILE
+    try:
+        return _build(Record, json.loads(path.read_text(encoding="utf-8")), "the record")
+    except ValueError as error:  # also of JSON and of UTF-8
+        raise ValueError(f"{path} is not a readable record: {error}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` in UTF-8, all of it or nothing."""
+    temporary = path.with_name(path.name + ".tmp")  # in the same folder, as os.replace is atomic only within a file system
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """``value``, as JSON has it, in the type ``kind``; ``where`` names it in an error."""
+    if is_dataclass(kind):
+        hints, given = get_type_hints(kind), _checked(value, dict, where)
+        missing = [each.name for each in fields(kind) if each.default is MISSING and each.name not in given]
+        unknown = sorted(given.keys() - hints)
+        if missing or unknown:
+            raise ValueError(f"{where} " + (f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown"))
+        return kind(**{name: _build(hints[name], each, f"{name} of {where}") for name, each in given.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_build(get_args(kind)[0], each, f"{where}[{i}]") for i, each in enumerate(_checked(value, list, where)))
+    if get_origin(kind) is dict:
+        return {name: _build(get_args(kind)[1], each, f"{where}[{name!r}]") for name, each in _checked(value, dict, where).items()}
+    return float(_checked(value, (int, float), where)) if kind is float else _checked(value, kind, where)
+
+
+def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = {dict: "an object", list: "a list", str: "a text", int: "an integer", (int, float): "a number"}
+        raise ValueError(f"{where} is {value!r:.80}; it should be {kinds[kind]}")
+    return value
