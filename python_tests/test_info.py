@@ -275,7 +275,8 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
-    assert capsys.readouterr().err == "ssmkernels: unknown command 'trian'; it should be one of train, reproduce, report, demo, bench, info\n"
+    commands = "train, reproduce, report, demo, bench, info"
+    assert capsys.readouterr().err == f"ssmkernels: unknown command 'trian'; it should be one of {commands}\n"
 
 
 def test_interrupt_is_130_without_traceback(monkeypatch, capsys):

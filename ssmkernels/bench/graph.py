@@ -115,9 +115,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
         points = clustered(nodes, classes)
         graph = points.graph.to(dtype)
         propagated = label_propagation(points.graph, points.labels).to(dtype)  # float32 does not reach its tolerance on separate clusters
-        yield _edges_case(graph.to(device), propagated.to(device), backward=False)
+        yield edges_case(graph.to(device), propagated.to(device), backward=False)
         if nodes <= 10_000 and classes <= 100:
-            yield _edges_case(graph.to(device), propagated.to(device), backward=True)
+            yield edges_case(graph.to(device), propagated.to(device), backward=True)
     for nodes, classes in solve_sizes:
         for real in (torch.float32, torch.float64):
             yield _solve_case(clustered(nodes, classes), real, device)
@@ -128,14 +128,14 @@ def growth_cases(entries: int) -> Iterator[Case]:
     """Both ops on a ring of so many entries, ten classes, without peers; thirty iterations."""
     graph = random_graph(entries)
     draw = torch.Generator().manual_seed(0)
-    yield _edges_case(graph, torch.randn(graph.num_nodes, 10, generator=draw) / 500, backward=False, peers=False)
+    yield edges_case(graph, torch.randn(graph.num_nodes, 10, generator=draw) / 500, backward=False, peers=False)
     labels = torch.full((graph.num_nodes,), -1)
     labeled = slice(None, None, max(1, graph.num_nodes // 50))
     labels[labeled] = torch.arange(len(labels[labeled])) % 10
     yield _growth_case(graph, labels)
 
 
-def _edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool = True) -> Case:
+def edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool = True) -> Case:
     entries, (nodes, classes) = graph.num_edges, propagated.shape
     weight, labels = graph.weight.clone().requires_grad_(backward), propagated.clone().requires_grad_(backward)
     grad = torch.ones_like(weight)

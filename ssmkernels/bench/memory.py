@@ -130,7 +130,7 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         size=size,
         dtype=dtype,
         ours=update(ops.memory_update_),
-        peers={"eager": update(_vectorised_update)},
+        peers={"eager": update(vectorised_update)},
         products={},
         product_counts={},
         flops=0,
@@ -150,7 +150,7 @@ def _mean_product(rows: int, bank: Tensor) -> Callable[[], object]:
     return product
 
 
-def _vectorised_update(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor) -> None:
+def vectorised_update(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor) -> None:
     """What training code has in this place: index, mix, normalise, write; duplicates are not applied in order."""
     bank[index] = F.normalize(0.7 * bank[index] + 0.3 * features, dim=1)
     bank_labels[index] = labels

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Whole training steps of the four methods: what they take with the ops and with the same formulas in eager PyTorch, and where it goes.
+
+    python bench/profile_steps.py [--steps 20] [--out bench/results/cpu-steps.md]
+
+Each method trains on images from packages with its shipped small configuration, alternating between the two; medians of the steps after
+the first ones. The share of the ops is that of the library's operators, forward and backward, in torch.profiler; "waiting" is what the
+loop spends in getting its next batch; "reads" counts the values that the host reads from tensors in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ssmkernels import info, ops, reference
+from ssmkernels.bench.graph import torch_sparse_cg
+from ssmkernels.bench.memory import vectorised_update
+from ssmkernels.experiments.report import markdown_table
+from ssmkernels.trainers import loop, mixed_lp, mlsn, simmatch, slade
+from ssmkernels.trainers.cli import METHODS, parse_config
+
+WARM_UP = 5
+# The heavy sizes of each method on images small enough for a CPU: the larger bank, batch or graph, not the larger network.
+RUNS: dict[str, tuple[Any, list[str]]] = {
+    "simmatch": (simmatch, ["--config", "mnist5k", "--data.labels", "4000", "--batch_size", "64", "--first_epoch_steps", "1"]),
+    "mlsn": (mlsn, ["--config", "mnist5k", "--batch_size", "100"]),
+    "mixed-lp": (mixed_lp, ["--config", "digits", "--labeled_epochs", "1", "--epochs", "12"]),
+    "slade": (slade, ["--config", "mnist5k", "--batch_size", "240", "--teacher_steps", "2", "--warm_up_steps", "2"]),
+}
+
+
+def eager_solve(crow: Any, col: Any, weight: Any, dissimilarity: Any, diagonal: Any, rhs: Any, **options: Any) -> Any:
+    """Conjugate gradients in torch on a sparse matrix: D + D_dis on the diagonal, W − W_dis beside it."""
+    if dissimilarity is not None:
+        rows = torch.repeat_interleave(torch.arange(len(diagonal)), crow.diff())
+        diagonal = diagonal + 2 * torch.zeros_like(diagonal).index_add(0, rows, dissimilarity)
+        weight = weight - dissimilarity
+    solution = torch_sparse_cg(crow, col, weight, diagonal, rhs, rtol=options.get("rtol", 1e-6))
+    counts, residual = torch.zeros(rhs.shape[1], dtype=torch.int64), torch.zeros(rhs.shape[1], dtype=rhs.dtype)
+    return ops.LaplacianSolution(solution, counts, residual)
+
+
+EAGER = {
+    "instance_matching": reference.instance_matching,
+    "memory_update_": lambda *args, **options: vectorised_update(*args),
+    "pair_logits": reference.pair_logits,
+    "pair_focal_loss": reference.pair_focal_loss,
+    "leave_one_edge_out": reference.leave_one_edge_out,
+    "laplacian_solve": eager_solve,
+    "pair_ranking_loss": reference.pair_ranking_loss,
+    "mined_pair_ranking_loss": reference.mined_pair_ranking_loss,
+    "similarity_moments": reference.similarity_moments,
+}
+
+
+class Watch:
+    """Wraps a trainer: seconds of each step and of each wait for a batch."""
+
+    def __init__(self, trainer: Any, steps: int) -> None:
+        self.trainer, self.limit = trainer, steps
+        self.step_seconds: list[float] = []
+        self.wait_seconds: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.trainer, name)
+
+    def batches(self, start: int) -> Iterator[Any]:
+        source = iter(self.trainer.batches(start))
+        while True:
+            begin = time.perf_counter()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            self.wait_seconds.append(time.perf_counter() - begin)
+            yield batch
+
+    def step(self, batch: Any, step: int) -> Any:
+        begin = time.perf_counter()
+        metrics = self.trainer.step(batch, step)
+        self.step_seconds.append(time.perf_counter() - begin)
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        return dict.fromkeys(("test_MAP@R", "validation_MAP@R", "val_P@8", "validation_P@8", "ema_accuracy"), 0.0)
+
+
+def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:
+    """The last stage of a short run."""
+    room, arguments = RUNS[method]
+    watches: list[Watch] = []
+
+    def fit(trainer: Any, **options: Any) -> Any:
+        watches.append(Watch(trainer, steps))
+        return loop.fit(watches[-1], **options)
+
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(room, "fit", fit))
+        for name, formula in EAGER.items() if eager else ():
+            stack.enter_context(mock.patch.object(ops, name, formula))
+        limit = {"slade": "--student_steps", "mixed-lp": None}.get(method, "--steps")
+        more = [limit, str(steps)] if limit else []
+        quiet = ["--run.bar", "false", "--run.eval_every", "100000", "--run.workers", "0" if method in ("mixed-lp", "slade") else "1"]
+        config, _ = parse_config(method, [*arguments, *more, *quiet, "--run.out", folder])
+        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU])) if profiled else None
+        METHODS[method].train(config)
+    return watches[-1], profiler
+
+
+def own_seconds(profiler: Any) -> tuple[float, int]:
+    """Seconds in the library's operators, and how many values the host read."""
+    events = profiler.key_averages()
+    seconds = sum(each.cpu_time_total for each in events if each.key.startswith("ssmkernels::")) / 1e6
+    return seconds, sum(each.count for each in events if each.key == "aten::_local_scalar_dense")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--method", choices=RUNS)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for method in [args.method] if args.method else RUNS:
+        samples: dict[bool, list[float]] = {False: [], True: []}
+        waits: list[float] = []
+        for _ in range(args.rounds):
+            for eager in (False, True):
+                watch, _ = train(method, args.steps, eager=eager)
+                samples[eager] += watch.step_seconds[WARM_UP:]
+                waits += [] if eager else watch.wait_seconds[WARM_UP:]
+        watch, profiler = train(method, args.steps, eager=False, profiled=True)
+        own, reads = own_seconds(profiler)
+        ours, eager_step = (statistics.median(samples[each]) for each in (False, True))
+        whole = sum(watch.step_seconds)
+        share = own / whole
+        before = 1 - ours * (1 - share) / eager_step
+        rows.append(
+            [
+                method,
+                f"{1e3 * ours:.1f}",
+                f"{1e3 * eager_step:.1f}",
+                f"{100 * share:.1f} %",
+                f"{100 * before:.1f} %",
+                f"{100 * statistics.median(waits) / (statistics.median(waits) + ours):.1f} %",
+                f"{reads / len(watch.step_seconds):.1f}",
+            ]
+        )
+        print(rows[-1], flush=True)
+    titles = ["method", "ms a step", "with eager formulas", "the ops' share", "its share in eager", "waiting for data", "reads a step"]
+    machine = info.collect()
+    cpu = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}"
+    text = f"{cpu}; `python bench/profile_steps.py --steps {args.steps} --rounds {args.rounds}`\n\n{markdown_table(titles, rows)}\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
