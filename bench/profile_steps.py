@@ -93,7 +93,7 @@ class Watch:
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        return dict.fromkeys(("test_MAP@R", "validation_MAP@R", "val_P@8", "validation_P@8", "ema_accuracy"), 0.0)
+        return dict.fromkeys(("test_MAP@R", "validation_MAP@R", "validation_P@8", "final_MAP@R"), 0.0)
 
 
 def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from ssmkernels import bench
-from ssmkernels.bench import case, measure, memory, report
+from ssmkernels import bench, ops
+from ssmkernels.bench import case, growth, measure, memory, overhead, report
 
 
 def small_case(**changes):
@@ -123,6 +124,41 @@ def test_comparison_with_earlier_results(tmp_path, monkeypatch, capsys):
     for wrong in (["--fail-if-slower", "1.5"], ["--compare", str(tmp_path / "none.json")]):
         with pytest.raises(SystemExit):
             bench.main([*arguments, *wrong])
+
+
+def test_comparison_without_a_floor_is_by_the_last_peer():
+    settings = {"flops": 0, "bytes": 0, "products": {}, "product_counts": {}}
+    before = run(small_case(**settings, phase="forward, small"))
+    after = dataclasses.replace(before, ours=before.ours.scaled(3.0))
+    assert report.compare([after], [before]) == pytest.approx({after.label(): 3.0})
+    assert " 0 %" not in report.table([after])
+
+
+def test_growth_is_told_per_unit():
+    results = [
+        case.Result(
+            "unfold", "forward, growth", {"B": 2, "K": 10**k}, "float32", measure.Timing(t, t, t), {}, None, 1.0, {"ours": 2**20 * k}
+        )
+        for k, t in ((1, 2e-8), (2, 2e-6))
+    ]
+    row = report.growth_table(results).splitlines()[-1]
+    assert row == "| `unfold` forward | row × slot | 1 → 10 | 20 → 2e+02 | 1.0 → 2.0 |"
+
+
+def test_every_growing_op_grows():
+    cases = list(growth.cases(quick=True))
+    for op in growth.OPS:
+        sizes = [dict(each.size) for each in cases if each.op == op]
+        assert len(sizes) == 2 and sizes[0] != sizes[1] and all(not each.peers for each in cases)
+
+
+def test_kernels_of_a_call_are_its_operators_alone():
+    rows, labels = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 2
+    kernels = overhead.kernels_of(lambda: torch.autograd.grad(ops.pair_ranking_loss(rows, labels), rows))
+    with overhead._Recorder() as recorder:
+        kernels()
+    names = [func.overloadpacket.__name__ for func, _ in recorder.calls]
+    assert names == ["pair_ranking_loss", "pair_ranking_loss_backward"]
 
 
 def test_families_are_measured_apart(tmp_path):

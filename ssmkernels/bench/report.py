@@ -35,7 +35,7 @@ def table(results: Sequence[Result]) -> str:
             f"{1e3 * r.ours.median:.3g}",
             *(_ratio(r, peer) for peer in peers),
             products,
-            f"{100 * r.share_of_floor():.0f} %",
+            f"{100 * r.share_of_floor():.0f} %" if r.floor else "",
             _memory(r.extra_bytes.get("ours")),
             _memory(r.extra_bytes.get("eager")),
         ]
@@ -77,10 +77,15 @@ def _units(result: Result) -> tuple[str, float]:
 def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, float]:
     """By how much each case that both runs have got slower, by its label: the ratio of its times over the floors of their own runs.
 
-    Absolute times of two runs tell more of the machine's other work than of ours; floors are measured beside the op.
+    Absolute times of two runs tell more of the machine's other work than of ours; floors are measured beside the op. Where there is no
+    floor, it is the last of the peers that stands for it: calls of small batches have torch's own there.
     """
-    shares = {each.label(): each.share_of_floor() for each in before}
-    return {each.label(): shares[each.label()] / each.share_of_floor() for each in results if each.label() in shares}
+
+    def relative(result: Result) -> float:
+        return result.ours.median / (result.floor or next(reversed(result.peers.values())).median)
+
+    earlier = {each.label(): relative(each) for each in before}
+    return {each.label(): relative(each) / earlier[each.label()] for each in results if each.label() in earlier}
 
 
 def comparison_table(changes: Mapping[str, float]) -> str:

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kGramRows = 3;     // RᵀR is worth it with more than kGramRows·d rows: it takes half as many products, at half the rate
 constexpr int64_t kGramChunk = 128;  // rows that are converted to double at once
 
-struct ClassRun {
+struct Range {
   int64_t begin, end;
   int64_t size() const {
     return end - begin;
@@ -48,8 +48,17 @@ class Moments {
     find_means(parallel_for);
   }
 
-  bool is_big(const ClassRun& run) const {
+  bool is_big(const Range& run) const {
     return !total_by_pairs && run.size() > kGramRows * dim;
+  }
+
+  // The column tiles with pairs of a row tile that are computed one by one: of its classes, if not of all, in the order of which rows are.
+  Range columns_of(int64_t row_tile) const {
+    if (total_by_pairs) return {0, unit.tiles};
+    const Integer<Real>* classes = classes_.data() + row_tile * kTile;
+    const Range &first = runs_.data()[classes[0]], &last = runs_.data()[classes[unit.size(row_tile) - 1]];
+    if (first.begin == last.begin && is_big(first)) return {row_tile, row_tile};
+    return {is_big(first) ? row_tile : first.begin / kTile, is_big(last) ? row_tile + 1 : divide_up(last.end, kTile)};
   }
 
   // Calls each(row, column, cosine, positives, negatives) for the vectors of a tile with pairs that are computed one by one: negatives only
@@ -58,9 +67,6 @@ class Moments {
   void for_each_vector(int64_t row_tile, int64_t column_tile, bool upper, Real* cosines, const Each& each) const {
     const Integer<Real>*row_classes = classes_.data() + row_tile * kTile, *column_classes = classes_.data() + column_tile * kTile;
     const int64_t rows = unit.size(row_tile), columns = unit.size(column_tile);
-    const bool apart = row_classes[rows - 1] < column_classes[0] || column_classes[columns - 1] < row_classes[0];
-    const bool one_big_class = row_classes[0] == row_classes[rows - 1] && is_big(runs_.data()[row_classes[0]]);
-    if (!total_by_pairs && (apart || one_big_class)) return;
     multiply_tiles(unit.columns(row_tile), unit.columns(column_tile), dim, cosines);
     const Mask<Real> lanes = lane_numbers<Real>(), none{};
     for (int64_t r = 0; r < rows; ++r) {
@@ -78,7 +84,7 @@ class Moments {
   }
 
   // gram [gram_dim][gram_dim] = Σ_{begin ≤ k < end} r_k r_kᵀ, in double.
-  void fill_gram(const ClassRun& run, double* gram, ParallelFor parallel_for) const {
+  void fill_gram(const Range& run, double* gram, ParallelFor parallel_for) const {
     const int64_t blocks = gram_dim / kTile;
     parallel_for(blocks, [&](int64_t first, int64_t last) {
       const Buffer<double> chunk(kGramChunk * gram_dim);
@@ -105,7 +111,7 @@ class Moments {
   }
 
   // Σ s² over the ordered pairs of a run, the pairs (i, i) left out.
-  double sum_of_squares(const ClassRun& run, double* gram, ParallelFor parallel_for) const {
+  double sum_of_squares(const Range& run, double* gram, ParallelFor parallel_for) const {
     fill_gram(run, gram, parallel_for);
     double sum = 0;
     for (int64_t k = 0; k < gram_dim * gram_dim; ++k) sum += gram[k] * gram[k];
@@ -114,7 +120,7 @@ class Moments {
   }
 
   // Σ r over a run, in double [dim].
-  void sum_rows(const ClassRun& run, double* sum) const {
+  void sum_rows(const Range& run, double* sum) const {
     for (int64_t c = 0; c < dim; ++c) sum[c] = 0;
     for (int64_t k = run.begin; k < run.end; ++k) add_row(k, sum);
   }
@@ -126,13 +132,13 @@ class Moments {
     for (int64_t c = dim; c < gram_dim; ++c) to[c] = 0;
   }
 
-  const ClassRun* runs() const {
+  const Range* runs() const {
     return runs_.data();
   }
   int64_t run_count() const {
     return run_count_;
   }
-  ClassRun everything() const {
+  Range everything() const {
     return {0, n};
   }
   const double* total() const {  // Σ r [dim]
@@ -189,7 +195,7 @@ class Moments {
   }
 
   const Buffer<Integer<Real>> classes_;
-  const Buffer<ClassRun> runs_;
+  const Buffer<Range> runs_;
   int64_t run_count_ = 0;
   const Buffer<double> total_;
 };
@@ -201,7 +207,7 @@ struct PairSlope {
 
 // Σ_j (α + β s_kj) r_j over the rows j ≠ k of a run, added to the gradients of its rows [n][stride].
 template <class Real>
-void add_gram_gradients(const Moments<Real>& in, const ClassRun& run, const double* sum, PairSlope slope, double* gram, Real* grads,
+void add_gram_gradients(const Moments<Real>& in, const Range& run, const double* sum, PairSlope slope, double* gram, Real* grads,
                         ParallelFor parallel_for) {
   in.fill_gram(run, gram, parallel_for);
   const int64_t tiles = divide_up(run.size(), kTile), width = in.gram_dim;
@@ -245,7 +251,7 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
       const int64_t row_tile = balanced(task, tiles);
       double* part = parts.data() + 2 * row_tile;
       part[0] = part[1] = 0;
-      for (int64_t column_tile = row_tile; column_tile < tiles; ++column_tile) {
+      for (int64_t column_tile = row_tile; column_tile < in.columns_of(row_tile).end; ++column_tile) {
         Vec<Real> sums[2] = {};
         in.for_each_vector(row_tile, column_tile, true, cosines.data(),
                            [&](int64_t, int64_t, Vec<Real> cosine, Mask<Real> positives, Mask<Real> negatives) {
@@ -314,8 +320,8 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
       const int64_t row_tile = balanced(task, tiles);
       Real* to = grads.data() + row_tile * kTile * stride;
       for (int64_t k = 0; k < kTile * stride; ++k) to[k] = 0;
-      for (int64_t column_tile = 0; column_tile < tiles; ++column_tile) {
-        bool found = false;
+      const Range columns = in.columns_of(row_tile);
+      for (int64_t column_tile = columns.begin; column_tile < columns.end; ++column_tile) {
         for (int64_t k = 0; k < kTile * kTile; ++k) weights[k] = 0;
         in.for_each_vector(row_tile, column_tile, false, cosines,
                            [&](int64_t r, int64_t c, Vec<Real> cosine, Mask<Real> positives, Mask<Real> negatives) {
@@ -323,9 +329,8 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
                              // By RᵀR all pairs get the negatives' slope.
                              const Vec<Real> own = in.total_by_pairs ? positive : positive - negative;
                              store(weights + r * kTile + c, positives ? own : negatives ? negative : none);
-                             found = true;
                            });
-        if (found) add_product(weights, in.unit.rows(column_tile), stride, to);
+        add_product(weights, in.unit.rows(column_tile), stride, to);
       }
     }
   });
