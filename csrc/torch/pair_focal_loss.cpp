@@ -26,8 +26,8 @@ struct FocalTensors {
 };
 
 Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& w1,
-                          const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs,
-                          int64_t interaction, std::optional<double> alpha, double gamma, int64_t ignore_index) {
+                          const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
+                          std::optional<double> alpha, double gamma, int64_t ignore_index) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   Tensor losses = in.new_values();
@@ -46,9 +46,9 @@ Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labe
 }
 
 PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const Tensor& x, const Tensor& y, const Tensor& x_labels,
-                                                const Tensor& y_labels, const Tensor& w1, const Tensor& b1,
-                                                const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
-                                                std::optional<double> alpha, double gamma, int64_t ignore_index) {
+                                              const Tensor& y_labels, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                              const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
+                                              std::optional<double> alpha, double gamma, int64_t ignore_index) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   const Tensor grad = in.check_grad(grad_losses);
@@ -70,9 +70,9 @@ PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const T
 
 // The sum or mean and, if wanted, its gradients, in one pass; they are empty if not.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_loss_sum_op(
-    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& w1,
-    const Tensor& b1, const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction,
-    std::optional<double> alpha, double gamma, int64_t ignore_index, bool mean, bool with_gradients) {
+    const Tensor& x, const Tensor& y, const Tensor& x_labels, const Tensor& y_labels, const Tensor& w1, const Tensor& b1, const Tensor& w2,
+    const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction, std::optional<double> alpha, double gamma,
+    int64_t ignore_index, bool mean, bool with_gradients) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   Tensor loss = new_tensor(in.w2, {}, in.w2.scalar_type());

@@ -4,8 +4,8 @@
 namespace ssmkernels::binding {
 namespace {
 
-Tensor pair_logits_op(const Tensor& x, const Tensor& y, const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                      const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction) {
+Tensor pair_logits_op(const Tensor& x, const Tensor& y, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
+                      const std::optional<Tensor>& pairs, int64_t interaction) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   Tensor logits = in.new_values();
   if (in.count() == 0) return logits;
@@ -20,9 +20,8 @@ Tensor pair_logits_op(const Tensor& x, const Tensor& y, const Tensor& w1, const 
   return logits;
 }
 
-PairGradientTuple pair_logits_backward_op(const Tensor& grad_logits, const Tensor& x, const Tensor& y, const Tensor& w1,
-                                            const Tensor& b1, const Tensor& w2, const Tensor& b2,
-                                            const std::optional<Tensor>& pairs, int64_t interaction) {
+PairGradientTuple pair_logits_backward_op(const Tensor& grad_logits, const Tensor& x, const Tensor& y, const Tensor& w1, const Tensor& b1,
+                                          const Tensor& w2, const Tensor& b2, const std::optional<Tensor>& pairs, int64_t interaction) {
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const Tensor grad = in.check_grad(grad_logits);
   PairGradientTensors out(in, true);

@@ -82,7 +82,7 @@ def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, fl
     """
 
     def relative(result: Result) -> float:
-        return result.ours.median / (result.floor or next(reversed(result.peers.values())).median)
+        return result.ours.median / (result.floor or list(result.peers.values())[-1].median)
 
     earlier = {each.label(): relative(each) for each in before}
     return {each.label(): relative(each) / earlier[each.label()] for each in results if each.label() in earlier}
