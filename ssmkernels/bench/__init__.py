@@ -148,14 +148,20 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def _document(args: argparse.Namespace, argv: list[str] | None, rates: Rates, results: list[Result]) -> dict[str, Any]:
+@functools.cache
+def _here() -> tuple[str | None, dict[str, Any]]:
+    """The commit and the machine, which do not change during a run."""
     from ssmkernels import info
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = info.collect()
+    return commit or None, info.collect()
+
+
+def _document(args: argparse.Namespace, argv: list[str] | None, rates: Rates, results: list[Result]) -> dict[str, Any]:
+    commit, machine = _here()
     return {
         "command": " ".join(["ssmkernels bench", *(sys.argv[1:] if argv is None else argv)]),
-        "commit": commit or None,
+        "commit": commit,
         "device": args.device,
         "versions": {"ssmkernels": machine["ssmkernels"]["version"], "python": machine["python"]["version"], **machine["packages"]},
         "machine": {key: machine[key] for key in ("cpu", "cuda", "torch", "build")},
