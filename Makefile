@@ -26,7 +26,7 @@ demo: setup  ## train on real images for a few minutes; report in runs/demo/
 
 test: setup  ## C++ tests of the kernels, then the Python tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
-	$(BIN)/python -m pytest python_tests
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal python_tests
 
 bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import io
 import pickle
 import sys
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssmkernels.data import load_dataset
+from ssmkernels.data import load_collection, load_dataset
 
 RNG = np.random.default_rng(0)
 
@@ -134,6 +135,43 @@ def test_npz(tmp_path):
     assert np.array_equal(np.asarray(splits.train.image(5)), content["train_x"][5])
     np.testing.assert_allclose(splits.mean, (content["train_x"] / 255).mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(splits.std, (content["train_x"] / 255).std(axis=(0, 1, 2)))
+
+
+def jpegs_with_a_common_header(path, count, **changes):
+    """As they leave the encoder: files of one size and quality differ from the start of their scan on."""
+    files = []
+    for picture in RNG.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=90)
+        files.append(buffer.getvalue())
+    header = files[0][: next(i for i, each in enumerate(zip(*files, strict=False)) if len(set(each)) > 1)]
+    tails = [file[len(header) : -2] for file in files]
+    content = {
+        "header": np.frombuffer(header, np.uint8),
+        "tails": np.frombuffer(b"".join(tails), np.uint8),
+        "tail_len": np.array([len(tail) for tail in tails], np.uint16),
+        "labels": np.arange(count) % 3,
+        "n_train": np.array(count - 2),
+    }
+    np.savez(path, **(content | changes))
+    return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+
+
+def test_npz_of_jpegs_with_a_common_header(tmp_path):
+    pictures = jpegs_with_a_common_header(tmp_path / "packed.npz", 8)
+    splits = load_dataset("npz", tmp_path / "packed.npz")
+    assert (len(splits.train), len(splits.test), splits.num_classes, splits.image_size) == (6, 2, 3, 12)
+    assert splits.train.labels.tolist() == [0, 1, 2, 0, 1, 2] and splits.test.labels.tolist() == [0, 1]
+    seen = [np.asarray(part.image(i)) for part in (splits.train, splits.test) for i in range(len(part))]
+    assert all(np.array_equal(image, picture) for image, picture in zip(seen, pictures, strict=True))
+    collection = load_collection("npz", tmp_path / "packed.npz")
+    assert len(collection) == 8 and np.array_equal(np.asarray(collection.images.image(7)), pictures[7])
+
+
+def test_labels_of_packed_images_are_counted(tmp_path):
+    jpegs_with_a_common_header(tmp_path / "packed.npz", 8, labels=np.arange(7))
+    with pytest.raises(ValueError, match="8 images and 7 labels"):
+        load_dataset("npz", tmp_path / "packed.npz")
 
 
 @pytest.mark.parametrize(

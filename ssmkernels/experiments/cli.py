@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help=f"folder of the paper's images, or {EMBEDDED} for images inside packages, as smoke has them by default",
+        help=f"folder of the paper's images; or a .npz file of images in their place; or {EMBEDDED} for images inside packages, as smoke "
+        "has them by default",
     )
     parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)")
     parser.add_argument(

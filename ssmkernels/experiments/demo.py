@@ -33,6 +33,8 @@ SEEDS = (1, 2, 3)
 EMBEDDINGS = ("--config", "digits", "--run.accelerator", "cpu")
 MINUTES, STEPS = 4.0, 500  # what fits into them on two cores, with a minute to spare
 MLSN_STEPS = 400
+SETS = ("digits", "mnist5k")
+OP_SECONDS = 6.0
 SLADE = ("--run.accelerator", "cpu")
 FIGURE_4 = {
     "(a) accuracy of confident pseudo-labels": "confident_accuracy",
@@ -140,7 +142,7 @@ def mixed_lp_section(draws: int) -> tuple[str, bool]:
         with tempfile.TemporaryDirectory() as scratch:
             results = {
                 name: propagation.run_draws(name, out=Path(scratch), folder=None, predict=propagation.predict_table3, draws=draws)
-                for name in ("digits", "mnist5k")
+                for name in SETS
             }
         section = f"# Mixed label propagation, {draws} draws of five labels per class\n\n{propagation.table3_text(results)}"
         rows = {"proxies only": PROXIES_ONLY, "mixed LP": MIXED_LP}
@@ -225,7 +227,7 @@ def op_section() -> str:
         room.instance_matching(weak, query, bank, labels, probs).loss.mean().backward()  # type: ignore[attr-defined]
 
     functions = {"ssmkernels.ops": lambda: step(ops), "plain PyTorch": lambda: step(reference)}
-    timings = time_alternating(functions, seconds=6.0)
+    timings = time_alternating(functions, seconds=OP_SECONDS)
     ours = timings["ssmkernels.ops"].median
     table = []
     for name, function in functions.items():

@@ -150,7 +150,7 @@ def reproduce(name: str, experiment: Experiment | Study, *, paper: str, budget: 
                 budget=budget,
                 data=found.data,
                 seeds=found.seeds,
-                command=f"ssmkernels reproduce {name} --data {EMBEDDED if folder is None else 'DIR'} --budget {budget}",
+                command=f"ssmkernels reproduce {name} --data {_place(folder)} --budget {budget}",
                 entries=found.entries,
                 plots=found.plots,
                 deviations=found.deviations,
@@ -164,6 +164,13 @@ def reproduce(name: str, experiment: Experiment | Study, *, paper: str, budget: 
     return report, not found.failed
 
 
+def _place(folder: str | None) -> str:
+    """What --data was, without the folders of a machine."""
+    if folder is None:
+        return EMBEDDED
+    return Path(folder).name if in_a_file(folder) else "DIR"
+
+
 def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out: Path) -> Findings:
     """Runs every cell and seed, going on where an earlier call stopped. The plots are left in ``out``.
 
@@ -175,6 +182,8 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
         raise ValueError(missing_data(budget))
     extent = experiment.budgets[budget]
     place = experiment.offline if data is None else ("--data.root", data)
+    if in_a_file(data):
+        place = ("--data.name", "npz", *place)
     method, seeds = METHODS[experiment.method], range(1, extent.seeds + 1)
     configs, jobs = [], {}
     for number, cell in enumerate(experiment.cells):
@@ -195,7 +204,7 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
         out.mkdir(parents=True, exist_ok=True)
         plots = tuple(experiment.draw(out, {cell: results_of(each) for cell, each in outcomes.items() if results_of(each)}))
     names = list(dict.fromkeys(config.data.name for config in configs))
-    deviations = _deviations(experiment, budget, extent, offline=data is None)
+    deviations = _deviations(experiment, budget, extent, data)
     return Findings(
         text=_text(budget, extent.seeds, entries, deviations, plots),
         data=f"{', '.join(names)}{' (inside packages)' if data is None else ''}",
@@ -205,6 +214,11 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
         plots=plots,
         deviations=deviations,
     )
+
+
+def in_a_file(data: str | None) -> bool:
+    """Whether the images are the arrays of a file, see :func:`ssmkernels.data.load_dataset`, whatever set the cells name."""
+    return data is not None and data.endswith(".npz")
 
 
 def missing_data(budget: str) -> str:
@@ -268,13 +282,15 @@ def points(
     return draw
 
 
-def _deviations(experiment: Experiment, budget: str, extent: Budget, *, offline: bool) -> tuple[str, ...]:
+def _deviations(experiment: Experiment, budget: str, extent: Budget, data: str | None) -> tuple[str, ...]:
     said = list(experiment.deviations)
-    arguments = (*extent.arguments, *(experiment.offline if offline else ()))
+    arguments = (*extent.arguments, *(experiment.offline if data is None else ()))
     if arguments:
         purpose = "; this shows that it runs, not what it reaches" if budget == "smoke" else ""
         said.insert(0, f"Budget {budget}: {extent.seeds} seed(s), {in_words(arguments)}{purpose}.")
-    if offline:
+    if in_a_file(data):
+        said.insert(0, "The images are the arrays of a file, for which nothing says that they are those of the published set.")
+    if data is None:
         said.insert(
             0,
             "No folder of images was given: every cell ran in miniature, on images that come inside a package, and cells that differ in "

@@ -6,8 +6,6 @@ The network of the paper's sets is BN-Inception where its weights are in the fol
 
 from __future__ import annotations
 
-import io
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssmkernels import data, models
+from ssmkernels.data.packed import packed_images
 
 
 class FeatureSet(NamedTuple):
@@ -137,31 +136,12 @@ class _Batches:
             yield (pixels.float() - 127) / 128
 
 
-def _decode(blobs: Iterator[bytes]) -> list[Image.Image]:
-    return [Image.open(io.BytesIO(blob)).convert("RGB") for blob in blobs]
+def _read_test_images(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
+    return packed_images(archive, slice(int(archive["n_train"]), None))
 
 
-def read_flowers17(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
-    """Arrays data (files of images, one after another), offsets [N + 1] and labels [N]."""
-    blob, offsets = archive["data"].tobytes(), archive["offsets"]
-    return _decode(blob[a:b] for a, b in itertools.pairwise(offsets)), archive["labels"].astype(np.int64)
-
-
-def _read_cifar10(archive: Any, rows: slice) -> tuple[list[Image.Image], np.ndarray]:
-    """JPEG files that share their header: arrays header, tails, tail_len [N], labels [N] and n_train."""
-    header, tails = archive["header"].tobytes(), archive["tails"].tobytes()
-    stops = np.cumsum(archive["tail_len"], dtype=np.int64)
-    starts = stops - archive["tail_len"]
-    pieces = zip(starts[rows], stops[rows], strict=True)
-    return _decode(header + tails[a:b] + b"\xff\xd9" for a, b in pieces), archive["labels"][rows].astype(np.int64)
-
-
-def _read_cifar10_test(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
-    return _read_cifar10(archive, slice(int(archive["n_train"]), None))
-
-
-def _read_cifar10_train(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
-    return _read_cifar10(archive, slice(0, 10_000))
+def _read_training_images(archive: Any) -> tuple[list[Image.Image], np.ndarray]:
+    return packed_images(archive, slice(0, 10_000))
 
 
 _PAPER_SETS = {
@@ -180,9 +160,9 @@ _PAPER_SETS = {
 SOURCES = {
     "digits": Source("digits, pixels (1,797; 10 classes)"),
     "mnist5k": Source("MNIST-5k, pixels (5,000; 10)"),
-    "flowers17": Source("17-flowers, 224 px (1,360; 17)", "flowers17.npz", read_flowers17, size=224),
-    "cifar10-test": Source("CIFAR-10 test, 128 px (10,000; 10)", "cifar10.npz", _read_cifar10_test, size=128),
-    "cifar10-train": Source("CIFAR-10 train, 128 px (first 10,000; 10)", "cifar10.npz", _read_cifar10_train, size=128),
+    "flowers17": Source("17-flowers, 224 px (1,360; 17)", "flowers17.npz", packed_images, size=224),
+    "cifar10-test": Source("CIFAR-10 test, 128 px (10,000; 10)", "cifar10.npz", _read_test_images, size=128),
+    "cifar10-train": Source("CIFAR-10 train, 128 px (first 10,000; 10)", "cifar10.npz", _read_training_images, size=128),
     **{name: Source(title, size=224, collection=name) for name, title in _PAPER_SETS.items()},
 }
 

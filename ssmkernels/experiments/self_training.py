@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssmkernels import data as images
 from ssmkernels import metrics, models
-from ssmkernels.experiments.experiment import Budget, Findings, entries_of, failure_text
+from ssmkernels.experiments.experiment import Budget, Findings, entries_of, failure_text, in_a_file
 from ssmkernels.experiments.jobs import (
     FOLDER,
     Job,
@@ -103,7 +103,7 @@ class Setting:
 
 
 def choose(budget: str, data: str | None) -> list[Setting]:
-    """The settings for the images in the folder ``data``, or inside packages without one.
+    """The settings for the images in the folder or file (.npz) ``data``, or inside packages without one.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -118,6 +118,8 @@ def choose(budget: str, data: str | None) -> list[Setting]:
             ),
         ]
     folder = Path(data)
+    if in_a_file(data):
+        return [_small_photographs(budget, ("--data.name", "npz", "--data.root", data), folder.name)]
     if not folder.is_dir():
         raise FileNotFoundError(f"--data is {data}, which is no folder; it should be that of the images")
     found = [paper_setting(column, budget, folder) for column, marker in _MARKERS.items() if (folder / marker).is_dir()]
@@ -128,8 +130,12 @@ def choose(budget: str, data: str | None) -> list[Setting]:
             f"--data is {data}, which has no folders in it; it should have a folder of images for each class, or the paper's images: "
             "CUB_200_2011 and nabirds, stanford_cars and CompCars' data; ssmkernels.data.load_collection says where to get them"
         )
-    swav = ("--config", "flowers17", "--data.root", data)
-    return [Setting("flowers17", f"images of {folder.name}", SMALL_BUDGETS[budget], swav, ("--data.root", data), smoke=smoke)]
+    return [_small_photographs(budget, ("--data.root", data), folder.name)]
+
+
+def _small_photographs(budget: str, place: tuple[str, ...], name: str) -> Setting:
+    swav = ("--config", "flowers17", *place)
+    return Setting("flowers17", f"images of {name}", SMALL_BUDGETS[budget], swav, place, smoke=budget == "smoke")
 
 
 _MARKERS = {"CUB-200": "CUB_200_2011", "Cars-196": "stanford_cars"}

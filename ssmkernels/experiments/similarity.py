@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import data as images
-from ssmkernels.experiments.experiment import Budget, Findings, entries_of, failure_text
+from ssmkernels.experiments.experiment import Budget, Findings, entries_of, failure_text, in_a_file
 from ssmkernels.experiments.jobs import (
     FOLDER,
     Outcome,
@@ -93,7 +93,8 @@ def choose(budget: str, data: str | None) -> Setting:
     """CIFAR-10 with 1000 labels where its folder is given, scikit-learn's digits without."""
     if data is None:
         return Setting("digits", "digits of 8x8 pixels, 20 labels", DIGITS_BUDGETS[budget])
-    return Setting("cifar10-1000", "CIFAR-10, 1000 labels", BUDGETS[budget], ("--data.root", data), last=20)
+    place = ("--data.name", "npz", "--data.root", data) if in_a_file(data) else ("--data.root", data)
+    return Setting("cifar10-1000", "CIFAR-10, 1000 labels", BUDGETS[budget], place, last=20)
 
 
 def train_rows(setting: Setting, rows: Mapping[str, Sequence[str]], *, out: Path | None, seeds: Sequence[int]) -> dict[str, list[Outcome]]:
