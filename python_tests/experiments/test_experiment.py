@@ -52,7 +52,7 @@ def test_images_of_a_file_stand_in_for_the_set_of_the_cells(tmp_path, machine, m
     place = str(tmp_path / "images.npz")
     assert main(["simmatch-cifar10-small", "--budget", "short", "--data", place, "--out", str(tmp_path / "out")]) == 0
     record = read_record(tmp_path / "out" / "simmatch-cifar10-small-short")
-    assert record.command == "ssmkernels reproduce simmatch-cifar10-small --data images.npz --budget short" and record.data == "npz"
+    assert record.command == "ssmkernels reproduce simmatch-cifar10-small --data images.npz --budget short" and record.data == "images.npz"
     assert "arrays of a file" in record.deviations[0] and all(len(entry.values) == 1 for entry in record.entries)
 
 

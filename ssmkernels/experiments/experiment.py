@@ -207,7 +207,9 @@ def run_experiment(experiment: Experiment, *, budget: str, data: str | None, out
     deviations = _deviations(experiment, budget, extent, data)
     return Findings(
         text=_text(budget, extent.seeds, entries, deviations, plots),
-        data=f"{', '.join(names)}{' (inside packages)' if data is None else ''}",
+        data=Path(data).name
+        if data is not None and in_a_file(data)
+        else f"{', '.join(names)}{' (inside packages)' if data is None else ''}",
         seeds=tuple(seeds),
         entries=entries,
         seconds=seconds_of(outcomes),
