@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssmkernels import data
-from ssmkernels.data import CollectionBatches, class_subset, load_collection, retrieval_views, split_classes
+from ssmkernels.data import CollectionBatches, class_subset, first_images, load_collection, retrieval_views, split_classes
 
 RNG = np.random.default_rng(0)
 
@@ -270,6 +270,16 @@ def test_class_subset():
     assert np.bincount(subset.labels[labeled]).tolist() == [2, 2]
     nested = class_subset(subset, [1])
     assert np.array_equal(np.asarray(nested.images.image(0)), collection.images.images[1])
+
+
+def test_first_images():
+    collection = collection_of()
+    few = first_images(class_subset(collection, [3, 1]), 2)
+    assert few.labels.tolist() == [1, 0, 1, 0] and few.class_names == ("d", "b")
+    assert np.array_equal(np.asarray(few.images.image(3)), collection.images.images[7])
+    assert len(first_images(collection, 100)) == len(collection)
+    with pytest.raises(ValueError, match="count is 0"):
+        first_images(collection, 0)
 
 
 @pytest.mark.parametrize(

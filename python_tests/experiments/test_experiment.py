@@ -186,6 +186,7 @@ def test_every_table_and_figure_of_the_papers_is_listed():
     assert {paper: sorted(experiments) for paper, experiments in PAPERS.items()} == {
         "SimMatch": [f"simmatch-{each}" for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")],
         "Mixed label propagation": [
+            "mixed-lp-cifar10-small",
             *(f"mixed-lp-figure{number}" for number in (2, 3, 4, 5)),
             "mixed-lp-flowers17",
             *(f"mixed-lp-table{number}" for number in (1, 2, 3)),

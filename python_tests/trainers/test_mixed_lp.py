@@ -59,6 +59,12 @@ def make_trainer(make_config, collection):
     return make
 
 
+def test_some_images_of_each_class(make_trainer):
+    trainer = make_trainer(data={"images_per_class": 12})
+    assert np.bincount(trainer.train.labels).tolist() == [12] * trainer.train.num_classes
+    assert (len(trainer.validation), len(trainer.test)) == (12 * trainer.validation.num_classes, 12 * trainer.test.num_classes)
+
+
 def batches_of(trainer, first, last):
     return [batch for batch, _ in zip(trainer.batches(first), range(first, last), strict=False)]
 
@@ -289,6 +295,7 @@ def test_learns_to_retrieve_unseen_digits(make_config, collection):
         ({"pseudo_labels": "mom"}, "pseudo_labels is 'mom'; it should be one of mixed-lp, lp, dssml, none"),
         ({"labeled_epochs": 0, "epochs": 0}, "labeled_epochs and epochs are 0"),
         ({"data": {"labels_per_class": 0}}, r"data\.labels_per_class is 0; it should be at least 1"),
+        ({"data": {"images_per_class": 0}}, r"data\.images_per_class is 0; it should be at least 1, or none for all images"),
     ],
 )
 def test_bad_settings(make_config, settings, message):

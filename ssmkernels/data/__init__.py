@@ -19,6 +19,7 @@ from ssmkernels.data.retrieval import (
     ImageSubset,
     RetrievalViews,
     class_subset,
+    first_images,
     retrieval_views,
     split_classes,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "crop_views",
     "default_transforms",
     "evaluation_batches",
+    "first_images",
     "generator",
     "halves",
     "load_collection",

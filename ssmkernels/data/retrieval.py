@@ -121,6 +121,15 @@ def class_subset(collection: ImageCollection, classes: Sequence[int] | np.ndarra
     return replace(collection, images=images, class_names=tuple(collection.class_names[i] for i in classes))
 
 
+def first_images(collection: ImageCollection, count: int) -> ImageCollection:
+    """The first ``count`` images of each class, or all where there are fewer."""
+    if count < 1:
+        raise ValueError(f"count is {count}; it should be at least 1")
+    labels = collection.labels
+    index = np.sort(np.concatenate([np.flatnonzero(labels == each)[:count] for each in range(collection.num_classes)]))
+    return replace(collection, images=ImageSubset(collection.images, index, labels[index], collection.num_classes))
+
+
 class Normalization(NamedTuple):
     """Pixels as a network takes them: channels in ``order``, then (pixel / 255 − mean) / std."""
 

@@ -50,6 +50,8 @@ class CollectionConfig:
     """Folder or file of the images; none for those that come inside packages."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none for the collection's own."""
+    images_per_class: int | None = None
+    """Images taken of each class, its first ones; none for all."""
     labels_per_class: int = 5
     """Labelled images of each training class."""
     fractions: tuple[float, float, float] = (0.4, 0.2, 0.4)
@@ -131,6 +133,8 @@ class MixedLPConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
         if self.labeled_epochs + self.epochs < 1:
             raise ValueError("labeled_epochs and epochs are 0; at least one of them should be positive")
+        if self.data.images_per_class is not None and self.data.images_per_class < 1:
+            raise ValueError(f"data.images_per_class is {self.data.images_per_class}; it should be at least 1, or none for all images")
         if self.data.labels_per_class < 1:
             raise ValueError(f"data.labels_per_class is {self.data.labels_per_class}; it should be at least 1")
         if self.pseudo_labels not in get_args(PseudoLabels):
@@ -152,6 +156,8 @@ class MixedLP:
         if config.batch_size % fabric.world_size:
             raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks")
         self.config, self.fabric = config, fabric
+        if config.data.images_per_class is not None:
+            images = data.first_images(images, config.data.images_per_class)
         splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
         self.train, self.validation, self.test = (data.class_subset(images, classes) for classes in splits)
         count, classes = len(self.train), self.train.num_classes
