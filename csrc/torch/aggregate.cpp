@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank,
     const auto problem = problem_of<Storage>(rows, bank, labels, num_classes, temperature, allow_tf32);
     const AggregateResult<Real> result{data<Real>(aggregated), data<Real>(log_normalizer)};
     run_on_device(
-        bank, "aggregate", [&] { SSM_CALL_ISA(aggregate, problem, result, torch_parallel_for); },
+        bank, "aggregate", [&] { SSM_CALL_ISA(aggregate, problem, result, Threads(bank_work(1, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::aggregate(problem, result, data<void>(workspace(problem, bank)), stream);
@@ -54,8 +54,8 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
   check_shape(log_normalizer, "log_normalizer", query.size(0));
   for (const Tensor* tensor : {&grad_aggregated, &aggregated, &log_normalizer})
     check_like(*tensor, "grad_aggregated, aggregated or log_normalizer", compute_dtype(query), query);
-  const Tensor grad = torch::stable::contiguous(grad_aggregated), saved = torch::stable::contiguous(aggregated);
-  const Tensor normalizer = torch::stable::contiguous(log_normalizer);
+  const Tensor grad = as_contiguous(grad_aggregated), saved = as_contiguous(aggregated);
+  const Tensor normalizer = as_contiguous(log_normalizer);
   Tensor grad_query = new_tensor(query, {query.size(0), query.size(1)}, compute_dtype(query));
   if (query.size(0) == 0) return grad_query;
 
@@ -65,7 +65,8 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
     const auto problem = problem_of<Storage>(rows, bank, labels, classes, temperature, allow_tf32);
     const AggregateBackward<Real> backward{data<Real>(grad), data<Real>(saved), data<Real>(normalizer), data<Real>(grad_query)};
     run_on_device(
-        bank, "aggregate_backward", [&] { SSM_CALL_ISA(aggregate_backward, problem, backward, torch_parallel_for); },
+        bank, "aggregate_backward",
+        [&] { SSM_CALL_ISA(aggregate_backward, problem, backward, Threads(bank_work(2, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::aggregate_backward(problem, backward, data<void>(workspace(problem, bank)), stream);

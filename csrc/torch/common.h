@@ -45,8 +45,29 @@ inline void check_like(const Tensor& tensor, const char* name, ScalarType dtype,
   STD_TORCH_CHECK(tensor.device() == like.device(), name, " is on another device");
 }
 
-inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
-  return torch::stable::new_empty(like, size, dtype);
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline constexpr size_t kMaxDims = 2;  // of the tensors that the ops make
+
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the op up by name and box its arguments, which takes
+// longer than to allocate a small tensor.
+inline Tensor new_tensor(const Tensor& like, Sizes size, ScalarType dtype) {
+  STD_TORCH_CHECK(size.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
+  int64_t strides[kMaxDims], stride = 1;
+  for (size_t dim = size.size(); dim-- > 0; stride *= size[dim] > 0 ? size[dim] : 1) strides[dim] = stride;
+  int32_t device_type, device_index;
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides, code, device_type, device_index, &tensor));
+  return Tensor(tensor);
+}
+
+// The tensor itself where it is contiguous already, as nearly always.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 template <class T>
@@ -71,9 +92,23 @@ void dispatch_dtype(const Tensor& tensor, const F& f) {
   }
 }
 
-// torch's threads: torch.set_num_threads is obeyed.
-inline constexpr auto torch_parallel_for = [](int64_t n, RangeBody body) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+// torch's threads (torch.set_num_threads is obeyed), as many as the work is worth: below kThreadWork a thread would be done before the
+// next one has woken up, and waiting for it takes many times as long where the cores are busy. Work is counted in multiply-adds, or what
+// else takes as long.
+class Threads {
+ public:
+  explicit Threads(double work) : shares_(work < 2 * kThreadWork ? 1 : static_cast<int64_t>(work / kThreadWork)) {}
+
+  void operator()(int64_t n, RangeBody body) const {
+    if (shares_ == 1) return serial_for(n, body);
+    const int64_t grain = (n + shares_ - 1) / shares_;
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
+  }
+
+ private:
+  static constexpr double kThreadWork = 1 << 20;  // about 25 µs
+
+  int64_t shares_;
 };
 
 // Runs cpu() or, on the tensor's device and the current stream, cuda(stream), which returns an error message or null.
@@ -98,18 +133,24 @@ Bank<Storage> bank_view(const Tensor& bank, const Tensor& labels, int64_t classe
   return {data<Storage>(bank), data<int64_t>(labels), bank.size(0), bank.size(1), classes, bank.stride(0), bank.stride(1)};
 }
 
+// As many products of all rows with a bank, and the exponentials.
+template <class Storage>
+double bank_work(int products, int64_t rows, const Bank<Storage>& bank) {
+  return static_cast<double>(products) * rows * bank.slots * (bank.dim + 16);
+}
+
 // Checks bank [K, D] and bank_labels [K] and returns the labels, contiguous.
 inline Tensor check_bank(const Tensor& bank, const Tensor& bank_labels, const Tensor& query) {
   STD_TORCH_CHECK(bank.dim() == 2, "bank must be [K, D]");
   check_like(bank, "bank", query.scalar_type(), query);
   check_like(bank_labels, "bank_labels", ScalarType::Long, query);
   check_shape(bank_labels, "bank_labels", bank.size(0));
-  return torch::stable::contiguous(bank_labels);
+  return as_contiguous(bank_labels);
 }
 
 inline Tensor check_query(const Tensor& query, const char* name, const Tensor& bank) {
   STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == bank.size(1), name, " must be [B, ", bank.size(1), "]");
-  return torch::stable::contiguous(query);
+  return as_contiguous(query);
 }
 
 }  // namespace ssmkernels::binding

@@ -19,8 +19,7 @@ void dispatch_real(const Tensor& tensor, const F& f) {
 struct GraphTensors {
   Tensor crow, col;
 
-  GraphTensors(const Tensor& crow_in, const Tensor& col_in, const Tensor& like)
-      : crow(torch::stable::contiguous(crow_in)), col(torch::stable::contiguous(col_in)) {
+  GraphTensors(const Tensor& crow_in, const Tensor& col_in, const Tensor& like) : crow(as_contiguous(crow_in)), col(as_contiguous(col_in)) {
     STD_TORCH_CHECK(crow.dim() == 1 && crow.size(0) > 0, "crow must be [N + 1]");
     STD_TORCH_CHECK(col.dim() == 1, "col must be [E]");
     check_like(crow, "crow", ScalarType::Long, like);
@@ -41,19 +40,23 @@ struct GraphTensors {
   Csr view() const {
     return {data<int64_t>(crow), data<int32_t>(col), nodes(), edges()};
   }
+  // For kernels that take about so many vector operations per stored entry and class.
+  Threads threads(int operations, int64_t classes) const {
+    return Threads(static_cast<double>(operations) * (edges() + nodes()) * classes);
+  }
 };
 
 // A contiguous tensor of the dtype and device of `like`, after a look at its shape.
 inline Tensor check_vector(const Tensor& tensor, const char* name, int64_t size, const Tensor& like) {
   check_shape(tensor, name, size);
   check_like(tensor, name, like.scalar_type(), like);
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 inline Tensor check_matrix(const Tensor& tensor, const char* name, int64_t rows, int64_t columns, const Tensor& like) {
   check_shape(tensor, name, rows, columns);
   check_like(tensor, name, like.scalar_type(), like);
-  return torch::stable::contiguous(tensor);
+  return as_contiguous(tensor);
 }
 
 }  // namespace ssmkernels::binding

@@ -18,7 +18,7 @@ struct Inputs {
         query_strong(check_query(strong, "query_strong", bank_)),
         bank(bank_),
         bank_labels(check_bank(bank_, labels, weak)),
-        probs_weak(torch::stable::contiguous(probs)),
+        probs_weak(as_contiguous(probs)),
         rows(weak.size(0)),
         dim(bank_.size(1)),
         classes(probs.size(-1)),
@@ -41,6 +41,11 @@ struct Inputs {
             temperature_weak,
             temperature_strong,
             allow_tf32};
+  }
+
+  template <class Storage>
+  Threads threads(bool with_gradient) const {
+    return Threads(bank_work(with_gradient ? 4 : 2, rows, problem<Storage>().bank));
   }
 };
 
@@ -70,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak
     const InstanceMatchingResult<Real> result{data<Real>(pseudo_probs), data<Real>(loss), with_gradient ? data<Real>(gradient) : nullptr,
                                               alpha};
     run_on_device(
-        bank, "instance_matching", [&] { SSM_CALL_ISA(instance_matching, in.problem<Storage>(), result, torch_parallel_for); },
+        bank, "instance_matching",
+        [&] { SSM_CALL_ISA(instance_matching, in.problem<Storage>(), result, in.threads<Storage>(with_gradient)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::instance_matching(in.problem<Storage>(), result, data<void>(workspace<Storage>(in, with_gradient)), stream);
@@ -98,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matc
                                                   data<Real>(strong_mean)};
       run_on_device(
           bank, "instance_matching_partial",
-          [&] { SSM_CALL_ISA(instance_matching_partial, in.problem<Storage>(), partial, torch_parallel_for); },
+          [&] { SSM_CALL_ISA(instance_matching_partial, in.problem<Storage>(), partial, in.threads<Storage>(true)); },
           [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
             return cuda::instance_matching_partial(in.problem<Storage>(), partial, data<void>(workspace<Storage>(in, true)), stream);

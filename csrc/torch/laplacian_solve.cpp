@@ -8,6 +8,9 @@
 namespace ssmkernels::binding {
 namespace {
 
+constexpr int kOperations = 16;         // one an iteration, but threads that are awake stay so from one to the next
+constexpr int kBackwardOperations = 8;  // one, but two rows of the solution are fetched for it
+
 template <class Real>
 Real* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? data<Real>(*tensor) : nullptr;
@@ -43,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
                                        jacobi};
     const LaplacianSolution<Real> result{data<Real>(solution), data<int64_t>(iterations), data<Real>(residual), data<Real>(curvature)};
     run_on_device(
-        rhs, "laplacian_solve", [&] { SSM_CALL_ISA(laplacian_solve, problem, result, torch_parallel_for); },
+        rhs, "laplacian_solve", [&] { SSM_CALL_ISA(laplacian_solve, problem, result, graph.threads(kOperations, columns)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           const Tensor workspace = new_tensor(rhs, {cuda::laplacian_solve_workspace(problem)}, ScalarType::Byte);
@@ -74,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> laplacian_solve_backward_op(const Tensor& cro
                                                data<Real>(grad_dissimilarity),
                                                data<Real>(grad_diagonal)};
     run_on_device(
-        grad_rhs, "laplacian_solve_backward", [&] { SSM_CALL_ISA(laplacian_solve_backward, problem, torch_parallel_for); },
+        grad_rhs, "laplacian_solve_backward",
+        [&] { SSM_CALL_ISA(laplacian_solve_backward, problem, graph.threads(kBackwardOperations, columns)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::laplacian_solve_backward(problem, stream);

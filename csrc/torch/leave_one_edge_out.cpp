@@ -6,6 +6,8 @@
 namespace ssmkernels::binding {
 namespace {
 
+constexpr int kOperations = 25;  // a pair takes 45
+
 struct Inputs {
   GraphTensors graph;
   Tensor reverse, weight, propagated;
@@ -14,7 +16,7 @@ struct Inputs {
   Inputs(const Tensor& crow, const Tensor& col, const Tensor& reverse_in, const Tensor& weight_in, const Tensor& propagated_in,
          double scale)
       : graph(crow, col, propagated_in),
-        reverse(torch::stable::contiguous(reverse_in)),
+        reverse(as_contiguous(reverse_in)),
         weight(check_vector(weight_in, "weight", graph.edges(), propagated_in)),
         logit_scale(scale) {
     STD_TORCH_CHECK(propagated_in.dim() == 2 && propagated_in.size(1) >= 2, "propagated must be [N, C], C >= 2");
@@ -26,6 +28,10 @@ struct Inputs {
   template <class Real>
   LeaveOneEdgeOut<Real> problem() const {
     return {graph.view(), data<int64_t>(reverse), data<Real>(weight), data<Real>(propagated), propagated.size(1), logit_scale};
+  }
+
+  Threads threads(int operations) const {
+    return graph.threads(operations, propagated.size(1));
   }
 
   template <class Real>
@@ -47,7 +53,7 @@ Tensor leave_one_edge_out_op(const Tensor& crow, const Tensor& col, const Tensor
     using Real = decltype(real);
     run_on_device(
         weight, "leave_one_edge_out",
-        [&] { SSM_CALL_ISA(leave_one_edge_out, in.problem<Real>(), data<Real>(dissimilarity), torch_parallel_for); },
+        [&] { SSM_CALL_ISA(leave_one_edge_out, in.problem<Real>(), data<Real>(dissimilarity), in.threads(kOperations)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::leave_one_edge_out(in.problem<Real>(), data<Real>(dissimilarity), data<void>(in.workspace<Real>()), stream);
@@ -70,7 +76,7 @@ std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dis
     const LeaveOneEdgeOutBackward<Real> backward{data<Real>(grad), data<Real>(grad_weight), data<Real>(grad_propagated)};
     run_on_device(
         weight, "leave_one_edge_out_backward",
-        [&] { SSM_CALL_ISA(leave_one_edge_out_backward, in.problem<Real>(), backward, torch_parallel_for); },
+        [&] { SSM_CALL_ISA(leave_one_edge_out_backward, in.problem<Real>(), backward, in.threads(2 * kOperations)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::leave_one_edge_out_backward(in.problem<Real>(), backward, data<void>(in.workspace<Real>()), stream);

@@ -16,7 +16,7 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
   check_like(index, "index", ScalarType::Long, bank);
   check_like(labels, "labels", ScalarType::Long, bank);
   if (features.size(0) == 0) return;
-  const Tensor slots = torch::stable::contiguous(index), classes = torch::stable::contiguous(labels);
+  const Tensor slots = as_contiguous(index), classes = as_contiguous(labels);
 
   dispatch_dtype(bank, [&](auto storage) {
     using Storage = decltype(storage);
@@ -24,7 +24,7 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
         data<Storage>(bank), data<int64_t>(bank_labels), data<int64_t>(slots), data<Storage>(rows), data<int64_t>(classes), bank.size(0),
         bank.size(1),        features.size(0),           bank.stride(0),       bank.stride(1),      bank_labels.stride(0),  momentum};
     run_on_device(
-        bank, "memory_update_", [&] { SSM_CALL_ISA(memory_update, problem, torch_parallel_for); },
+        bank, "memory_update_", [&] { SSM_CALL_ISA(memory_update, problem, Threads(64. * problem.rows * problem.dim)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::memory_update(problem, stream);

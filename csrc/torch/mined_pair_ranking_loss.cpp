@@ -10,7 +10,7 @@ struct BasisTensors {
   Tensor features, thresholds;
 
   BasisTensors(const RankingTensors& in, const Tensor& features_in, const Tensor& thresholds_in)
-      : features(contiguous(features_in)), thresholds(contiguous(thresholds_in)) {
+      : features(as_contiguous(features_in)), thresholds(as_contiguous(thresholds_in)) {
     STD_TORCH_CHECK(features.dim() == 2 && features.size(0) == in.rows.size(0), "basis_features must be [", in.rows.size(0), ", k]");
     check_like(features, "basis_features", in.rows.scalar_type(), in.rows);
     check_shape(thresholds, "thresholds", 2);
@@ -31,7 +31,8 @@ RankingLossTensors mined_pair_ranking_loss_op(const Tensor& embeddings, const Te
   run_ranking(
       in, "mined_pair_ranking_loss", basis_features.size(1), false,
       [&]<class Real>(const RankingPairs<Real>& pairs) {
-        SSM_CALL_ISA(mined_pair_ranking_loss, pairs, basis.view<Real>(), ranking_loss_view<Real>(out, reduction), torch_parallel_for);
+        SSM_CALL_ISA(mined_pair_ranking_loss, pairs, basis.view<Real>(), ranking_loss_view<Real>(out, reduction),
+                     in.threads(basis_features.size(1)));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
@@ -51,7 +52,7 @@ Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor
   run_ranking(
       in, "mined_pair_ranking_loss_backward", basis_features.size(1), true,
       [&]<class Real>(const RankingPairs<Real>& pairs) {
-        SSM_CALL_ISA(mined_pair_ranking_loss_backward, pairs, basis.view<Real>(), out.view<Real>(), torch_parallel_for);
+        SSM_CALL_ISA(mined_pair_ranking_loss_backward, pairs, basis.view<Real>(), out.view<Real>(), in.threads(basis_features.size(1)));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA

@@ -21,7 +21,7 @@ struct FocalTensors {
   static Tensor check_labels(const Tensor& labels, const char* name, const Tensor& rows) {
     check_shape(labels, name, rows.size(0));
     check_like(labels, name, ScalarType::Long, rows);
-    return contiguous(labels);
+    return as_contiguous(labels);
   }
 };
 
@@ -35,7 +35,7 @@ Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labe
   run_pairs(
       in, "pair_focal_loss", false,
       [&]<class Real>(const PairNetwork<Real>& network) {
-        SSM_CALL_ISA(pair_focal_loss, network, focal.view, data<Real>(losses), torch_parallel_for);
+        SSM_CALL_ISA(pair_focal_loss, network, focal.view, data<Real>(losses), in.threads(false));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
@@ -56,7 +56,7 @@ PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const T
   run_pairs(
       in, "pair_focal_loss_backward", true,
       [&]<class Real>(const PairNetwork<Real>& network) {
-        SSM_CALL_ISA(pair_focal_loss_backward, network, focal.view, data<Real>(grad), out.view<Real>(), torch_parallel_for);
+        SSM_CALL_ISA(pair_focal_loss_backward, network, focal.view, data<Real>(grad), out.view<Real>(), in.threads(true));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_lo
       [&]<class Real>(const PairNetwork<Real>& network) {
         const PairGradients<Real> gradients = out.view<Real>();
         const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
-        SSM_CALL_ISA(pair_focal_loss_sum, network, focal.view, sum, torch_parallel_for);
+        SSM_CALL_ISA(pair_focal_loss_sum, network, focal.view, sum, in.threads(with_gradients));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA

@@ -11,7 +11,7 @@ Tensor pair_logits_op(const Tensor& x, const Tensor& y, const Tensor& w1, const 
   if (in.count() == 0) return logits;
   run_pairs(
       in, "pair_logits", false,
-      [&]<class Real>(const PairNetwork<Real>& network) { SSM_CALL_ISA(pair_logits, network, data<Real>(logits), torch_parallel_for); },
+      [&]<class Real>(const PairNetwork<Real>& network) { SSM_CALL_ISA(pair_logits, network, data<Real>(logits), in.threads(false)); },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         return cuda::pair_logits(network, data<Compute<Storage>>(logits), workspace, stream);
@@ -28,7 +28,7 @@ PairGradientTuple pair_logits_backward_op(const Tensor& grad_logits, const Tenso
   run_pairs(
       in, "pair_logits_backward", true,
       [&]<class Real>(const PairNetwork<Real>& network) {
-        SSM_CALL_ISA(pair_logits_backward, network, data<Real>(grad), out.view<Real>(), torch_parallel_for);
+        SSM_CALL_ISA(pair_logits_backward, network, data<Real>(grad), out.view<Real>(), in.threads(true));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA

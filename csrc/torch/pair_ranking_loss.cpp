@@ -12,14 +12,14 @@ struct LabelTensors {
 
   LabelTensors(const RankingTensors& in, const Tensor& order_in, const Tensor& labels_in, const std::optional<Tensor>& reference_order_in,
                const std::optional<Tensor>& reference_labels_in)
-      : order(contiguous(order_in)), labels(contiguous(labels_in)) {
+      : order(as_contiguous(order_in)), labels(as_contiguous(labels_in)) {
     check_label_order(order, labels, "order", in.rows);
     const bool given = in.references.defined();
     STD_TORCH_CHECK(reference_order_in.has_value() == given && reference_labels_in.has_value() == given,
                     "reference_order and reference_labels come with references");
     if (!given) return;
-    reference_order = contiguous(*reference_order_in);
-    reference_labels = contiguous(*reference_labels_in);
+    reference_order = as_contiguous(*reference_order_in);
+    reference_labels = as_contiguous(*reference_labels_in);
     check_label_order(reference_order, reference_labels, "reference_order", in.references);
   }
 
@@ -42,7 +42,7 @@ RankingLossTensors pair_ranking_loss_op(const Tensor& embeddings, const Tensor& 
   run_ranking(
       in, "pair_ranking_loss", 0, false,
       [&]<class Real>(const RankingPairs<Real>& pairs) {
-        SSM_CALL_ISA(pair_ranking_loss, pairs, by_label.view(), ranking_loss_view<Real>(out, reduction), torch_parallel_for);
+        SSM_CALL_ISA(pair_ranking_loss, pairs, by_label.view(), ranking_loss_view<Real>(out, reduction), in.threads(0));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss
   run_ranking(
       in, "pair_ranking_loss_backward", 0, true,
       [&]<class Real>(const RankingPairs<Real>& pairs) {
-        SSM_CALL_ISA(pair_ranking_loss_backward, pairs, by_label.view(), out.view<Real>(), torch_parallel_for);
+        SSM_CALL_ISA(pair_ranking_loss_backward, pairs, by_label.view(), out.view<Real>(), in.threads(0));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA

@@ -9,22 +9,27 @@
 
 namespace ssmkernels::binding {
 
-using torch::stable::contiguous;
-
-inline Tensor new_like(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
+inline Tensor new_like(const Tensor& like, Sizes size) {
   return new_tensor(like, size, like.scalar_type());
 }
 
+// A matrix in the memory of another one.
+inline Tensor view_of(const Tensor& matrix, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset) {
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(), strides.data(), offset, &view));
+  return Tensor(view);
+}
+
 // out = rows·weightᵀ + bias and out = a·b: the variants of torch's products that are given their result, which autocast leaves alone.
-inline void linear_out(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
+inline void linear_out(const Tensor& rows, const Tensor& weight, const Tensor& bias, const Tensor& out) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 4> stack{from(rows), from(weight), from(bias), from(out)};
+  std::array<StableIValue, 4> stack{from(rows), from(weight), from(std::optional(bias)), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline Tensor transposed(const Tensor& matrix) {
-  return torch::stable::transpose(matrix, 0, 1);
+  return view_of(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}, 0);
 }
 
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
@@ -43,11 +48,11 @@ struct PairTensors {
   PairTensors(const Tensor& x_in, const Tensor& y_in, const Tensor& w1_in, const Tensor& b1_in, const Tensor& w2_in, const Tensor& b2_in,
               const std::optional<Tensor>& pairs_in, int64_t interaction_in)
       : interaction(static_cast<Interaction>(interaction_in)),
-        x(contiguous(x_in)),
-        y(contiguous(y_in)),
-        w1(contiguous(w1_in)),
-        b1(contiguous(b1_in)),
-        w2(contiguous(w2_in)),
+        x(as_contiguous(x_in)),
+        y(as_contiguous(y_in)),
+        w1(as_contiguous(w1_in)),
+        b1(as_contiguous(b1_in)),
+        w2(as_contiguous(w2_in)),
         b2(b2_in) {
     STD_TORCH_CHECK(interaction_in >= 0 && interaction_in <= 2, "interaction must be 0 (concat), 1 (absdiff) or 2 (product)");
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be [n, d] and [m, d]");
@@ -62,14 +67,14 @@ struct PairTensors {
     if (pairs_in) {
       STD_TORCH_CHECK(pairs_in->dim() == 2 && pairs_in->size(1) == 2, "pairs must be [p, 2]");
       check_like(*pairs_in, "pairs", ScalarType::Long, x);
-      pairs = contiguous(*pairs_in);
+      pairs = as_contiguous(*pairs_in);
     }
     if (!is_concat()) return;
     STD_TORCH_CHECK(x.scalar_type() == compute_dtype(x), "for concat x, y and w1 must be float32 or float64");
     left = new_like(w2, {x.size(0), w2.size(0)});
     right = new_like(w2, {y.size(0), w2.size(0)});
     linear_out(x, half_of(w1, 0), b1, left);
-    linear_out(y, half_of(w1, 1), std::nullopt, right);
+    mm_out(y, transposed(half_of(w1, 1)), right);
   }
 
   bool is_concat() const {
@@ -100,6 +105,13 @@ struct PairTensors {
             count()};
   }
 
+  // A product for each pair, and with gradients three; for "concat" five operations a hidden unit instead, but threads that wait for each
+  // other six times win little with them, so that they count for three.
+  Threads threads(bool with_gradients) const {
+    const double units = static_cast<double>(count()) * w2.size(0) * (is_concat() ? 1 : x.size(1));
+    return Threads((with_gradients ? 3 : 1) * units);
+  }
+
   // [n, m] or [p]
   Tensor new_values() const {
     if (is_listed()) return new_like(w2, {count()});
@@ -112,12 +124,12 @@ struct PairTensors {
     else
       check_shape(grad, "grad", x.size(0), y.size(0));
     check_like(grad, "grad", w2.scalar_type(), w2);
-    return contiguous(grad);
+    return as_contiguous(grad);
   }
 
   // The columns of w1 that meet x (0) or y (1).
   Tensor half_of(Tensor weight, int64_t which) const {
-    return torch::stable::narrow(weight, 1, which * x.size(1), x.size(1));
+    return view_of(weight, {weight.size(0), x.size(1)}, {weight.size(1), 1}, which * x.size(1));
   }
 
  private:

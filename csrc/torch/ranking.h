@@ -2,12 +2,12 @@
 // What the bindings of the ranking losses share.
 #pragma once
 
+#include <algorithm>
+
 #include "../kernels/ranking/ranking_pairs.h"
 #include "common.h"
 
 namespace ssmkernels::binding {
-
-using torch::stable::contiguous;
 
 // The rows and references, contiguous, and the margins.
 struct RankingTensors {
@@ -15,12 +15,12 @@ struct RankingTensors {
   double positive_margin, negative_margin;
 
   RankingTensors(const Tensor& rows_in, const std::optional<Tensor>& references_in, double positive_margin, double negative_margin)
-      : rows(contiguous(rows_in)), positive_margin(positive_margin), negative_margin(negative_margin) {
+      : rows(as_contiguous(rows_in)), positive_margin(positive_margin), negative_margin(negative_margin) {
     STD_TORCH_CHECK(rows.dim() == 2, "embeddings must be [n, d]");
     if (!references_in) return;
     STD_TORCH_CHECK(references_in->dim() == 2 && references_in->size(1) == rows.size(1), "references must be [m, ", rows.size(1), "]");
     check_like(*references_in, "references", rows.scalar_type(), rows);
-    references = contiguous(*references_in);
+    references = as_contiguous(*references_in);
   }
 
   int64_t reference_count() const {
@@ -31,6 +31,11 @@ struct RankingTensors {
   }
   int64_t reference_tiles() const {
     return (reference_count() + kRankingTile - 1) / kRankingTile;
+  }
+
+  // Products of the rows, and of as many features of a basis.
+  Threads threads(int64_t basis_dim) const {
+    return Threads(static_cast<double>(rows.size(0)) * reference_count() * (rows.size(1) + basis_dim));
   }
 
   template <class Storage>
@@ -46,8 +51,12 @@ using RankingLossTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 inline RankingLossTensors new_ranking_loss(const RankingTensors& in) {
   const ScalarType dtype = compute_dtype(in.rows);
-  return {new_tensor(in.rows, {}, dtype), new_tensor(in.rows, {2}, dtype),
-          torch::stable::new_zeros(in.rows, {in.row_tiles(), in.reference_tiles()}, ScalarType::Byte)};
+  Tensor active = new_tensor(in.rows, {in.row_tiles(), in.reference_tiles()}, ScalarType::Byte);
+  if (active.is_cpu())
+    std::fill_n(data<uint8_t>(active), active.numel(), 0);
+  else
+    torch::stable::zero_(active);
+  return {new_tensor(in.rows, {}, dtype), new_tensor(in.rows, {2}, dtype), active};
 }
 
 template <class Real>
@@ -62,7 +71,7 @@ struct RankingGradientTensors {
   Tensor grad_loss, weights, active, rows, references;
 
   RankingGradientTensors(const RankingTensors& in, const Tensor& grad_loss_in, const Tensor& weights_in, const Tensor& active_in)
-      : grad_loss(grad_loss_in), weights(contiguous(weights_in)), active(contiguous(active_in)) {
+      : grad_loss(grad_loss_in), weights(as_contiguous(weights_in)), active(as_contiguous(active_in)) {
     const ScalarType dtype = compute_dtype(in.rows);
     STD_TORCH_CHECK(grad_loss.dim() == 0, "grad_loss must be []");
     check_like(grad_loss, "grad_loss", dtype, in.rows);

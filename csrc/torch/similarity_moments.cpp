@@ -10,9 +10,14 @@ struct LabeledTensors {
   Tensor features, order, labels;
 
   LabeledTensors(const Tensor& features_in, const Tensor& order_in, const Tensor& labels_in)
-      : features(contiguous(features_in)), order(contiguous(order_in)), labels(contiguous(labels_in)) {
+      : features(as_contiguous(features_in)), order(as_contiguous(order_in)), labels(as_contiguous(labels_in)) {
     STD_TORCH_CHECK(features.dim() == 2, "features must be [n, d]");
     check_label_order(order, labels, "order", features);
+  }
+
+  Threads threads() const {
+    const double count = static_cast<double>(features.size(0)), dim = static_cast<double>(features.size(1));
+    return Threads(2 * count * dim * (count < dim ? count : dim));
   }
 
   template <class Storage>
@@ -50,9 +55,7 @@ Tensor similarity_moments_op(const Tensor& features, const Tensor& order, const 
   const Tensor moments = new_tensor(in.features, {4}, compute_dtype(in.features));
   run_moments(
       in, "similarity_moments", false,
-      [&]<class Real>(const LabeledFeatures<Real>& view) {
-        SSM_CALL_ISA(similarity_moments, view, data<Real>(moments), torch_parallel_for);
-      },
+      [&]<class Real>(const LabeledFeatures<Real>& view) { SSM_CALL_ISA(similarity_moments, view, data<Real>(moments), in.threads()); },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         return cuda::similarity_moments(view, data<Compute<Storage>>(moments), workspace, stream);
@@ -69,12 +72,12 @@ Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& 
     check_shape(tensor, name, 4);
     check_like(tensor, name, dtype, in.features);
   }
-  const Tensor grad = contiguous(grad_moments), values = contiguous(moments);
+  const Tensor grad = as_contiguous(grad_moments), values = as_contiguous(moments);
   const Tensor out = new_tensor(in.features, {in.features.size(0), in.features.size(1)}, dtype);
   run_moments(
       in, "similarity_moments_backward", true,
       [&]<class Real>(const LabeledFeatures<Real>& view) {
-        SSM_CALL_ISA(similarity_moments_backward, view, data<Real>(values), data<Real>(grad), data<Real>(out), torch_parallel_for);
+        SSM_CALL_ISA(similarity_moments_backward, view, data<Real>(values), data<Real>(grad), data<Real>(out), in.threads());
       },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA

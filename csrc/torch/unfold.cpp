@@ -13,7 +13,7 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
   STD_TORCH_CHECK(bank.size(0) > 0, "bank must have at least one slot");
   check_shape(probs, "probs", query.size(0), classes);
   check_like(probs, "probs", compute_dtype(query), query);
-  const Tensor weights = torch::stable::contiguous(probs);
+  const Tensor weights = as_contiguous(probs);
   Tensor unfolded = new_tensor(bank, {query.size(0), bank.size(0)}, compute_dtype(query));
   if (query.size(0) == 0) return unfolded;
 
@@ -24,7 +24,7 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
                                   query.size(0),       temperature,         allow_tf32,
                                   data<Real>(unfolded)};
     run_on_device(
-        bank, "unfold", [&] { SSM_CALL_ISA(unfold, problem, torch_parallel_for); },
+        bank, "unfold", [&] { SSM_CALL_ISA(unfold, problem, Threads(bank_work(1, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           const Tensor workspace = new_tensor(bank, {cuda::unfold_workspace(problem)}, ScalarType::Byte);

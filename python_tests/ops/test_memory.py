@@ -387,8 +387,9 @@ def _everything(problem):
     return [*out, bank]
 
 
-@pytest.mark.parametrize("size", [(1, 32, 5000, 10), (40, 16, 3001, 10), (700, 8, 300, 5)], ids=str)
+@pytest.mark.parametrize("size", [(1, 128, 30_000, 10), (40, 16, 3001, 10), (700, 8, 300, 5)], ids=str)
 def test_bits_do_not_depend_on_threads_or_run(size):
+    """Enough work to be shared out over threads, as in the tests of this name of the other families."""
     problem = Problem(*size, torch.float32)
     threads = torch.get_num_threads()
     try:

@@ -315,7 +315,7 @@ def _everything(problem):
     return [*problem.logits(ops), *problem.loss(ops), *problem.loss(ops, reduction="none", gamma=0.5)]
 
 
-CASES = [(i, listed) for i in INTERACTIONS for listed in (None, 1000)]
+CASES = [(i, listed) for i in INTERACTIONS for listed in (None, 30_000)]
 
 
 @pytest.mark.parametrize(("interaction", "listed"), CASES, ids=str)

@@ -374,8 +374,8 @@ def _everything(problem):
 
 def test_bits_do_not_depend_on_threads_or_run():
     threads = torch.get_num_threads()
-    for references, classes in ((None, 5), (210, 5), (None, 1)):
-        problem = Problem(700, 20, torch.float32, references=references, classes=classes)
+    for rows, dim, references, classes in ((700, 50, None, 5), (700, 50, 210, 5), (700, 50, None, 1), (250, 100, None, 5)):
+        problem = Problem(rows, dim, torch.float32, references=references, classes=classes)
         results = []
         try:
             for count in (1, 2, 3, 1):

@@ -17,6 +17,16 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)``, which takes a microsecond where there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def fits(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks below."""
+    return isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype and value.device == device
+
+
 def check_tensor(name: str, value: object, shape: str, ndim: int) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
@@ -50,6 +60,8 @@ def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> 
 
 
 def check_number(name: str, value: object) -> float:
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
@@ -58,6 +70,8 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_positive(name: str, value: object) -> float:
+    if type(value) is float and 0 < value < math.inf:
+        return value
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not 0 < value < math.inf:
@@ -85,14 +99,14 @@ def values_are_checked(tensor: Tensor) -> bool:
     """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with SSMKERNELS_CHECK=1."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("SSMKERNELS_CHECK") == "1"
+    return tensor.is_cpu or os.environ.get("SSMKERNELS_CHECK") == "1"
 
 
 def check_range(name: str, value: Tensor, size: int, meaning: str) -> None:
     """Every element in [0, size)."""
     if value.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(value))
+    low, high = (bound.item() for bound in torch.aminmax(value))
     if low < 0 or high >= size:
         raise ValueError(f"{name} must be in [0, {size}), {meaning}; got values from {low} to {high}")
 
@@ -101,7 +115,7 @@ def check_weights(name: str, value: Tensor) -> None:
     """Every element finite and >= 0."""
     if value.numel() == 0:
         return
-    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    low, high = (bound.item() for bound in torch.aminmax(value.detach()))
     if not (low >= 0 and math.isfinite(high)):
         raise ValueError(f"{name} must be finite and >= 0, got values from {low} to {high}")
 
@@ -110,7 +124,7 @@ def check_finite(name: str, value: Tensor) -> None:
     """Every element finite."""
     if value.numel() == 0:
         return
-    low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+    low, high = (bound.item() for bound in torch.aminmax(value.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite, got values from {low} to {high}")
 
@@ -121,7 +135,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+    return tuple(tensor if tensor.dtype == torch.float64 else cast(tensor, dtype) for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -131,4 +145,4 @@ def _tf32_setting() -> bool:
 
 def allow_tf32(tensor: Tensor) -> bool:
     """Whether float32 products may use TF32 tensor cores: what torch's own setting says for its matrix products."""
-    return tensor.device.type == "cuda" and tensor.dtype == torch.float32 and _tf32_setting()
+    return tensor.is_cuda and tensor.dtype == torch.float32 and _tf32_setting()

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
@@ -144,7 +143,17 @@ def solve_with_curvature(
         of A that is not positive (a node without entries aside) ends them all: then it is the least of those.
     """
     return autograd.call(
-        "laplacian_solve", crow.long(), col.int(), weight, dissimilarity, diagonal, rhs, initial, rtol, max_iter, preconditioner == "jacobi"
+        "laplacian_solve",
+        check.cast(crow, torch.int64),
+        check.cast(col, torch.int32),
+        weight,
+        dissimilarity,
+        diagonal,
+        rhs,
+        initial,
+        rtol,
+        max_iter,
+        preconditioner == "jacobi",
     )
 
 
@@ -189,7 +198,15 @@ def leave_one_edge_out(
         check.check_range("reverse", reverse, col.shape[0], "the entries of col")
         check.check_weights("weight", given["weight"])
         check.check_finite("propagated", given["propagated"])
-    return autograd.call("leave_one_edge_out", crow.long(), col.int(), reverse.long(), given["weight"], given["propagated"], logit_scale)
+    return autograd.call(
+        "leave_one_edge_out",
+        check.cast(crow, torch.int64),
+        check.cast(col, torch.int32),
+        check.cast(reverse, torch.int64),
+        given["weight"],
+        given["propagated"],
+        logit_scale,
+    )
 
 
 def _check_ids(name: str, value: Tensor) -> None:
@@ -211,8 +228,8 @@ def _check_graph(crow: Tensor, col: Tensor, weight: Tensor) -> int:
 
 
 def _check_entries(crow: Tensor, col: Tensor) -> None:
-    first, last = int(crow[0]), int(crow[-1])
-    if first != 0 or last != col.shape[0] or bool((crow.diff() < 0).any()):
+    first, last = crow[0].item(), crow[-1].item()
+    if first != 0 or last != col.shape[0] or (crow.shape[0] > 1 and crow.diff().min().item() < 0):
         raise ValueError(f"crow must ascend from 0 to E = {col.shape[0]}, the size of col; it goes from {first} to {last}")
     check.check_range("col", col, crow.shape[0] - 1, "the nodes of crow")
 
@@ -224,7 +241,7 @@ def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
     for name, value in given.items():
         check.check_floating(name, value)
         check.check_same_device(name, value, first, given[first])
-    given = {name: value.to(check.compute_dtype(value.dtype)) for name, value in given.items()}
+    given = {name: check.cast(value, check.compute_dtype(value.dtype)) for name, value in given.items()}
     for name, value in given.items():
         check.check_same_dtype(name, value, first, given[first])
     return given
@@ -232,9 +249,9 @@ def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter: int) -> None:
     # The recurrence drifts from the residual by rounding; ten times the tolerance is more than that, unless the dtype cannot reach it.
-    failed = ~(residual <= 10 * rtol)
-    if not bool(failed.any()):
+    if residual.numel() == 0 or residual.max().item() <= 10 * rtol:
         return
+    failed = ~(residual <= 10 * rtol)
     count, worst = int(failed.sum()), float(residual.max())
     if bool((curvature[failed] <= 0).any()):
         reason = "the matrix is not positive definite, or singular with a right side outside its range"
@@ -280,7 +297,6 @@ def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(crow, col, weight, dissimilarity, diagonal, output[0])
 
 
-@once_differentiable
 def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
     grad_rhs = autograd.call(
@@ -298,7 +314,6 @@ def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.save_for_backward(*tensors)
 
 
-@once_differentiable
 def _leave_one_edge_out_backward(ctx: Any, grad_dissimilarity: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.ssmkernels.leave_one_edge_out_backward.default(grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
     return None, None, None, *grads, None

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
@@ -233,7 +232,7 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     query, bank = check.autocast(query, bank)
-    probs = probs.to(check.compute_dtype(bank.dtype))
+    probs = check.cast(probs, check.compute_dtype(bank.dtype))
     return torch.ops.ssmkernels.unfold.default(query, bank, bank_labels, probs, temperature, check.allow_tf32(bank))
 
 
@@ -281,6 +280,11 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
 
 
 def _check_bank(name: str, query: Tensor, bank: Tensor, bank_labels: Tensor) -> None:
+    if isinstance(bank, Tensor) and bank.ndim == 2 and bank.dtype in check.FLOATING and isinstance(query, Tensor) and query.ndim == 2:
+        slots, dim = bank.shape
+        good_query = check.fits(query, (query.shape[0], dim), bank.dtype, bank.device)
+        if good_query and check.fits(bank_labels, (slots,), torch.int64, bank.device):
+            return
     check.check_tensor(name, query, "[B, D]", 2)
     check.check_tensor("bank", bank, "[K, D]", 2)
     check.check_tensor("bank_labels", bank_labels, "[K]", 1)
@@ -324,7 +328,7 @@ def _check_matching(
     temperature_weak = check.check_positive("temperature_weak", temperature_weak)
     temperature_strong = check.check_positive("temperature_strong", temperature_strong)
     query_weak, query_strong, bank = check.autocast(query_weak, query_strong, bank)
-    probs_weak = probs_weak.to(check.compute_dtype(bank.dtype))
+    probs_weak = check.cast(probs_weak, check.compute_dtype(bank.dtype))
     return query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
 
 
@@ -394,10 +398,9 @@ def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.query_dtype = inputs[1].dtype
 
 
-@once_differentiable
 def _instance_matching_backward(ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    return (None, (grad_loss[:, None] * gradient).to(ctx.query_dtype), *[None] * 8)
+    return (None, check.cast(grad_loss.unsqueeze(1) * gradient, ctx.query_dtype), *[None] * 8)
 
 
 def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -406,13 +409,12 @@ def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.save_for_backward(query, bank, bank_labels, *output)
 
 
-@once_differentiable
 def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
     query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
     grad_query = torch.ops.ssmkernels.aggregate_backward.default(
         grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, ctx.temperature, ctx.allow_tf32
     )
-    return (grad_query.to(query.dtype), *[None] * 5)
+    return (check.cast(grad_query, query.dtype), *[None] * 5)
 
 
 def _register() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
@@ -99,6 +98,8 @@ def pair_focal_loss(
         TypeError, ValueError: as :func:`pair_logits`.
     """
     for name, labels, rows, size in (("x_labels", x_labels, x, "n of x"), ("y_labels", y_labels, y, "m of y")):
+        if isinstance(rows, Tensor) and rows.ndim == 2 and check.fits(labels, rows.shape[:1], torch.int64, x.device):
+            continue
         check.check_tensor(name, labels, "[n]" if name == "x_labels" else "[m]", 1)
         check.check_int64(name, labels)
         check.check_tensor(name[0], rows, "[n, d]" if name == "x_labels" else "[m, d]", 2)
@@ -118,7 +119,8 @@ def pair_focal_loss(
     args = (rows_x, rows_y, x_labels, y_labels, *network, alpha, float(gamma), ignore_index)
     if reduction == "none":
         return autograd.call("pair_focal_loss", *args)
-    with_gradients = torch.is_grad_enabled() and any(each.requires_grad for each in (x, y, w1, b1, w2, b2))
+    differentiable = x.requires_grad or y.requires_grad or w1.requires_grad or b1.requires_grad or w2.requires_grad or b2.requires_grad
+    with_gradients = torch.is_grad_enabled() and differentiable
     return autograd.call("pair_focal_loss_sum", *args, reduction == "mean", with_gradients)[0]
 
 
@@ -139,15 +141,32 @@ def _network(
                 check.check_range(f"pairs[:, {column}]", pairs[:, column], rows, meaning)
     x, y, w1 = check.autocast(x, y, w1)
     dtype = check.compute_dtype(x.dtype)
-    b1, w2, b2 = b1.to(dtype), w2.to(dtype), b2.to(dtype)
-    if interaction == "concat" or x.device.type == "cpu":
+    b1, w2, b2 = check.cast(b1, dtype), check.cast(w2, dtype), check.cast(b2, dtype)
+    if interaction == "concat" or x.is_cpu:
         # For "concat", half types would round the two parts of w1·[x_i, y_j] and turn hidden units on and off that are near 0.
-        x, y, w1 = x.to(dtype), y.to(dtype), w1.to(dtype)
+        x, y, w1 = check.cast(x, dtype), check.cast(y, dtype), check.cast(w1, dtype)
     return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
+
+
+def _is_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str) -> bool:
+    if not (isinstance(x, Tensor) and x.ndim == 2 and x.dtype in check.FLOATING and isinstance(y, Tensor) and y.ndim == 2):
+        return False
+    if not (isinstance(w1, Tensor) and w1.ndim == 2):
+        return False
+    dim, hidden, dtype, device = x.shape[1], w1.shape[0], x.dtype, x.device
+    return (
+        check.fits(y, (y.shape[0], dim), dtype, device)
+        and check.fits(w1, (hidden, 2 * dim if interaction == "concat" else dim), dtype, device)
+        and check.fits(b1, (hidden,), dtype, device)
+        and check.fits(w2, (hidden,), dtype, device)
+        and check.fits(b2, (), dtype, device)
+    )
 
 
 def _check_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str) -> None:
     _library.require(x)
+    if _is_network(x, y, w1, b1, w2, b2, interaction):
+        return
     shapes = {"x": ("[n, d]", x), "y": ("[m, d]", y), "w1": ("[h, 2d]" if interaction == "concat" else "[h, d]", w1)}
     shapes |= {"b1": ("[h]", b1), "w2": ("[h]", w2), "b2": ("[]", b2)}
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
@@ -239,7 +258,8 @@ def _fake_pair_focal_loss_sum(
 def _spread(grads: tuple[Tensor, ...], dtype: torch.dtype, labels: int, settings: int) -> tuple[Tensor | None, ...]:
     """Gradients of an op's arguments: x and y, as many labels, the network, and as many settings."""
     x, y, w1, b1, w2, b2 = grads
-    return x.to(dtype), y.to(dtype), *[None] * labels, w1.to(dtype), b1, w2, b2, *[None] * settings
+    x, y, w1 = check.cast(x, dtype), check.cast(y, dtype), check.cast(w1, dtype)
+    return x, y, *[None] * labels, w1, b1, w2, b2, *[None] * settings
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -253,13 +273,11 @@ def _saved_inputs(ctx: Any) -> list[Any]:
     return [next(tensors) if is_tensor else next(settings) for is_tensor in ctx.tensors]
 
 
-@once_differentiable
 def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
     return _spread(torch.ops.ssmkernels.pair_logits_backward.default(grad_logits, *inputs), inputs[0].dtype, 0, 2)
 
 
-@once_differentiable
 def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
     return _spread(torch.ops.ssmkernels.pair_focal_loss_backward.default(grad_losses, *inputs), inputs[0].dtype, 2, 5)
@@ -271,7 +289,6 @@ def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     ctx.save_for_backward(*output[1:])
 
 
-@once_differentiable
 def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     return _spread(tuple(torch._foreach_mul(ctx.saved_tensors, grad_loss)), ctx.dtype, 2, 7)
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
@@ -79,8 +78,8 @@ def pair_ranking_loss(
         check.check_size("references", references, 1, embeddings.shape[1], "d of embeddings")
         check.check_same_device("references", references, "embeddings", embeddings)
         _check_labels("reference_labels", reference_labels, "[m]", "references", references)
-        references = references.to(torch.promote_types(embeddings.dtype, references.dtype))
-        embeddings = embeddings.to(references.dtype)
+        references = check.cast(references, torch.promote_types(embeddings.dtype, references.dtype))
+        embeddings = check.cast(embeddings, references.dtype)
         references = _computed(references)
         reference_labels, reference_order = reference_labels.sort(stable=True)
     return autograd.call(
@@ -132,7 +131,7 @@ def mined_pair_ranking_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
     dtype = torch.promote_types(embeddings.dtype, basis_features.dtype)
-    embeddings, basis_features = _computed(embeddings.to(dtype)), _computed(basis_features.detach().to(dtype))
+    embeddings, basis_features = _computed(check.cast(embeddings, dtype)), _computed(check.cast(basis_features.detach(), dtype))
     thresholds = [
         _threshold(name, value, embeddings)
         for name, value in (("positive_threshold", positive_threshold), ("negative_threshold", negative_threshold))
@@ -172,6 +171,8 @@ def _check_rows(name: str, rows: Tensor, shape: str) -> None:
 
 
 def _check_labels(name: str, labels: Tensor, shape: str, rows_name: str, rows: Tensor) -> None:
+    if check.fits(labels, rows.shape[:1], torch.int64, rows.device):
+        return
     check.check_tensor(name, labels, shape, 1)
     check.check_int64(name, labels)
     check.check_size(name, labels, 0, rows.shape[0], f"{shape[1]} of {rows_name}")
@@ -194,7 +195,7 @@ def _threshold(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 def _computed(rows: Tensor) -> Tensor:
     """Half types are computed in float32: on the CPU from a copy, on CUDA the kernels read them."""
-    return rows.to(check.compute_dtype(rows.dtype)) if rows.device.type == "cpu" else rows
+    return check.cast(rows, check.compute_dtype(rows.dtype)) if rows.is_cpu else rows
 
 
 # What torch has to know of the ops: shapes for fake tensors, and the derivatives.
@@ -245,12 +246,12 @@ def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(*tensors, weights, active)
 
 
-@once_differentiable
 def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, weights, active = ctx.saved_tensors
     rows, references = torch.ops.ssmkernels.pair_ranking_loss_backward.default(grad_loss, *tensors, *ctx.margins, weights, active)
     dtype = tensors[0].dtype
-    return rows.to(dtype), None, None, None if tensors[3] is None else references.to(dtype), *[None] * 5
+    grad_references = None if tensors[3] is None else check.cast(references, dtype)
+    return check.cast(rows, dtype), None, None, grad_references, *[None] * 5
 
 
 def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -260,24 +261,22 @@ def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tup
     ctx.save_for_backward(embeddings, basis_features, thresholds, weights, active)
 
 
-@once_differentiable
 def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
     rows = torch.ops.ssmkernels.mined_pair_ranking_loss_backward.default(
         grad_loss, embeddings, basis_features, thresholds, *ctx.margins, weights, active
     )
-    return rows.to(embeddings.dtype), *[None] * 5
+    return check.cast(rows, embeddings.dtype), *[None] * 5
 
 
 def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
-@once_differentiable
 def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
     features, order, labels, moments = ctx.saved_tensors
     grad = torch.ops.ssmkernels.similarity_moments_backward.default(grad_moments.contiguous(), features, order, labels, moments)
-    return grad.to(features.dtype), None, None
+    return check.cast(grad, features.dtype), None, None
 
 
 def _register() -> None:

@@ -37,7 +37,7 @@ class Forward {
   __device__ Forward(const Arguments& arguments, const Place& place)
       : arguments_(arguments), lane_(place.lane), runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
 
-  __device__ void fetch(const TileView&) {}
+  __device__ void fetch(const int*) {}
 
   template <class Means>
   __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
@@ -94,8 +94,8 @@ class Backward {
   __device__ Backward(const Arguments& arguments, const Place& place)
       : arguments_(arguments), lane_(place.lane), table_(arguments.slopes, arguments.classes, place) {}
 
-  __device__ void fetch(const TileView& tile) {
-    table_.fetch(slopes_, tile.labels, lane_);
+  __device__ void fetch(const int* labels) {
+    table_.fetch(slopes_, labels, lane_);
   }
 
   template <int kMeanBlocks>

@@ -44,8 +44,8 @@ class Matching {
         table_(arguments.log_probs, arguments.classes, place),
         runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
 
-  __device__ void fetch(const TileView& tile) {
-    table_.fetch(log_probs_, tile.labels, lane_);
+  __device__ void fetch(const int* labels) {
+    table_.fetch(log_probs_, labels, lane_);
   }
 
   template <int kCount, int kMeanBlocks>
@@ -53,7 +53,7 @@ class Matching {
     const Real weak_scale = arguments_.weak_scale, strong_scale = arguments_.strong_scale;
     mask_scores(scores[0], lane_, tile.count);
     mask_scores(scores[1], lane_, tile.count);
-    table_.spread(log_probs_);
+    table_.complete(log_probs_, tile.labels, lane_);
     Real target[kBlocks][4], top_weak[2], top_target[2], top_strong[2];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)

@@ -302,22 +302,22 @@ SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, co
 
 // Where a thread stands.
 struct Place {
-  int64_t row;   // its first row; the other is eight further
-  int64_t rows;  // B
+  unsigned row;       // its first row; the other is eight further
+  unsigned last_row;  // B − 1
   unsigned split;
   unsigned chunk;  // of the dimension
   int lane;
 
   // Whether this thread writes what its row r has one of: four lanes have the row, a block per chunk too.
   __device__ bool writes(int r) const {
-    return lane % 4 == 0 && chunk == 0 && row + 8 * r < rows;
+    return lane % 4 == 0 && chunk == 0 && row + 8 * r <= last_row;
   }
 };
 
 // What an operation sees of the tile whose scores it is given.
 struct TileView {
   const int* labels;  // [kSlots] in shared memory; the last one repeats past the end
-  int64_t first;      // position of slot 0 in the order of the sweep
+  unsigned first;     // position of slot 0 in the order of the sweep
   int count;          // slots inside
 };
 
@@ -381,7 +381,7 @@ constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
 }
 
 // An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
-//   fetch(tile)                  starts what it must load for the tile
+//   fetch(labels)                starts what it must load for the tile
 //   weigh(scores, means, tile)   scores → weights of the means, in place
 //   finish(means, place)
 template <class Engine, class Operation>
@@ -396,8 +396,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
 
   const unsigned chunks = in.cut.chunks, owners = in.cut.owners, row_tiles = in.cut.row_tiles;
   const unsigned chunk = blockIdx.x % owners, split = blockIdx.x / owners / row_tiles;
-  const int64_t first_row = blockIdx.x / owners % row_tiles * int64_t{kRows};
-  const int64_t first_slot = split * in.cut.split_size, end_slot = min(first_slot + in.cut.split_size, in.bank.slots);
+  const unsigned first_row = blockIdx.x / owners % row_tiles * kRows, last_row = in.rows - 1;
+  const unsigned tiles_each = in.cut.split_size / kSlots, first_tile = split * tiles_each, last_slot = in.bank.slots - 1;
   const unsigned buffers = in.buffers, ahead = buffers - 1;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
@@ -406,9 +406,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
   Storage* queries = tiles + buffers * kTileSize;
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
 
-  // Stage s is a tile and a chunk; a block's own chunk comes last.
-  const unsigned stages = static_cast<unsigned>(ceil_div<int64_t>(end_slot - first_slot, kSlots)) * chunks;
-  const auto slot_of = [&](unsigned s) { return first_slot + int64_t{chunks == 1 ? s : s / chunks} * kSlots; };
+  // Stage s is a tile and a chunk; a block's own chunk comes last. Positions are of 32 bits: registers are what the loop is short of.
+  const unsigned stages = (min(first_tile + tiles_each, last_slot / kSlots + 1) - first_tile) * chunks;
+  const auto slot_of = [&](unsigned s) { return (first_tile + (chunks == 1 ? s : s / chunks)) * kSlots; };
   const auto turn_of = [&](unsigned s) { return chunks == 1 ? 0 : s % chunks; };
   const auto chunk_of = [&](unsigned s) {
     const unsigned c = chunk + 1 + turn_of(s);
@@ -419,25 +419,25 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
 
   // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot repeats, as the
   // last row does past the last query: finite numbers that weigh nothing.
-  int64_t found_index = 0;
+  unsigned found_index = 0;
   int found_label = 0;
   const auto look_up = [&](unsigned s) {
     if (threadIdx.x >= kSlots || s >= stages) return;
-    const int64_t at = min<int64_t>(slot_of(s) + threadIdx.x, end_slot - 1);
-    const Slot found = in.order ? in.order[at] : Slot{at, class_row(in.bank.labels[at], in.bank.classes)};
-    found_index = found.index;
+    const unsigned at = min(slot_of(s) + threadIdx.x, last_slot);
+    const Slot found = in.order ? in.order[at] : Slot{int64_t{at}, class_row(in.bank.labels[at], in.bank.classes)};
+    found_index = static_cast<unsigned>(found.index);
     found_label = static_cast<int>(found.label);
   };
   const auto note = [&](unsigned s) {
     if (threadIdx.x >= kSlots) return;
-    offsets[s % kRing * kSlots + threadIdx.x] = found_index * in.bank.row_stride;
+    offsets[s % kRing * kSlots + threadIdx.x] = int64_t{found_index} * in.bank.row_stride;
     labels[s % kRing * kSlots + threadIdx.x] = found_label;
   };
   const auto issue_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
       stage_rows<Engine, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors, [&](int r) {
-        return in.query[q] + min(first_row + r, in.rows - 1) * in.bank.dim + int64_t{c} * Shape::kDim;
+        return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
       });
   };
   const auto issue = [&](unsigned s) {
@@ -464,59 +464,61 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
   for (unsigned s = 0; s < ahead; ++s) issue(s);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const bool working = first_row + warp * kWarpRows < in.rows;
-  const Place place{first_row + warp * kWarpRows + lane / 4, in.rows, split, chunk, lane};
+  const bool working = first_row + warp * kWarpRows <= last_row;
+  const Place place{first_row + warp * kWarpRows + lane / 4, last_row, split, chunk, lane};
   Operation operation(arguments, place);
-  Real scores[kQueries][Shape::kBlocks][4];
   Real means[kMeans > 0 ? kMeans : 1][Shape::kDim / 8][4] = {};
 
 #pragma unroll 1
-  for (unsigned s = 0; s < stages; ++s) {
-    note(s + ahead);
-    look_up(s + buffers);
-    if (ahead == 0) {
-      __syncthreads();
-      issue(s);
-    }
-    if (buffers == kBuffers)
-      copy_async_wait<kBuffers - 2>();
-    else
-      copy_async_wait<0>();
-    const int depth = depth_of(chunk_of(s));
-    Storage* tile = tiles + (s & ahead) * kTileSize;
-    Storage* query = queries + (s & ahead) * query_step;
-    if constexpr (Engine::kRounds) {
-      if (in.bank_vectors) round_rows<Engine, kSlots>(tile, depth);
-      if (in.query_vectors && (chunks > 1 || s == 0)) round_rows<Engine, kQueries * kRows>(query, depth);
-    }
-    __syncthreads();  // the stage has landed and no warp is at the one before any more
-    if (ahead > 0) issue(s + ahead);
+  for (unsigned s = 0; s < stages;) {
+    // Nothing of a tile is kept to the next, so that its registers are free where the means are taken.
+    Real scores[kQueries][Shape::kBlocks][4] = {};
+    bool last;  // of the tile's stages
+#pragma unroll 1
+    do {
+      note(s + ahead);
+      look_up(s + buffers);
+      if (ahead == 0) {
+        __syncthreads();
+        issue(s);
+      }
+      if (buffers == kBuffers)
+        copy_async_wait<kBuffers - 2>();
+      else
+        copy_async_wait<0>();
+      const int depth = depth_of(chunk_of(s));
+      Storage* tile = tiles + (s & ahead) * kTileSize;
+      Storage* query = queries + (s & ahead) * query_step;
+      if constexpr (Engine::kRounds) {
+        if (in.bank_vectors) round_rows<Engine, kSlots>(tile, depth);
+        if (in.query_vectors && (chunks > 1 || s == 0)) round_rows<Engine, kQueries * kRows>(query, depth);
+      }
+      __syncthreads();  // the stage has landed and no warp is at the one before any more
+      if (ahead > 0) issue(s + ahead);
+      last = turn_of(s) == chunks - 1;
+      if (working) {
+        if (last) operation.fetch(labels + s % kRing * kSlots);
+        // A whole chunk has no branches between its products, so that loads run ahead of them.
+        const Storage* rows = query + warp * kWarpRows * Shape::kPitch;
+        if (depth == Shape::kDim)
+          Engine::template scores<true>(scores, rows, tile, depth);
+        else
+          Engine::template scores<false>(scores, rows, tile, depth);
+      }
+      ++s;
+    } while (!last);
     if (!working) continue;
 
-    const TileView view{labels + s % kRing * kSlots, slot_of(s), static_cast<int>(min<int64_t>(end_slot - slot_of(s), kSlots))};
-    if (turn_of(s) == 0) {
-      operation.fetch(view);
-#pragma unroll
-      for (int q = 0; q < kQueries; ++q)
-#pragma unroll
-        for (int n = 0; n < Shape::kBlocks; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[q][n][i] = 0;
-    }
-    // A whole chunk has no branches between its products, so that loads run ahead of them.
-    const Storage* rows = query + warp * kWarpRows * Shape::kPitch;
-    if (depth == Shape::kDim)
-      Engine::template scores<true>(scores, rows, tile, depth);
-    else
-      Engine::template scores<false>(scores, rows, tile, depth);
-    if (turn_of(s) == chunks - 1) {
-      operation.weigh(scores, means, view);
-      if constexpr (kMeans > 0) {
-        if (depth == Shape::kDim)
-          Engine::template means<true>(means, scores, tile, depth);
-        else
-          Engine::template means<false>(means, scores, tile, depth);
-      }
+    const unsigned first = slot_of(s - 1);
+    operation.weigh(scores, means,
+                    {labels + (s - 1) % kRing * kSlots, first, static_cast<int>(min(last_slot - first + 1, unsigned{kSlots}))});
+    if constexpr (kMeans > 0) {
+      const int depth = depth_of(chunk);
+      const Storage* tile = tiles + ((s - 1) & ahead) * kTileSize;
+      if (depth == Shape::kDim)
+        Engine::template means<true>(means, scores, tile, depth);
+      else
+        Engine::template means<false>(means, scores, tile, depth);
     }
   }
   copy_async_wait<0>();
@@ -527,6 +529,8 @@ template <class Engine, class Operation>
 const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments, cudaStream_t stream) {
   const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.buffers); };
   if (in.bank.classes >= 0x7fffffff) return "the number of classes must be below 2^31 - 1";
+  if (in.bank.slots > 0xffffffff) return "the bank must have fewer than 2^32 slots";
+  if (in.rows > 0x7fffffff) return "there must be fewer than 2^31 query rows";
   const int64_t limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   in.buffers = Engine::Shape::kBuffers;
   while (in.buffers > 1 && bytes() > limit) in.buffers /= 2;
@@ -616,33 +620,42 @@ class TableRows {
  public:
   __device__ TableRows(const Real* table, const int64_t& classes, const Place& place)
       : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), classes_(classes) {}
-  // In class order most tiles are of one class: such a tile loads one value per row, and spread() copies it once it is there.
+  // Before the products: all values, or in class order the first of each row, which most tiles have for all their slots.
   template <int kBlocks>
-  __device__ void fetch(Real (&to)[kBlocks][4], const int* labels, int lane) {
-    if constexpr (kClassOrder) one_class_ = labels[0] == labels[kBlocks * 8 - 1];
+  __device__ void fetch(Real (&to)[kBlocks][4], const int* labels, int lane) const {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (one_class_ && (n > 0 || c > 0)) continue;
-        const Real* at = first_ + int64_t{labels[column_of(lane, n, c)]} * 8;
-        to[n][c] = at[0];
-        to[n][2 + c] = at[(classes_ + 1) * 8];
-      }
+      for (int c = 0; c < 2; ++c)
+        if (!kClassOrder || n + c == 0) load(to, labels, lane, n, c);
   }
+  // After them: the others.
   template <int kBlocks>
-  __device__ void spread(Real (&to)[kBlocks][4]) const {
-    if (!one_class_) return;
+  __device__ void complete(Real (&to)[kBlocks][4], const int* labels, int lane) const {
+    static_assert(kClassOrder);
+    const bool one_class = labels[0] == labels[kBlocks * 8 - 1];
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[n][i] = to[0][i / 2 * 2];
+      for (int c = n == 0; c < 2; ++c)
+        if (one_class) {
+          to[n][c] = to[0][0];
+          to[n][2 + c] = to[0][2];
+        } else {
+          load(to, labels, lane, n, c);
+        }
   }
 
  private:
+  template <int kBlocks>
+  __device__ void load(Real (&to)[kBlocks][4], const int* labels, int lane, int n, int c) const {
+    const Real* at = first_ + int64_t{labels[column_of(lane, n, c)]} * 8;
+    to[n][c] = at[0];
+    to[n][2 + c] = at[(classes_ + 1) * 8];
+  }
+
   const Real* first_;
   const int64_t& classes_;  // a kernel parameter: a reference costs no register
-  bool one_class_ = false;
 };
 
 // Sums of the classes in a sweep by class order. A class that a split closes is written once, relative to the reference of that moment. The

@@ -44,8 +44,8 @@ class Normalize {
   __device__ Normalize(const Arguments& arguments, const Place& place)
       : arguments_(arguments), lane_(place.lane), table_(arguments.log_probs, arguments.classes, place) {}
 
-  __device__ void fetch(const TileView& tile) {
-    table_.fetch(log_probs_, tile.labels, lane_);
+  __device__ void fetch(const int* labels) {
+    table_.fetch(log_probs_, labels, lane_);
   }
 
   template <class Means>
@@ -114,14 +114,14 @@ class Write {
   __device__ Write(const Arguments& arguments, const Place& place)
       : arguments_(arguments), place_(place), table_(arguments.log_probs, arguments.classes, place) {
     for (int r = 0; r < 2; ++r) {
-      const Normalizer<Real> normalizer = arguments.rows[min(place.row + 8 * r, place.rows - 1)];
+      const Normalizer<Real> normalizer = arguments.rows[min(place.row + 8 * r, place.last_row)];
       reference_[r] = normalizer.reference;
       share_[r] = 1 / normalizer.sum;
     }
   }
 
-  __device__ void fetch(const TileView& tile) {
-    table_.fetch(log_probs_, tile.labels, place_.lane);
+  __device__ void fetch(const int* labels) {
+    table_.fetch(log_probs_, labels, place_.lane);
   }
 
   template <class Means>
@@ -132,7 +132,7 @@ class Write {
     const bool pairs = arguments_.slots % 2 == 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (place_.row + 8 * r >= place_.rows) continue;
+      if (place_.row + 8 * r > place_.last_row) continue;
       Real* to = arguments_.unfolded + (place_.row + 8 * r) * arguments_.slots + tile.first;
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {

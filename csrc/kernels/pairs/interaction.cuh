@@ -48,11 +48,19 @@ inline __host__ __device__ int64_t weight_pitch(int64_t features) {
   return ceil_div<int64_t>(features, 4) * 4;
 }
 
+struct TilePair {
+  int64_t i, j;
+  int64_t offset;  // among all pairs, or -1 past their end
+  bool valid;
+};
+
 template <class Engine>
 struct InteractionTile {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
 
+  TilePair pairs[kTilePairs];
+  PairSums sums[kTilePairs];                     // of this place in all tiles
   const Storage *x[kTilePairs], *y[kTilePairs];  // rows; null where there is no pair
   int64_t own[kTilePairs];                       // row of the side that a list is ordered by, or -1
   Vector<Real> slopes[kTilePairs / kVector<Real>];
@@ -90,11 +98,10 @@ __device__ Storage to_operand(Compute<Storage> x) {
 
 // A block's way through its tiles: down the columns of its rectangle, or along its share of the list.
 struct Walk {
-  int64_t row_part, column_part;  // of the grid
-  int64_t row_tile, column_tile;  // the first ones
-  int64_t tiles_down, tiles;      // of the block
-  int64_t t = 0;                  // tile
-  int64_t down = 0, across = 0;   // its place in the rectangle
+  unsigned row_part, column_part;     // of the grid
+  unsigned row_tile, column_tile;     // the first ones
+  unsigned tiles_down, tiles_across;  // of the block
+  unsigned down = 0, across = 0;      // the tile's place in the rectangle
 
   template <class Storage>
   explicit __device__ Walk(const InteractionSweep<Storage>& in) {
@@ -102,7 +109,8 @@ struct Walk {
     if (in.network.pairs) {
       row_part = column_part = column_tile = 0;
       row_tile = blockIdx.x * in.tiles_each;
-      tiles_down = tiles = min(in.tiles_each, ceil_div<int64_t>(in.network.count, kTilePairs) - row_tile);
+      tiles_down = min(in.tiles_each, ceil_div<int64_t>(in.network.count, kTilePairs) - row_tile);
+      tiles_across = 1;
     } else {
       const unsigned across_parts = static_cast<unsigned>(grid.column_parts);
       row_part = blockIdx.x / across_parts;
@@ -110,33 +118,32 @@ struct Walk {
       row_tile = row_part * grid.tiles_down;
       column_tile = column_part * grid.tiles_across;
       tiles_down = min(grid.tiles_down, grid.row_tiles - row_tile);
-      tiles = tiles_down * min(grid.tiles_across, grid.column_tiles - column_tile);
+      tiles_across = min(grid.tiles_across, grid.column_tiles - column_tile);
     }
   }
   __device__ void next() {
-    ++t;
     if (++down < tiles_down) return;
     down = 0;
     ++across;
   }
+  __device__ bool ended() const {
+    return across == tiles_across;
+  }
+  __device__ bool at_first() const {
+    return down == 0 && across == 0;
+  }
   __device__ int64_t first_row() const {
-    return (row_tile + down) * kTileRows;
+    return int64_t{row_tile + down} * kTileRows;
   }
   __device__ int64_t first_column() const {
-    return (column_tile + across) * kTileColumns;
+    return int64_t{column_tile + across} * kTileColumns;
   }
   __device__ int64_t first_position() const {
-    return (row_tile + t) * kTilePairs;
+    return int64_t{row_tile + down} * kTilePairs;
   }
 };
 
 // Pair p of the tile.
-struct TilePair {
-  int64_t i, j;
-  int64_t offset;  // among all pairs, or -1 past their end
-  bool valid;
-};
-
 template <class Storage>
 __device__ TilePair tile_pair(const InteractionSweep<Storage>& in, const Walk& walk, int p) {
   const PairNetwork<Storage>& network = in.network;
@@ -333,7 +340,7 @@ __device__ void add_list_rows(const InteractionSweep<typename Engine::Storage>& 
   const int end = p + kSpan;
   if (d >= features) return;
   // The row of the pair before the tile, in this block.
-  const int64_t before = walk.t > 0 ? in.order[walk.first_position() - 1].label : -1;
+  const int64_t before = !walk.at_first() ? in.order[walk.first_position() - 1].label : -1;
   while (p > 0 && p < end && tile.own[p] == tile.own[p - 1]) ++p;
   while (p < end && tile.own[p] >= 0) {
     const int64_t row = tile.own[p];
@@ -360,14 +367,16 @@ __device__ void add_weights(const InteractionSweep<typename Engine::Storage>& in
   using Share = typename Engine::WeightGradient;
   using Pack = Run<typename Engine::Real, Share::kRun>;
   const int64_t pitch = weight_pitch(in.network.features), h = unit + Share::row(0), d = first + Share::column(0);
+  const int rows_left = static_cast<int>(min<int64_t>(in.network.hidden - h, Engine::kHidden)),
+            columns_left = static_cast<int>(min<int64_t>(pitch - d, Engine::kDim));
   typename Engine::Real* row = in.weights + (blockIdx.x * in.network.hidden + h) * pitch + d;
 #pragma unroll
   for (int r = 0; r < Share::kRows; ++r, row += Share::kRowStep * pitch) {
-    if (h + r * Share::kRowStep >= in.network.hidden) continue;
+    if (r * Share::kRowStep >= rows_left) continue;
 #pragma unroll
     for (int c = 0; c < Share::kColumns; c += Share::kRun) {
       const int to_right = Share::column(c) - Share::column(0);
-      if (d + to_right >= pitch) continue;
+      if (to_right >= columns_left) continue;
       Pack* to = reinterpret_cast<Pack*>(row + to_right);
       Pack pack = first_tile ? Pack{} : *to;
 #pragma unroll
@@ -411,7 +420,7 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
     largest = block_max<kInteractionWarps>(threadIdx.x < kTilePairs ? fabs(tile.slope(threadIdx.x)) : Real(0), tile.maxima);
     if (largest == 0) largest = 1;
   }
-  if (in.weights) add_biases(in, tile, masks, walk.t == 0);
+  if (in.weights) add_biases(in, tile, masks, walk.at_first());
 #pragma unroll 1
   for (int64_t first = 0; first < in.network.features; first += Engine::kDim) {
     __syncthreads();
@@ -427,7 +436,7 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
       if (!in.weights) continue;
       typename Engine::WeightGradient weight_gradient;
       Engine::weight_gradient(weight_gradient, memory.active, memory.phi);
-      add_weights<Engine>(in, weight_gradient, unit, first, largest, walk.t == 0);
+      add_weights<Engine>(in, weight_gradient, unit, first, largest, walk.at_first());
     }
     __syncthreads();
 #pragma unroll
@@ -453,7 +462,6 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
   __shared__ InteractionTile<Engine> tile;
   const InteractionMemory<Engine> memory;
   const PairNetwork<typename Engine::Storage>& network = in.network;
-  const Real bias = *network.b2;
   uint32_t* masks = kGradients ? in.masks + blockIdx.x * in.words() * kTilePairs : nullptr;
   Real largest_w2 = 1;
   if constexpr (kGradients && Engine::kScales) {
@@ -462,13 +470,13 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
     largest_w2 = block_max<kInteractionWarps>(largest_w2, tile.maxima);
     if (largest_w2 == 0) largest_w2 = 1;
   }
-  PairSums sums{};
-  for (Walk walk(in); walk.t < walk.tiles; walk.next()) {
+  if (threadIdx.x < kTilePairs) tile.sums[threadIdx.x] = {};
+  for (Walk walk(in); !walk.ended(); walk.next()) {
     __syncthreads();  // the tile before is done with
     const int p = threadIdx.x;
-    TilePair pair{};
     if (p < kTilePairs) {
-      pair = tile_pair(in, walk, p);
+      const TilePair pair = tile_pair(in, walk, p);
+      tile.pairs[p] = pair;
       tile.x[p] = pair.valid ? network.x + pair.i * network.features : nullptr;
       tile.y[p] = pair.valid ? network.y + pair.j * network.features : nullptr;
       tile.own[p] = !pair.valid ? -1 : in.side == 0 ? pair.i : pair.j;
@@ -477,7 +485,9 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
     hidden_units(in, tile, memory, masks);
     __syncthreads();
     if (p < kTilePairs) {
-      Real logit = bias, slope = 0;
+      const TilePair pair = tile.pairs[p];
+      PairSums& sums = tile.sums[p];
+      Real logit = *network.b2, slope = 0;
 #pragma unroll
       for (int warp = 0; warp < Engine::kRowWarps; ++warp) logit += tile.logits[warp][p];
       if (pair.valid)
@@ -496,6 +506,7 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
     }
   }
   if (!in.sums) return;
+  PairSums sums = threadIdx.x < kTilePairs ? tile.sums[threadIdx.x] : PairSums{};
   sums.values = block_sum<kInteractionWarps>(sums.values, tile.scratch);
   sums.slopes = block_sum<kInteractionWarps>(sums.slopes, tile.scratch);
   if (threadIdx.x == 0) in.sums[blockIdx.x] = sums;
