@@ -24,9 +24,10 @@ help:  ## this list
 demo: setup  ## train on real images for a few minutes; report in runs/demo/
 	$(BIN)/python -m ssmkernels demo
 
+# A process a core; threads of several processes would wait for each other's. Tests of several threads ask for them.
 test: setup  ## C++ tests of the kernels, then the Python tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal python_tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal python_tests
 
 bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
