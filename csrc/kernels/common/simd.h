@@ -72,13 +72,13 @@ static inline V min(V a, V b) {
   return a < b ? a : b;
 }
 
-// v in its first `count` lanes, 0 in the others.
+// v in its first `count` lanes, `otherwise` in the others.
 template <class Real>
-static inline Vec<Real> first_lanes(Vec<Real> v, int64_t count) {
+static inline Vec<Real> first_lanes(Vec<Real> v, int64_t count, Real otherwise = 0) {
   if (count >= kLanes<Real>) return v;
   Vec<Real> lane;
   for (int k = 0; k < kLanes<Real>; ++k) lane[k] = static_cast<Real>(k);
-  return lane < static_cast<Real>(count) ? v : Vec<Real>{};
+  return lane < static_cast<Real>(count) ? v : broadcast(otherwise);
 }
 
 template <class Real>
@@ -133,19 +133,20 @@ static inline Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
-// e^r for |r| <= 1/4: its Taylor polynomial, to 1.2e-8 and 1e-17.
-inline constexpr double kExpTiny = 0.25;
-static inline Vec<float> exp_tiny(Vec<float> r) {
-  Vec<float> p = r * (1.0f / 720) + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
+// e^r for |r| <= ln2/2, to 3e-9 and 5e-18: a minimax polynomial, and Taylor's.
+inline constexpr double kExpReduced = 0.34657;
+static inline Vec<float> exp_reduced(Vec<float> r) {
+  Vec<float> p = r * 1.3814614608e-3f + 8.3687091010e-3f;
+  p = p * r + 4.1668387294e-2f;
+  p = p * r + 1.6666520696e-1f;
+  p = p * r + 4.9999993452e-1f;
   p = p * r + 1.0f;
   return p * r + 1.0f;
 }
 
-static inline Vec<double> exp_tiny(Vec<double> r) {
-  Vec<double> p = r * (1.0 / 479001600) + 1.0 / 39916800;
+static inline Vec<double> exp_reduced(Vec<double> r) {
+  Vec<double> p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
   p = p * r + 1.0 / 3628800;
   p = p * r + 1.0 / 362880;
   p = p * r + 1.0 / 40320;
@@ -159,8 +160,23 @@ static inline Vec<double> exp_tiny(Vec<double> r) {
   return p * r + 1.0;
 }
 
-// e^x: x = n ln2 + r with |r| <= ln2/2, a polynomial for e^r, times 2^n. About 1 ulp. Below the smallest normal number: exactly 0 (−inf
-// too). NaN stays NaN. The arguments here are logits less their maximum, so the top of the range is only clamped, never inf.
+// e^x: x = n ln2 + r with |r| <= ln2/2 and ln2 in two parts, then e^r times 2^n. About 1 ulp. Below the smallest normal number: exactly 0
+// (−inf too). NaN stays NaN. The arguments here are logits less their maximum: the top of the range is not looked after.
+#if defined(__AVX512F__)
+static inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> n = _mm512_maskz_roundscale_ps(0xffff, x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const auto normal = _mm512_cmp_ps_mask(x, broadcast(-87.3f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, exp_reduced(r), n);
+}
+
+static inline Vec<double> exp(Vec<double> x) {
+  const Vec<double> n = _mm512_maskz_roundscale_pd(0xff, x * 1.4426950408889634074, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<double> r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
+  const auto normal = _mm512_cmp_pd_mask(x, broadcast(-708.0), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_pd(normal, exp_reduced(r), n);
+}
+#else
 static inline Vec<float> exp(Vec<float> x) {
   using V = Vec<float>;
   using Bits = VectorOf<float>::Bits;
@@ -168,15 +184,8 @@ static inline Vec<float> exp(Vec<float> x) {
   const V shifter = broadcast(12582912.0f + 127);  // adding 1.5·2^23 rounds to an integer; 127 is the exponent of 1
   const V n_shifted = clamped * 1.44269504088896341f + shifter;
   const V n = n_shifted - shifter;
-  const V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;  // ln2 in two parts
-  V p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const V result = p * (V)((Bits)n_shifted << 23);  // the low bits of n_shifted are n + 127
+  const V r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  const V result = exp_reduced(r) * (V)((Bits)n_shifted << 23);  // the low bits of n_shifted are n + 127
   return x < -87.3f ? V{} : result;
 }
 
@@ -188,22 +197,10 @@ static inline Vec<double> exp(Vec<double> x) {
   const V n_shifted = clamped * 1.4426950408889634074 + shifter;
   const V n = n_shifted - shifter;
   const V r = clamped - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
-  V p = broadcast(1.0 / 6227020800);  // Taylor to r^13/13!: |r| <= 0.347, so the rest is below 5e-18
-  p = p * r + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
-  const V result = p * (V)((Bits)n_shifted << 52);
+  const V result = exp_reduced(r) * (V)((Bits)n_shifted << 52);
   return x < -708.0 ? V{} : result;
 }
+#endif
 
 // log x for finite x > 0 (subnormal too): x = 2^n m with m in [√½, √2), log m = 2 artanh((m − 1)/(m + 1)).
 static inline Vec<float> log(Vec<float> x) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The exponentials are what costs. e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is one per node, and the second's argument
-// is small (one edge out of many), so that it mostly is the polynomial alone, without the reduction of its range. Edges where it is large
-// take the direct way. Where F_i is a large constant and small differences, the constant is taken off first, which no softmax sees.
-// A vector's worth of consecutive entries of a row is computed at once: for few classes with the pairs in the lanes, the rows of their
-// other nodes being transposed; for many with the classes in the lanes, and only what follows from their sums with the pairs there.
+// The exponentials are what costs. On the side of the row that is computed e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is
+// one per node, and the second's argument is small (one edge out of many), so that it mostly is the polynomial alone, without the reduction
+// of its range. The other side's would have to be read, which costs more than it saves. Logits are taken less their node's maximum as soon
+// as they are made, and where F_i is a large constant and small differences the constant is taken off first, which no softmax sees. A
+// vector's worth of entries of a row is computed at once: for few classes with the pairs in the lanes, the rows of their other nodes being
+// transposed; for many with the classes in the lanes, and only what follows from their sums with the pairs there.
 #include "leave_one_edge_out.h"
 
 #include "../common/arithmetic.h"
@@ -15,17 +16,17 @@ namespace ssmkernels::SSM_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
+constexpr int kAhead = 2;  // pairs between fetching the row of the other node and computing with it
 
 template <class Real>
 struct Node {
-  const Real* centred;  // [C]  F_i less a constant
-  const Real* factor;   // [C]  e^{scale·centred − top}, and 0 up to the end of the vector
+  const Real* centred;  // [C]  F_i less a constant, and 0 up to the end of the vector
   Real scale;           // λ D_ii
   Real top;             // max_c scale·centred
   Real reach;           // λ max_c |centred|
 };
 
-// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, top and reach too, to be transposed with it.
+// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, top and reach, to be transposed with it.
 template <class Real>
 inline constexpr int kReachLane = kLanes<Real> - 1;
 template <class Real>
@@ -34,21 +35,28 @@ template <class Real>
 inline constexpr int kScaleLane = kLanes<Real> > 2 ? kLanes<Real> - 3 : 0;
 
 template <class Real>
+Real max_lane(Vec<Real> v) {
+  Real top = v[0];
+  for (int lane = 1; lane < kLanes<Real>; ++lane) top = max(top, static_cast<Real>(v[lane]));
+  return top;
+}
+
+template <class Real>
 class Nodes {
  public:
   explicit Nodes(const LeaveOneEdgeOut<Real>& in)
       : classes(in.classes),
-        stride((in.classes + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>),
-        values_(in.graph.nodes * 2 * stride),
-        scalars_(in.graph.nodes * 4) {}
+        stride(divide_up(in.classes, kLanes<Real>) * kLanes<Real>),
+        row_(is_narrow() ? stride : stride + max(kLanes<Real>, 4)),
+        values_(in.graph.nodes * row_) {}
 
   Node<Real> operator[](int64_t i) const {
-    const Real *values = values_.data() + i * 2 * stride, *scalars = scalars_.data() + i * 4;
-    return {values, values + stride, scalars[0], scalars[1], scalars[2]};
+    const Real *values = centred(i), *scalars = values + scalars_at();
+    return {values, scalars[0], scalars[1], scalars[2]};
   }
 
   const Real* centred(int64_t i) const {
-    return values_.data() + i * 2 * stride;
+    return values_.data() + i * row_;
   }
 
   bool is_narrow() const {
@@ -58,8 +66,7 @@ class Nodes {
   // Fetches the values of a node into the cache, while others are computed.
   void prefetch(int64_t i) const {
     const char* values = reinterpret_cast<const char*>(centred(i));
-    for (int64_t byte = 0; byte < static_cast<int64_t>((is_narrow() ? 1 : 2) * stride * sizeof(Real)); byte += 64)
-      __builtin_prefetch(values + byte);
+    for (int64_t byte = 0; byte < row_ * static_cast<int64_t>(sizeof(Real)); byte += 64) __builtin_prefetch(values + byte);
   }
 
   void prepare(const LeaveOneEdgeOut<Real>& in, ParallelFor parallel_for) {
@@ -73,6 +80,10 @@ class Nodes {
   const int64_t stride;  // classes rounded up to whole vectors
 
  private:
+  int64_t scalars_at() const {
+    return is_narrow() ? kScaleLane<Real> : stride;
+  }
+
   static Real sum_of(const Real* values, int64_t size) {
     Vec<Real> sums{};
     int64_t k = 0;
@@ -85,8 +96,14 @@ class Nodes {
   void prepare_node(const LeaveOneEdgeOut<Real>& in, int64_t i) {
     const Real degree = sum_of(in.weight + in.graph.crow[i], in.graph.crow[i + 1] - in.graph.crow[i]);
     const Real* f = in.propagated + i * classes;
-    Real low = f[0], high = f[0];
-    for (int64_t c = 1; c < classes; ++c) {
+    Vec<Real> least = broadcast(f[0]), largest = least;
+    int64_t c = 0;
+    for (; c + kLanes<Real> <= classes; c += kLanes<Real>) {
+      least = min(least, load(f + c));
+      largest = max(largest, load(f + c));
+    }
+    Real low = -max_lane<Real>(-least), high = max_lane<Real>(largest);
+    for (; c < classes; ++c) {
       low = f[c] < low ? f[c] : low;
       high = f[c] > high ? f[c] : high;
     }
@@ -94,21 +111,36 @@ class Nodes {
     Real middle = low + half;
     if (middle <= far && -middle <= far) middle = 0;  // beyond that the subtraction is exact
     const Real lambda = static_cast<Real>(in.logit_scale), scale = lambda * degree;
-    const Real top = max(scale * (high - middle), scale * (low - middle)), reach = lambda * max(high - middle, middle - low);
-    Real *centred = values_.data() + i * 2 * stride, *factor = centred + stride, *scalars = scalars_.data() + i * 4;
-    for (int64_t c = 0; c < stride; ++c) centred[c] = c < classes ? f[c] - middle : Real(0);
-    for (int64_t c = 0; c < stride; c += kLanes<Real>) store(factor + c, exp(load(centred + c) * scale - top));
-    for (int64_t c = classes; c < stride; ++c) factor[c] = 0;
+    Real *centred = values_.data() + i * row_, *scalars = centred + scalars_at();
+    for (c = 0; c < classes; ++c) centred[c] = f[c] - middle;
+    for (; c < row_; ++c) centred[c] = 0;
     scalars[0] = scale;
-    scalars[1] = top;
-    scalars[2] = reach;
-    if (!is_narrow()) return;
-    centred[kScaleLane<Real>] = scale;
-    centred[kTopLane<Real>] = top;
-    centred[kReachLane<Real>] = reach;
+    scalars[1] = max(scale * (high - middle), scale * (low - middle));
+    scalars[2] = lambda * max(high - middle, middle - low);
   }
 
-  Buffer<Real> values_, scalars_;
+  const int64_t row_;  // the classes, and where they leave no lanes for it a vector with scale, top and reach
+  Buffer<Real> values_;
+};
+
+// The node whose row is computed.
+template <class Real>
+struct Row {
+  Node<Real> node;
+  Real* logits;  // [C]  scale·centred − top
+  Real* factor;  // [C]  e^logits, and 0 up to the end of the vector
+
+  Row(const Nodes<Real>& nodes, int64_t i, Real* scratch) : node(nodes[i]), logits(scratch), factor(scratch + nodes.stride) {
+    for (int64_t c = 0; c < nodes.stride; c += kLanes<Real>) {
+      const Vec<Real> logit = load(node.centred + c) * node.scale - node.top;
+      store(logits + c, logit);
+      store(factor + c, first_lanes<Real>(exp(logit), nodes.classes - c));
+    }
+  }
+
+  static int64_t scratch(const Nodes<Real>& nodes) {
+    return 2 * nodes.stride;
+  }
 };
 
 // Over the classes of one pair, or of a vector of pairs: with e = e^{a − shift} of each side, Σ e, Σ e (a − shift), and Σ e_ij e_ji.
@@ -125,22 +157,14 @@ struct Sums {
   }
 };
 
-// How large the argument of an edge's own factor is. Up to "moderate", the node's maximum is near enough to the edge's to be its shift.
-enum class Argument { tiny, moderate, large };
-
+// Up to here the argument of an edge's own factor leaves the node's maximum near enough to the edge's to be its shift.
 template <class Real>
-Argument argument_of(Real largest) {
-  return largest <= static_cast<Real>(kExpTiny) ? Argument::tiny : largest <= 4 ? Argument::moderate : Argument::large;
-}
-
-template <Argument kArgument, class V>
-V factor_of(V x) {  // e^{−x}
-  return kArgument == Argument::tiny ? exp_tiny(-x) : exp(-x);
-}
+constexpr Real kModerate = 4;
 
 template <class Real>
 struct Pair {
-  Node<Real> i, j;
+  const Row<Real>& row;
+  Node<Real> other;
   Real logit_weight;  // λ w_ij
   Real mirrored;      // λ w_ji
 };
@@ -151,50 +175,37 @@ Vec<Real> load_classes(const Real* row, int64_t c, int64_t classes) {
   return first_lanes<Real>(load(row + c), classes - c);
 }
 
-template <class Real>
-Real max_lane(Vec<Real> v) {
-  Real top = v[0];
-  for (int lane = 1; lane < kLanes<Real>; ++lane) top = max(top, static_cast<Real>(v[lane]));
-  return top;
-}
-
 // Calls each(c, e_i, a_i, e_j, a_j) for every vector of classes of one pair; the a are relative to the shift that the e are.
-template <Argument kArgument, class Real, class F>
-void for_each_vector_factored(const Pair<Real>& pair, int64_t classes, const F& each) {
-  const Node<Real>&i = pair.i, &j = pair.j;
-  for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-    const Vec<Real> f_i = load_classes(i.centred, c, classes), f_j = load_classes(j.centred, c, classes);
-    const Vec<Real> x_i = f_j * pair.logit_weight, x_j = f_i * pair.mirrored;
-    each(c, load(i.factor + c) * factor_of<kArgument>(x_i), (f_i * i.scale - i.top) - x_i, load(j.factor + c) * factor_of<kArgument>(x_j),
-         (f_j * j.scale - j.top) - x_j);
-  }
-}
-
 template <class Real, class F>
 void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
-  const Node<Real>&i = pair.i, &j = pair.j;
-  const Argument argument = argument_of(max(pair.logit_weight * j.reach, pair.mirrored * i.reach));
-  if (argument == Argument::tiny) return for_each_vector_factored<Argument::tiny>(pair, classes, each);
-  if (argument == Argument::moderate) return for_each_vector_factored<Argument::moderate>(pair, classes, each);
-  const auto logits = [&](int64_t c, Vec<Real>& a_i, Vec<Real>& a_j) {
-    const Vec<Real> f_i = load(i.centred + c), f_j = load(j.centred + c);
-    a_i = f_i * i.scale - f_j * pair.logit_weight;
-    a_j = f_j * j.scale - f_i * pair.mirrored;
-    for (int64_t lane = classes - c; lane < kLanes<Real>; ++lane) a_i[lane] = a_j[lane] = Real(-1e30);  // e^… is 0 there
+  const Row<Real>& row = pair.row;
+  const Node<Real>&i = row.node, &j = pair.other;
+  Real shift_i = 0, shift_j = 0;
+  const auto argument = [&](int64_t c) { return load(j.centred + c) * pair.logit_weight; };
+  const auto logit_i = [&](int64_t c) { return load(row.logits + c) - argument(c); };
+  const auto logit_j = [&](int64_t c) {
+    const Vec<Real> a_j = (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored;
+    return first_lanes<Real>(a_j, classes - c, Real(-1e30));  // e^… is 0 past the last class
   };
-  Vec<Real> a_i, a_j;
-  logits(0, a_i, a_j);
-  Vec<Real> top_i = a_i, top_j = a_j;
-  for (int64_t c = kLanes<Real>; c < classes; c += kLanes<Real>) {
-    logits(c, a_i, a_j);
-    top_i = max(top_i, a_i);
-    top_j = max(top_j, a_j);
+  const Real reach_i = pair.logit_weight * j.reach, reach_j = pair.mirrored * i.reach;
+  if (reach_i <= static_cast<Real>(kExpReduced) && reach_j <= kModerate<Real>) {
+    for (int64_t c = 0; c < classes; c += kLanes<Real>) {
+      const Vec<Real> a_j = logit_j(c);
+      each(c, exp_reduced(-argument(c)) * load(row.factor + c), logit_i(c), exp(a_j), a_j);
+    }
+    return;
   }
-  const Real shift_i = max_lane<Real>(top_i), shift_j = max_lane<Real>(top_j);
+  if (max(reach_i, reach_j) > kModerate<Real>) {
+    Vec<Real> top_i = broadcast(Real(-1e30)), top_j = top_i;
+    for (int64_t c = 0; c < classes; c += kLanes<Real>) {
+      top_i = max(top_i, first_lanes<Real>(logit_i(c), classes - c, Real(-1e30)));
+      top_j = max(top_j, logit_j(c));
+    }
+    shift_i = max_lane<Real>(top_i);
+    shift_j = max_lane<Real>(top_j);
+  }
   for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-    logits(c, a_i, a_j);
-    a_i -= shift_i;
-    a_j -= shift_j;
+    const Vec<Real> a_i = first_lanes<Real>(logit_i(c), classes - c, Real(-1e30)) - shift_i, a_j = logit_j(c) - shift_j;
     each(c, exp(a_i), a_i, exp(a_j), a_j);
   }
 }
@@ -237,89 +248,112 @@ struct Slopes {
   }
 };
 
-// Up to a vector of entries of one row: `head` consecutive ones from `first` on, and the others from `second` on.
-struct Batch {
-  int64_t node, first, second;
-  int head, size;
-
-  int64_t entry(int k) const {
-    return k < head ? first + k : second + (k - head);
-  }
-};
-
-// The pairs of a batch in the lanes; past its size copies of the first.
+// Entries of one row that are to be followed, several vectors of them.
 template <class Real>
 struct Pairs {
-  int32_t other[kLanes<Real>];
-  Real logit_weight[kLanes<Real>], mirrored[kLanes<Real>];  // λ w_ij, λ w_ji
+  static constexpr int kCapacity = 64;
+  int64_t node = 0;
+  int size = 0;
+  int64_t entry[kCapacity], mirror[kCapacity];        // where (i, j) and (j, i) are
+  int32_t other[kCapacity];                           // j
+  Real logit_weight[kCapacity], mirrored[kCapacity];  // λ w_ij, λ w_ji
 
-  Pairs(const LeaveOneEdgeOut<Real>& in, const Batch& batch) {
-    if (batch.head == kLanes<Real>) {
-      __builtin_memcpy(other, in.graph.col + batch.first, sizeof other);
-      __builtin_memcpy(logit_weight, in.weight + batch.first, sizeof logit_weight);
-#pragma GCC unroll 16
-      for (int k = 0; k < kLanes<Real>; ++k) mirrored[k] = in.weight[in.reverse[batch.first + k]];
-    } else {
-      for (int k = 0; k < kLanes<Real>; ++k) {
-        const int64_t entry = batch.entry(k < batch.size ? k : 0);
-        other[k] = in.graph.col[entry];
-        logit_weight[k] = in.weight[entry];
-        mirrored[k] = in.weight[in.reverse[entry]];
-      }
+  // Takes the entries from `at` up to `end`, as far as there is room; returns where it stopped.
+  int64_t take(const LeaveOneEdgeOut<Real>& in, int64_t at, int64_t end) {
+    const int count = static_cast<int>(min<int64_t>(end - at, kCapacity - size));
+    const uint32_t nodes = static_cast<uint32_t>(in.graph.nodes);
+    const uint64_t edges = static_cast<uint64_t>(in.graph.edges);
+    uint32_t bad_columns = 0;  // of the width of what is compared, which the compiler turns into vectors
+    uint64_t bad_mirrors = 0;
+    for (int k = 0; k < count; ++k) {
+      entry[size + k] = at + k;
+      mirror[size + k] = in.reverse[at + k];
+      bad_mirrors |= static_cast<uint64_t>(in.reverse[at + k]) >= edges;
+    }
+    for (int k = 0; k < count; ++k) {
+      other[size + k] = in.graph.col[at + k];
+      logit_weight[size + k] = in.weight[at + k];
+      bad_columns |= static_cast<uint32_t>(in.graph.col[at + k]) >= nodes;
+    }
+    const int last = size + count;
+    if (!bad_columns && !bad_mirrors) {
+      size = last;
+      return at + count;
+    }
+    for (int k = size; k < last; ++k) {
+      if (static_cast<uint32_t>(other[k]) >= nodes || static_cast<uint64_t>(mirror[k]) >= edges) continue;
+      entry[size] = entry[k];
+      mirror[size] = mirror[k];
+      other[size] = other[k];
+      logit_weight[size++] = logit_weight[k];
+    }
+    return at + count;
+  }
+
+  // Ready for the lanes; past the last pair, up to the end of its vector, are copies of the first.
+  void prepare(const LeaveOneEdgeOut<Real>& in) {
+    for (int k = size; k % kLanes<Real> != 0; ++k) {
+      mirror[k] = mirror[0];
+      other[k] = other[0];
+      logit_weight[k] = logit_weight[0];
     }
     const Real lambda = static_cast<Real>(in.logit_scale);
-    store(logit_weight, lambda * load(logit_weight));
-    store(mirrored, lambda * load(mirrored));
+    for (int b = 0; b < size; b += kLanes<Real>) {
+#pragma GCC unroll 16
+      for (int k = b; k < b + kLanes<Real>; ++k) mirrored[k] = in.weight[mirror[k]];
+      store(logit_weight + b, lambda * load(logit_weight + b));
+      store(mirrored + b, lambda * load(mirrored + b));
+    }
   }
 };
 
-// The rows of the other nodes of a batch, transposed.
+// The rows of the other nodes of a vector of pairs, transposed.
 template <class Real>
 struct Columns {
   Vec<Real> of[kLanes<Real>];
 
-  Columns(const Nodes<Real>& nodes, const Pairs<Real>& pairs, int64_t offset) {
+  Columns(const Nodes<Real>& nodes, const int32_t* others) {
 #pragma GCC unroll 16
-    for (int k = 0; k < kLanes<Real>; ++k) of[k] = load(nodes.centred(pairs.other[k]) + offset);
+    for (int k = 0; k < kLanes<Real>; ++k) of[k] = load(nodes.centred(others[k]));
     transpose<Real>(of);
   }
 };
 
 // Calls each(c, e_i, a_i, e_j, a_j) for every class; the a are relative to the shift that the e are.
 template <class Real, class F>
-void for_each_class(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, const Columns<Real>& centred, const F& each) {
+void for_each_class(const Row<Real>& row, const Pairs<Real>& pairs, int at, const Columns<Real>& centred, int64_t classes, const F& each) {
+  const Node<Real>& i = row.node;
   const Vec<Real> scale = centred.of[kScaleLane<Real>], top = centred.of[kTopLane<Real>], reach = centred.of[kReachLane<Real>];
-  const Vec<Real> logit_weight = load(pairs.logit_weight), mirrored = load(pairs.mirrored);
-  Real base[kLanes<Real>];  // the logits of i with all its edges
-  store(base, load(i.centred) * i.scale);
-  if (max_lane<Real>(max(logit_weight * reach, mirrored * i.reach)) <= static_cast<Real>(kExpTiny)) {
-    const Columns<Real> factor(nodes, pairs, kLanes<Real>);
-    for (int64_t c = 0; c < nodes.classes; ++c) {
-      const Vec<Real> x_i = centred.of[c] * logit_weight, x_j = mirrored * i.centred[c];
-      each(c, exp_tiny(-x_i) * i.factor[c], (base[c] - i.top) - x_i, factor.of[c] * exp_tiny(-x_j), (centred.of[c] * scale - top) - x_j);
+  const Vec<Real> logit_weight = load(pairs.logit_weight + at), mirrored = load(pairs.mirrored + at);
+  Vec<Real> shift_i{}, shift_j{};
+  const auto logit_i = [&](int64_t c) { return row.logits[c] - centred.of[c] * logit_weight; };
+  const auto logit_j = [&](int64_t c) { return (centred.of[c] * scale - top) - i.centred[c] * mirrored; };
+  if (max_lane<Real>(max(logit_weight * reach, mirrored * i.reach)) > kModerate<Real>) {
+    Vec<Real> top_i = logit_i(0), top_j = logit_j(0);
+    for (int64_t c = 1; c < classes; ++c) {
+      top_i = max(top_i, logit_i(c));
+      top_j = max(top_j, logit_j(c));
     }
-    return;
+    shift_i = top_i;
+    shift_j = top_j;
   }
-  Vec<Real> a_i[kLanes<Real>], a_j[kLanes<Real>], top_i, top_j;
-  for (int64_t c = 0; c < nodes.classes; ++c) {
-    a_i[c] = base[c] - centred.of[c] * logit_weight;
-    a_j[c] = centred.of[c] * scale - mirrored * i.centred[c];
-    top_i = c == 0 ? a_i[c] : max(top_i, a_i[c]);
-    top_j = c == 0 ? a_j[c] : max(top_j, a_j[c]);
+  for (int64_t c = 0; c < classes; ++c) {
+    const Vec<Real> a_i = logit_i(c) - shift_i, a_j = logit_j(c) - shift_j;
+    each(c, exp(a_i), a_i, exp(a_j), a_j);
   }
-  for (int64_t c = 0; c < nodes.classes; ++c) each(c, exp(a_i[c] - top_i), a_i[c] - top_i, exp(a_j[c] - top_j), a_j[c] - top_j);
 }
 
 // Lanes are classes: calls each(k, c, e_i, a_i, e_j, a_j) for every pair k and vector of classes, and sums along the lanes of all pairs at
 // once.
 template <class Real, class F>
-Sums<Real> wide_sums(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, int size, const F& each) {
+Sums<Real> wide_sums(const Nodes<Real>& nodes, const Row<Real>& row, const Pairs<Real>& pairs, int at, const F& each) {
+  const int size = min(pairs.size - at, kLanes<Real>);
   Vec<Real> sum_i[kLanes<Real>], sum_j[kLanes<Real>], moment_i[kLanes<Real>], moment_j[kLanes<Real>], dot[kLanes<Real>];
   for (int k = 0; k < kLanes<Real>; ++k) {
     Sums<Real> sums;
-    if (k + 1 < size) nodes.prefetch(pairs.other[k + 1]);
+    if (at + k + kAhead < pairs.size) nodes.prefetch(pairs.other[at + k + kAhead]);
     if (k < size)
-      for_each_vector<Real>({i, nodes[pairs.other[k]], pairs.logit_weight[k], pairs.mirrored[k]}, nodes.classes,
+      for_each_vector<Real>({row, nodes[pairs.other[at + k]], pairs.logit_weight[at + k], pairs.mirrored[at + k]}, nodes.classes,
                             [&](int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
                               sums.add(e_i, a_i, e_j, a_j);
                               each(k, c, e_i, a_i, e_j, a_j);
@@ -342,10 +376,10 @@ Sums<Real> wide_sums(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<
 }
 
 template <class Real>
-Sums<Real> sums_of(const Nodes<Real>& nodes, const Node<Real>& i, const Pairs<Real>& pairs, int size) {
-  if (!nodes.is_narrow()) return wide_sums(nodes, i, pairs, size, [](auto...) {});
+Sums<Real> sums_of(const Nodes<Real>& nodes, const Row<Real>& row, const Pairs<Real>& pairs, int at) {
+  if (!nodes.is_narrow()) return wide_sums(nodes, row, pairs, at, [](auto...) {});
   Sums<Real> sums;
-  for_each_class(nodes, i, pairs, Columns<Real>(nodes, pairs, 0),
+  for_each_class(row, pairs, at, Columns<Real>(nodes, pairs.other + at), nodes.classes,
                  [&](int64_t, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) { sums.add(e_i, a_i, e_j, a_j); });
   return sums;
 }
@@ -375,49 +409,16 @@ struct Runs {
   }
 };
 
-template <class Real>
-bool is_valid(const LeaveOneEdgeOut<Real>& in, int64_t entry) {
-  return static_cast<uint64_t>(in.graph.col[entry]) < static_cast<uint64_t>(in.graph.nodes) &&
-         static_cast<uint64_t>(in.reverse[entry]) < static_cast<uint64_t>(in.graph.edges);
-}
-
-// How many of up to a vector of entries from `first` on are to be followed before one that is not.
-template <class Real>
-int valid_entries(const LeaveOneEdgeOut<Real>& in, int64_t first, int64_t last) {
-  if (last - first >= kLanes<Real>) {
-    uint32_t bad_columns = 0;  // sums of the width of what is compared, which the compiler turns into vectors
-    uint64_t bad_mirrors = 0;
-    for (int k = 0; k < kLanes<Real>; ++k) {
-      bad_columns |= static_cast<uint32_t>(in.graph.col[first + k]) >= static_cast<uint32_t>(in.graph.nodes);
-      bad_mirrors |= static_cast<uint64_t>(in.reverse[first + k]) >= static_cast<uint64_t>(in.graph.edges);
-    }
-    if (!bad_columns && !bad_mirrors) return kLanes<Real>;
-  }
-  int count = 0;
-  while (count < kLanes<Real> && first + count < last && is_valid(in, first + count)) ++count;
-  return count;
-}
-
-// Calls each(batch) for the entries of some runs, without those that are not to be followed.
+// Calls each() with `pairs` full of entries of some runs of a row, until there are no more; each() empties them, or puts others in their
+// place.
 template <class Real, class F>
-void for_each_batch(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& runs, const F& each) {
-  int64_t at = runs.begin[0], end = runs.end[0], next = runs.begin[1], next_end = runs.end[1];
-  while (at < end || next < next_end) {
-    if (at == end) {
-      at = next;
-      end = next_end;
-      next = next_end;
-    }
-    Batch batch{node, at, next, valid_entries(in, at, end), 0};
-    batch.size = batch.head;
-    if (at + batch.head == end && batch.head < kLanes<Real>) {
-      const int more = valid_entries(in, next, min(next_end, next + kLanes<Real> - batch.head));
-      batch.size += more;
-      next += more;
-    }
-    if (batch.size > 0) each(batch);
-    const bool stopped = batch.head < kLanes<Real> && at + batch.head < end;
-    at += batch.head + stopped;
+void for_each_pairs(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& runs, Pairs<Real>*& pairs, const F& each) {
+  int64_t at = runs.begin[0], next = runs.begin[1];
+  while (at < runs.end[0] || next < runs.end[1]) {
+    pairs->node = node;
+    at = pairs->take(in, at, runs.end[0]);
+    if (at == runs.end[0]) next = pairs->take(in, next, runs.end[1]);
+    if (pairs->size > 0) each();
   }
 }
 
@@ -425,14 +426,14 @@ void for_each_batch(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& r
 template <class Real>
 struct RowGradient {
   const Nodes<Real>& nodes;
-  const Node<Real>& i;
+  const Row<Real>& row;
   Real *own, *others, *saved;
   Real inverse_log_classes;
   Vec<Real> own_of[kLanes<Real>] = {}, others_of[kLanes<Real>] = {};  // with few classes: of each class, with the pairs in the lanes
 
   // Σ_c G r_ij F_j of each pair in the lanes; r sums to 0, so that centring F_j changes nothing.
-  Vec<Real> add(const Pairs<Real>& pairs, int size, Vec<Real> grad) {
-    return nodes.is_narrow() ? add_narrow(pairs, grad) : add_wide(pairs, size, grad);
+  Vec<Real> add(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
+    return nodes.is_narrow() ? add_narrow(pairs, at, grad) : add_wide(pairs, at, grad);
   }
 
   void finish() {
@@ -442,12 +443,12 @@ struct RowGradient {
   }
 
  private:
-  Vec<Real> add_narrow(const Pairs<Real>& pairs, Vec<Real> grad) {
+  Vec<Real> add_narrow(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
     if (nodes.classes < 2) __builtin_unreachable();  // or the compiler warns of arrays that a loop over no classes would leave unset
-    const Columns<Real> centred(nodes, pairs, 0);
+    const Columns<Real> centred(nodes, pairs.other + at);
     Vec<Real> e_i[kLanes<Real>], a_i[kLanes<Real>], e_j[kLanes<Real>], a_j[kLanes<Real>];
     Sums<Real> sums;
-    for_each_class(nodes, i, pairs, centred, [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
+    for_each_class(row, pairs, at, centred, nodes.classes, [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
       sums.add(ei, ai, ej, aj);
       e_i[c] = ei;
       a_i[c] = ai;
@@ -455,7 +456,7 @@ struct RowGradient {
       a_j[c] = aj;
     });
     const Slopes<Real> slopes(sums, inverse_log_classes, grad);
-    const Vec<Real> mirrored = load(pairs.mirrored);
+    const Vec<Real> mirrored = load(pairs.mirrored + at);
     Vec<Real> along{};
     for (int64_t c = 0; c < nodes.classes; ++c) {
       const Vec<Real> r_ij = e_i[c] * (slopes.constant_i + slopes.linear_i * a_i[c] - slopes.product * e_j[c]);
@@ -467,28 +468,29 @@ struct RowGradient {
     return along;
   }
 
-  Vec<Real> add_wide(const Pairs<Real>& pairs, int size, Vec<Real> grad) {
-    const int64_t classes = nodes.classes, stride = nodes.stride;
+  Vec<Real> add_wide(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
+    const int64_t stride = nodes.stride;
     const Sums<Real> sums =
-        wide_sums(nodes, i, pairs, size, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
-          Real* at = saved + 4 * (k * stride + c);
-          store(at, e_i);
-          store(at + kLanes<Real>, a_i);
-          store(at + 2 * kLanes<Real>, e_j);
-          store(at + 3 * kLanes<Real>, a_j);
+        wide_sums(nodes, row, pairs, at, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
+          Real* kept = saved + 4 * (k * stride + c);
+          store(kept, e_i);
+          store(kept + kLanes<Real>, a_i);
+          store(kept + 2 * kLanes<Real>, e_j);
+          store(kept + 3 * kLanes<Real>, a_j);
         });
     const Slopes<Real> slopes(sums, inverse_log_classes, grad);
     Vec<Real> along[kLanes<Real>] = {};
-    for (int k = 0; k < size; ++k) {
-      const Real* centred = nodes.centred(pairs.other[k]);
+    for (int k = 0; k < min(pairs.size - at, kLanes<Real>); ++k) {
+      const Real* centred = nodes.centred(pairs.other[at + k]);
       for (int64_t c = 0; c < stride; c += kLanes<Real>) {
-        const Real* at = saved + 4 * (k * stride + c);
-        const Vec<Real> e_i = load(at), a_i = load(at + kLanes<Real>), e_j = load(at + 2 * kLanes<Real>), a_j = load(at + 3 * kLanes<Real>);
+        const Real* kept = saved + 4 * (k * stride + c);
+        const Vec<Real> e_i = load(kept), a_i = load(kept + kLanes<Real>), e_j = load(kept + 2 * kLanes<Real>),
+                        a_j = load(kept + 3 * kLanes<Real>);
         const Vec<Real> r_ij = e_i * (slopes.constant_i[k] + slopes.linear_i[k] * a_i - slopes.product[k] * e_j);
         const Vec<Real> r_ji = e_j * (slopes.constant_j[k] + slopes.linear_j[k] * a_j - slopes.product[k] * e_i);
         store(own + c, load(own + c) + r_ij);
-        store(others + c, load(others + c) + pairs.mirrored[k] * r_ji);
-        along[k] += r_ij * load_classes(centred, c, classes);
+        store(others + c, load(others + c) + pairs.mirrored[at + k] * r_ji);
+        along[k] += r_ij * load(centred + c);
       }
     }
     return sum_lanes<Real>(along);
@@ -512,29 +514,32 @@ void leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, Pa
     for (int64_t e = begin; e < end; ++e) dissimilarity[e] = 0;
   });
   parallel_for(tasks, [&](int64_t begin, int64_t end) {
-    Batch waiting{};  // computed while what its successor needs is on its way to the cache
-    const auto compute = [&] {
-      if (waiting.size == 0) return;
-      const Pairs<Real> pairs(in, waiting);
-      const Sums<Real> sums = sums_of(nodes, nodes[waiting.node], pairs, waiting.size);
-      const Vec<Real> result = Confidences<Real>(sums, inverse_log_classes).dissimilarity();
-      for (int k = 0; k < waiting.size; ++k) {
-        const int64_t entry = waiting.entry(k);
-        dissimilarity[entry] = dissimilarity[in.reverse[entry]] = result[k];
+    Buffer<Real> scratch(Row<Real>::scratch(nodes));
+    Pairs<Real> gathered[2];  // one lot is computed while what the other needs is on its way to the cache
+    Pairs<Real>*next = gathered, *ready = gathered + 1;
+    const auto compute = [&](Pairs<Real>& pairs) {
+      pairs.prepare(in);
+      const Row<Real> row(nodes, pairs.node, scratch.data());
+      for (int at = 0; at < pairs.size; at += kLanes<Real>) {
+        const Sums<Real> sums = sums_of(nodes, row, pairs, at);
+        store(pairs.mirrored + at, Confidences<Real>(sums, inverse_log_classes).dissimilarity());
       }
+      for (int k = 0; k < pairs.size; ++k) dissimilarity[pairs.entry[k]] = dissimilarity[pairs.mirror[k]] = pairs.mirrored[k];
+      pairs.size = 0;
     };
     for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i)
-      for_each_batch(in, i, Runs::owned(in.graph, i), [&](const Batch& batch) {
-        for (int k = 0; k < batch.size; ++k) {
-          const int64_t entry = batch.entry(k);
-          if (nodes.is_narrow()) nodes.prefetch(in.graph.col[entry]);
-          __builtin_prefetch(in.weight + in.reverse[entry]);
-          __builtin_prefetch(dissimilarity + in.reverse[entry], 1);
+      for_each_pairs(in, i, Runs::owned(in.graph, i), next, [&] {
+        for (int k = 0; k < next->size; ++k) {
+          if (nodes.is_narrow()) nodes.prefetch(next->other[k]);
+          __builtin_prefetch(in.weight + next->mirror[k]);
+          __builtin_prefetch(dissimilarity + next->mirror[k], 1);
         }
-        compute();
-        waiting = batch;
+        compute(*ready);
+        Pairs<Real>* const computed = ready;
+        ready = next;
+        next = computed;
       });
-    compute();
+    compute(*ready);
   });
 }
 
@@ -545,30 +550,38 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
   const int64_t stride = nodes.stride, tasks = (in.graph.nodes + kRowsPerTask - 1) / kRowsPerTask;
   const Real lambda = static_cast<Real>(in.logit_scale), inverse_log_classes = inverse_log<Real>(in.classes);
   parallel_for(tasks, [&](int64_t begin, int64_t end) {
-    Buffer<Real> scratch((2 + 4 * kLanes<Real>)*stride);
+    Buffer<Real> scratch((2 + 4 * kLanes<Real>)*stride + Row<Real>::scratch(nodes));
     Real* own = scratch.take(stride);     // Σ_j G r_ij
     Real* others = scratch.take(stride);  // Σ_j G w_ji r_ji
     Real* saved = scratch.take(4 * kLanes<Real> * stride);
+    Real* of_row = scratch.take(Row<Real>::scratch(nodes));
+    Pairs<Real> gathered, *pairs = &gathered;
     for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i) {
-      const Node<Real> node = nodes[i];
+      const Row<Real> row(nodes, i, of_row);
       const int64_t first = in.graph.crow[i], last = in.graph.crow[i + 1];
-      RowGradient<Real> row{nodes, node, own, others, saved, inverse_log_classes};
+      RowGradient<Real> gradient{nodes, row, own, others, saved, inverse_log_classes};
       for (int64_t c = 0; c < 2 * stride; ++c) own[c] = 0;
       for (int64_t e = first; e < last; ++e) out.grad_weight[e] = 0;
-      for_each_batch(in, i, Runs::all(in.graph, i), [&](const Batch& batch) {
-        Real grad[kLanes<Real>] = {};
-        for (int k = 0; k < batch.size; ++k)
-          grad[k] = out.grad_dissimilarity[batch.first + k] + out.grad_dissimilarity[in.reverse[batch.first + k]];
-        if (!differ<Real>(load(grad), Vec<Real>{})) return;
-        store_first(out.grad_weight + batch.first, -lambda * row.add(Pairs<Real>(in, batch), batch.size, load(grad)), batch.size);
+      for_each_pairs(in, i, Runs::all(in.graph, i), pairs, [&] {
+        pairs->prepare(in);
+        for (int at = 0; at < pairs->size; at += kLanes<Real>) {
+          const int size = min(pairs->size - at, kLanes<Real>);
+          Real grad[kLanes<Real>] = {};
+          for (int k = 0; k < size; ++k)
+            grad[k] = out.grad_dissimilarity[pairs->entry[at + k]] + out.grad_dissimilarity[pairs->mirror[at + k]];
+          if (!differ<Real>(load(grad), Vec<Real>{})) continue;
+          store(grad, -lambda * gradient.add(*pairs, at, load(grad)));
+          for (int k = 0; k < size; ++k) out.grad_weight[pairs->entry[at + k]] = grad[k];
+        }
+        pairs->size = 0;
       });
-      row.finish();
+      gradient.finish();
       Vec<Real> along{};
-      for (int64_t c = 0; c < stride; c += kLanes<Real>) along += load(own + c) * load_classes(node.centred, c, in.classes);
+      for (int64_t c = 0; c < stride; c += kLanes<Real>) along += load(own + c) * load_classes(row.node.centred, c, in.classes);
       const Real grad_degree = lambda * sum_lanes<Real>(along);
       for (int64_t e = first; e < last; ++e) out.grad_weight[e] += grad_degree;
       Real* grad = out.grad_propagated + i * in.classes;
-      for (int64_t c = 0; c < in.classes; ++c) grad[c] = node.scale * own[c] - others[c];
+      for (int64_t c = 0; c < in.classes; ++c) grad[c] = row.node.scale * own[c] - others[c];
     }
   });
 }
