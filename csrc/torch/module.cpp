@@ -5,9 +5,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels/common/isa.h"
+#include "../kernels/common/values.h"
 #include "build_info.h"
 
 namespace py = pybind11;
@@ -34,6 +36,23 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("name is '" + name + "'; this processor runs " + known);
 }
 
+// Checks of values: torch's own reductions take 3 µs each and more for the code they need, longer than the kernels of a small call.
+template <class T>
+void define_checks(py::module_& module, const std::string& dtype) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  module.def(("all_within_" + dtype).c_str(),
+             [](uintptr_t address, int64_t count, T low, T high) {
+               return ssmkernels::all_within(reinterpret_cast<const T*>(address), count, low, high);
+             },
+             no_gil);
+  if constexpr (std::is_integral_v<T>)
+    module.def(("ascends_from_zero_" + dtype).c_str(),
+               [](uintptr_t address, int64_t count, int64_t last) {
+                 return ssmkernels::ascends_from_zero(reinterpret_cast<const T*>(address), count, last);
+               },
+               no_gil);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
@@ -41,5 +60,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); }, "What was built, as a dict.");
   module.def("current_isa", &current_isa, "The instruction set that CPU kernels run with.");
   module.def("available_isas", &available_isas, "The instruction sets that this processor runs.");
+  define_checks<float>(module, "float32");
+  define_checks<double>(module, "float64");
+  define_checks<int32_t>(module, "int32");
+  define_checks<int64_t>(module, "int64");
   module.def("set_isa", &set_isa, py::arg("name"), "Chooses the instruction set; ValueError if this processor does not run it.");
 }

@@ -228,8 +228,8 @@ def _check_graph(crow: Tensor, col: Tensor, weight: Tensor) -> int:
 
 
 def _check_entries(crow: Tensor, col: Tensor) -> None:
-    first, last = crow[0].item(), crow[-1].item()
-    if first != 0 or last != col.shape[0] or (crow.shape[0] > 1 and crow.diff().min().item() < 0):
+    if not check.ascends_from_zero(crow, col.shape[0]):
+        first, last = crow[0].item(), crow[-1].item()
         raise ValueError(f"crow must ascend from 0 to E = {col.shape[0]}, the size of col; it goes from {first} to {last}")
     check.check_range("col", col, crow.shape[0] - 1, "the nodes of crow")
 
