@@ -16,10 +16,10 @@ CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu docs format lint setup clean
+.PHONY: help demo test bench gpu registers docs format lint setup clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: setup  ## train on real images for a few minutes; report in runs/demo/
 	$(BIN)/python -m ssmkernels demo
@@ -75,6 +75,13 @@ gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torc
 	timeout --preserve-status -s INT 120 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --out $(GPU_BENCH_OUT)-float32.json
 	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
+
+# All of it anew: ptxas reports what it compiles. Instructions are counted where there is cuobjdump.
+registers: $(VENV)/packages  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills
+	export PATH="$(CURDIR)/$(BIN):$$PATH:/usr/local/cuda/bin" && \
+	  cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90 && \
+	  { cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1 || { tail build/registers/ptxas.log; exit 1; }; } && \
+	  python bench/registers.py build/registers/ptxas.log $$(command -v cuobjdump >/dev/null && echo --objects build/registers)
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache

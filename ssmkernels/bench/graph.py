@@ -132,7 +132,7 @@ def growth_cases(entries: int) -> Iterator[Case]:
     labels = torch.full((graph.num_nodes,), -1)
     labeled = slice(None, None, max(1, graph.num_nodes // 50))
     labels[labeled] = torch.arange(len(labels[labeled])) % 10
-    yield _growth_case(graph, labels)
+    yield short_solve_case(graph, labels)
 
 
 def edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool = True) -> Case:
@@ -185,7 +185,7 @@ def _solve_case(points: Points, dtype: torch.dtype, device: str) -> Case:
     return _solve(arguments, peers, scale)
 
 
-def _growth_case(graph: Graph, labels: Tensor) -> Case:
+def short_solve_case(graph: Graph, labels: Tensor) -> Case:
     system = LabelSystem(graph, labels)
     rhs = (system.rhs - system.diagonal[:, None] * (system.rhs.sum(dim=0) / system.diagonal.sum())).float()
     return _solve((graph.crow, graph.col, graph.weight, None, system.diagonal.float(), rhs), {}, {}, max_iter=30)

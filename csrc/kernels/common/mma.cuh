@@ -21,6 +21,13 @@ __device__ inline unsigned char* dynamic_shared() {
   return memory;
 }
 
+// threadIdx.x, read where it stands: what is made of it is made again there, not kept in registers from before a loop.
+__device__ inline unsigned thread_here() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

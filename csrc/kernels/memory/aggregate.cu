@@ -69,7 +69,7 @@ class Forward {
  private:
   const Arguments& arguments_;
   int lane_;
-  ClassRuns<Real> runs_;
+  ClassRuns<Real, true> runs_;
   Track<Real> track_;
 };
 

@@ -113,7 +113,7 @@ class Matching {
   const Arguments& arguments_;
   int lane_;
   TableRows<Real, true> table_;
-  ClassRuns<Real> runs_;
+  ClassRuns<Real, false> runs_;
   Track<Real> weak_, target_, strong_;
   Real target_logit_[2] = {0, 0};
   Real log_probs_[kBlocks][4];
@@ -165,7 +165,7 @@ struct Merge {
 
 // One block per row. Splits are merged in their order.
 template <class Real>
-__global__ void __launch_bounds__(32 * kMergeWarps) merge_matching(const __grid_constant__ Merge<Real> in) {
+__global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) merge_matching(const __grid_constant__ Merge<Real> in) {
   constexpr int kThreads = 32 * kMergeWarps;
   __shared__ Real scratch[kMergeWarps];
   const int64_t row = blockIdx.x, splits = in.splits;

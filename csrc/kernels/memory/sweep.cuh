@@ -670,11 +670,17 @@ inline int64_t class_sums_pitch(int64_t classes, const Cut& cut) {
   return classes + 1 + cut.splits;
 }
 
-template <class Real>
+// kKeepsPlace: where a thread writes is worked out once; else where a class closes, which takes four registers less and keeps a kernel that
+// has two means from spilling.
+template <class Real, bool kKeepsPlace>
 class ClassRuns {
  public:
-  __device__ ClassRuns(ClassSum<Real>* sums, const int64_t& pitch, const Place& place)
-      : sums_(sums + place.row * pitch + place.split), pitch_(pitch), writes_{place.writes(0), place.writes(1)} {}
+  __device__ ClassRuns(ClassSum<Real>* const& sums, const int64_t& pitch, const Place& place)
+      : sums_(sums),
+        pitch_(pitch),
+        place_(place),
+        first_(sums + place.row * pitch + place.split),
+        writes_{place.writes(0), place.writes(1)} {}
 
   // `track` has no sum of its own: it takes the runs as they close.
   template <int kBlocks>
@@ -713,7 +719,11 @@ class ClassRuns {
       const Real sum = row_sum(run_[r]);
       track.sum[r] += sum;
       run_[r] = 0;
-      if (writes_[r]) sums_[8 * r * pitch_ + label_] = {sum, track.reference[r]};
+      if constexpr (kKeepsPlace) {
+        if (writes_[r]) first_[8 * r * pitch_ + label_] = {sum, track.reference[r]};
+      } else {
+        if (place_.writes(r)) sums_[(place_.row + 8 * r) * pitch_ + place_.split + label_] = {sum, track.reference[r]};
+      }
     }
   }
 
@@ -723,9 +733,11 @@ class ClassRuns {
     label_ = label;
   }
 
-  ClassSum<Real>* sums_;  // of class 0, this split and the first row
-  const int64_t& pitch_;  // a kernel parameter: a reference costs no register
-  bool writes_[2];
+  ClassSum<Real>* const& sums_;  // a kernel parameter, as is the pitch: a reference costs no register
+  const int64_t& pitch_;
+  const Place& place_;
+  ClassSum<Real>* const first_;  // of class 0, this split and the first row
+  const bool writes_[2];
   int label_ = -1;
   Real run_[2] = {0, 0};
 };

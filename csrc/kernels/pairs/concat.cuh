@@ -192,10 +192,11 @@ struct ConcatList {
 template <class Real>
 __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_constant__ ConcatList<Real> in) {
   constexpr int kWidth = kVector<Real>;
+  __shared__ PairSums place_sums[kListWarps][kListBatch];  // of this place in all batches
   __shared__ double scratch[kListWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Real bias = *in.b2;
-  PairSums sums{};
+  if (lane < kListBatch) place_sums[warp][lane] = {};
   for (int64_t begin = (int64_t{blockIdx.x} * kListWarps + warp) * kListBatch; begin < in.count;
        begin += int64_t{gridDim.x} * kListWarps * kListBatch) {
     const int64_t at = begin + lane;
@@ -228,6 +229,7 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
       }
     }
     if (!mine) continue;
+    PairSums& sums = place_sums[warp][lane];
     Real slope = 0;
     if (pair.valid)
       slope = in.head(logit, pair.i, pair.j, at, sums.values);
@@ -236,6 +238,7 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
     sums.slopes += slope;
     if (in.slopes) in.slopes[at] = slope;
   }
+  PairSums sums = lane < kListBatch ? place_sums[warp][lane] : PairSums{};
   sums.values = block_sum<kListWarps>(sums.values, scratch);
   sums.slopes = block_sum<kListWarps>(sums.slopes, scratch);
   if (threadIdx.x == 0) in.sums[blockIdx.x] = sums;

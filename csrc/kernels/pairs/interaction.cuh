@@ -68,7 +68,7 @@ struct InteractionTile {
   Real maxima[kInteractionWarps];
   double scratch[kInteractionWarps];
 
-  __device__ Real& slope(int p) {
+  __device__ Real& slope(unsigned p) {
     return slopes[p / kVector<Real>].values[p % kVector<Real>];
   }
 };
@@ -145,7 +145,7 @@ struct Walk {
 
 // Pair p of the tile.
 template <class Storage>
-__device__ TilePair tile_pair(const InteractionSweep<Storage>& in, const Walk& walk, int p) {
+__device__ TilePair tile_pair(const InteractionSweep<Storage>& in, const Walk& walk, unsigned p) {
   const PairNetwork<Storage>& network = in.network;
   if (network.pairs) {
     const int64_t position = walk.first_position() + p;
@@ -165,11 +165,13 @@ __device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, 
                           typename Engine::Real largest, typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
-  constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth;
+  constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
+  static_assert(kTilePairs % kStep == 0);
+  const unsigned thread = thread_here();
   const bool product = in.network.interaction == Interaction::product;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < kTilePairs * kVectors; i += kInteractionThreads) {
-    const int p = i / kVectors, d = i % kVectors * kWidth;
+  for (int step = 0; step < kTilePairs; step += kStep) {
+    const int p = step + thread / kVectors, d = thread % kVectors * kWidth;
     const Vector<Storage> x = load_padded(tile.x[p], first + d, in.network.features, in.row_vectors);
     const Vector<Storage> y = load_padded(tile.y[p], first + d, in.network.features, in.row_vectors);
     const Real factor = kScaled ? tile.slope(p) / largest : Real(1);
@@ -189,10 +191,12 @@ __device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, i
                          typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
-  constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth;
+  constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
+  static_assert(Engine::kHidden % kStep == 0);
+  const unsigned thread = thread_here();
 #pragma unroll 2
-  for (int i = threadIdx.x; i < Engine::kHidden * kVectors; i += kInteractionThreads) {
-    const int r = i / kVectors, d = i % kVectors * kWidth;
+  for (int step = 0; step < Engine::kHidden; step += kStep) {
+    const int r = step + thread / kVectors, d = thread % kVectors * kWidth;
     const int64_t h = unit + r;
     const bool inside = h < in.network.hidden;
     Vector<Storage> w1 =
@@ -473,7 +477,7 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
   if (threadIdx.x < kTilePairs) tile.sums[threadIdx.x] = {};
   for (Walk walk(in); !walk.ended(); walk.next()) {
     __syncthreads();  // the tile before is done with
-    const int p = threadIdx.x;
+    const unsigned p = thread_here();
     if (p < kTilePairs) {
       const TilePair pair = tile_pair(in, walk, p);
       tile.pairs[p] = pair;

@@ -153,7 +153,7 @@ struct FinishRows {
 };
 
 template <class Real>
-__global__ void __launch_bounds__(kFinishThreads) finish_rows(const __grid_constant__ FinishRows<Real> in) {
+__global__ void __launch_bounds__(kFinishThreads, 8) finish_rows(const __grid_constant__ FinishRows<Real> in) {
   const int64_t begin = blockIdx.x * in.rows_each, end = min(begin + in.rows_each, in.rows);
   for (int64_t c = threadIdx.x; c < in.width; c += kFinishThreads) {
     const Real weight = in.weights ? in.weights[c] : Real(1);

@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kTileThreads)
   LossTile<Engine> loss(in, out.nonzero);
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const TileAt at = in.symmetric ? upper_tile(t) : TileAt{t / column_tiles, t % column_tiles};
-    const WarpTile tile(at.row * kSide, at.column * kSide);
+    const WarpTile tile(at.row * kSide, at.column * kSide, thread_here());  // a warp's place is not kept through the products
     const bool inside = tile.row < rows && tile.column < columns && !(in.symmetric && tile.row > tile.column);
     typename Engine::Products products;
     const Kinds kinds = products_and_kinds<Engine, kMined>(in, tile, inside, true, at.row * kSide, at.column * kSide, ring, products);

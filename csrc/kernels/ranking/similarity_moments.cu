@@ -233,7 +233,7 @@ struct MomentWeights {
 };
 
 // out[i][c] = r_i · H_c
-__global__ void __launch_bounds__(kTileThreads) multiply_gram(const __grid_constant__ Gram gram, double* out) {
+__global__ void __launch_bounds__(kTileThreads, 3) multiply_gram(const __grid_constant__ Gram gram, double* out) {
   using Products = Engine::Products;
   const int64_t tiles = gram.h.tiles(), row = blockIdx.x / tiles * kSide, column = blockIdx.x % tiles * kSide;
   Products products;

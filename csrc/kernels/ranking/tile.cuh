@@ -272,12 +272,13 @@ struct EngineFor<double> {
 struct WarpTile {
   int64_t row, column;
 
-  __device__ WarpTile(int64_t block_row, int64_t block_column) : row(block_row + warp_row()), column(block_column + warp_column()) {}
-  static __device__ int warp_row() {
-    return threadIdx.x / 64 * kWarpSide;
+  __device__ WarpTile(int64_t block_row, int64_t block_column, unsigned thread = threadIdx.x)
+      : row(block_row + warp_row(thread)), column(block_column + warp_column(thread)) {}
+  static __device__ int warp_row(unsigned thread = threadIdx.x) {
+    return thread / 64 * kWarpSide;
   }
-  static __device__ int warp_column() {
-    return threadIdx.x / 32 % 2 * kWarpSide;
+  static __device__ int warp_column(unsigned thread = threadIdx.x) {
+    return thread / 32 % 2 * kWarpSide;
   }
 };
 

@@ -11,6 +11,10 @@ inline unsigned char* dynamic_shared() {
   return emulator::machine().block->shared;
 }
 
+inline unsigned thread_here() {
+  return threadIdx.x;
+}
+
 inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("cp.async is not aligned");
   emulator::this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
