@@ -16,7 +16,8 @@ namespace ssmkernels::SSM_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
-constexpr int kAhead = 2;  // pairs between fetching the row of the other node and computing with it
+constexpr int kAhead = 2;   // pairs between fetching the row of the other node and computing with it
+constexpr int kIntoL2 = 2;  // where fetching waits for the few lines that may be on their way to L1, the work behind it does too
 
 template <class Real>
 struct Node {
@@ -66,7 +67,7 @@ class Nodes {
   // Fetches the values of a node into the cache, while others are computed.
   void prefetch(int64_t i) const {
     const char* values = reinterpret_cast<const char*>(centred(i));
-    for (int64_t byte = 0; byte < row_ * static_cast<int64_t>(sizeof(Real)); byte += 64) __builtin_prefetch(values + byte);
+    for (int64_t byte = 0; byte < row_ * static_cast<int64_t>(sizeof(Real)); byte += 64) __builtin_prefetch(values + byte, 0, kIntoL2);
   }
 
   void prepare(const LeaveOneEdgeOut<Real>& in, ParallelFor parallel_for) {
@@ -531,8 +532,8 @@ void leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, Pa
       for_each_pairs(in, i, Runs::owned(in.graph, i), next, [&] {
         for (int k = 0; k < next->size; ++k) {
           if (nodes.is_narrow()) nodes.prefetch(next->other[k]);
-          __builtin_prefetch(in.weight + next->mirror[k]);
-          __builtin_prefetch(dissimilarity + next->mirror[k], 1);
+          __builtin_prefetch(in.weight + next->mirror[k], 0, kIntoL2);
+          __builtin_prefetch(dissimilarity + next->mirror[k], 0, kIntoL2);
         }
         compute(*ready);
         Pairs<Real>* const computed = ready;
