@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The project's targets on a CPU: medians of several runs of `ssmkernels bench`'s cases, beside what they should be.
 
-python bench/targets.py [--runs 3] [--out bench/results/cpu-targets.md]
+python bench/targets.py [--runs 3] [--op leave_one_edge_out] [--out bench/results/cpu-targets.md]
 """
 
 from __future__ import annotations
@@ -58,12 +58,15 @@ def figure(result: Result, which: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--op", help="only this one")
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rates = device_rates("cpu", {"float32": torch.float32})
     rows = []
     for title, case, targets in cases():
+        if args.op not in (None, case.op):
+            continue
         torch.compiler.reset()
         wanted = {name for name, _ in targets}
         case = dataclasses.replace(case, peers={name: peer for name, peer in case.peers.items() if name in wanted})
@@ -87,7 +90,7 @@ def main() -> None:
             )
     machine = info.collect()
     said = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
-    said += f"`python bench/targets.py --runs {args.runs}`"
+    said += f"`python bench/targets.py --runs {args.runs}{f' --op {args.op}' if args.op else ''}`"
     text = f"{said}\n\n{markdown_table(['case', 'against', 'target', 'median', 'runs', ''], rows)}\n"
     print(text)
     if args.out:
