@@ -60,7 +60,7 @@ def main() -> None:
         print(*rows[-1], sep="  ", flush=True)
     machine = info.collect()
     said = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
-    said += "`python bench/instruction_sets.py`; medians, times of the narrower sets over that of the widest"
+    said += f"`python bench/instruction_sets.py --seconds {args.seconds:g}`; medians, times of the narrower sets over that of the widest"
     text = f"{said}\n\n{markdown_table(['op', 'phase', 'size', f'{names[-1]}, ms', *(f'{name}, ×' for name in names[:-1])], rows)}\n"
     print(text)
     if args.out:
