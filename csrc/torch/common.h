@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <tuple>
 #include <type_traits>
@@ -17,6 +18,11 @@
 #include "../kernels/common/isa.h"
 #include "../kernels/common/parallel_for.h"
 #include "../kernels/memory/bank.h"
+
+// Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of torch's own error.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 #ifdef SSM_WITH_CUDA
 // Lives in libtorch_cuda: present under a CUDA build of torch, null under a CPU one, so that one binary loads under both.
