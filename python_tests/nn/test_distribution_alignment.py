@@ -70,7 +70,7 @@ def test_empty_batch():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="queue_length is 0"):
+    with pytest.raises(ValueError, match="queue_length must be at least 1, got 0"):
         DistributionAlignment(4, queue_length=0)
-    with pytest.raises(ValueError, match=r"probs has shape \(3, 5\); it should be \[B, 4\]"):
+    with pytest.raises(ValueError, match=r"probs must have num_classes = 4 in dimension 1, got shape \[3, 5\]"):
         DistributionAlignment(4)(torch.zeros(3, 5))

@@ -88,9 +88,64 @@ def test_no_gradient_and_no_link_to_the_student():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"decay is 1\.0; it should be in \[0, 1\)"):
+    with pytest.raises(ValueError, match="decay must be below 1"):
         EMATeacher(student(), 1.0)
-    with pytest.raises(ValueError, match="buffers is 'swap'"):
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -0.1"):
+        EMATeacher(student(), -0.1)
+    with pytest.raises(ValueError, match="buffers must be 'average', 'copy' or 'own', got 'swap'"):
         EMATeacher(student(), buffers="swap")
-    with pytest.raises(ValueError, match="student has other parameters"):
-        EMATeacher(student()).update(nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
+        EMATeacher({})
+
+
+class WithBuffer(nn.Sequential):
+    """The student with one buffer more, which is its last."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__(*student())
+        self[2].register_buffer("more", buffer)
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy", "own"])
+@pytest.mark.parametrize(
+    ("made_from", "other", "message"),
+    [
+        (student(), nn.Linear(3, 3), "student has other parameters"),
+        (student(), {}, "student must be a torch.nn.Module, got dict"),
+        (student(), WithBuffer(torch.ones(2)), "student has other buffers"),
+        (WithBuffer(torch.ones(2)), student(), "student has other buffers"),
+        (WithBuffer(torch.ones(2)), WithBuffer(torch.ones(3)), "student has other buffers"),
+    ],
+)
+def test_another_student_is_refused_before_anything_is_written(buffers, made_from, other, message):
+    teacher = EMATeacher(made_from, 0.5, buffers=buffers)
+    before = copy.deepcopy(teacher.state_dict())
+    if isinstance(other, nn.Module):
+        for value in [*other.parameters(), *other.buffers()]:
+            value.data.add_(1)
+    if buffers == "own" and message == "student has other buffers":
+        teacher.update(other)  # whose buffers are not looked at
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        teacher.update(other)
+    torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy", "own"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_student_of_another_dtype(buffers, dtype):
+    """Averaged in the teacher's float32, as a student of the same values in float32 is."""
+    model = student()
+    teacher = EMATeacher(model, 0.9, buffers=buffers)
+    twin = copy.deepcopy(teacher)
+    train_a_little(model)
+    teacher.update(model.to(dtype))
+    twin.update(model.float())
+    torch.testing.assert_close(teacher.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert teacher.model[0].weight.dtype == torch.float32
+
+
+def test_a_model_without_parameters():
+    teacher = EMATeacher(nn.ReLU())
+    teacher.update(nn.ReLU())
+    assert teacher.updates == 1

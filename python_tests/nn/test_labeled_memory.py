@@ -89,7 +89,7 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             LabeledMemory(*arguments)
-    with pytest.raises(ValueError, match='mode must be "temporal" or "teacher", got \'queue\''):
+    with pytest.raises(ValueError, match="mode must be 'temporal' or 'teacher', got 'queue'"):
         LabeledMemory(K, D, L, mode="queue")
     with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 2"):
         LabeledMemory(K, D, L, momentum=2)

@@ -158,16 +158,16 @@ def test_centers_are_constants():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SimilarityNetwork(0), "in_features is 0; it should be at least 1"),
-        (lambda: SimilarityNetwork(4, 0), "hidden_features is 0; it should be at least 1"),
-        (lambda: SimilarityNetwork(4, interaction="sum"), "interaction is 'sum'; it should be 'concat', 'absdiff' or 'product'"),
-        (lambda: sample_pairs(0, 3), "n is 0; it should be at least 1"),
-        (lambda: sample_pairs(2, -1), "m is -1; it should be at least 0"),
-        (lambda: draw_class_centers(features(3), torch.arange(2), 4), r"features has shape \(3, 6\) and labels \(2,\)"),
-        (lambda: draw_class_centers(features(3), torch.arange(3), 0), "num_classes is 0"),
+        (lambda: SimilarityNetwork(0), "in_features must be at least 1, got 0"),
+        (lambda: SimilarityNetwork(4, 0), "hidden_features must be at least 1, got 0"),
+        (lambda: SimilarityNetwork(4, interaction="sum"), "interaction must be 'concat', 'absdiff' or 'product', got 'sum'"),
+        (lambda: sample_pairs(0, 3), "n must be at least 1, got 0"),
+        (lambda: sample_pairs(2, -1), "m must be at least 0, got -1"),
+        (lambda: draw_class_centers(features(3), torch.arange(2), 4), "labels must have n of features = 3"),
+        (lambda: draw_class_centers(features(3), torch.arange(3), 0), "num_classes must be at least 1, got 0"),
         (
             lambda: draw_class_centers(features(3), torch.arange(3), 3, ClassCenters(torch.zeros(2, 6), torch.zeros(2, dtype=torch.bool))),
-            r"previous has features of shape \(2, 6\); it should be \[3, 6\]",
+            r"previous must have features \[3, 6\], got shape \[2, 6\]",
         ),
     ],
 )

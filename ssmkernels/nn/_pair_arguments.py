@@ -104,12 +104,18 @@ def pair_masks(pairs: PairIndices | PairLabels, rows: int, columns: int) -> tupl
     if isinstance(pairs, PairLabels):
         same = pairs.labels[:, None] == pairs.reference_labels
         negatives = ~same
-        return (same.fill_diagonal_(False) if pairs.skip_diagonal else same), negatives
+        return (without_diagonal(same) if pairs.skip_diagonal else same), negatives
     positives = torch.zeros(rows, columns, dtype=torch.bool, device=pairs.positive_rows.device)
     negatives = torch.zeros_like(positives)
     positives[pairs.positive_rows, pairs.positive_columns] = True
     negatives[pairs.negative_rows, pairs.negative_columns] = True
     return positives, negatives
+
+
+def without_diagonal(pairs: Tensor) -> Tensor:
+    """The pairs (i, j), i ≠ j, of a mask [n, n]. Unlike ``fill_diagonal_``, whose meta kernel wants plain sizes, it compiles for any n."""
+    rows = torch.arange(pairs.shape[0], device=pairs.device)
+    return pairs & (rows[:, None] != rows)
 
 
 def at_most_one_pair(pairs: PairIndices | PairLabels) -> bool:

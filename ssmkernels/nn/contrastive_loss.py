@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssmkernels import ops
 from ssmkernels.nn import _pair_arguments as pair
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
 
 Reduction = Literal["mean_nonzero", "mean", "sum"]
@@ -73,7 +74,7 @@ class ContrastiveLoss(nn.Module):
         if pair.at_most_one_pair(pairs):
             return pair.zero_loss(embeddings)
         dtype = check.compute_dtype(torch.promote_types(embeddings.dtype, references.dtype))
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             x = F.normalize(embeddings.to(dtype))
             y = x if references is embeddings else F.normalize(references.to(dtype))
             if isinstance(pairs, pair.PairLabels):

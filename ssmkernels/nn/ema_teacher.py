@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from ssmkernels.ops import _checks as check
+
+BufferRule = Literal["average", "copy", "own"]
 
 
 class EMATeacher(nn.Module):
@@ -24,23 +29,28 @@ class EMATeacher(nn.Module):
 
     Integer buffers are the student's in the first two.
 
+    The average is kept in the teacher's own dtype, whatever the student's is. In a half type it stands still, because what a step adds
+    is rounded away: give a half-precision student a float32 teacher, ``EMATeacher(student).float()``.
+
     Args:
         model: the student at its start; it is copied.
         decay: a, in [0, 1).
         buffers: as above.
         warm_up: a = min(1 − 1/(step + 1), decay), so that the starting weights do not linger in a short run.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; the message names it.
     """
 
-    def __init__(
-        self, model: nn.Module, decay: float = 0.999, *, buffers: Literal["average", "copy", "own"] = "copy", warm_up: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.999, *, buffers: BufferRule = "copy", warm_up: bool = False) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}; it should be in [0, 1)")
-        if buffers not in ("average", "copy", "own"):
-            raise ValueError(f"buffers is {buffers!r}; it should be 'average', 'copy' or 'own'")
+        _check_module("model", model)
+        self.decay = check.check_fraction("decay", decay)
+        if self.decay == 1:
+            raise ValueError("decay must be below 1, or the teacher would never learn")
+        if buffers not in get_args(BufferRule):
+            raise ValueError(f"buffers must be 'average', 'copy' or 'own', got {buffers!r}")
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.decay = decay
         self.buffer_rule = buffers
         self.warm_up = warm_up
         self.updates = 0
@@ -55,20 +65,25 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """One step towards ``student``, a module with the parameters and buffers of the model given at the start."""
-        decay = min(1 - 1 / (self.updates + 1), self.decay) if self.warm_up else self.decay
-        mine: list[Tensor] = [*self.model.parameters()]
-        theirs: list[Tensor] = [*student.parameters()]
-        if [p.shape for p in mine] != [p.shape for p in theirs]:
-            raise ValueError("student has other parameters than the model that this teacher was made from")
+        """One step towards ``student``, a module with the parameters and buffers of the model given at the start, in any dtype.
+
+        Raises:
+            ValueError, TypeError: ``student`` has other parameters or, unless they are the teacher's own, other buffers. Nothing is
+                written then.
+        """
+        _check_module("student", student)
+        averaged = _pairs("parameters", self.model.parameters(), student.parameters())
         if self.buffer_rule != "own":
-            for buffer, source in zip(self.model.buffers(), student.buffers(), strict=True):
-                if self.buffer_rule == "average" and buffer.is_floating_point():
-                    mine.append(buffer)
-                    theirs.append(source)
-                else:
+            buffers = _pairs("buffers", self.model.buffers(), student.buffers())
+            averages = self.buffer_rule == "average"
+            averaged += [pair for pair in buffers if averages and pair[0].is_floating_point()]
+            for buffer, source in buffers:
+                if not (averages and buffer.is_floating_point()):
                     buffer.copy_(source)
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        if averaged:
+            decay = min(1 - 1 / (self.updates + 1), self.decay) if self.warm_up else self.decay
+            mine = [value for value, _ in averaged]
+            torch._foreach_lerp_(mine, [source.to(value) for value, source in averaged], 1 - decay)
         self.updates += 1
 
     def get_extra_state(self) -> int:
@@ -79,3 +94,15 @@ class EMATeacher(nn.Module):
 
     def extra_repr(self) -> str:
         return f"decay={self.decay}, buffers={self.buffer_rule!r}, warm_up={self.warm_up}"
+
+
+def _check_module(name: str, value: object) -> None:
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
+def _pairs(kind: str, mine: Iterable[Tensor], theirs: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    values, sources = [*mine], [*theirs]
+    if [value.shape for value in values] != [source.shape for source in sources]:
+        raise ValueError(f"student has other {kind} than the model that this teacher was made from")
+    return [*zip(values, sources, strict=True)]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.nn._precision import autocast_is_on, without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -57,7 +58,7 @@ class FeatureBasis(nn.Module):
         """s_ij, (4): the cosines of W_a f, [n, n], or [n, m] with references [m, d]; in float32 or better. A zero row has cosine 0."""
         rows = self._directions("features", features)
         columns = rows if references is None else self._directions("references", references)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             return rows @ columns.t()
 
     def _projected(self, name: str, features: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class FeatureBasis(nn.Module):
         check.check_floating(name, features)
         check.check_size(name, features, 1, self.weight.shape[1], "in_features")
         check.check_same_device(name, features, "weight", self.weight)
-        if not torch.is_autocast_enabled(features.device.type):
+        if not autocast_is_on(features):
             check.check_same_dtype(name, features, "weight", self.weight)
         return F.linear(features, self.weight)
 

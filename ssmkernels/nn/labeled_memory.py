@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ssmkernels import ops
 from ssmkernels.distributed import all_gather_rows
 from ssmkernels.ops import _checks as check
+
+Mode = Literal["temporal", "teacher"]
 
 
 class LabeledMemory(nn.Module):
@@ -46,25 +48,24 @@ class LabeledMemory(nn.Module):
         num_classes: int,
         *,
         labels: Tensor | None = None,
-        mode: Literal["temporal", "teacher"] = "temporal",
+        mode: Mode = "temporal",
         momentum: float = 0.7,
     ) -> None:
         super().__init__()
-        for name, value in (("num_slots", num_slots), ("dim", dim), ("num_classes", num_classes)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if mode not in ("temporal", "teacher"):
-            raise ValueError(f'mode must be "temporal" or "teacher", got {mode!r}')
-        self.num_classes = num_classes
+        num_slots, dim = check.check_count("num_slots", num_slots), check.check_count("dim", dim)
+        self.num_classes = check.check_count("num_classes", num_classes)
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be 'temporal' or 'teacher', got {mode!r}")
         self.mode = mode
-        self.momentum = check.check_fraction("momentum", momentum) if mode == "temporal" else 0.0
+        momentum = check.check_fraction("momentum", momentum)
+        self.momentum = momentum if mode == "temporal" else 0.0
         rows = torch.arange(num_slots)
         sorted_labels = torch.zeros(num_slots, dtype=torch.int64)
         if labels is not None:
             check.check_tensor("labels", labels, "[K]", 1)
             check.check_int64("labels", labels)
             check.check_size("labels", labels, 0, num_slots, "num_slots")
-            check.check_range("labels", labels, num_classes, "the number of classes")
+            check.check_range("labels", labels, self.num_classes, "the number of classes")
             sorted_labels, order = labels.cpu().sort(stable=True)
             rows[order] = torch.arange(num_slots)
         self.register_buffer("bank", torch.zeros(num_slots, dim))

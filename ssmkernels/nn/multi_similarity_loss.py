@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.nn import _pair_arguments as pair
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -64,7 +65,7 @@ class MultiSimilarityLoss(nn.Module):
         if isinstance(pairs, pair.PairIndices) and check.values_are_checked(positives) and (positives & negatives).any():
             raise ValueError("indices_tuple lists a pair both as positive and as negative")
         dtype = check.compute_dtype(torch.promote_types(embeddings.dtype, references.dtype))
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             x = F.normalize(embeddings.to(dtype))
             y = x if references is embeddings else F.normalize(references.to(dtype))
             shifted = x @ y.t() - self.base

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.distributed import all_gather_rows
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -42,7 +43,7 @@ class PrototypeHead(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         z = self.projection(features)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
             return z, self.prototypes(z)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -76,7 +77,7 @@ class ProxyLoss(nn.Module):
                 check.check_weights("confidence", confidence)
 
         dtype = check.compute_dtype(embeddings.dtype)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with without_autocast(embeddings):
             cosines = embeddings.to(dtype) @ F.normalize(self.proxies.to(dtype)).t()
             own = labels[:, None] == torch.arange(classes, device=labels.device)
             margins = torch.where(own, cosines - self.margin, -cosines - self.margin)

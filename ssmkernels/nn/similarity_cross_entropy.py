@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.nn._pair_arguments import without_diagonal
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.nn.feature_basis import check_labels, mean_cross_entropy
 from ssmkernels.nn.similarity_distribution import RunningSimilarityMoments
 from ssmkernels.ops import _checks as check
@@ -49,12 +51,12 @@ class LocalCrossEntropy(RunningSimilarityMoments):
             labels: pseudo-labels [n] int64.
         """
         self._update(basis_features.detach(), labels, batch_gradient=False)
-        with torch.autocast(basis_features.device.type, enabled=False):
+        with without_autocast(basis_features):
             directions = _directions(basis_features)
             logits = self.scale * (directions @ directions.t())
         same = labels[:, None] == labels
         total = logits.new_zeros(())
-        for pairs, losses in ((same.clone().fill_diagonal_(False), F.softplus(-logits)), (~same, F.softplus(logits))):
+        for pairs, losses in ((without_diagonal(same), F.softplus(-logits)), (~same, F.softplus(logits))):
             total = total + torch.where(pairs, losses, 0).sum() / pairs.sum().clamp_min(1)
         return total
 
@@ -99,7 +101,7 @@ class GlobalCrossEntropy(RunningSimilarityMoments):
         check.check_size("basis_features", basis_features, 1, self.prototypes.shape[1], "num_basis")
         check_labels(labels, basis_features.shape[0], self.prototypes.shape[0], "num_clusters")
         self._update(basis_features.detach(), labels, batch_gradient=False)
-        with torch.autocast(basis_features.device.type, enabled=False):
+        with without_autocast(basis_features):
             directions = _directions(basis_features)
             logits = self.scale * (directions @ F.normalize(self.prototypes.to(directions.dtype)).t())
             return mean_cross_entropy(logits, labels)

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssmkernels import ops
+from ssmkernels.nn._precision import RunningStatistics
 from ssmkernels.ops import _checks as check
 
 MOMENTS = ops.SimilarityMoments._fields
+MomentGradient = Literal["batch", "momentum"]
 
 
-class RunningSimilarityMoments(nn.Module):
+class RunningSimilarityMoments(RunningStatistics):
     """Running means and variances of the similarities of positive and of negative pairs, (6): μ ← (1 − β) μ_batch + β μ.
 
     Buffers ``positive_mean``, ``positive_var``, ``negative_mean``, ``negative_var``, 0-d and at least float32 whatever the module is
@@ -27,6 +28,7 @@ class RunningSimilarityMoments(nn.Module):
         momentum: β in [0, 1).
     """
 
+    statistics = MOMENTS
     positive_mean: Tensor
     positive_var: Tensor
     negative_mean: Tensor
@@ -73,16 +75,6 @@ class RunningSimilarityMoments(nn.Module):
                     getattr(self, f"{side}_seen").logical_or_(here)
         return ops.SimilarityMoments(**moments)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """``.half()`` and the like move the moments without rounding them: an average at β = .99 stands still in a half type."""
-        before = {name: getattr(self, name) for name in MOMENTS}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            converted = getattr(self, name)
-            if converted.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, value.to(converted.device))
-        return self
-
 
 class SimilarityDistributionLoss(RunningSimilarityMoments):
     """L_SD = max(μ⁻ − μ⁺ + m, 0) + λ_v (v⁺ + v⁻), (5) of SLADE, with the running moments of (6).
@@ -114,14 +106,14 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
         margin: float = 0.5,
         variance_weight: float = 1.0,
         momentum: float = 0.99,
-        gradient: Literal["batch", "momentum"] = "batch",
+        gradient: MomentGradient = "batch",
     ) -> None:
         super().__init__(momentum)
         self.margin = check.check_number("margin", margin)
         self.variance_weight = check.check_number("variance_weight", variance_weight)
         if self.variance_weight < 0:
             raise ValueError(f"variance_weight must be >= 0, got {variance_weight}")
-        if gradient not in ("batch", "momentum"):
+        if gradient not in get_args(MomentGradient):
             raise ValueError(f"gradient must be 'batch' or 'momentum', got {gradient!r}")
         self.gradient = gradient
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import ops
+from ssmkernels.ops import _checks as check
 
 Interaction = Literal["concat", "absdiff", "product"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 class SimilarityNetwork(nn.Module):
@@ -24,15 +26,16 @@ class SimilarityNetwork(nn.Module):
         in_features: d, size of the features.
         hidden_features: h, hidden units.
         interaction: φ: "concat", (x_i, y_j), which depends on the order of the two; "absdiff", |x_i − y_j|; or "product", x_i∘y_j.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; the message names it.
     """
 
     def __init__(self, in_features: int, hidden_features: int = 512, interaction: Interaction = "concat") -> None:
         super().__init__()
-        for name, value in (("in_features", in_features), ("hidden_features", hidden_features)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it should be at least 1")
+        in_features, hidden_features = check.check_count("in_features", in_features), check.check_count("hidden_features", hidden_features)
         if interaction not in get_args(Interaction):
-            raise ValueError(f"interaction is {interaction!r}; it should be 'concat', 'absdiff' or 'product'")
+            raise ValueError(f"interaction must be 'concat', 'absdiff' or 'product', got {interaction!r}")
         self.in_features, self.hidden_features, self.interaction = in_features, hidden_features, interaction
         width = 2 * in_features if interaction == "concat" else in_features
         self.w1 = nn.Parameter(torch.empty(hidden_features, width))
@@ -63,7 +66,7 @@ class SimilarityNetwork(nn.Module):
         alpha: float | None = 0.25,
         gamma: float = 2.0,
         ignore_index: int = -1,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> Tensor:
         """L_S, equations (1) and (2), as focal loss: a pair is positive where its labels are equal.
 
@@ -107,10 +110,13 @@ def sample_pairs(n: int, m: int, *, generator: torch.Generator | None = None, de
 
     Each is drawn on its own, uniformly from the n² labelled–labelled and the n² unlabelled–unlabelled ordered pairs: the labels of both
     sides are equally trustworthy, and no pair mixes the two. Drawn on the generator's device, returned on ``device``.
+
+    Raises:
+        ValueError, TypeError: n ≥ 1 or m ≥ 0 is not an int or out of range; the message names it.
     """
-    for name, value, lowest in (("n", n, 1), ("m", m, 0)):
-        if value < lowest:
-            raise ValueError(f"{name} is {value}; it should be at least {lowest}")
+    n = check.check_count("n", n)
+    if m < 0:
+        raise ValueError(f"m must be at least 0, got {m}")
     drawn = torch.randint(2 * n * n, (m,), generator=generator, device=device if generator is None else generator.device)
     half, place = drawn // (n * n), drawn % (n * n)
     rows = torch.stack([place // n, place % n], dim=1) + n * half[:, None]
@@ -141,18 +147,23 @@ def draw_class_centers(
         num_classes: K.
         previous: the centers of the batch before.
         generator: of the draw; its device may be another.
+
+    Raises:
+        ValueError, TypeError: an argument is not as said above; the message names it.
     """
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(f"features has shape {tuple(features.shape)} and labels {tuple(labels.shape)}; they should be [n, d] and [n]")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; it should be at least 1")
+    check.check_tensor("features", features, "[n, d]", 2)
+    check.check_tensor("labels", labels, "[n]", 1)
+    check.check_int64("labels", labels)
+    check.check_size("labels", labels, 0, features.shape[0], "n of features")
+    check.check_same_device("labels", labels, "features", features)
+    num_classes = check.check_count("num_classes", num_classes)
     if previous is None:
         previous = ClassCenters(
             features.new_zeros(num_classes, features.shape[1]), torch.zeros(num_classes, dtype=torch.bool, device=features.device)
         )
     if previous.features.shape != (num_classes, features.shape[1]):
-        shape = tuple(previous.features.shape)
-        raise ValueError(f"previous has features of shape {shape}; it should be [{num_classes}, {features.shape[1]}]")
+        shape = list(previous.features.shape)
+        raise ValueError(f"previous must have features [{num_classes}, {features.shape[1]}], got shape {shape}")
     if len(labels) == 0:
         return previous
     # The member with the highest ticket wins its class.
