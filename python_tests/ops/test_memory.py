@@ -570,7 +570,7 @@ BAD = [
     (lambda p: {"temperature_strong": 0.0}, ValueError, r"temperature_strong must be finite and > 0, got 0.0"),
     (lambda p: {"temperature_strong": -0.1}, ValueError, r"temperature_strong must be finite and > 0, got -0.1"),
     (lambda p: {"temperature_weak": float("inf")}, ValueError, r"temperature_weak must be finite and > 0, got inf"),
-    (lambda p: {"temperature_weak": torch.tensor(0.1)}, TypeError, r"temperature_weak must be a number, got Tensor"),
+    (lambda p: {"temperature_weak": torch.ones(2)}, TypeError, r"temperature_weak must be a number, got a tensor of"),
     (lambda p: {"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\], got 1.5"),
     (lambda p: {"alpha": float("nan")}, ValueError, r"alpha must be in \[0, 1\], got nan"),
     (lambda p: {"query_weak": p.query_weak.to("meta")}, ValueError, r"query_weak is on meta but bank is on cpu"),

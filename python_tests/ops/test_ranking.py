@@ -573,7 +573,7 @@ BAD = [
     (_loss, lambda p: {"labels": p.labels.to("meta")}, ValueError, r"labels is on meta but embeddings is on cpu"),
     (_loss, lambda p: {"reduction": "none"}, ValueError, r"reduction must be 'mean_nonzero', 'mean' or 'sum', got 'none'"),
     (_loss, lambda p: {"positive_margin": "0"}, TypeError, r"positive_margin must be a number, got str"),
-    (_loss, lambda p: {"negative_margin": float("inf")}, ValueError, r"negative_margin must be finite, got inf"),
+    (_loss, lambda p: {"negative_margin": float("inf")}, ValueError, r"negative_margin must be finite and >= 0, got inf"),
     (_loss, lambda p: {"negative_margin": True}, TypeError, r"negative_margin must be a number, got bool"),
     (_loss, lambda p: {"references": p.embeddings}, ValueError, r"reference_labels must be given too"),
     (_loss, lambda p: {"reference_labels": p.labels}, ValueError, r"references must be given too"),

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +40,21 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def fits(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks below."""
-    return isinstance(value, Tensor) and value.shape == shape and value.dtype == dtype and value.device == device
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.shape == shape
+        and value.dtype == dtype
+        and value.device == device
+    )
 
 
 def check_tensor(name: str, value: object, shape: str, ndim: int) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
+    if value.is_nested or value.layout is not torch.strided:
+        layout = "a nested one" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor {shape}, got {layout}")
     if value.ndim != ndim:
         raise ValueError(f"{name} must be {shape}, got shape {list(value.shape)}")
 
@@ -72,59 +84,141 @@ def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> 
         raise TypeError(f"{name} is {value.dtype} but {like_name} is {like.dtype}; convert one of them, or call under torch.autocast")
 
 
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    grad = ", that requires grad" if value.requires_grad else ""
+    return f"a tensor of {value.dtype}, shape {list(value.shape)}{grad}"
+
+
+def _scalar(value: Any) -> Any:
+    """What a 0-d tensor without a gradient holds, read once, at the time of the call; anything else as it is."""
+    if type(value) not in _PLAIN or torch.compiler.is_compiling():
+        return value
+    if value.ndim > 0 or value.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return value
+    return value.item()
+
+
+def _number(name: str, value: object, kind: str = "a number") -> float:
+    """A number of Python's or numpy's, or a 0-d tensor, as a float. A symbolic number of a compiler stays one."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    given = _scalar(value)
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise TypeError(f"{name} must be {kind}, got {_described(value)}")
+    try:
+        return float(given)
+    except OverflowError:  # a Python integer beyond float64
+        return math.inf if given > 0 else -math.inf  # type: ignore[operator]
+
+
 def check_number(name: str, value: object) -> float:
     if type(value) is float and -math.inf < value < math.inf:
         return value
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    number = _number(name, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def check_positive(name: str, value: object) -> float:
     if type(value) is float and 0 < value < math.inf:
         return value
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value}")
-    return float(value)
+    number = _number(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be finite and > 0, got {number}")
+    return number
+
+
+def check_nonnegative(name: str, value: object) -> float:
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    number = _number(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {number}")
+    return number
 
 
 def check_fraction(name: str, value: object) -> float:
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
-    return float(value)
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {number}")
+    return number
+
+
+def check_threshold(name: str, value: object) -> float:
+    """A number that may be infinite."""
+    number = _number(name, value, "a number or a scalar tensor")
+    if number != number:
+        raise ValueError(f"{name} must not be NaN")
+    return number
+
+
+def check_integer(name: str, value: object) -> int:
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    given = _scalar(value)
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {_described(value)}")
+    number = operator.index(given)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {number}")
+    return number
 
 
 def check_count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    count = check_integer(name, value)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return count
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if isinstance(value, str) and value in choices:
+        return
+    *first, last = map(repr, choices)
+    raise ValueError(f"{name} must be {', '.join(first)} or {last}, got {value!r}")
 
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with SSMKERNELS_CHECK=1."""
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return False
-    return tensor.is_cpu or os.environ.get("SSMKERNELS_CHECK") == "1"
+    return tensor.is_cpu or (tensor.is_cuda and os.environ.get("SSMKERNELS_CHECK") == "1")
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether :func:`torch.func.vmap` runs over a dimension of the tensor: its values cannot decide anything then."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_batchedtensor(value):
+            return True
+        value = functorch.get_unwrapped(value)
+    return False
 
 
 def _is_plain(value: Tensor) -> bool:
     """Whether the values can be read where they lie: a reduction of torch takes 3 µs instead of 1, and leaves other code cold."""
-    return type(value) in _PLAIN and value.is_cpu and value.is_contiguous() and not torch._C._are_functorch_transforms_active()
+    return (
+        type(value) in _PLAIN
+        and value.is_cpu
+        and value.is_contiguous()
+        and not value.is_neg()  # −x as a flag over the memory of x
+        and not value._is_zerotensor()  # zeros without memory
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _all_within(value: Tensor, low: float, high: float) -> bool:
     """Whether every element is finite and in [low, high]."""
     if (read := _all_within_of.get(value.dtype)) and _is_plain(value):
         return bool(read(value.data_ptr(), value.numel(), low, high))
-    if value.numel() == 0:
+    if value.numel() == 0 or is_batched(value):
         return True
     least, largest = (bound.item() for bound in torch.aminmax(value.detach()))
     return low <= least <= largest <= high and math.isfinite(least) and math.isfinite(largest)
@@ -134,6 +228,8 @@ def ascends_from_zero(value: Tensor, last: int) -> bool:
     """Whether a vector of ids starts at 0, never goes down and ends at ``last``."""
     if (read := _ascends_from_zero_of.get(value.dtype)) and _is_plain(value):
         return bool(read(value.data_ptr(), value.numel(), last))
+    if is_batched(value):
+        return True
     return value.numel() > 0 and value[0].item() == 0 and value[-1].item() == last and not bool((value.diff() < 0).any())
 
 
@@ -143,6 +239,13 @@ def check_range(name: str, value: Tensor, size: int, meaning: str) -> None:
         return
     low, high = (bound.item() for bound in torch.aminmax(value))
     raise ValueError(f"{name} must be in [0, {size}), {meaning}; got values from {low} to {high}")
+
+
+def check_at_least_zero(name: str, value: Tensor) -> None:
+    """Every id >= 0."""
+    if _all_within(value, 0, 2**63 - 1):
+        return
+    raise ValueError(f"{name} must be >= 0, got {value.min().item()}")
 
 
 def check_weights(name: str, value: Tensor) -> None:
@@ -161,18 +264,70 @@ def check_finite(name: str, value: Tensor) -> None:
     raise ValueError(f"{name} must be finite, got values from {low} to {high}")
 
 
+def _overlaps_itself(value: Tensor) -> bool:
+    """Whether two elements of a vector or matrix lie in one place of memory."""
+    strides = [(size, stride) for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1]
+    if value.numel() == 0 or not strides:
+        return False
+    if any(stride == 0 for _, stride in strides):
+        return True
+    if len(strides) == 1:
+        return False
+    (rows, row_stride), (columns, column_stride) = strides
+    common = math.gcd(row_stride, column_stride)  # equal places: so many rows down are so many columns to the right
+    return column_stride // common < rows and row_stride // common < columns
+
+
+def _extent(value: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's elements, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    start = value.storage_offset() * value.element_size()
+    return int(start), int(start + (last + 1) * value.element_size())
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    return a_start < b_end and b_start < a_end
+
+
+def check_written(name: str, value: Tensor, read: dict[str, Tensor]) -> None:
+    """A tensor that is written has no gradient, and its elements share memory neither with each other nor with what is read."""
+    if torch.compiler.is_compiling() or type(value) not in _PLAIN:
+        return
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad, since writing it records no gradient; give {name}.detach()")
+    if is_batched(value) or any(map(is_batched, read.values())):
+        raise ValueError(f"{name} is written in place, which torch.func.vmap cannot do for several at a time")
+    if _overlaps_itself(value):
+        layout = f"shape {list(value.shape)} with strides {value.stride()}"
+        raise ValueError(f"{name} must not overlap itself in memory, got {layout}")
+    for other, tensor in read.items():
+        if _share_memory(value, tensor):
+            raise ValueError(f"{other} must not share memory with {name}, which is written; give {other}.clone()")
+
+
+def autocast_is_enabled(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as torch does."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocast_is_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(tensor if tensor.dtype == torch.float64 else cast(tensor, dtype) for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result
 def _tf32_setting() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# What torch.compiler.assume_constant_result does: the setting is read while a graph is traced, since dynamo cannot look
+# into it. By hand, because that function imports dynamo, which takes seconds.
+_tf32_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allow_tf32(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ threads. Gradients are first order.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
-PRECONDITIONERS = ("jacobi", "none")
+Preconditioner = Literal["jacobi", "none"]
+
+PRECONDITIONERS = get_args(Preconditioner)
 
 
 class LaplacianSolution(NamedTuple):
@@ -45,7 +47,7 @@ def laplacian_solve(
     initial: Tensor | None = None,
     rtol: float = 1e-6,
     max_iter: int = 1000,
-    preconditioner: str = "jacobi",
+    preconditioner: Preconditioner = "jacobi",
 ) -> LaplacianSolution:
     """Solves (diag(diagonal) + D − W + D_dis + W_dis) X = rhs by conjugate gradients, all columns at once: equations (12), (16) and (24).
 
@@ -94,9 +96,8 @@ def laplacian_solve(
             check.check_size(name, value, 0, nodes, "N of crow")
     given = _same_dtype(values)
     rtol = check.check_positive("rtol", rtol)
-    check.check_count("max_iter", max_iter)
-    if preconditioner not in PRECONDITIONERS:
-        raise ValueError(f"preconditioner must be 'jacobi' or 'none', got {preconditioner!r}")
+    max_iter = check.check_count("max_iter", max_iter)
+    check.check_choice("preconditioner", preconditioner, PRECONDITIONERS)
     if check.values_are_checked(rhs):
         _check_entries(crow, col)
         for name in ("weight", "dissimilarity", "diagonal"):
@@ -117,7 +118,7 @@ def laplacian_solve(
         max_iter=max_iter,
         preconditioner=preconditioner,
     )
-    if check.values_are_checked(rhs):
+    if check.values_are_checked(residual) and not check.is_batched(residual):
         _warn_of_failures(residual, curvature, rtol, max_iter)
     return LaplacianSolution(solution, iterations, residual)
 
@@ -133,7 +134,7 @@ def solve_with_curvature(
     initial: Tensor | None = None,
     rtol: float,
     max_iter: int,
-    preconditioner: str = "jacobi",
+    preconditioner: Preconditioner = "jacobi",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`laplacian_solve` without its checks of values and without its warning, for matrices that may not be definite.
 
@@ -286,7 +287,13 @@ def _fake_leave_one_edge_out(crow: Tensor, col: Tensor, reverse: Tensor, weight:
 
 
 def _fake_leave_one_edge_out_backward(
-    grad_dissimilarity: Tensor, crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, logit_scale: float
+    grad_dissimilarity: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reverse: Tensor,
+    weight: Tensor,
+    propagated: Tensor,
+    logit_scale: float,
 ) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), propagated.new_empty(propagated.shape)
 
@@ -300,13 +307,31 @@ def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
     grad_rhs = autograd.call(
-        "laplacian_solve", crow, col, weight, dissimilarity, diagonal, grad_solution, None, ctx.rtol, ctx.max_iter, ctx.jacobi
+        "laplacian_solve",
+        crow,
+        col,
+        weight,
+        dissimilarity,
+        diagonal,
+        grad_solution,
+        None,
+        ctx.rtol,
+        ctx.max_iter,
+        ctx.jacobi,
     )[0]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[2:5]):
         grads = torch.ops.ssmkernels.laplacian_solve_backward.default(crow, col, grad_rhs, solution)
     grad_weight, grad_dissimilarity, grad_diagonal = grads
-    return None, None, grad_weight, None if dissimilarity is None else grad_dissimilarity, grad_diagonal, grad_rhs, *[None] * 4
+    return (
+        None,
+        None,
+        grad_weight,
+        None if dissimilarity is None else grad_dissimilarity,
+        grad_diagonal,
+        grad_rhs,
+        *[None] * 4,
+    )
 
 
 def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -86,7 +86,7 @@ def instance_matching(
     """
     _library.require(bank)
     args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
-    check.check_fraction("alpha", alpha)
+    alpha = check.check_fraction("alpha", alpha)
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     with_gradient = torch.is_grad_enabled() and query_strong.requires_grad
@@ -120,9 +120,13 @@ def merge_instance_matching(a: InstanceMatchingPartial, b: InstanceMatchingParti
     """The partial result of two disjoint parts of a bank taken together. Empty parts merge too."""
 
     def shares(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = torch.logaddexp(log_a, log_b)
-        shift = total.nan_to_num(nan=torch.nan, neginf=0.0)  # −inf only where both parts are empty: both shares are 0 then
-        return total, (log_a - shift).exp(), (log_b - shift).exp()
+        largest = torch.maximum(log_a, log_b)
+        shift = largest.masked_fill(largest.isneginf(), 0)  # −inf where both parts are empty: both shares are 0 then
+        a, b = (log_a - shift).exp(), (log_b - shift).exp()
+        # Divided by the sum, rather than taken off in the exponent, so that the shares of large logits add up to 1.
+        total = a + b
+        scale = torch.where(total == 0, 1, total)
+        return largest + scale.log(), a / scale, b / scale
 
     log_weak, weak_a, weak_b = shares(a.log_weak, b.log_weak)
     log_strong, strong_a, strong_b = shares(a.log_strong, b.log_strong)
@@ -191,10 +195,7 @@ def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
     _library.require(bank)
     _check_bank("query", query, bank, bank_labels)
     temperature = check.check_positive("temperature", temperature)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, torch.SymInt)):
-        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    num_classes = check.check_count("num_classes", num_classes)
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     if check.values_are_checked(bank_labels):
@@ -243,7 +244,7 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
     An index that occurs twice in a batch is applied in batch order. Read the bank (:func:`instance_matching`) before writing it in a step.
 
     Args:
-        bank: [K, D], any strides; written.
+        bank: [K, D], any strides, without a gradient; written.
         bank_labels: [K] int64; written.
         index: [B] int64 in [0, K), the slot of each row.
         features: [B, D], dtype of the bank.
@@ -251,7 +252,8 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
         momentum: share of the old feature, in [0, 1]; 0 replaces the slot.
 
     Raises:
-        TypeError, ValueError: as :func:`instance_matching`; nothing is written then.
+        TypeError, ValueError: as :func:`instance_matching`, and where features, index or labels share memory with what is
+            written, or two slots of the bank do; nothing is written then.
     """
     _library.require(bank)
     check.check_tensor("bank", bank, "[K, D]", 2)
@@ -270,10 +272,11 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
     for name, value in (("bank_labels", bank_labels), ("index", index), ("features", features), ("labels", labels)):
         check.check_same_device(name, value, "bank", bank)
     momentum = check.check_fraction("momentum", momentum)
+    check.check_written("bank", bank, {"features": features})
+    check.check_written("bank_labels", bank_labels, {"index": index, "labels": labels})
     if check.values_are_checked(index):
         check.check_range("index", index, bank.shape[0], "the slots of bank")
-        if labels.numel() and int(labels.min()) < 0:
-            raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
+        check.check_at_least_zero("labels", labels)
     torch.ops.ssmkernels.memory_update_.default(bank, bank_labels, index, features, labels, momentum)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((bank, bank_labels))  # autograd then sees that a saved bank has changed
@@ -295,7 +298,7 @@ def _check_bank(name: str, query: Tensor, bank: Tensor, bank_labels: Tensor) -> 
     check.check_same_device("bank_labels", bank_labels, "bank", bank)
     check.check_size(name, query, 1, bank.shape[1], "D of bank")
     check.check_size("bank_labels", bank_labels, 0, bank.shape[0], "K of bank")
-    if not torch.is_autocast_enabled(bank.device.type):
+    if not check.autocast_is_enabled(bank.device):
         check.check_same_dtype(name, query, "bank", bank)
 
 

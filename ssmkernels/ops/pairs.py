@@ -10,8 +10,7 @@ same bits, for any number of threads. Gradients are first order.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +19,11 @@ from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
-INTERACTIONS = ("concat", "absdiff", "product")
-REDUCTIONS = ("mean", "sum", "none")
+Interaction = Literal["concat", "absdiff", "product"]
+Reduction = Literal["mean", "sum", "none"]
+
+INTERACTIONS = get_args(Interaction)
+REDUCTIONS = get_args(Reduction)
 
 
 def pair_logits(
@@ -32,7 +34,7 @@ def pair_logits(
     w2: Tensor,
     b2: Tensor,
     *,
-    interaction: str = "concat",
+    interaction: Interaction = "concat",
     pairs: Tensor | None = None,
 ) -> Tensor:
     """Logits of the similarity network, section 2.1 of the paper: w2·relu(w1·φ(x_i, y_j) + b1) + b2.
@@ -69,12 +71,12 @@ def pair_focal_loss(
     w2: Tensor,
     b2: Tensor,
     *,
-    interaction: str = "concat",
+    interaction: Interaction = "concat",
     pairs: Tensor | None = None,
     alpha: float | None = 0.25,
     gamma: float = 2.0,
     ignore_index: int = -1,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Focal loss of the similarity network, equations (1) to (3) with FL = −α_t (1 − p_t)^γ log p_t as the distance (section 2.3).
 
@@ -107,16 +109,11 @@ def pair_focal_loss(
         check.check_same_device(name, labels, "x", x)
     if alpha is not None:
         alpha = check.check_fraction("alpha", alpha)
-    if isinstance(gamma, (bool, Tensor)) or not isinstance(gamma, (int, float)):
-        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    gamma = check.check_nonnegative("gamma", gamma)
+    ignore_index = check.check_integer("ignore_index", ignore_index)
+    check.check_choice("reduction", reduction, REDUCTIONS)
     rows_x, rows_y, *network = _network(x, y, w1, b1, w2, b2, interaction, pairs)
-    args = (rows_x, rows_y, x_labels, y_labels, *network, alpha, float(gamma), ignore_index)
+    args = (rows_x, rows_y, x_labels, y_labels, *network, alpha, gamma, ignore_index)
     if reduction == "none":
         return autograd.call("pair_focal_loss", *args)
     differentiable = x.requires_grad or y.requires_grad or w1.requires_grad or b1.requires_grad or w2.requires_grad or b2.requires_grad
@@ -128,8 +125,7 @@ def _network(
     x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str, pairs: Tensor | None
 ) -> tuple[Any, ...]:
     """The arguments of the kernels."""
-    if interaction not in INTERACTIONS:
-        raise ValueError(f"interaction must be 'concat', 'absdiff' or 'product', got {interaction!r}")
+    check.check_choice("interaction", interaction, INTERACTIONS)
     _check_network(x, y, w1, b1, w2, b2, interaction)
     if pairs is not None:
         check.check_tensor("pairs", pairs, "[p, 2]", 2)
@@ -169,7 +165,7 @@ def _check_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2:
         return
     shapes = {"x": ("[n, d]", x), "y": ("[m, d]", y), "w1": ("[h, 2d]" if interaction == "concat" else "[h, d]", w1)}
     shapes |= {"b1": ("[h]", b1), "w2": ("[h]", w2), "b2": ("[]", b2)}
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    autocast = isinstance(x, Tensor) and check.autocast_is_enabled(x.device)
     for name, (shape, value) in shapes.items():
         check.check_tensor(name, value, shape, 2 if "," in shape else len(shape) - 2)
         check.check_floating(name, value)

@@ -9,7 +9,7 @@ order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 
-REDUCTIONS = ("mean_nonzero", "mean", "sum")
+Reduction = Literal["mean_nonzero", "mean", "sum"]
+
+REDUCTIONS = get_args(Reduction)
 
 
 class SimilarityMoments(NamedTuple):
@@ -36,7 +38,7 @@ def pair_ranking_loss(
     *,
     positive_margin: float = 0.0,
     negative_margin: float = 0.5,
-    reduction: str = "mean_nonzero",
+    reduction: Reduction = "mean_nonzero",
     references: Tensor | None = None,
     reference_labels: Tensor | None = None,
 ) -> Tensor:
@@ -50,8 +52,8 @@ def pair_ranking_loss(
     Args:
         embeddings: e [n, d].
         labels: [n] int64, any values.
-        positive_margin: m_pos.
-        negative_margin: m_neg.
+        positive_margin: m_pos; below 0 it adds a constant to the loss of every positive pair.
+        negative_margin: m_neg ≥ 0.
         reduction: ``"mean_nonzero"``, ``"mean"`` or ``"sum"``.
         references: [m, d], other embeddings to pair with, such as a memory of earlier batches.
         reference_labels: [m] int64, with references.
@@ -65,9 +67,11 @@ def pair_ranking_loss(
     """
     _check_rows("embeddings", embeddings, "[n, d]")
     _check_labels("labels", labels, "[n]", "embeddings", embeddings)
-    margins = check.check_number("positive_margin", positive_margin), check.check_number("negative_margin", negative_margin)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
+    margins = (
+        check.check_number("positive_margin", positive_margin),
+        check.check_nonnegative("negative_margin", negative_margin),
+    )
+    check.check_choice("reduction", reduction, REDUCTIONS)
     if (references is None) != (reference_labels is None):
         missing = "references" if references is None else "reference_labels"
         raise ValueError(f"{missing} must be given too: references and reference_labels come together")
@@ -103,7 +107,7 @@ def mined_pair_ranking_loss(
     negative_threshold: float | Tensor,
     positive_margin: float = 0.0,
     negative_margin: float = 0.5,
-    reduction: str = "mean_nonzero",
+    reduction: Reduction = "mean_nonzero",
 ) -> Tensor:
     """L_rank of pairs mined by the feature basis, equation (7): positives with s_ij ≥ T1, negatives with s_ij ≤ T2.
 
@@ -127,17 +131,27 @@ def mined_pair_ranking_loss(
     _check_rows("basis_features", basis_features, "[n, k]")
     check.check_size("basis_features", basis_features, 0, embeddings.shape[0], "n of embeddings")
     check.check_same_device("basis_features", basis_features, "embeddings", embeddings)
-    margins = check.check_number("positive_margin", positive_margin), check.check_number("negative_margin", negative_margin)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean_nonzero', 'mean' or 'sum', got {reduction!r}")
+    margins = (
+        check.check_number("positive_margin", positive_margin),
+        check.check_nonnegative("negative_margin", negative_margin),
+    )
+    check.check_choice("reduction", reduction, REDUCTIONS)
     dtype = torch.promote_types(embeddings.dtype, basis_features.dtype)
-    embeddings, basis_features = _computed(check.cast(embeddings, dtype)), _computed(check.cast(basis_features.detach(), dtype))
+    embeddings, basis_features = (
+        _computed(check.cast(embeddings, dtype)),
+        _computed(check.cast(basis_features.detach(), dtype)),
+    )
     thresholds = [
         _threshold(name, value, embeddings)
         for name, value in (("positive_threshold", positive_threshold), ("negative_threshold", negative_threshold))
     ]
     return autograd.call(
-        "mined_pair_ranking_loss", embeddings, basis_features, torch.stack(thresholds), *margins, REDUCTIONS.index(reduction)
+        "mined_pair_ranking_loss",
+        embeddings,
+        basis_features,
+        torch.stack(thresholds),
+        *margins,
+        REDUCTIONS.index(reduction),
     )[0]
 
 
@@ -182,11 +196,7 @@ def _check_labels(name: str, labels: Tensor, shape: str, rows_name: str, rows: T
 def _threshold(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     dtype = check.compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number or a scalar tensor, got {type(value).__name__}")
-        if value != value:
-            raise ValueError(f"{name} must not be NaN")
-        return torch.full((), value, dtype=dtype, device=like.device)
+        return torch.full((), check.check_threshold(name, value), dtype=dtype, device=like.device)
     check.check_tensor(name, value, "[]", 0)
     check.check_floating(name, value)
     check.check_same_device(name, value, "embeddings", like)
@@ -207,7 +217,11 @@ def _fake_ranking_loss(embeddings: Tensor, references: Tensor | None) -> tuple[T
     dtype = check.compute_dtype(embeddings.dtype)
     others = embeddings if references is None else references
     tiles = tuple((rows.shape[0] + TILE - 1) // TILE for rows in (embeddings, others))
-    return embeddings.new_empty((), dtype=dtype), embeddings.new_empty(2, dtype=dtype), embeddings.new_empty(tiles, dtype=torch.uint8)
+    return (
+        embeddings.new_empty((), dtype=dtype),
+        embeddings.new_empty(2, dtype=dtype),
+        embeddings.new_empty(tiles, dtype=torch.uint8),
+    )
 
 
 def _fake_pair_ranking_loss(embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def laplacian_solve(
     initial: Tensor | None = None,
     rtol: float = 1e-6,
     max_iter: int = 1000,
-    preconditioner: str = "jacobi",
+    preconditioner: Literal["jacobi", "none"] = "jacobi",
 ) -> LaplacianSolution:
     """(diag(diagonal) + D − W + D_dis + W_dis) X = rhs through the dense matrix, which must not be singular.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def pair_logits(
     w2: Tensor,
     b2: Tensor,
     *,
-    interaction: str = "concat",
+    interaction: Literal["concat", "absdiff", "product"] = "concat",
     pairs: Tensor | None = None,
 ) -> Tensor:
     """w2·relu(w1·φ(x_i, y_j) + b1) + b2 of all pairs [n, m] or of those listed [p]."""
@@ -43,12 +45,12 @@ def pair_focal_loss(
     w2: Tensor,
     b2: Tensor,
     *,
-    interaction: str = "concat",
+    interaction: Literal["concat", "absdiff", "product"] = "concat",
     pairs: Tensor | None = None,
     alpha: float | None = 0.25,
     gamma: float = 2.0,
     ignore_index: int = -1,
-    reduction: str = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
     """FL = −α_t (1 − p_t)^γ log p_t of the logits, the target being whether the labels match; 0 for pairs with an ignored label."""
     logits = pair_logits(x, y, w1, b1, w2, b2, interaction=interaction, pairs=pairs)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def pair_ranking_loss(
     *,
     positive_margin: float = 0.0,
     negative_margin: float = 0.5,
-    reduction: str = "mean_nonzero",
+    reduction: Literal["mean_nonzero", "mean", "sum"] = "mean_nonzero",
     references: Tensor | None = None,
     reference_labels: Tensor | None = None,
 ) -> Tensor:
@@ -73,7 +73,7 @@ def mined_pair_ranking_loss(
     negative_threshold: float | Tensor,
     positive_margin: float = 0.0,
     negative_margin: float = 0.5,
-    reduction: str = "mean_nonzero",
+    reduction: Literal["mean_nonzero", "mean", "sum"] = "mean_nonzero",
 ) -> Tensor:
     """Equation (7): positives are the pairs whose basis features have a cosine ≥ T1, negatives those with one ≤ T2."""
     embeddings, basis = _computed(embeddings), _unit(_computed(basis_features.detach()))
