@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Thin driver of CMake, which holds the list of sources. The rest of the packaging is in pyproject.toml.
 
-Environment: MAX_JOBS, CUDA_HOME (or CUDA_PATH), FORCE_CUDA (1: fail without nvcc, 0: CPU only), TORCH_CUDA_ARCH_LIST.
+Environment: MAX_JOBS, CUDA_HOME (or CUDA_PATH), FORCE_CUDA (1: fail without nvcc, 0: CPU only), TORCH_CUDA_ARCH_LIST,
+CMAKE_ARGS (more options of CMake, such as -DSSM_AVX512_LANES=ON).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -184,6 +186,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release", "-DSSM_PYTHON=ON", f"-DSSM_OUTPUT={output}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
         configure += cuda_options(nvcc) if nvcc else ["-DSSM_CUDA=OFF"]
+        configure += ["-DSSM_AVX512_LANES=OFF", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
         build = [cmake, "--build", str(folder), "--target", "_C", "--parallel", str(max_jobs(os.environ))]
         for command in (configure, build):
             print(" ".join(command), flush=True)

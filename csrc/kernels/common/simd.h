@@ -18,7 +18,9 @@
 
 namespace ssmkernels::SSM_ISA {
 
-#if defined(__AVX512F__)
+// SSM_AVX512_LANES: vectors as wide as AVX-512's, so every sum in its order, out of narrower instructions: the set "avx512" can then be
+// tested, if not timed, on a processor without it.
+#if defined(__AVX512F__) || defined(SSM_AVX512_LANES)
 inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;

@@ -122,7 +122,7 @@ static inline void multiply_block(const Real* a, int64_t stride, int64_t steps, 
 }
 
 // Rows of the register block: 2 vectors each, beside 2 for b and 1 for the broadcast, in 32 registers (AVX-512) or 16.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(SSM_AVX512_LANES)
 inline constexpr int kBlock = 8;
 #else
 inline constexpr int kBlock = 6;
