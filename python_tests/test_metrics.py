@@ -65,7 +65,7 @@ def test_separate_references_agree_with_a_full_ranking():
 
 
 @pytest.mark.parametrize("k", ["max_bin_count", None])
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", [False, True, "references include the query"])
 @pytest.mark.parametrize("source", ["random", "digits"])
 def test_agrees_with_pytorch_metric_learning(k, separate, source, request):
     peer = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator")
@@ -77,7 +77,11 @@ def test_agrees_with_pytorch_metric_learning(k, separate, source, request):
         pixels, digit = request.getfixturevalue("digits")
         embeddings, labels = torch.from_numpy(pixels).float(), torch.from_numpy(digit).long()
     calculator = peer.AccuracyCalculator(include=tuple(KEYS_OF_PEER), k=k, device=torch.device("cpu"))
-    if separate:
+    if separate == "references include the query":
+        cut = len(labels) // 3
+        theirs = calculator.get_accuracy(embeddings[:cut], labels[:cut], embeddings, labels, ref_includes_query=True)
+        ours = metrics.retrieval(embeddings[:cut], labels[:cut], references=embeddings, reference_labels=labels, ref_includes_query=True)
+    elif separate:
         cut = len(labels) // 3
         theirs = calculator.get_accuracy(embeddings[:cut], labels[:cut], embeddings[cut:], labels[cut:])
         ours = metrics.retrieval(embeddings[:cut], labels[:cut], references=embeddings[cut:], reference_labels=labels[cut:])
@@ -134,6 +138,33 @@ def test_ranks_asked_for_and_lists_that_are_too_short():
     embeddings, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([4, 4, 4])
     found = metrics.retrieval(embeddings, labels, recall_at=(5,), precision_at=[4])
     assert found == {"P@1": 1.0, "R@5": 1.0, "P@4": 0.5, "RP": 1.0, "MAP@R": 1.0}
+
+
+@pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.array, torch.tensor], ids=str)
+def test_kinds_of_ranks(scalar):
+    embeddings, labels = random_set(17, 3, 4, seed=0)
+    expected = metrics.retrieval(embeddings, labels, recall_at=(2,), precision_at=(3, 1))
+    assert metrics.retrieval(embeddings, labels, recall_at=scalar(2), precision_at=[scalar(3), scalar(1)]) == expected
+    assert metrics.retrieval(embeddings, labels, recall_at=np.array([2]), precision_at={1, 3}) == expected
+    first, second = (metrics.nmi(embeddings, labels, num_clusters=kind(4), seed=kind(1)) for kind in (int, scalar))
+    assert first == second
+
+
+def test_references_that_are_the_queries():
+    """A query is not its own first hit where ref_includes_query says that it is there."""
+    embeddings, labels = random_set(61, 5, 4, seed=0)
+    within = metrics.retrieval(embeddings, labels)
+    assert metrics.retrieval(embeddings, labels, ref_includes_query=True) == within
+    same = {"references": embeddings, "reference_labels": labels}
+    assert metrics.retrieval(embeddings, labels, **same, ref_includes_query=True) == within
+    assert metrics.retrieval(embeddings, labels, **same)["P@1"] == 1.0  # every query finds itself
+
+
+def test_every_label_is_a_class():
+    """−1 too, unlike in the graphs and the pair network."""
+    embeddings, labels = random_set(61, 5, 4, seed=1)
+    assert metrics.retrieval(embeddings, labels - 1) == metrics.retrieval(embeddings, labels)
+    assert metrics.nmi(embeddings, labels - 1) == metrics.nmi(embeddings, labels)
 
 
 def test_no_query_has_a_reference_of_its_class():
@@ -233,8 +264,23 @@ E2, L2 = torch.eye(3, 2), torch.tensor([0, 1, 0])
             "reference_labels should have 3 entries, one for each row of references",
             {"references": E2, "reference_labels": L2[:1]},
         ),
-        (ValueError, "recall_at should hold integers ≥ 1, got 0", {"recall_at": (1, 0)}),
-        (TypeError, "precision_at should hold integers, got float", {"precision_at": (1.0,)}),
+        (ValueError, r"embeddings should be \[N, d\] with d ≥ 1, got shape \[3, 0\]", {"embeddings": E2[:, :0]}),
+        (ValueError, "recall_at should be integers ≥ 1, got 0", {"recall_at": (1, 0)}),
+        (ValueError, "recall_at should be integers ≥ 1, got -1", {"recall_at": -1}),
+        (TypeError, "recall_at should be an integer, got None", {"recall_at": None}),
+        (TypeError, "recall_at should be an integer, got '12'", {"recall_at": "12"}),
+        (TypeError, "precision_at should be an integer, got 1.0", {"precision_at": (1.0,)}),
+        (TypeError, "precision_at should be an integer, got True", {"precision_at": True}),
+        (
+            ValueError,
+            "references and reference_labels should begin with the 3 rows of embeddings and labels, as ref_includes_query says",
+            {"references": torch.cat([E2.flip(0), E2]), "reference_labels": torch.cat([L2, L2]), "ref_includes_query": True},
+        ),
+        (
+            ValueError,
+            "references should have at least 2 rows where they include the query; got 1",
+            {"embeddings": E2[:1], "labels": L2[:1], "references": E2[:1], "reference_labels": L2[:1], "ref_includes_query": True},
+        ),
     ],
 )
 def test_retrieval_refuses(error, message, arguments):
@@ -245,7 +291,10 @@ def test_retrieval_refuses(error, message, arguments):
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (TypeError, "num_clusters should be an integer, got float", {"num_clusters": 2.0}),
+        (TypeError, "num_clusters should be an integer, got 2.0", {"num_clusters": 2.0}),
+        (TypeError, "seed should be an integer, got None", {"seed": None}),
+        (ValueError, "seed should be from 0 to 2³² − 1, got -1", {"seed": -1}),
+        (ValueError, r"embeddings should be \[N, d\] with d ≥ 1", {"embeddings": E2[:, :0]}),
         (ValueError, "num_clusters should be from 1 to 3, the number of embeddings; got 4", {"num_clusters": 4}),
         (ValueError, "num_clusters should be from 1 to 3, the number of embeddings; got 0", {"num_clusters": 0}),
         (ValueError, "embeddings should have at least 1 row, got none", {"embeddings": E2[:0], "labels": L2[:0]}),

@@ -7,7 +7,9 @@ The recall, precision and NMI of Zhuang and Moulin (CVPR 2023), equations (30)-(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,9 @@ def retrieval(
     *,
     references: Tensor | np.ndarray | None = None,
     reference_labels: Tensor | np.ndarray | None = None,
-    recall_at: Sequence[int] = (1, 2, 4, 8),
-    precision_at: Sequence[int] = (1, 2, 4, 8),
+    ref_includes_query: bool = False,
+    recall_at: int | Iterable[int] = (1, 2, 4, 8),
+    precision_at: int | Iterable[int] = (1, 2, 4, 8),
 ) -> dict[str, float]:
     """Ranks the references of every query by distance, and tells how many of its own class come first.
 
@@ -47,13 +50,17 @@ def retrieval(
     references; equal distances rank by index, and equal references have equal distances. Queries are taken some at a time: the memory is
     O((N + M)·d) and a bounded share of the N·M distances. Runs on the device of ``embeddings``.
 
+    Every label is a class here, −1 too: leave out what is unlabelled.
+
     Args:
-        embeddings: [N, d] queries, floating point, finite.
+        embeddings: [N, d] queries, floating point, finite, d ≥ 1.
         labels: [N] integers.
         references: [M, d] in which to search; by default the queries, each without itself.
         reference_labels: [M] integers, with ``references`` only.
-        recall_at: the k of ``R@k``, each ≥ 1.
-        precision_at: the k of ``P@k``, each ≥ 1.
+        ref_includes_query: the first N references are the queries, and each query is left out of its own ranking. As
+            pytorch-metric-learning's ``get_accuracy`` has it.
+        recall_at: the k of ``R@k``, each ≥ 1; one k or several.
+        precision_at: the k of ``P@k``, likewise.
 
     Raises:
         TypeError: a dtype is wrong, or a k is not an integer.
@@ -62,7 +69,6 @@ def retrieval(
     queries, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels)
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels should be given together")
-    within = references is None
     if references is None or reference_labels is None:
         if len(queries) < 2:
             raise ValueError(f"embeddings should have at least 2 rows, or references should be given; got {len(queries)}")
@@ -73,6 +79,14 @@ def retrieval(
             raise ValueError(f"references should be of dimension {queries.shape[1]}, that of embeddings; got {keys.shape[1]}")
         if keys.device != queries.device:
             raise ValueError(f"references should be on {queries.device}, the device of embeddings; got {keys.device}")
+        if ref_includes_query and not (keys[: len(queries)].equal(queries) and key_labels[: len(queries)].equal(labels)):
+            raise ValueError(
+                f"references and reference_labels should begin with the {len(queries)} rows of embeddings and labels, "
+                "as ref_includes_query says"
+            )
+        if ref_includes_query and len(keys) < 2:
+            raise ValueError(f"references should have at least 2 rows where they include the query; got {len(keys)}")
+    within = references is None or ref_includes_query
     recall_at, precision_at = _ranks("recall_at", recall_at), _ranks("precision_at", precision_at)
 
     classes, codes = torch.unique(torch.cat([labels, key_labels]), return_inverse=True)
@@ -147,7 +161,7 @@ def nmi(embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clu
         embeddings: [N, d], floating point, finite.
         labels: [N] integers.
         num_clusters: from 1 to N; by default the number of classes.
-        seed: of k-means.
+        seed: of k-means, from 0 to 2³² − 1.
 
     Returns:
         A number in [0, 1].
@@ -163,10 +177,11 @@ def nmi(embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clu
     points, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels)
     if num_clusters is None:
         num_clusters = len(labels.unique())
-    if isinstance(num_clusters, bool) or not isinstance(num_clusters, int):
-        raise TypeError(f"num_clusters should be an integer, got {type(num_clusters).__name__}")
+    num_clusters, seed = _integer("num_clusters", num_clusters), _integer("seed", seed)
     if not 1 <= num_clusters <= len(points):
         raise ValueError(f"num_clusters should be from 1 to {len(points)}, the number of embeddings; got {num_clusters}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed should be from 0 to 2³² − 1, got {seed}")
     clusters = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(points.cpu().numpy())
     return nmi_of_clusters(labels.cpu(), clusters)
 
@@ -213,6 +228,8 @@ def _embeddings_and_labels(
         raise ValueError(f"{name} should be [N, d], got shape {list(embeddings.shape)}")
     if len(embeddings) == 0:
         raise ValueError(f"{name} should have at least 1 row, got none")
+    if embeddings.shape[1] == 0:
+        raise ValueError(f"{name} should be [N, d] with d ≥ 1, got shape {list(embeddings.shape)}")
     if not bool(embeddings.isfinite().all()):
         raise ValueError(f"{name} should be finite, but holds NaN or infinity")
     labels = _labels(labels_name, labels)
@@ -240,10 +257,20 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
     return value
 
 
-def _ranks(name: str, ranks: Sequence[int]) -> list[int]:
-    for k in ranks:
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"{name} should hold integers, got {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"{name} should hold integers ≥ 1, got {k}")
-    return sorted(set(ranks))
+def _ranks(name: str, ranks: Any) -> list[int]:
+    if isinstance(ranks, str) or not isinstance(ranks, Iterable) or getattr(ranks, "ndim", 1) == 0:
+        ranks = [ranks]
+    found = sorted({_integer(name, k) for k in ranks})
+    if found and found[0] < 1:
+        raise ValueError(f"{name} should be integers ≥ 1, got {found[0]}")
+    return found
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} should be an integer, got {value!r}")
+    return number
