@@ -119,8 +119,8 @@ def test_chunks_change_nothing(monkeypatch):
 def test_no_full_matrix_is_made(monkeypatch):
     monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 1003)
     sizes = []
-    nearest = metrics._nearest
-    monkeypatch.setattr(metrics, "_nearest", lambda distances, k: sizes.append(distances.shape) or nearest(distances, k))
+    smallest = metrics.smallest
+    monkeypatch.setattr(metrics, "smallest", lambda distances, k: sizes.append(distances.shape) or smallest(distances, k))
     metrics.retrieval(*random_set(1003, 4, 10, seed=0))
     assert set(sizes) == {(7, 1003), (2, 1003)}
 

@@ -103,7 +103,7 @@ def retrieval(
         if within:
             chunk.scatter_(1, rows[:, None], torch.inf)
         longest = max(1, *recall_at, *precision_at, int(relevant[rows].max()))
-        nearest = _nearest(chunk, min(longest, len(keys) - within))
+        nearest = smallest(chunk, min(longest, len(keys) - within))
         same = key_labels[nearest] == labels[rows, None]
         hits = same.cumsum(dim=1, dtype=torch.float64)
         for k in recall_at:
@@ -137,17 +137,17 @@ class _Distances:
         return distances[:, self._position] if self._repeated else distances
 
 
-def _nearest(distances: Tensor, k: int) -> Tensor:
-    """[B, k] columns of the k least of each row, ascending, and by index where they are equal."""
-    largest = distances.topk(k, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
-    kept = distances <= largest
+def smallest(values: Tensor, k: int) -> Tensor:
+    """[B, k] columns of the k least of each row of ``values`` [B, M], ascending, and by index where they are equal."""
+    largest = values.topk(k, dim=1, largest=False, sorted=False).values.amax(dim=1, keepdim=True)
+    kept = values <= largest
     candidates = kept.nonzero()
-    if len(candidates) > k * len(distances):  # more columns as far as the k-th: the first of them by index
-        below, tied = distances < largest, distances == largest
+    if len(candidates) > k * len(values):  # more columns as far as the k-th: the first of them by index
+        below, tied = values < largest, values == largest
         room = k - below.sum(dim=1, keepdim=True)
         candidates = (below | (tied & (tied.cumsum(dim=1) <= room))).nonzero()
     columns = candidates[:, 1].view(-1, k)
-    order = distances.gather(1, columns).sort(dim=1, stable=True).indices
+    order = values.gather(1, columns).sort(dim=1, stable=True).indices
     return columns.gather(1, order)
 
 

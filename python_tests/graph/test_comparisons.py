@@ -144,17 +144,24 @@ BAD = [
     ("lpdr", {"rtol": 0.0}, r"rtol must be finite and > 0, got 0.0"),
     ("lpdr", {"max_iter": 0}, r"max_iter must be at least 1, got 0"),
     ("lpdr", {"dissimilarity": torch.ones(3)}, r"dissimilarity must be \[E\]"),
+    ("lpdr", {"seed": 0.5}, r"seed must be an int, got float"),
     ("uniform_damping", {"beta": float("nan")}, r"beta must be finite and >= 0, got nan"),
+    ("uniform_damping", {"beta": None}, r"beta must be a number, got NoneType"),
 ]
 
 
 @pytest.mark.parametrize(("function", "change", "message"), BAD)
 def test_bad_input(function, change, message):
     graph, labels = two_squares()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         getattr(comparisons, function)(graph, labels, **({"dissimilarity": graph.weight} | change))
     with pytest.raises(ValueError, match=r"true_labels must be \[N\] = \[8\], got shape \[3\]"):
         comparisons.oracle_dissimilarity(graph, labels[:3], 0.5)
+    for alpha in (None, True, "x"):
+        with pytest.raises(TypeError, match="alpha must be a number"):
+            comparisons.learning_with_local_and_global_consistency(graph, labels, alpha=alpha)
+    with pytest.raises(TypeError, match="fraction must be a number, got NoneType"):
+        comparisons.oracle_dissimilarity(graph, labels, None)
 
 
 def test_mutual_neighbours_must_be_known(digits):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import importlib.util
+import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ssmkernels.graph import knn, knn_graph
 
-pytest.importorskip("scipy.sparse")
+scipy_sparse = pytest.importorskip("scipy.sparse")
 BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss"))]
 
 
@@ -83,6 +85,55 @@ def test_dtypes_and_arrays(dtype):
         torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scalar", [np.int64, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numpy_scalars(scalar, backend):
+    features = features_of(50, 8)
+    found = knn_graph(features, scalar(5), gamma=np.float32(2), backend=backend)
+    assert found.weight.equal(knn_graph(features, 5, gamma=2.0, backend=backend).weight)
+
+
+@pytest.mark.parametrize("make", ["csr_array", "coo_matrix"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sparse_features(dtype, make, monkeypatch):
+    """The graph of the dense features; with ties between equal rows, and a row without entries."""
+    draw = np.random.default_rng(0)
+    dense = (draw.standard_normal((123, 7)) * draw.integers(0, 2, (123, 7))).astype(dtype)
+    dense[5] = 0
+    dense[40:80] = dense[:40]
+    features = getattr(scipy_sparse, make)(dense)
+    before = features.data.copy()
+    expected = knn_graph(dense, 9)
+    monkeypatch.setattr(knn, "CHUNK_BYTES", 8 * 123 * 50)  # 50 rows at a time
+    graph = knn_graph(features, 9)
+    assert graph.dtype == expected.dtype and np.array_equal(features.data, before)
+    torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()), torch.from_numpy(expected.to_scipy().toarray()))
+    assert graph.mutual.equal(expected.mutual)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interrupt_is_taken_after_a_bounded_search(backend, monkeypatch):
+    searches = []
+    name = f"_{backend}_search"
+    original = getattr(knn, name)
+
+    def interrupted(unit, count):
+        search = original(unit, count)
+
+        def one(rows):
+            searches.append(len(rows))
+            signal.raise_signal(signal.SIGINT)
+            return search(rows)
+
+        return one
+
+    monkeypatch.setattr(knn, name, interrupted)
+    monkeypatch.setattr(knn, "CHUNK_PRODUCTS", 40 * 300 * 8)
+    with pytest.raises(KeyboardInterrupt):
+        knn_graph(features_of(300, 8), 5, backend=backend)
+    assert searches == [40]
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-15, 1e30])
 def test_the_length_of_features_does_not_matter(scale):
     """Squares of these overflow or vanish in float32."""
@@ -147,8 +198,19 @@ BAD = [
     ({"k": 10}, ValueError, r"k must be in \[1, N\), N = 10 being the number of features; got 10"),
     ({"k": 0}, ValueError, r"k must be in \[1, N\)"),
     ({"k": 2.0}, TypeError, r"k must be an int, got float"),
+    ({"k": True}, TypeError, r"k must be an int, got bool"),
+    ({"k": np.float64(2)}, TypeError, r"k must be an int, got float64"),
     ({"gamma": 0.0}, ValueError, r"gamma must be finite and > 0, got 0.0"),
+    ({"gamma": True}, TypeError, r"gamma must be a number, got bool"),
+    ({"gamma": None}, TypeError, r"gamma must be a number, got NoneType"),
+    ({"gamma": "x"}, TypeError, r"gamma must be a number, got str"),
+    ({"gamma": float("nan")}, ValueError, r"gamma must be finite and > 0, got nan"),
     ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got 'annoy'"),
+    ({"backend": None}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got None"),
+    ({"features": scipy_sparse.eye_array(10, dtype=np.int64)}, TypeError, r"features must be floating point, got int64"),
+    ({"features": scipy_sparse.eye_array(10) * np.nan}, ValueError, r"features must be finite"),
+    ({"features": scipy_sparse.eye_array(10), "backend": "torch"}, ValueError, r"backend must be 'auto' for sparse features"),
+    ({"features": scipy_sparse.eye_array(3)}, ValueError, r"k must be in \[1, N\), N = 3 being the number of features; got 3"),
     ({"features": torch.ones(10, 3, 1)}, ValueError, r"features must be \[N, d\], got shape \[10, 3, 1\]"),
     ({"features": torch.ones(10, 3).long()}, TypeError, r"features must be floating point, got torch.int64"),
     ({"features": torch.full((10, 3), torch.nan)}, ValueError, r"features must be finite"),

@@ -3,6 +3,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -214,6 +215,15 @@ def test_on_a_gpu(digits, draw_labels):
     assert (there.pseudo_labels.cpu() == here.pseudo_labels).double().mean() > 0.999
 
 
+def test_numpy_scalars():
+    graph, labels, _ = case("balanced")
+    plain = mixed_label_propagation(graph, labels, num_classes=3, beta=1.0, logit_scale=4.0, mu=0.5, rtol=0.0625, max_iter=500)
+    for kind in (np.float32, np.float64, torch.tensor):
+        settings = {"beta": kind(1.0), "logit_scale": kind(4), "mu": kind(0.5), "mu_unlabeled": kind(0), "rtol": kind(0.0625)}
+        found = mixed_label_propagation(graph, labels, num_classes=labels.numpy().max() + 1, max_iter=np.int32(500), **settings)
+        assert found.scores.equal(plain.scores)
+
+
 BAD = [
     ({"labels": torch.full((100,), -1)}, ValueError, r"labels must have at least one label; all are -1"),
     ({"num_classes": 1}, ValueError, r"labels must be below num_classes = 1, got 2"),
@@ -223,11 +233,13 @@ BAD = [
     ({"labels": torch.zeros(100, dtype=torch.int64, device="meta")}, ValueError, r"labels are on meta but the graph is on cpu"),
     ({"labels": [0] * 100}, TypeError, r"labels must be a tensor or an array"),
     ({"num_classes": 3.0}, TypeError, r"num_classes must be an int, got float"),
+    ({"num_classes": True}, TypeError, r"num_classes must be an int, got bool"),
     ({"mu": 0.0}, ValueError, r"mu must be finite and > 0, got 0.0"),
     ({"mu_unlabeled": -1.0}, ValueError, r"mu_unlabeled must be finite and >= 0, got -1.0"),
     ({"rtol": 0.0}, ValueError, r"rtol must be finite and > 0, got 0.0"),
     ({"max_iter": 0}, ValueError, r"max_iter must be at least 1, got 0"),
-    ({"mu": torch.tensor(0.01)}, TypeError, r"mu must be a number, got Tensor"),
+    ({"mu": torch.tensor([0.01])}, TypeError, r"mu must be a number, got a tensor"),
+    ({"mu": True}, TypeError, r"mu must be a number, got bool"),
     ({"beta": None}, TypeError, r"beta must be a number, got NoneType"),
     ({"beta": -1.0}, ValueError, r"beta must be finite and >= 0, got -1.0"),
     ({"logit_scale": 0.0}, ValueError, r"logit_scale must be finite and > 0, got 0.0"),

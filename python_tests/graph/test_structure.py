@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -90,6 +93,35 @@ def test_empty():
     assert "num_nodes=3" in repr(graph)
 
 
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("keep", ["torch", "pickle", "copy", "deepcopy"])
+def test_saved_and_loaded(keep, mutual, tmp_path):
+    """By the defaults of torch.load, which take no class that is not known to be safe."""
+    graph = Graph.from_scipy(random_matrix(30, dtype=np.float32))
+    if mutual:
+        graph = Graph(graph.crow, graph.col, graph.weight, graph.reverse, mutual=graph.weight > 0.5)
+    components = graph.components
+    if keep == "torch":
+        torch.save({"graph": graph}, tmp_path / "graph.pt")
+        again = torch.load(tmp_path / "graph.pt")["graph"]
+    else:
+        again = {"pickle": lambda g: pickle.loads(pickle.dumps(g)), "copy": copy.copy, "deepcopy": copy.deepcopy}[keep](graph)
+    assert type(again) is Graph and again.components[0].equal(components[0])
+    for name in ("crow", "col", "weight", "reverse"):
+        assert getattr(again, name).equal(getattr(graph, name)) and getattr(again, name).dtype == getattr(graph, name).dtype
+    assert again.mutual.equal(graph.mutual) if mutual else again.mutual is None
+    if keep in ("torch", "pickle", "deepcopy"):
+        assert again.weight.data_ptr() != graph.weight.data_ptr()
+
+
+def test_a_file_with_a_wrong_graph_is_refused(tmp_path):
+    graph = Graph.from_scipy(random_matrix(30))
+    graph.col[0] = 31
+    torch.save(graph, tmp_path / "graph.pt")
+    with pytest.raises(ValueError, match=r"col must be in \[0, 30\)"):
+        torch.load(tmp_path / "graph.pt")
+
+
 @pytest.mark.gpu
 def test_moves_between_devices():
     graph = Graph.from_scipy(random_matrix(50))
@@ -149,10 +181,21 @@ def test_bad_sources():
         Graph.from_scipy(sparse.csr_array(np.ones((2, 3))))
     with pytest.raises(TypeError, match=r"matrix must be a scipy\.sparse matrix"):
         Graph.from_scipy(np.ones((2, 2)))
-    with pytest.raises(TypeError, match=r"Cannot cast array data from .*complex"):
+    with pytest.raises(TypeError, match=r"matrix must be real, got complex128"):
         Graph.from_scipy(sparse.csr_array(np.eye(2) * 1j))
-    with pytest.raises(TypeError, match=r"layout torch\.sparse_csr"):
+    with pytest.raises(TypeError, match=r"matrix must be a tensor of layout torch\.sparse_csr, got torch\.strided"):
         Graph.from_torch_sparse(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"matrix must be a tensor of layout torch\.sparse_csr, got NoneType"):
+        Graph.from_torch_sparse(None)
+    edges = torch.tensor([[0, 1], [1, 0]])
+    with pytest.raises(TypeError, match=r"weight must be a tensor \[E\], got list"):
+        Graph.from_edge_index(edges, [1.0, 1.0])
+    for value, error in ((2.0, TypeError), (True, TypeError), (-1, ValueError)):
+        with pytest.raises(error, match="num_nodes must be"):
+            Graph.from_edge_index(edges, num_nodes=value)
+    assert Graph.from_edge_index(edges, num_nodes=np.int64(3)).num_nodes == 3
+    with pytest.raises(TypeError, match="target must be a device or a dtype, got NoneType"):
+        Graph.from_edge_index(edges).to(None)
     with pytest.raises(TypeError, match=r"edge_index must be a tensor \[2, E\], got list"):
         Graph.from_edge_index([[0, 1], [1, 0]])
     with pytest.raises(TypeError, match=r"weight must be float32 or float64, got torch.int64"):

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from ssmkernels import ops
+from ssmkernels.graph.deviation import sum_by
 from ssmkernels.graph.propagation import (
     LabelSystem,
     MixedLabelPropagation,
     check_dissimilarity,
-    check_not_negative,
     confidence_of,
     node_labels,
-    sum_by_component,
 )
 from ssmkernels.graph.structure import Graph
 from ssmkernels.ops import _checks as check
@@ -59,6 +58,7 @@ def learning_with_local_and_global_consistency(
     Args:
         alpha: α in (0, 1); .99 is μ = 1/99.
     """
+    alpha = check.check_number("alpha", alpha)
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha}")
     system = LabelSystem(graph, labels, num_classes=num_classes, balance=False)  # its right side is Y
@@ -119,8 +119,7 @@ def oracle_dissimilarity(
         labels: [N], −1 where unlabelled: edges between two labelled nodes are left out, as their labels say it already.
         generator: of the draw, on the CPU.
     """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"fraction must be in [0, 1], got {fraction}")
+    fraction = check.check_fraction("fraction", fraction)
     true_labels = node_labels("true_labels", graph, true_labels)
     rows, col = graph.rows, graph.col.long()
     between = (true_labels[rows] != true_labels[col]) & (rows < col)
@@ -158,7 +157,7 @@ def uniform_damping(
     max_iter: int = 1000,
 ) -> MixedLabelPropagation:
     """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from another."""
-    check_not_negative("beta", beta)
+    beta = check.check_nonnegative("beta", beta)
     dissimilarity = check_dissimilarity(graph, dissimilarity)
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
     damping = beta * float(graph.sum_rows(dissimilarity.double()).mean())
@@ -191,9 +190,10 @@ def lpdr(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_not_negative("beta", beta)
-    check.check_positive("rtol", rtol)
-    check.check_count("max_iter", max_iter)
+    beta = check.check_nonnegative("beta", beta)
+    rtol = check.check_positive("rtol", rtol)
+    max_iter = check.check_count("max_iter", max_iter)
+    seed = check.check_integer("seed", seed)
     double = graph.to(torch.float64)
     dissimilarity = check_dissimilarity(double, dissimilarity)
     system = LabelSystem(double, labels, num_classes=num_classes, mu=mu, balance=balance)
@@ -203,7 +203,7 @@ def lpdr(
     random = torch.randn(graph.num_nodes, 4, generator=draw, dtype=torch.float64).to(graph.device)
     # Without labels the constant of a component is no direction of the problem: the matrix maps it to 0.
     component, count = graph.components
-    means = sum_by_component(random, component, count) / sum_by_component(torch.ones_like(random), component, count)
+    means = sum_by(component, count, random) / sum_by(component, count, torch.ones_like(random))
     random -= torch.where(has_labels[:, None], 0, means[component])
     solution, _, residuals, curvatures = ops.graph.solve_with_curvature(
         double.crow, double.col, weight, None, system.diagonal, torch.cat([system.rhs, random], dim=1), rtol=rtol, max_iter=max_iter

@@ -6,33 +6,39 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssmkernels.graph.structure import Graph
+from ssmkernels.metrics import smallest
+from ssmkernels.ops import _checks as check
 
+Backend = Literal["auto", "faiss", "torch"]
 CHUNK_BYTES = 2**27
+CHUNK_PRODUCTS = 2**32  # multiplications between two chances for Ctrl-C: some tenths of a second
 SPARE = 8  # candidates beyond k, so that ties at the boundary are mostly seen
 ROUNDING = 2e-5  # by which the similarity of a search may differ from the one of the pair
 
 
-def knn_graph(features: Tensor | np.ndarray, k: int = 50, *, gamma: float = 3.0, backend: str = "auto") -> Graph:
+def knn_graph(features: Tensor | np.ndarray | Any, k: int = 50, *, gamma: float = 3.0, backend: Backend = "auto") -> Graph:
     """The affinity graph of mixed label propagation (Zhuang and Moulin, CVPR 2023), equation (15), exact: W = A + Aᵀ.
 
     A_ij = max(v_i·v_j, 0)^gamma where v_i is among the k nearest neighbours of v_j; features are L2-normalised first. Mutual neighbours
     keep their double weight, and :attr:`Graph.mutual` tells them. Edges of weight 0 (similarities up to 0, and all of a zero vector) are
     left out. Neighbours are ranked by similarity, then by index, whatever the backend; no point is its own neighbour.
 
-    Nothing of size N×N is stored: the memory is O(N·k), beside the features. Ctrl-C is taken between chunks.
+    Nothing of size N×N is stored: the memory is O(N·k), beside the features. Ctrl-C is taken between chunks, within a second.
 
     Args:
-        features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor or an array.
+        features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor, an array, or a
+            scipy.sparse matrix or array, which stays sparse.
         k: neighbours of a point, in [1, N − 1].
         gamma: γ > 0.
-        backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where it is installed.
+        backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where it is
+            installed. Sparse features are searched by scipy's products.
 
     Returns:
         :class:`Graph` of N nodes on the device of the features.
@@ -40,19 +46,24 @@ def knn_graph(features: Tensor | np.ndarray, k: int = 50, *, gamma: float = 3.0,
     Raises:
         TypeError, ValueError: naming the argument. ImportError: backend "faiss" without faiss.
     """
-    if not 0 < gamma < float("inf"):
-        raise ValueError(f"gamma must be finite and > 0, got {gamma}")
+    gamma = check.check_positive("gamma", gamma)
     neighbours, similarities = nearest_neighbours(features, k, backend=backend)
     graph = _assemble(neighbours, similarities.clamp_min(0) ** gamma)
     return graph.to(features.device) if isinstance(features, Tensor) else graph
 
 
-def nearest_neighbours(features: Tensor | np.ndarray, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def nearest_neighbours(features: Tensor | np.ndarray | Any, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k], on the CPU.
 
     Arguments, order and errors as :func:`knn_graph`.
     """
-    unit = _normalized(_checked(features, k, backend))
+    features = _checked(features, backend)
+    k = check.check_integer("k", k)
+    if not 1 <= k < features.shape[0]:
+        raise ValueError(f"k must be in [1, N), N = {features.shape[0]} being the number of features; got {k}")
+    if not isinstance(features, Tensor):
+        return _sparse_neighbours(features, k)
+    unit = _normalized(features)
     nodes = len(unit)
     ids, similarities = torch.empty(nodes, k, dtype=torch.int32), torch.empty(nodes, k, dtype=unit.dtype)
     for begin, found, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
@@ -69,7 +80,11 @@ def nearest_neighbours(features: Tensor | np.ndarray, k: int, *, backend: str = 
     return ids.long(), similarities
 
 
-def _checked(features: Tensor | np.ndarray, k: int, backend: str) -> Tensor:
+def _checked(features: Tensor | np.ndarray | Any, backend: str) -> Tensor | Any:
+    """A tensor of float32 or float64, or a sparse array of them."""
+    check.check_choice("backend", backend, get_args(Backend))
+    if _is_sparse(features):
+        return _checked_sparse(features, backend)
     if isinstance(features, np.ndarray):
         features = torch.from_numpy(np.require(features, requirements=["C", "W"]))
     if not isinstance(features, Tensor):
@@ -78,18 +93,53 @@ def _checked(features: Tensor | np.ndarray, k: int, backend: str) -> Tensor:
         raise ValueError(f"features must be [N, d], got shape {list(features.shape)}")
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k must be an int, got {type(k).__name__}")
-    if not 1 <= k < len(features):
-        raise ValueError(f"k must be in [1, N), N = {len(features)} being the number of features; got {k}")
-    if backend not in ("auto", "faiss", "torch"):
-        raise ValueError(f"backend must be 'auto', 'faiss' or 'torch', got {backend!r}")
     if backend == "faiss" and features.device.type != "cpu":
         raise ValueError(f"backend is 'faiss', which is for the CPU here, but features are on {features.device}; take 'torch'")
     features = features.detach()
     if not bool(torch.isfinite(features).all()):
         raise ValueError("features must be finite; they have NaN or infinite values")
     return features if features.dtype == torch.float64 else features.float()
+
+
+def _is_sparse(features: object) -> bool:
+    from scipy import sparse
+
+    return bool(sparse.issparse(features))
+
+
+def _checked_sparse(features: Any, backend: str) -> Any:
+    from scipy import sparse
+
+    if backend != "auto":
+        raise ValueError(f"backend must be 'auto' for sparse features, got {backend!r}")
+    if features.ndim != 2:
+        raise ValueError(f"features must be [N, d], got shape {list(features.shape)}")
+    if features.dtype.kind != "f":
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+    rows = sparse.csr_array(features, dtype=np.float64 if features.dtype == np.float64 else np.float32, copy=True)
+    rows.sum_duplicates()
+    if not np.isfinite(rows.data).all():
+        raise ValueError("features must be finite; they have NaN or infinite values")
+    return rows
+
+
+def _sparse_neighbours(features: Any, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_neighbours` of a sparse array of its own, which is normalised in place."""
+    entries, nodes = np.diff(features.indptr), features.shape[0]
+    for norm in (lambda rows: abs(rows).max(axis=1).toarray().ravel(), lambda rows: np.sqrt(rows.power(2).sum(axis=1))):
+        length = norm(features)
+        features.data /= np.repeat(np.where(length > 0, length, 1), entries)
+    # A product adds the terms of a pair in the order of the columns, whichever of the two comes first.
+    columns = features.T.tocsr()
+    found, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
+    for begin in range(0, nodes, size):
+        distances = torch.from_numpy(-(features[begin : begin + size] @ columns).toarray())
+        rows = torch.arange(len(distances))
+        distances[rows, begin + rows] = torch.inf  # itself
+        ids = smallest(distances, k)
+        found.append((ids, -distances.gather(1, ids)))
+    ids, similarities = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, similarities
 
 
 def _normalized(features: Tensor) -> Tensor:
@@ -107,7 +157,8 @@ def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tenso
     if backend == "faiss" or (backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None):
         search, size = _faiss_search(unit, count), 4096
     else:
-        search, size = _torch_search(unit, count), max(1, min(4096, CHUNK_BYTES // (4 * nodes)))
+        search, size = _torch_search(unit, count), CHUNK_BYTES // (4 * nodes)
+    size = max(1, min(4096, size, max(32, CHUNK_PRODUCTS // (nodes * max(unit.shape[1], 1)))))
     for begin in range(0, nodes, size):
         scores, found = search(unit[begin : begin + size])
         yield begin, found, scores

@@ -17,6 +17,7 @@ The reading of the paper that is computed here:
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,11 @@ import torch
 from torch import Tensor
 
 from ssmkernels import ops
+from ssmkernels.graph.deviation import Deviation, solve
 from ssmkernels.graph.structure import Graph
 from ssmkernels.ops import _checks as check
+
+RTOL = 1e-8  # of the solves
 
 
 class MixedLabelPropagation(NamedTuple):
@@ -87,7 +91,9 @@ def label_propagation(
         TypeError, ValueError: naming the argument.
     """
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
-    return system.propagate(rtol=rtol, max_iter=max_iter)
+    propagated = system.propagate(rtol=rtol, max_iter=max_iter)
+    system.warn("label_propagation")
+    return propagated
 
 
 def mixed_label_propagation(
@@ -119,15 +125,17 @@ def mixed_label_propagation(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_not_negative("beta", beta)
-    check.check_positive("logit_scale", logit_scale)
+    beta = check.check_nonnegative("beta", beta)
+    logit_scale = check.check_positive("logit_scale", logit_scale)
     if dissimilarity is not None:
         dissimilarity = check_dissimilarity(graph, dissimilarity)
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
     if dissimilarity is None:
         dissimilarity = dissimilarity_of(graph, propagated, logit_scale)
-    return system.mix(propagated, dissimilarity, beta=beta, rtol=rtol, max_iter=max_iter, normalize_confidence=normalize_confidence)
+    mixed = system.mix(propagated, dissimilarity, beta=beta, rtol=rtol, max_iter=max_iter, normalize_confidence=normalize_confidence)
+    system.warn("mixed_label_propagation")
+    return mixed
 
 
 def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
@@ -161,8 +169,8 @@ class LabelSystem:
     ) -> None:
         if not isinstance(graph, Graph):
             raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
-        check.check_positive("mu", mu)
-        check_not_negative("mu_unlabeled", mu_unlabeled)
+        mu = check.check_positive("mu", mu)
+        mu_unlabeled = check.check_nonnegative("mu_unlabeled", mu_unlabeled)
         self.graph = graph
         labels, classes = _checked_labels(graph, labels, num_classes)
         component, count = graph.components
@@ -177,18 +185,22 @@ class LabelSystem:
         share = torch.ones(len(which), dtype=double, device=device)
         if balance:
             share = in_component[where].double() / (of_classes[where] * per_class[where, which])
-        diagonal = torch.full((graph.num_nodes,), float(mu_unlabeled), dtype=double, device=device)
+        diagonal = torch.full((graph.num_nodes,), mu_unlabeled, dtype=double, device=device)
         diagonal[self.labeled] = mu * share
         rhs = torch.zeros(graph.num_nodes, classes, dtype=double, device=device)
         rhs[self.labeled, which] = share
 
         self.diagonal, self.rhs = diagonal, rhs
+        # Sums of rhs over components, in one division each: the constants of two classes differ by no rounding.
+        balanced = (in_component.double() / of_classes.clamp_min(1))[:, None] * present
+        self.totals = balanced if balance else per_class.double()
+        self.shortfall = ""  # what a solve did not reach, in words
         self.offset = torch.where(of_classes > 0, 1 / (mu * of_classes.clamp_min(1)), 0.0).double()  # c_K
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""
-        deviation, constant, *_ = self._solve(self.diagonal, self.diagonal, None, rtol, max_iter)
-        return (deviation + (constant - self.offset[:, None])[self.component]).to(self.graph.dtype)
+        found = self._solve(self.diagonal, None, rtol, max_iter)
+        return rounded(found.values + (found.constant - self.offset[:, None])[self.component], self.graph.dtype)
 
     def mix(
         self,
@@ -202,12 +214,9 @@ class LabelSystem:
         normalize_confidence: bool = False,
     ) -> MixedLabelPropagation:
         """(L + U + β(D_dis + W_dis) + damping) G = (U/μ) Y, and what follows from G."""
-        diagonal = self.diagonal + damping
-        pulled = diagonal + 2 * beta * self.graph.sum_rows(dissimilarity.double())
-        weights = None if beta == 0 else beta * dissimilarity
-        solution, constant, iterations, residual = self._solve(diagonal, pulled, weights, rtol, max_iter)
-        largest = constant.amax(dim=1, keepdim=True)  # the same for every class present, where classes are balanced
-        deviation = solution + (constant - largest)[self.component]
+        found = self._solve(self.diagonal + damping, None if beta == 0 else beta * dissimilarity, rtol, max_iter)
+        largest = found.constant.amax(dim=1, keepdim=True)  # the same for every class present, where classes are balanced
+        deviation = found.values + (found.constant - largest)[self.component]
         scores = deviation + largest[self.component]
         probs = scores.clamp_min(0)
         sums = probs.sum(dim=1, keepdim=True)
@@ -224,37 +233,34 @@ class LabelSystem:
             pseudo_labels=torch.where(decided, deviation.argmax(dim=1), -1),
             propagated=propagated,
             dissimilarity=dissimilarity,
-            iterations=iterations,
-            residual=residual,
+            iterations=found.iterations,
+            residual=found.residual.to(dtype),
         )
 
-    def _solve(
-        self, diagonal: Tensor, pulled: Tensor, dissimilarity: Tensor | None, rtol: float | None, max_iter: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The solution of the system with this diagonal, as its deviation [N, C] from a constant [components, C]; iterations, residual.
+    def warn(self, caller: str) -> None:
+        """A RuntimeWarning if a solve did not converge; ``caller`` is called by the user."""
+        if self.shortfall:
+            warnings.warn(f"{caller} {self.shortfall}", RuntimeWarning, stacklevel=3)
 
-        ``pulled`` is the matrix times 1. The constant is such that the right side of the deviation sums to 0 over a component, and what CG
-        leaves of the constant in the deviation, the slowest of its modes, is taken off.
-        """
-        graph, dtype, (component, count) = self.graph, self.graph.dtype, self.graph.components
-        total = sum_by_component(pulled[:, None], component, count)
-        per_total = torch.where(total > 0, 1 / total.clamp_min(1e-300), 0)
-        constant = per_total * sum_by_component(self.rhs, component, count)
-        rhs = (self.rhs - pulled[:, None] * constant[component]).to(dtype)
-        if rtol is None:
-            rtol = 1e-6 if dtype == torch.float64 else 1e-4
-        weights = None if dissimilarity is None else dissimilarity.to(dtype)
-        solved = ops.laplacian_solve(graph.crow, graph.col, graph.weight, weights, diagonal.to(dtype), rhs, rtol=rtol, max_iter=max_iter)
-        deviation = solved.solution.double()
-        rest = per_total * sum_by_component(pulled[:, None] * deviation, component, count)
-        return deviation - rest[component], constant, solved.iterations, solved.residual
+    def _solve(self, diagonal: Tensor, dissimilarity: Tensor | None, rtol: float | None, max_iter: int) -> Deviation:
+        rtol = RTOL if rtol is None else check.check_positive("rtol", rtol)
+        max_iter = check.check_count("max_iter", max_iter)
+        found = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
+        residual = float(found.residual.max())
+        if not residual <= 10 * rtol:  # conjugate gradients may drift from the residual by rounding; NaN is no convergence
+            self.shortfall = (
+                f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter ({max_iter}) or rtol"
+            )
+        return found
 
 
-def check_not_negative(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up, if need be."""
+    out, best = scores.to(dtype), scores.argmax(dim=1, keepdim=True)
+    largest = out.gather(1, best)
+    rival = out.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
+    ahead = scores.gather(1, best) > scores.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
+    return out.scatter(1, best, torch.where(ahead & (rival >= largest), rival.nextafter(torch.full_like(rival, torch.inf)), largest))
 
 
 def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
@@ -295,17 +301,7 @@ def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int 
         raise ValueError(f"labels must be -1 (unlabelled) or a class from 0 on, got {low}")
     if high < 0:
         raise ValueError("labels must have at least one label; all are -1")
-    if num_classes is None:
-        num_classes = high + 1
-    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)):
-        raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
+    num_classes = high + 1 if num_classes is None else check.check_integer("num_classes", num_classes)
     if high >= num_classes:
         raise ValueError(f"labels must be below num_classes = {num_classes}, got {high}")
-    return labels, int(num_classes)
-
-
-def sum_by_component(values: Tensor, component: Tensor, count: int) -> Tensor:
-    """[count, C] sums of the rows [N, C] of every component, in order on any device."""
-    order = component.argsort(stable=True)
-    sizes = torch.bincount(component.cpu(), minlength=count).to(component.device)
-    return torch.segment_reduce(values[order], "sum", lengths=sizes, axis=0, initial=0)
+    return labels, num_classes

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmkernels.ops import _checks as check
+
 
 class Graph:
     """A symmetric graph of N nodes; both directions of an edge are stored, so E counts each twice. It does not change.
 
     A node may be its own neighbour (then ``reverse[e] == e``). :func:`ssmkernels.graph.knn_graph` makes one from features;
     :meth:`from_scipy`, :meth:`from_edge_index` and :meth:`from_torch_sparse` from what others have.
+    ``torch.save`` and ``torch.load`` with their defaults keep one, as pickle and ``copy.deepcopy`` do: where
+    ``ssmkernels.graph`` has been imported, torch loads it with ``weights_only=True``, and what it finds is checked as here.
 
     Args:
         crow: [N + 1] int32 or int64, where the entries of each row begin.
@@ -67,6 +71,13 @@ class Graph:
         self.crow, self.col, self.weight, self.reverse, self.mutual = crow, col, weight, reverse, mutual
         self._components: tuple[Tensor, int] | None = None
 
+    def __getstate__(self) -> dict[str, Tensor | None]:
+        return {"crow": self.crow, "col": self.col, "weight": self.weight, "reverse": self.reverse, "mutual": self.mutual}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = Graph(**state)  # a file may hold anything
+        self._set(loaded.crow, loaded.col, loaded.weight, loaded.reverse, loaded.mutual)
+
     @property
     def num_nodes(self) -> int:
         """N."""
@@ -115,6 +126,8 @@ class Graph:
 
     def to(self, target: torch.device | torch.dtype | str) -> Graph:
         """The same graph on another device, or with weights of another dtype, float32 or float64."""
+        if not isinstance(target, (torch.device, torch.dtype, str)):
+            raise TypeError(f"target must be a device or a dtype, got {type(target).__name__}")
         if isinstance(target, torch.dtype):
             if target not in (torch.float32, torch.float64):
                 raise TypeError(f"target is {target}; weights are float32 or float64")
@@ -159,9 +172,11 @@ class Graph:
             raise TypeError(f"matrix must be a scipy.sparse matrix or array [N, N], got {type(matrix).__name__}")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be square, got shape {matrix.shape}")
+        if not np.can_cast(matrix.dtype, np.float64, casting="same_kind"):
+            raise TypeError(f"matrix must be real, got {matrix.dtype}")
         csr = sparse.csr_array(matrix, copy=True)
         csr.sum_duplicates()
-        values = csr.data if csr.data.dtype == np.float32 else csr.data.astype(np.float64, casting="same_kind")
+        values = csr.data if csr.data.dtype == np.float32 else csr.data.astype(np.float64)
         return cls(torch.from_numpy(csr.indptr), torch.from_numpy(csr.indices), torch.from_numpy(values))
 
     def to_scipy(self) -> Any:
@@ -186,11 +201,15 @@ class Graph:
             raise ValueError(f"edge_index must be [2, E] int32 or int64, got {list(edge_index.shape)} {edge_index.dtype}")
         edge_index = edge_index.long()
         top = int(edge_index.max()) + 1 if edge_index.numel() else 0
-        nodes = top if num_nodes is None else num_nodes
+        nodes = top if num_nodes is None else check.check_integer("num_nodes", num_nodes)
+        if nodes < 0:
+            raise ValueError(f"num_nodes must be at least 0, got {nodes}")
         if top > nodes or (edge_index.numel() and int(edge_index.min()) < 0):
             raise ValueError(f"edge_index must be in [0, {nodes}), got values from {int(edge_index.min())} to {top - 1}")
         if weight is None:
             weight = torch.ones(edge_index.shape[1], device=edge_index.device)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weight must be a tensor [E], got {type(weight).__name__}")
         if weight.shape != edge_index.shape[1:]:
             raise ValueError(f"weight must be [E] = [{edge_index.shape[1]}], got shape {list(weight.shape)}")
         if weight.dtype not in (torch.float32, torch.float64):
@@ -211,8 +230,9 @@ class Graph:
     @classmethod
     def from_torch_sparse(cls, matrix: Tensor) -> Graph:
         """From a symmetric torch tensor [N, N] in CSR layout."""
-        if matrix.layout != torch.sparse_csr:
-            raise TypeError(f"matrix must have the layout torch.sparse_csr, got {matrix.layout}; convert it with .to_sparse_csr()")
+        if not isinstance(matrix, Tensor) or matrix.layout != torch.sparse_csr:
+            kind = matrix.layout if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise TypeError(f"matrix must be a tensor of layout torch.sparse_csr, got {kind}; .to_sparse_csr() makes one")
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be [N, N], got shape {list(matrix.shape)}")
         return cls(matrix.crow_indices(), matrix.col_indices(), matrix.values())
@@ -311,3 +331,6 @@ def _check_weight(weight: Tensor, reverse: Tensor, rows: Tensor, col: Tensor) ->
     if bool(wrong.any()):
         mirrored = cast(float, other[wrong.nonzero()[0]].item())
         raise ValueError(f"weight must be symmetric; {entry_where(wrong)} and its mirror is {mirrored:g}; W + W.T makes it so")
+
+
+torch.serialization.add_safe_globals([Graph])

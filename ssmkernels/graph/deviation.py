@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Solutions of the graph systems as their deviation from constants that neither rounding nor a small residual determines.
+
+A X = B with A = diag(u) + D − W + D_dis + W_dis is nearly singular where u and W_dis are small beside D: A 1 = u + 2 d_dis. So it is for
+every group of nodes that only weak edges join to the rest, as the two halves of a barbell with a thin bar. A small residual says nothing of
+the constants of such groups, and an iteration in floating point loses them. They are solved for directly:
+
+1. With c = Σ B/Σ A 1 for each component and column, the right side B − A 1 c of the deviation from c sums to 0.
+2. With P the indicators of groups, (Pᵀ A P) Y = Pᵀ (B − A 1 c) gives their constants; conjugate gradients give the deviation from those, in
+   the dtype of the graph first and then in float64; what they leave of the constants is taken off by the same projection.
+3. What is left of the component's own constant, (1ᵀ A X)/(1ᵀ A 1), is taken off.
+
+No sum that has to cancel is taken over strong edges: A P Y has differences along weak ones only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmkernels import ops
+from ssmkernels.graph.structure import Graph
+
+FIRST_RTOL = 1e-4  # of conjugate gradients in float32
+WEAK = (1e-3, 1e-6, 1e-9, 1e-12)  # an edge is weak that is less than this share of the strongest edge of either end
+MOST_GROUPS = 512  # beyond the components; their matrix is dense
+ENTRIES_AT_ONCE = 2**22  # of a product along weak edges
+
+
+class Deviation(NamedTuple):
+    """The solution X = constant[component] + values."""
+
+    constant: Tensor
+    """[components, C] float64."""
+    values: Tensor
+    """[N, C] float64."""
+    iterations: Tensor
+    """[C] int64, of conjugate gradients."""
+    residual: Tensor
+    """[C] float64, at their end; see :func:`ssmkernels.ops.laplacian_solve`."""
+
+
+def solve(
+    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, totals: Tensor, *, rtol: float, max_iter: int
+) -> Deviation:
+    """(diag(u) + D − W + D_dis + W_dis) X = B.
+
+    Args:
+        diagonal: [N] float64 u.
+        dissimilarity: [E] W_dis, or None for 0.
+        rhs: [N, C] float64 B.
+        totals: [components, C] float64, the sums of B over each component, without rounding where they are to be equal.
+    """
+    component, count = graph.components
+    row_sums = diagonal if dissimilarity is None else diagonal + 2 * graph.sum_rows(dissimilarity.double())  # A 1
+    whole = sum_by(component, count, row_sums[:, None])
+    per_whole = torch.where(whole > 0, 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0)
+    constant = per_whole * totals
+    rest = rhs - row_sums[:, None] * constant[component]
+    groups = Groups(graph, dissimilarity, row_sums)
+    coarse = groups.solve(rest)
+    rest -= groups.product(coarse)
+    values, iterations, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, rtol, max_iter)
+    values += coarse + groups.solve(rest - groups.product(values))
+    left = per_whole * sum_by(component, count, row_sums[:, None] * values)
+    return Deviation(constant, values - left[component], iterations, residual)
+
+
+def _conjugate_gradients(
+    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, rtol: float, max_iter: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Solution [N, C], iterations [C] and residual [C]; in float32 as far as that goes, if the graph is of float32, and then in float64."""
+    iterations, start = torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device), None
+    for dtype in dict.fromkeys((graph.dtype, torch.float64)):
+        weights = None if dissimilarity is None else dissimilarity.to(dtype)
+        solution, steps, residual, _ = ops.graph.solve_with_curvature(
+            graph.crow,
+            graph.col,
+            graph.weight.to(dtype),
+            weights,
+            diagonal.to(dtype),
+            rhs.to(dtype),
+            initial=start,
+            rtol=rtol if dtype == torch.float64 else max(rtol, FIRST_RTOL),
+            max_iter=max_iter,
+        )
+        iterations += steps
+        start = torch.where(residual < 1, solution, 0).double()
+    return solution, iterations, residual
+
+
+class Groups:
+    """Groups of nodes that strong edges join, and what A is between them."""
+
+    def __init__(self, graph: Graph, dissimilarity: Tensor | None, row_sums: Tensor) -> None:
+        self.row_sums = row_sums
+        self.group, self.count = strong_groups(graph)
+        rows, col = graph.rows, graph.col.long()
+        weak = (self.group[rows] != self.group[col]).nonzero()[:, 0]
+        self.rows, self.col, self.value = rows[weak], col[weak], -graph.weight[weak].double()
+        if dissimilarity is not None:
+            self.value += dissimilarity[weak].double()
+        self.nodes, self.lengths = self.rows.unique_consecutive(return_counts=True)
+        self.joined = self.group[self.nodes].unique()  # all groups of the components that have several
+        if len(weak):
+            self.scale, self.matrix = self._matrix(graph.components[0])
+
+    def _matrix(self, component: Tensor) -> tuple[Tensor, Tensor]:
+        """S [K] and S (Pᵀ A P) S [K, K] of the joined groups, S = diag(Pᵀ A P)^−½, on the CPU.
+
+        Pᵀ A P is all but singular on the constants of a component, which p = Pᵀ A 1 tells. With a multiple of p pᵀ added, a right
+        side that sums to 0 there has the same solution, for which p·y = 0.
+        """
+        count = len(self.joined)
+        place = torch.searchsorted(self.joined, self.group)
+        pairs = place[self.rows] * count + place[self.col]
+        matrix = torch.bincount(pairs.cpu(), self.value.cpu(), minlength=count * count).view(count, count)
+        sums = sum_by(self.group, self.count, self.row_sums[:, None])[self.joined, 0].cpu()
+        matrix.diagonal().copy_(sums - matrix.sum(dim=1))
+        scale = matrix.diagonal().rsqrt()
+        matrix = scale[:, None] * matrix * scale
+        owner = component.new_empty(self.count).scatter_(0, self.group, component)[self.joined].cpu()
+        for each in owner.unique():
+            inside = (owner == each).nonzero()[:, 0]
+            along = sums[inside] if bool(sums[inside].any()) else torch.ones_like(sums[inside])
+            along = torch.nn.functional.normalize(scale[inside] * along, dim=0)
+            matrix[inside[:, None], inside] += along[:, None] * along
+        return scale, matrix
+
+    def product(self, x: Tensor) -> Tensor:
+        """A x [N, C] for an x that is constant on groups; for any other, what has the sums of A x over groups."""
+        out = self.row_sums[:, None] * x
+        if len(self.joined) == 0:
+            return out
+        for columns in torch.arange(x.shape[1], device=x.device).split(max(1, ENTRIES_AT_ONCE // len(self.col))):
+            some = x[:, columns]
+            flow = self.value[:, None] * (some[self.col] - some[self.rows])
+            out[self.nodes[:, None], columns] += torch.segment_reduce(flow, "sum", lengths=self.lengths, axis=0)
+        return out
+
+    def solve(self, residual: Tensor) -> Tensor:
+        """[N, C] constants of the groups, P (Pᵀ A P)⁻¹ Pᵀ applied to ``residual``; 0 where a component is one group."""
+        out = torch.zeros_like(residual)
+        if len(self.joined) == 0:
+            return out
+        sums = sum_by(self.group, self.count, residual)[self.joined].cpu()
+        found = self.scale[:, None] * torch.linalg.solve(self.matrix, self.scale[:, None] * sums)
+        constants = residual.new_zeros(self.count, residual.shape[1])
+        constants[self.joined] = found.to(residual.device)
+        return constants[self.group]
+
+
+def strong_groups(graph: Graph) -> tuple[Tensor, int]:
+    """[N] int64, the group of every node, and their number; at most MOST_GROUPS more than there are components."""
+    from scipy.sparse.csgraph import connected_components
+
+    most = torch.segment_reduce(graph.weight, "max", offsets=graph.crow, initial=0)
+    strength = graph.weight / torch.minimum(most[graph.rows], most[graph.col.long()])
+    component, count = graph.components
+    linked = graph.to_scipy()
+    for least in WEAK:
+        strong = strength >= least
+        if bool(strong[graph.weight > 0].all()):
+            break
+        linked.data = strong.cpu().numpy().astype(np.float32)
+        kept = linked.copy()
+        kept.eliminate_zeros()
+        groups, labels = connected_components(kept, directed=False)
+        if groups <= count + MOST_GROUPS:
+            return torch.from_numpy(labels).long().to(graph.device), int(groups)
+    return component, count
+
+
+def sum_by(group: Tensor, count: int, values: Tensor) -> Tensor:
+    """[count, C] sums of the rows [N, C] of every group, in order on any device."""
+    order = group.argsort(stable=True)
+    sizes = torch.bincount(group.cpu(), minlength=count).to(group.device)
+    return torch.segment_reduce(values[order], "sum", lengths=sizes, axis=0, initial=0)
