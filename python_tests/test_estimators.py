@@ -11,9 +11,11 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from scipy import sparse
 from sklearn.base import clone
 from sklearn.datasets import load_digits
-from sklearn.model_selection import GridSearchCV
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -113,6 +115,92 @@ def test_kinds_of_labels(estimator, digits):
 
 
 @BOTH
+def test_missing_labels_are_unlabelled(estimator, digits):
+    """Columns of strings, and of integers in pandas, hold no -1: a missing value marks the point there."""
+    pandas = pytest.importorskip("pandas")
+    pixels, _, labels = digits
+    pixels, labels = pixels[:507], labels[:507].copy()
+    labels[:20] = digits[1][:20]
+    expected = clone(estimator).fit(pixels, labels).transduction_
+    names = np.array([f"digit {c}" for c in range(10)])
+    for missing in (None, np.nan, pandas.NA):
+        y = np.array([missing if c < 0 else names[c] for c in labels], dtype=object)
+        for column in (y, *(pandas.Series(y, dtype=dtype) for dtype in (object, "string", "category"))):
+            np.testing.assert_array_equal(clone(estimator).fit(pixels, column).transduction_, names[expected])
+    whole = pandas.Series(labels, dtype="Int64").mask(labels < 0)
+    np.testing.assert_array_equal(clone(estimator).fit(pixels, whole).transduction_, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("make", [np.array, sparse.csr_array, sparse.csc_matrix, sparse.coo_array])
+def test_precomputed_affinity(estimator, make, digits):
+    """The graph of the cosines gives what the cosines give, in any order of the entries; and new points are judged by their weights."""
+    pixels, truth, labels = digits
+    expected = clone(estimator).set_params(n_neighbors=20).fit(pixels, labels)
+    weights = graph.knn_graph(pixels, 20).to_scipy().toarray()
+    found = clone(estimator).set_params(affinity="precomputed").fit(make(weights), labels)
+    np.testing.assert_array_equal(found.transduction_, expected.transduction_)
+    np.testing.assert_allclose(found.label_distributions_, expected.label_distributions_, atol=1e-7)
+    assert found.n_features_in_ == len(truth)
+    new = make(weights[:29] * (np.arange(29) > 0)[:, None])
+    by_hand = weights[1:29] @ found.label_distributions_ / weights[1:29].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.predict_proba(new)[1:], by_hand)
+    np.testing.assert_allclose(found.predict_proba(new)[0], np.full(10, 0.1))  # five labels of each class
+
+
+@BOTH
+def test_precomputed_affinity_is_split_both_ways(estimator, digits):
+    """By scikit-learn's cross validation, as the tag of pairwise input asks."""
+    pixels, truth, _ = digits
+    weights = graph.knn_graph(pixels[:300], 20).to_scipy().toarray()
+    assert cross_val_score(clone(estimator).set_params(affinity="precomputed"), weights, truth[:300], cv=3).mean() > 0.8
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("message", "X"),
+    [
+        ("X is no precomputed affinity: matrix must be square", np.ones((4, 3))),
+        ("X is no precomputed affinity: weight must be symmetric", np.eye(4) + np.triu(np.ones((4, 4))) + 1),
+        ("X is no precomputed affinity: weight must be finite and >= 0", np.ones((4, 4)) - 3 * np.eye(4)),
+    ],
+)
+def test_no_precomputed_affinity(estimator, message, X):
+    with pytest.raises(ValueError, match=message):
+        clone(estimator).set_params(affinity="precomputed").fit(X, [0, 1, -1, -1])
+
+
+@BOTH
+@pytest.mark.parametrize("make", [sparse.csr_array, sparse.csc_matrix, sparse.coo_array])
+def test_sparse_points(estimator, make, digits):
+    pixels, _, labels = digits
+    expected, found = (clone(estimator).set_params(n_neighbors=20).fit(X, labels) for X in (pixels, make(pixels)))
+    np.testing.assert_array_equal(found.transduction_, expected.transduction_)
+    np.testing.assert_allclose(found.label_distributions_, expected.label_distributions_, atol=1e-7)
+    for new in (pixels[:29], make(pixels[:29])):
+        np.testing.assert_allclose(found.predict_proba(new), expected.predict_proba(pixels[:29]), atol=1e-7)
+
+
+@BOTH
+def test_unconverged_fit_warns_once_as_scikit_learn_does(estimator, digits):
+    pixels, _, labels = digits
+    with pytest.warns(ConvergenceWarning) as caught:
+        clone(estimator).set_params(max_iter=2).fit(pixels, labels)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    message = str(caught[0].message)
+    assert message.startswith(f"{type(estimator).__name__} did not converge to rtol = 1e-08") and "float64" not in message
+
+
+@BOTH
+def test_numpy_scalars(estimator):
+    points, _, labels = arcs()
+    plain = clone(estimator).set_params(n_neighbors=5, gamma=2, mu=0.5, mu_unlabeled=0.25, rtol=0.0625, max_iter=50)
+    numpy = {"n_neighbors": np.int64(5), "gamma": np.float32(2), "mu": np.float32(0.5), "mu_unlabeled": np.float64(0.25)}
+    found = clone(estimator).set_params(**numpy, rtol=np.float32(0.0625), max_iter=np.int16(50))
+    np.testing.assert_array_equal(found.fit(points, labels).label_distributions_, plain.fit(points, labels).label_distributions_)
+
+
+@BOTH
 def test_nothing_unlabelled(estimator, digits):
     pixels, truth, _ = digits
     found = clone(estimator).set_params(n_neighbors=10).fit(pixels[:600], truth[:600])
@@ -193,6 +281,9 @@ def test_within_scikit_learn(estimator, digits):
         (ValueError, "mu_unlabeled", {"mu_unlabeled": -1.0}),
         (ValueError, "rtol", {"rtol": 0.0}),
         (ValueError, "max_iter", {"max_iter": 0}),
+        (ValueError, "affinity should be 'cosine' or 'precomputed', got 'rbf'", {"affinity": "rbf"}),
+        (TypeError, "mu", {"mu": "x"}),
+        (TypeError, "gamma", {"gamma": None}),
     ],
 )
 def test_parameters_refused(estimator, error, message, parameters):
@@ -217,6 +308,7 @@ def test_parameters_of_mixed_label_propagation_refused(message, parameters):
         ("y is of strings and holds '-1'; y should be of dtype object", np.array(["a", "b", "-1", "a"])),
         ("Unknown label type", [0.5, 1.25, -1, 2]),
         ("y is of strings and holds '-1'", ["a", -1, "b", "a"]),  # an array of strings, to numpy
+        ("y is of strings and holds '-1'", np.array(["a", "-1", "b", -1], dtype=object)),
         ("y should have labels that are all strings or all numbers, got both", np.array(["a", 1, -1, "b"], dtype=object)),
         ("inconsistent numbers of samples", [0, 1]),
     ],

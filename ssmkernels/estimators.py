@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import numbers
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy import sparse
 
-from ssmkernels import graph
+from ssmkernels.graph import Graph, knn_graph, propagation
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
@@ -31,20 +33,26 @@ _TIE = 1e-12
 class LabelPropagation(ClassifierMixin, BaseEstimator):
     """Label propagation on a kNN graph, equation (16): labels flow from few labelled points to the unlabelled ones.
 
-    The affinity of two points is the cosine of their angle to the power ``gamma``, 0 where it is negative; scale and origin of the features
-    matter accordingly, and a point at the origin is no one's neighbour. Unlabelled points have the label -1 in y; where labels are strings,
-    y is of dtype object and -1 the integer. Without unlabelled points, it smooths the labels. Computes in float64 on the CPU.
+    The affinity of two points is the cosine of their angle to the power ``gamma``, 0 where it is negative; scale and origin of the
+    features matter accordingly, and a point at the origin is no one's neighbour. Without unlabelled points, it smooths the labels.
+    Computes in float64 on the CPU; a :class:`~sklearn.exceptions.ConvergenceWarning` says if ``max_iter`` was not enough.
 
-    Points that no label reaches (in a component of the graph without labels, or without a positive score) have the shares of the classes
-    among the labels for a distribution, and so the most frequent class. So have new points without a positive cosine to a training point.
+    Unlabelled points have the label -1 in y. Where labels are strings, y is of dtype object and -1 the integer, or None, NaN or
+    pandas.NA stands there; the string "-1" is refused, as it might be either a class or the mark.
+
+    Points that no label reaches (in a component of the graph without labels, or without a positive score) have the shares of the
+    classes among the labels for a distribution, and so the most frequent class. So have new points without a positive affinity to a
+    training point.
 
     Args:
         n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is more.
+        affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a symmetric matrix [N, N] of
+            weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and ``gamma`` are not used then.
         gamma: > 0, exponent of the affinity (15).
-        mu: > 0, how strongly labelled points keep their label.
+        mu: > 0, how strongly labelled points keep their label, in the unit of the affinities.
         mu_unlabeled: ≥ 0, how strongly unlabelled points are drawn to no label; ``mu`` for equation (12).
         balance: give every class of a component the same weight, however many labels it has.
-        rtol: > 0, relative tolerance of conjugate gradients; None for 1e-6.
+        rtol: > 0, relative tolerance of conjugate gradients; None for 1e-8.
         max_iter: ≥ 1, iterations of conjugate gradients.
 
     Attributes:
@@ -54,7 +62,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         transduction_: [N] the class of each training point: the largest of its row above.
         confidence_: [N] in [0, 1], equation (21) of the distribution; 0 where no label reaches.
         n_iter_: iterations of conjugate gradients.
-        n_features_in_: d.
+        n_features_in_: d; N where the affinity is precomputed.
         feature_names_in_: [d], where X had names of columns.
     """
 
@@ -64,12 +72,13 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
     confidence_: np.ndarray
     n_iter_: int
     _prior: np.ndarray  # [C] shares of the classes among the labels
-    _directions: np.ndarray  # [N, d] training points, of length 1
+    _directions: Any  # [N, d] training points, of length 1: an array, a scipy.sparse one, or None where the affinity is precomputed
 
     def __init__(
         self,
         n_neighbors: int = 50,
         *,
+        affinity: Literal["cosine", "precomputed"] = "cosine",
         gamma: float = 3.0,
         mu: float = 1 / 99,
         mu_unlabeled: float = 0.0,
@@ -78,6 +87,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         max_iter: int = 1000,
     ) -> None:
         self.n_neighbors = n_neighbors
+        self.affinity = affinity
         self.gamma = gamma
         self.mu = mu
         self.mu_unlabeled = mu_unlabeled
@@ -86,23 +96,30 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         self.max_iter = max_iter
 
     def fit(self, X: Any, y: Any) -> LabelPropagation:
-        """Propagates the labels y [N], -1 where there is none, over the points X [N, d].
+        """Propagates the labels y [N], -1 where there is none, over the points X [N, d], dense or sparse, or the graph X [N, N].
 
         Raises:
-            ValueError: X is not finite or has a single row, y has labels of fewer than two classes or no classes at all (numbers that are
-                not whole), or a parameter is out of range; the message says which.
+            ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no classes at all
+                (numbers that are not whole), or a parameter is out of range; the message says which.
         """
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        y = _with_missing_marked(y)
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         if isinstance(self.n_neighbors, bool) or not isinstance(self.n_neighbors, (int, np.integer)):
             raise TypeError(f"n_neighbors should be an integer, got {self.n_neighbors!r}")
         if self.n_neighbors < 1:
             raise ValueError(f"n_neighbors should be at least 1, got {self.n_neighbors}")
+        if self.affinity not in ("cosine", "precomputed"):
+            raise ValueError(f"affinity should be 'cosine' or 'precomputed', got {self.affinity!r}")
         self.classes_, codes = _encode(y)
         prior = np.bincount(codes[codes >= 0]) / np.count_nonzero(codes >= 0)
 
-        self._prior, self._directions = prior, _unit_rows(X)
-        affinity = graph.knn_graph(torch.from_numpy(self._directions), min(int(self.n_neighbors), len(X) - 1), gamma=self.gamma)
-        result = self._propagate(affinity, torch.from_numpy(codes))
+        self._prior, self._directions = prior, None if self.affinity == "precomputed" else _unit_rows(X)
+        system = propagation.LabelSystem(
+            self._graph(X), torch.from_numpy(codes), num_classes=len(self.classes_), **self._settings("mu", "mu_unlabeled", "balance")
+        )
+        result = self._propagate(system)
+        if system.shortfall:
+            warnings.warn(f"{type(self).__name__} {system.shortfall}", ConvergenceWarning, stacklevel=2)
         distributions = result.probs.numpy()
         distributions[result.pseudo_labels.numpy() < 0] = prior
         self.label_distributions_ = distributions
@@ -111,35 +128,54 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         self.n_iter_ = int(result.iterations.max())
         return self
 
-    def _propagate(self, affinity: graph.Graph, labels: Tensor) -> graph.MixedLabelPropagation:
-        # Mixed label propagation without dissimilar edges: scores, confidence and iterations come with it.
-        none = torch.zeros_like(affinity.weight)
-        return graph.mixed_label_propagation(
-            affinity, labels, num_classes=len(self.classes_), beta=0.0, dissimilarity=none, **self._settings()
-        )
+    def _graph(self, X: Any) -> Graph:
+        if self.affinity != "precomputed":
+            directions = self._directions if sparse.issparse(self._directions) else torch.from_numpy(self._directions)
+            return knn_graph(directions, min(int(self.n_neighbors), X.shape[0] - 1), gamma=self.gamma)
+        try:
+            return Graph.from_scipy(sparse.csr_array(X))
+        except ValueError as error:
+            raise ValueError(f"X is no precomputed affinity: {error}") from None
 
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("mu", "mu_unlabeled", "balance", "rtol", "max_iter")}
+    def _propagate(self, system: propagation.LabelSystem) -> Any:
+        return system.solve(**self._settings("rtol", "max_iter"))
+
+    def _settings(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.input_tags.pairwise = self.affinity == "precomputed"
+        return tags
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """[M, C] distributions over ``classes_`` of points X [M, d]: means of those of the ``n_neighbors`` nearest training points.
 
-        Nearest by cosine; all that are as near as the last of them count. The weights are the affinities (15). A training point is its own
-        nearest neighbour here; what was found for it is in ``label_distributions_``.
+        Nearest by cosine; all that are as near as the last of them count. The weights are the affinities (15). A training point is its
+        own nearest neighbour here; what was found for it is in ``label_distributions_``. Where the affinity is precomputed, X [M, N] has
+        the weights of all training points.
         """
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=np.float64, reset=False)
-        directions, distributions = torch.from_numpy(self._directions), torch.from_numpy(self.label_distributions_)
-        prior = torch.from_numpy(self._prior)
-        k = min(int(self.n_neighbors), len(directions))
-        found = []
-        for rows in torch.from_numpy(_unit_rows(X)).split(max(1, _CHUNK_ENTRIES // len(directions))):
-            cosine = rows @ directions.t()
-            last = cosine.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-            weight = torch.where((cosine >= last - _TIE) & (cosine > _TIE), cosine, 0.0) ** self.gamma
-            total = weight.sum(dim=1, keepdim=True)
-            found.append(torch.where(total > 0, weight @ distributions / total.clamp_min(torch.finfo(total.dtype).tiny), prior))
-        return torch.cat(found).numpy()
+        X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
+        if self._directions is None and X.min() < 0:
+            raise ValueError("X is no precomputed affinity: it has weights below 0")
+        directions = X if self._directions is None else _unit_rows(X)
+        size = max(1, _CHUNK_ENTRIES // len(self.label_distributions_))
+        chunks = [self._distributions(directions[begin : begin + size]) for begin in range(0, X.shape[0], size)]
+        return np.concatenate(chunks)
+
+    def _distributions(self, rows: Any) -> np.ndarray:
+        """Of new points by their directions [B, d], or by their weights [B, N]."""
+        distributions, prior = torch.from_numpy(self.label_distributions_), torch.from_numpy(self._prior)
+        products = rows if self._directions is None else rows @ self._directions.T
+        weight = torch.from_numpy(products.toarray() if sparse.issparse(products) else np.ascontiguousarray(products))
+        if self._directions is not None:
+            k = min(int(self.n_neighbors), weight.shape[1])
+            last = weight.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+            weight = torch.where((weight >= last - _TIE) & (weight > _TIE), weight, 0.0) ** self.gamma
+        total = weight.sum(dim=1, keepdim=True)
+        return torch.where(total > 0, weight @ distributions / total.clamp_min(torch.finfo(total.dtype).tiny), prior).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """[M] the most probable class of points X [M, d]: of :meth:`predict_proba`."""
@@ -154,8 +190,9 @@ class MixedLabelPropagation(LabelPropagation):
     Everything but the two parameters below is as in :class:`LabelPropagation`.
 
     Args:
-        n_neighbors, gamma, mu, mu_unlabeled, balance, rtol, max_iter: as there.
-        beta: ≥ 0, weight of dissimilar edges (24).
+        n_neighbors, affinity, gamma, balance, rtol, max_iter: as there.
+        mu, mu_unlabeled: likewise, in units of the mean affinity on the graph: the result is the same for affinities c times as large.
+        beta: ≥ 0, weight of dissimilar edges (24), in the same unit.
         logit_scale: > 0, sharpness λ of the labels (20) that dissimilar edges are judged by.
     """
 
@@ -163,6 +200,7 @@ class MixedLabelPropagation(LabelPropagation):
         self,
         n_neighbors: int = 50,
         *,
+        affinity: Literal["cosine", "precomputed"] = "cosine",
         gamma: float = 3.0,
         beta: float = 1.0,
         logit_scale: float = 4.0,
@@ -172,27 +210,55 @@ class MixedLabelPropagation(LabelPropagation):
         rtol: float | None = None,
         max_iter: int = 1000,
     ) -> None:
-        super().__init__(n_neighbors, gamma=gamma, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance, rtol=rtol, max_iter=max_iter)
+        super().__init__(
+            n_neighbors,
+            affinity=affinity,
+            gamma=gamma,
+            mu=mu,
+            mu_unlabeled=mu_unlabeled,
+            balance=balance,
+            rtol=rtol,
+            max_iter=max_iter,
+        )
         self.beta = beta
         self.logit_scale = logit_scale
 
-    def _propagate(self, affinity: graph.Graph, labels: Tensor) -> graph.MixedLabelPropagation:
-        return graph.mixed_label_propagation(affinity, labels, num_classes=len(self.classes_), **self._settings())
+    def _graph(self, X: Any) -> Graph:
+        return super()._graph(X).normalized()
 
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "beta": self.beta, "logit_scale": self.logit_scale}
+    def _propagate(self, system: propagation.LabelSystem) -> Any:
+        return propagation.mix(system, **self._settings("beta", "logit_scale", "rtol", "max_iter"))
+
+
+def _with_missing_marked(y: Any) -> Any:
+    """y with the integer -1 where a label is missing, if it is of objects or strings; anything else as it is, for scikit-learn to judge.
+
+    Of numpy or pandas; pandas has columns of strings and of integers that hold missing values and no -1.
+    """
+    if hasattr(y, "isna") and getattr(y, "ndim", 0) == 1 and not isinstance(y.dtype, np.dtype):  # an extension type of pandas
+        y = y.astype(object)
+    labels = np.asarray(y) if hasattr(y, "dtype") and not sparse.issparse(y) else None
+    if labels is None or labels.dtype != object or labels.ndim != 1:
+        return y
+    missing = np.array([_is_missing(label) for label in labels], dtype=bool)
+    return np.where(missing, -1, labels) if missing.any() else y
+
+
+def _is_missing(label: Any) -> bool:
+    """None, NaN or pandas.NA, which is not equal to itself either but does not say so in a bool."""
+    return label is None or type(label).__name__ == "NAType" or (isinstance(label, numbers.Real) and label != label)
 
 
 def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes [C] of y [N], and which of them each entry is: int64 [N], -1 where it is unlabelled."""
-    if y.dtype.kind == "U":
-        if "-1" in y:
-            raise ValueError("y is of strings and holds '-1'; y should be of dtype object, with the integer -1 where there is no label")
-        unlabelled = np.zeros(len(y), dtype=bool)
-    elif y.dtype == object:
+    if y.dtype.kind in "UO" and any(isinstance(label, str) and label == "-1" for label in y):
+        raise ValueError(
+            "y is of strings and holds '-1'; y should be of dtype object, with the integer -1, None or NaN where there is no label"
+        )
+    if y.dtype == object:
         unlabelled = np.array([isinstance(label, numbers.Real) and label == -1 for label in y])
     else:
-        unlabelled = y == -1
+        unlabelled = np.zeros(len(y), dtype=bool) if y.dtype.kind == "U" else y == -1
     labels = y[~unlabelled]
     if len(labels) == 0:
         raise ValueError("y should have labels of at least 2 classes, but all of it is -1 (unlabelled)")
@@ -213,7 +279,12 @@ def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return classes, codes
 
 
-def _unit_rows(X: np.ndarray) -> np.ndarray:
-    """Rows of length 1; those of length 0 as they are."""
-    scaled = X / np.maximum(np.abs(X).max(axis=1, keepdims=True), np.finfo(X.dtype).tiny)  # squares neither overflow nor vanish
-    return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), np.finfo(X.dtype).tiny)
+def _unit_rows(X: Any) -> Any:
+    """Rows of length 1, dense or sparse; those of length 0 as they are."""
+    tiny = np.finfo(X.dtype).tiny
+    if sparse.issparse(X):
+        largest = abs(X).max(axis=1).toarray().reshape(-1, 1)
+        scaled = X.multiply(1 / np.maximum(largest, tiny)).tocsr()
+        return sparse.csr_array(scaled.multiply(1 / np.maximum(np.sqrt(scaled.power(2).sum(axis=1)).reshape(-1, 1), tiny)))
+    scaled = X / np.maximum(np.abs(X).max(axis=1, keepdims=True), tiny)  # squares neither overflow nor vanish
+    return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), tiny)

@@ -84,7 +84,7 @@ def test_lpdr_of_few_weak_edges_is_definite(digits, draw_labels):
         warnings.simplefilter("error")
         result = comparisons.lpdr(graph, labels, weak, rtol=1e-9)
     assert not result.indefinite and result.curvature > 0
-    net = graph.to_scipy()
+    net = graph.normalized().to_scipy()
     net.data = net.data - weak.numpy()
     product = torch.from_numpy(net.sum(axis=1))[:, None] * result.scores - torch.from_numpy(net @ result.scores.numpy())
     product += 1 / 99 * (labels >= 0)[:, None] * result.scores

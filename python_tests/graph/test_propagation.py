@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmkernels import ops, reference
-from ssmkernels.graph import Graph, confidence_of, knn_graph, label_propagation, mixed_label_propagation
+from ssmkernels.graph import Graph, comparisons, confidence_of, knn_graph, label_propagation, mixed_label_propagation
 
 pytest.importorskip("scipy.sparse")
 MU = 1 / 99
@@ -88,10 +88,11 @@ def test_label_propagation(name):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", CASES)
 def test_mixed_label_propagation(name, beta):
-    """(24) with each pair once, G̃, ω and the pseudo-labels."""
+    """(24) with each pair once and weights of mean 1, G̃, ω and the pseudo-labels."""
     graph, labels, options = case(name)
-    laplacian, u, rhs, offset = dense_system(graph, labels, 3, **options)
     result = mixed_label_propagation(graph, labels, num_classes=3, beta=beta, rtol=1e-12, **options)
+    graph = graph.with_weight(graph.weight / graph.weight.mean())  # all are positive
+    laplacian, u, rhs, offset = dense_system(graph, labels, 3, **options)
     weights = reference.leave_one_edge_out(graph.crow, graph.col, graph.reverse, graph.weight, result.propagated)
     torch.testing.assert_close(result.dissimilarity, weights, rtol=1e-9, atol=1e-12)
     dis = torch.zeros_like(laplacian)
@@ -110,12 +111,23 @@ def test_mixed_label_propagation(name, beta):
     assert result.iterations.shape == (3,) and result.residual.max() <= 1e-11
 
 
-def test_scaling_the_weights_changes_no_logit():
-    """D_ii F_i has no unit: with right side Y, (20) is the same for W and 1000 W as long as μ grows with it."""
-    graph, labels, _ = case("balanced")
-    big = graph.with_weight(1000 * graph.weight)
-    one, other = (mixed_label_propagation(g, labels, mu=mu, rtol=1e-12).dissimilarity for g, mu in ((graph, MU), (big, 1000 * MU)))
-    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mixed_is_free_of_scale(dtype, digits, draw_labels):
+    """W and c W give the same results, by bits for a power of two; and as W_dis, β and μ are in the unit of W/w̄, so do comparisons."""
+    graph, classes = digits
+    labels = draw_labels(classes, 0)
+    graph = graph.to(dtype)
+    results = {c: mixed_label_propagation(graph.with_weight(c * graph.weight), labels) for c in (1, 1e-12, 1e12, 2.0**-40)}
+    for c, found in results.items():
+        assert found.pseudo_labels.equal(results[1].pseudo_labels)
+        torch.testing.assert_close(found.dissimilarity, results[1].dissimilarity, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.confidence, results[1].confidence, rtol=1e-3, atol=1e-5)
+        assert found.scores.equal(results[1].scores) or c in (1e-12, 1e12)
+    damped = [
+        comparisons.uniform_damping(graph.with_weight(c * graph.weight), labels, results[1].dissimilarity).pseudo_labels
+        for c in (1, 1e-12, 1e12)
+    ]
+    assert damped[0].equal(damped[1]) and damped[0].equal(damped[2])
 
 
 def test_paper_literal_scale_is_a_no_op(digits, draw_labels):
@@ -168,7 +180,7 @@ def test_normalised_confidence_and_given_dissimilarity(digits, draw_labels):
     again = mixed_label_propagation(graph, labels, dissimilarity=plain.dissimilarity)
     assert again.scores.equal(plain.scores)
     none = mixed_label_propagation(graph, labels, dissimilarity=torch.zeros_like(plain.dissimilarity))
-    assert none.pseudo_labels.equal(label_propagation(graph, labels).argmax(1))
+    assert none.pseudo_labels.equal(label_propagation(graph.normalized(), labels).argmax(1))
 
 
 def test_confidence():

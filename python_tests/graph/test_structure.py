@@ -75,6 +75,17 @@ def test_dtype_and_weights_change_on_copies():
         graph.to(torch.float16)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-12, 1.0, 1e300])
+def test_normalized(scale):
+    """To positive weights of mean 1; weights of 0 stay, and do not count."""
+    index = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
+    graph = Graph.from_edge_index(index, scale * torch.tensor([1.0, 1.0, 0.0, 0.0, 4.0, 4.0], dtype=torch.float64))
+    torch.testing.assert_close(graph.normalized().weight, torch.tensor([0.4, 0.4, 0.0, 0.0, 1.6, 1.6], dtype=torch.float64))
+    assert graph.normalized().components[0].equal(graph.components[0])
+    none = graph.with_weight(torch.zeros(6, dtype=torch.float64))
+    assert none.normalized() is none
+
+
 def test_mutual_neighbours():
     index = torch.tensor([[0, 0, 1, 1, 2, 2, 3], [1, 2, 0, 2, 0, 1, 3]])
     graph = Graph.from_edge_index(index)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the paper compares mixed label propagation with (its sections 4.4 and 4.5), and two checks of its mechanism.
 
-The functions that give a W_dis [E] are for ``mixed_label_propagation(..., dissimilarity=...)``.
+The functions that give a W_dis [E] are for ``mixed_label_propagation(..., dissimilarity=...)``. As there, what goes with a W_dis takes
+W/w̄ for W, w̄ being the mean of the positive weights: β and μ are in units of w̄.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ssmkernels.graph.propagation import (
     LabelSystem,
     MixedLabelPropagation,
     check_dissimilarity,
+    check_graph,
     confidence_of,
     node_labels,
 )
@@ -92,9 +94,10 @@ def control_dissimilarity(
     max_iter: int = 1000,
 ) -> Tensor:
     """W_dis of the paper's "Control": (22) with Z̃_ij replaced by the L1-normalised F_i, whatever j."""
+    graph = check_graph(graph).normalized()
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
-    scores = (system.propagate(rtol=rtol, max_iter=max_iter).double() + system.offset[system.component][:, None]).clamp_min(0)
-    probs = scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-300)
+    probs = system.solve(rtol=rtol, max_iter=max_iter).probs.double()
+    system.warn("control_dissimilarity")
     confidence, rows, col = confidence_of(probs), graph.rows, graph.col.long()
     out = torch.empty_like(graph.weight)
     for begin in range(0, graph.num_edges, EDGES_AT_ONCE):
@@ -158,11 +161,14 @@ def uniform_damping(
 ) -> MixedLabelPropagation:
     """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from another."""
     beta = check.check_nonnegative("beta", beta)
+    graph = check_graph(graph).normalized()
     dissimilarity = check_dissimilarity(graph, dissimilarity)
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
     damping = beta * float(graph.sum_rows(dissimilarity.double()).mean())
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
-    return system.mix(propagated, torch.zeros_like(dissimilarity), beta=0.0, damping=damping, rtol=rtol, max_iter=max_iter)
+    found = system.solve(damping=damping, rtol=rtol, max_iter=max_iter)
+    system.warn("uniform_damping")
+    return MixedLabelPropagation(propagated=propagated, dissimilarity=torch.zeros_like(dissimilarity), **found._asdict())
 
 
 def lpdr(
@@ -194,7 +200,7 @@ def lpdr(
     rtol = check.check_positive("rtol", rtol)
     max_iter = check.check_count("max_iter", max_iter)
     seed = check.check_integer("seed", seed)
-    double = graph.to(torch.float64)
+    double = check_graph(graph).to(torch.float64).normalized()
     dissimilarity = check_dissimilarity(double, dissimilarity)
     system = LabelSystem(double, labels, num_classes=num_classes, mu=mu, balance=balance)
     has_labels = system.offset[system.component] > 0

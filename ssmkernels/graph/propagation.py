@@ -3,14 +3,14 @@
 
 The reading of the paper that is computed here:
 
-- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. Scaling W then hardly changes D_ii F_i, the logits of (20), as long as μ is
-  small beside D_ii; W is not normalised.
-- **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ N_K/(m_K n_cK) on its
-  labelled rows of class c: (16) itself where every class has as many labels. Without it the class with more labels takes over.
-- **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which float32 does not resolve. So F̃ = F − c_K is
-  solved for. Neither the largest class, (13), nor the softmax of (20) sees the constant.
-  G is likewise solved for as its deviation from the constant that balances its system over a component,
-  Σ (U/μ)Y/Σ (U + 2β D_dis).
+- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. The logits D_ii F_i of (20) then have no unit, as long as μ is small
+  beside D_ii. W_dis lies in [0, 1] whatever W is, so mixed label propagation takes W/w̄, w̄ the mean positive weight: a dissimilar
+  edge acts as β w̄ W_dis and a label as μ w̄ would on W, and W and c W give the same result.
+- **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ N_K/(m_K n_cK) on
+  its labelled rows of class c: (16) itself where every class has as many labels. Without it the class with more labels takes over.
+- **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which rounding hides. So F̃ = F − c_K is what
+  :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither the largest class, (13), nor
+  the softmax of (20) sees the constant.
 - **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
 """
 
@@ -47,7 +47,7 @@ class MixedLabelPropagation(NamedTuple):
     pseudo_labels: Tensor
     """[N] int64, the class of the highest score, −1 where undecided."""
     propagated: Tensor
-    """[N, C] F̃, see :func:`label_propagation`."""
+    """[N, C] F̃ of W/w̄, see :func:`label_propagation`."""
     dissimilarity: Tensor
     """[E] W_dis."""
     iterations: Tensor
@@ -59,6 +59,17 @@ class MixedLabelPropagation(NamedTuple):
     def num_undecided(self) -> int:
         """How many rows have the pseudo-label −1."""
         return int((self.pseudo_labels < 0).sum())
+
+
+class Scores(NamedTuple):
+    """What a system gives: :class:`MixedLabelPropagation` without what is of mixed label propagation alone."""
+
+    scores: Tensor
+    probs: Tensor
+    confidence: Tensor
+    pseudo_labels: Tensor
+    iterations: Tensor
+    residual: Tensor
 
 
 def label_propagation(
@@ -74,18 +85,18 @@ def label_propagation(
 ) -> Tensor:
     """F̃ [N, C]: the solution F of (L + U) F = (U/μ) Y less c_K = 1/(m_K μ) in every component with labels, 0 in the others.
 
-    ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is (16) literally, with
-    ``balance=False, mu_unlabeled=mu`` the original label propagation, (12).
+    ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is (16) literally,
+    with ``balance=False, mu_unlabeled=mu`` the original label propagation, (12). W is taken as it is, at any scale, and μ with it.
 
     Args:
-        graph: N nodes; the dtype of its weights is that of the computation.
+        graph: N nodes; F̃ comes in the dtype of its weights, and what depends on it has the accuracy of float64.
         labels: [N] int64 in [0, C), −1 where unlabelled; at least one label.
         num_classes: C; the largest label and one if not given.
-        mu: μ > 0, weight of a label.
-        mu_unlabeled: ≥ 0, weight of the pull to 0 on unlabelled rows.
+        mu: μ > 0, weight of a label, in the unit of W.
+        mu_unlabeled: ≥ 0, weight of the pull to 0 on unlabelled rows, in the unit of W.
         balance: give every class of a component the same weight, however many labels it has.
-        rtol: tolerance of the solve, by default 1e-6 in float64 and 1e-4, on the deviation, in float32.
-        max_iter: of the solve; a warning says if it was not enough.
+        rtol: tolerance of the solve, on the deviation; 1e-8 by default.
+        max_iter: of the solve, ≥ 1; a RuntimeWarning says if it was not enough.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -113,11 +124,13 @@ def mixed_label_propagation(
 ) -> MixedLabelPropagation:
     """Pseudo-labels with confidence, from similar and dissimilar edges.
 
-    F̃ by :func:`label_propagation`, W_dis from it by (19)-(22), and G from (L + U + β(D_dis + W_dis)) G = (U/μ) Y, (23) and (24).
+    With W/w̄ for W, w̄ being the mean of the positive weights, so that the result is the same for W and c W: F̃ by
+    :func:`label_propagation`, W_dis from it by (19)-(22), and G from (L + U + β(D_dis + W_dis)) G = (U/μ) Y, (23) and (24).
 
     Args:
-        graph, labels, num_classes, mu, mu_unlabeled, balance, rtol, max_iter: as :func:`label_propagation`.
-        beta: β ≥ 0, weight of the dissimilar edges.
+        graph, labels, num_classes, balance, rtol, max_iter: as :func:`label_propagation`.
+        mu, mu_unlabeled: likewise, in units of w̄.
+        beta: β ≥ 0, weight of the dissimilar edges, in units of w̄.
         logit_scale: λ > 0 of (20).
         dissimilarity: [E] W_dis on the edges of the graph, finite, ≥ 0 and symmetric, in place of (19)-(22).
         normalize_confidence: divide the confidence by its maximum.
@@ -125,17 +138,34 @@ def mixed_label_propagation(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    graph = check_graph(graph).normalized()
+    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+    result = mix(system, dissimilarity, beta=beta, logit_scale=logit_scale, rtol=rtol, max_iter=max_iter)
+    system.warn("mixed_label_propagation")
+    if normalize_confidence:
+        result = result._replace(confidence=result.confidence / result.confidence.max().clamp_min(torch.finfo(graph.dtype).tiny))
+    return result
+
+
+def mix(
+    system: LabelSystem,
+    dissimilarity: Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    logit_scale: float = 4.0,
+    rtol: float | None = None,
+    max_iter: int = 1000,
+) -> MixedLabelPropagation:
+    """:func:`mixed_label_propagation` on a system of the normalised graph, without its warning."""
     beta = check.check_nonnegative("beta", beta)
     logit_scale = check.check_positive("logit_scale", logit_scale)
     if dissimilarity is not None:
-        dissimilarity = check_dissimilarity(graph, dissimilarity)
-    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+        dissimilarity = check_dissimilarity(system.graph, dissimilarity)
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
     if dissimilarity is None:
-        dissimilarity = dissimilarity_of(graph, propagated, logit_scale)
-    mixed = system.mix(propagated, dissimilarity, beta=beta, rtol=rtol, max_iter=max_iter, normalize_confidence=normalize_confidence)
-    system.warn("mixed_label_propagation")
-    return mixed
+        dissimilarity = dissimilarity_of(system.graph, propagated, logit_scale)
+    found = system.solve(None if beta == 0 else beta * dissimilarity, rtol=rtol, max_iter=max_iter)
+    return MixedLabelPropagation(propagated=propagated, dissimilarity=dissimilarity, **found._asdict())
 
 
 def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
@@ -167,8 +197,7 @@ class LabelSystem:
         mu_unlabeled: float = 0.0,
         balance: bool = True,
     ) -> None:
-        if not isinstance(graph, Graph):
-            raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
+        check_graph(graph)
         mu = check.check_positive("mu", mu)
         mu_unlabeled = check.check_nonnegative("mu_unlabeled", mu_unlabeled)
         self.graph = graph
@@ -202,19 +231,11 @@ class LabelSystem:
         found = self._solve(self.diagonal, None, rtol, max_iter)
         return rounded(found.values + (found.constant - self.offset[:, None])[self.component], self.graph.dtype)
 
-    def mix(
-        self,
-        propagated: Tensor,
-        dissimilarity: Tensor,
-        *,
-        beta: float = 1.0,
-        damping: float = 0.0,
-        rtol: float | None = None,
-        max_iter: int = 1000,
-        normalize_confidence: bool = False,
-    ) -> MixedLabelPropagation:
-        """(L + U + β(D_dis + W_dis) + damping) G = (U/μ) Y, and what follows from G."""
-        found = self._solve(self.diagonal + damping, None if beta == 0 else beta * dissimilarity, rtol, max_iter)
+    def solve(
+        self, dissimilarity: Tensor | None = None, *, damping: float = 0.0, rtol: float | None = None, max_iter: int = 1000
+    ) -> Scores:
+        """(L + U + D_dis + W_dis + damping) G = (U/μ) Y, and what follows from G."""
+        found = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
         largest = found.constant.amax(dim=1, keepdim=True)  # the same for every class present, where classes are balanced
         deviation = found.values + (found.constant - largest)[self.component]
         scores = deviation + largest[self.component]
@@ -223,16 +244,12 @@ class LabelSystem:
         decided = (sums[:, 0] > 0) & (self.offset[self.component] > 0)
         probs = torch.where(decided[:, None], probs / sums.clamp_min(1e-300), 0)
         confidence = confidence_of(probs)
-        if normalize_confidence:
-            confidence = confidence / confidence.max().clamp_min(1e-300)
         dtype = self.graph.dtype
-        return MixedLabelPropagation(
-            scores=scores.to(dtype),
+        return Scores(
+            scores=rounded(scores, dtype),
             probs=probs.to(dtype),
             confidence=confidence.to(dtype),
             pseudo_labels=torch.where(decided, deviation.argmax(dim=1), -1),
-            propagated=propagated,
-            dissimilarity=dissimilarity,
             iterations=found.iterations,
             residual=found.residual.to(dtype),
         )
@@ -261,6 +278,12 @@ def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
     rival = out.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
     ahead = scores.gather(1, best) > scores.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
     return out.scatter(1, best, torch.where(ahead & (rival >= largest), rival.nextafter(torch.full_like(rival, torch.inf)), largest))
+
+
+def check_graph(graph: Graph) -> Graph:
+    if not isinstance(graph, Graph):
+        raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
+    return graph
 
 
 def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:

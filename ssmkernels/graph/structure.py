@@ -146,6 +146,18 @@ class Graph:
         _check_weight(weight, self.reverse, self.rows, self.col)
         return Graph._trusted(self.crow, self.col, weight.detach().contiguous(), self.reverse, self.mutual)
 
+    def normalized(self) -> Graph:
+        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there are none."""
+        weight = self.weight.double()
+        largest = float(weight.max()) if self.num_edges else 0.0
+        if largest == 0:
+            return self
+        weight = weight / largest  # so that the sum is finite
+        graph = self.with_weight((weight / weight[weight > 0].mean()).to(self.dtype))
+        if bool((graph.weight > 0).equal(self.weight > 0)):  # none too small for the dtype
+            graph._components = self.components
+        return graph
+
     def mutual_neighbours(self) -> Graph:
         """The graph of the edges whose ends are each among the other's nearest neighbours.
 
