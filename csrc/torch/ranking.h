@@ -46,12 +46,13 @@ struct RankingTensors {
   }
 };
 
-// Loss [], weights [2] and active tiles.
+// Loss [], weights [2] and active tiles; these with a row and a column to spare, so that a compiler that traces any number of rows need not
+// ask whether there is more than one tile.
 using RankingLossTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 inline RankingLossTensors new_ranking_loss(const RankingTensors& in) {
   const ScalarType dtype = compute_dtype(in.rows);
-  Tensor active = new_tensor(in.rows, {in.row_tiles(), in.reference_tiles()}, ScalarType::Byte);
+  Tensor active = new_tensor(in.rows, {in.row_tiles() + 1, in.reference_tiles() + 1}, ScalarType::Byte);
   if (active.is_cpu())
     std::fill_n(data<uint8_t>(active), active.numel(), 0);
   else
@@ -77,7 +78,7 @@ struct RankingGradientTensors {
     check_like(grad_loss, "grad_loss", dtype, in.rows);
     check_shape(weights, "weights", 2);
     check_like(weights, "weights", dtype, in.rows);
-    check_shape(active, "active", in.row_tiles(), in.reference_tiles());
+    check_shape(active, "active", in.row_tiles() + 1, in.reference_tiles() + 1);
     check_like(active, "active", ScalarType::Byte, in.rows);
     rows = new_tensor(in.rows, {in.rows.size(0), in.rows.size(1)}, dtype);
     references =

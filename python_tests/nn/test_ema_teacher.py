@@ -87,17 +87,6 @@ def test_no_gradient_and_no_link_to_the_student():
     assert torch.equal(teacher.model[0].weight, before)
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="decay must be below 1"):
-        EMATeacher(student(), 1.0)
-    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -0.1"):
-        EMATeacher(student(), -0.1)
-    with pytest.raises(ValueError, match="buffers must be 'average', 'copy' or 'own', got 'swap'"):
-        EMATeacher(student(), buffers="swap")
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
-        EMATeacher({})
-
-
 class WithBuffer(nn.Sequential):
     """The student with one buffer more, which is its last."""
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
 from ssmkernels.nn import SimilarityDistributionLoss
 
@@ -55,7 +54,13 @@ def test_follows_equations_5_and_6(gradient):
         for name, value in of_batch.items():
             running[name] = 0.1 * value + 0.9 * running[name] if name in seen else value
         seen |= of_batch.keys()
-        torch.testing.assert_close(loss(features, labels), loss_of(running, 0.4, 0.7), rtol=1e-12, atol=1e-12, check_dtype=False)
+        torch.testing.assert_close(
+            loss(features, labels),
+            loss_of(running, 0.4, 0.7),
+            rtol=1e-12,
+            atol=1e-12,
+            check_dtype=False,
+        )
         for name in MOMENTS:
             torch.testing.assert_close(getattr(loss, name), running[name], rtol=1e-12, atol=1e-12, check_dtype=False)
 
@@ -139,62 +144,6 @@ def test_eval_reads_without_writing():
     assert not torch.equal(twin.positive_mean, loss.positive_mean)
 
 
-def test_state_goes_through_a_file_and_through_deepcopy():
-    loss = SimilarityDistributionLoss().double()
-    loss(*batch(0))
-    file = io.BytesIO()
-    torch.save(loss.state_dict(), file)
-    file.seek(0)
-    restored = SimilarityDistributionLoss().double()
-    restored.load_state_dict(torch.load(file, weights_only=True))
-    expected = loss(*batch(1))
-    assert torch.equal(restored(*batch(1)), expected)
-    duplicate = copy.deepcopy(restored)
-    duplicate(*batch(2))
-    assert torch.equal(restored.positive_mean, loss.positive_mean)  # the copy has moments of its own
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_conversion_to_a_half_type_keeps_the_moments_exact(dtype):
-    loss = SimilarityDistributionLoss()
-    loss(*batch(0, dtype=torch.float32))
-    before = {name: getattr(loss, name).clone() for name in MOMENTS}
-    loss.to(dtype)
-    for name, value in before.items():
-        assert getattr(loss, name).dtype == torch.float32
-        assert torch.equal(getattr(loss, name), value)
-    assert loss.positive_mean is loss.state_dict(keep_vars=True)["positive_mean"]
-    assert {each.dtype for name, each in loss.double().state_dict().items() if name in MOMENTS} == {torch.float64}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_types_and_autocast_are_computed_in_float32(dtype):
-    features, labels = batch(0, n=40, dtype=dtype)
-    features.requires_grad_()
-    expected = SimilarityDistributionLoss().double()(features.detach().double(), labels)
-    value = SimilarityDistributionLoss()(features, labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = SimilarityDistributionLoss()(features, labels)
-    assert value.dtype == torch.float32
-    assert torch.equal(value, cast)
-    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
-    value.backward()
-    assert features.grad.dtype == dtype
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for each in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(each, torch.Tensor):
-                self.elements = max(self.elements, each.numel())
-        return result
-
-
 def test_no_matrix_of_similarities_exists():
     features, labels = batch(0, n=300)
     with LargestTensor() as largest:
@@ -228,22 +177,12 @@ def test_training_separates_the_two_distributions():
     assert (loss.positive_mean - loss.negative_mean).item() > start + 0.25
 
 
-def test_compiles_in_one_graph():
-    """One graph also means that nothing asks the device for a value."""
-    loss = SimilarityDistributionLoss()
-    twin = copy.deepcopy(loss)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for step in range(2):
-        features, labels = batch(step, dtype=torch.float32)
-        torch.testing.assert_close(compiled(features.requires_grad_(), labels), twin(features, labels))
-    torch.testing.assert_close(loss.state_dict(), twin.state_dict())
-
-
 @pytest.mark.gpu
 @pytest.mark.sanitizer
 def test_does_not_synchronise_and_agrees_with_the_cpu():
     loss, on_device = SimilarityDistributionLoss(), SimilarityDistributionLoss().cuda()
-    batches = [batch(step, kind, dtype=torch.float32) for step, kind in enumerate(("no positives", "both", "no negatives", "both"))]
+    kinds = ("no positives", "both", "no negatives", "both")
+    batches = [batch(step, kind, dtype=torch.float32) for step, kind in enumerate(kinds)]
     moved = [(features.cuda().requires_grad_(), labels.cuda()) for features, labels in batches]
     on_device.eval()(*moved[0])  # the first call may allocate
     on_device.train()
@@ -262,7 +201,11 @@ def test_does_not_synchronise_and_agrees_with_the_cpu():
         ({"basis_features": torch.zeros(N)}, ValueError, r"basis_features must be \[n, k\], got shape \[12\]"),
         ({"basis_features": torch.zeros(N, 2, dtype=torch.int64)}, TypeError, "basis_features must be float32"),
         ({"labels": torch.zeros(N)}, TypeError, "labels must be int64"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, "labels must have n of basis_features = 12 in dimension 0"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            "labels must have n of basis_features = 12 in dimension 0",
+        ),
     ],
 )
 def test_bad_input(changed, error, message):
@@ -271,24 +214,3 @@ def test_bad_input(changed, error, message):
     with pytest.raises(error, match=message):
         loss(**{"basis_features": features, "labels": labels, **changed})
     assert not loss.positive_seen
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"margin": None}, TypeError, "margin must be a number, got NoneType"),
-        ({"variance_weight": -1.0}, ValueError, "variance_weight must be >= 0, got -1.0"),
-        ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
-        ({"momentum": 1.0}, ValueError, "momentum must be below 1"),
-        ({"gradient": "both"}, ValueError, "gradient must be 'batch' or 'momentum', got 'both'"),
-    ],
-)
-def test_bad_settings(settings, error, message):
-    with pytest.raises(error, match=message):
-        SimilarityDistributionLoss(**settings)
-
-
-def test_repr():
-    assert repr(SimilarityDistributionLoss(0.4, gradient="momentum")) == (
-        "SimilarityDistributionLoss(margin=0.4, variance_weight=1.0, momentum=0.99, gradient='momentum')"
-    )

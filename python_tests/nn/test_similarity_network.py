@@ -49,7 +49,12 @@ def test_logits_are_those_of_two_linear_layers(make_network, interaction):
 def test_parameters_start_as_those_of_linear_layers_do(interaction):
     network = SimilarityNetwork(50, 400, interaction)
     width = 100 if interaction == "concat" else 50
-    assert {name: tuple(p.shape) for name, p in network.named_parameters()} == {"w1": (400, width), "b1": (400,), "w2": (400,), "b2": ()}
+    assert {name: tuple(p.shape) for name, p in network.named_parameters()} == {
+        "w1": (400, width),
+        "b1": (400,),
+        "w2": (400,),
+        "b2": (),
+    }
     parameters = [p.detach() for p in network.parameters()]
     for parameter, inputs in zip(parameters, (width, width, 400, 400), strict=True):
         bound = 1 / math.sqrt(inputs)
@@ -64,9 +69,20 @@ def test_focal_loss_is_the_ops(make_network):
     labels, pairs = torch.tensor([0, 1, 0, 1, 2, 2, -1, 0]), sample_pairs(4, 30, generator=generator())
     loss = network.focal_loss(x, x, labels, labels, pairs=pairs, alpha=0.4, gamma=1.5)
     parameters = [network.w1, network.b1, network.w2, network.b2]
-    expected = reference.pair_focal_loss(x, x, labels, labels, *parameters, interaction="product", pairs=pairs, alpha=0.4, gamma=1.5)
+    expected = reference.pair_focal_loss(
+        x,
+        x,
+        labels,
+        labels,
+        *parameters,
+        interaction="product",
+        pairs=pairs,
+        alpha=0.4,
+        gamma=1.5,
+    )
     torch.testing.assert_close(loss, expected)
-    for mine, other in zip(torch.autograd.grad(loss, [x, *parameters]), torch.autograd.grad(expected, [x, *parameters]), strict=True):
+    gradients = [torch.autograd.grad(each, [x, *parameters]) for each in (loss, expected)]
+    for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other)
         assert mine.abs().sum() > 0
     assert network.focal_loss(x, x, labels, labels, reduction="none").shape == (8, 8)
@@ -158,15 +174,12 @@ def test_centers_are_constants():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SimilarityNetwork(0), "in_features must be at least 1, got 0"),
-        (lambda: SimilarityNetwork(4, 0), "hidden_features must be at least 1, got 0"),
-        (lambda: SimilarityNetwork(4, interaction="sum"), "interaction must be 'concat', 'absdiff' or 'product', got 'sum'"),
         (lambda: sample_pairs(0, 3), "n must be at least 1, got 0"),
         (lambda: sample_pairs(2, -1), "m must be at least 0, got -1"),
         (lambda: draw_class_centers(features(3), torch.arange(2), 4), "labels must have n of features = 3"),
         (lambda: draw_class_centers(features(3), torch.arange(3), 0), "num_classes must be at least 1, got 0"),
         (
-            lambda: draw_class_centers(features(3), torch.arange(3), 3, ClassCenters(torch.zeros(2, 6), torch.zeros(2, dtype=torch.bool))),
+            lambda: draw_class_centers(features(3), torch.arange(3), 3, ClassCenters(torch.zeros(2, 6), torch.zeros(2) > 0)),
             r"previous must have features \[3, 6\], got shape \[2, 6\]",
         ),
     ],

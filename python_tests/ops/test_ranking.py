@@ -630,7 +630,7 @@ def test_operators_below_the_checks_do_not_read_out_of_bounds():
     with pytest.raises(RuntimeError, match=r"order must be in \[0, 40\)"):
         torch.ops.ssmkernels.similarity_moments(rows, order * 2, labels)
     weights, active = torch.ones(2), torch.ones(1, 2, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"active must be \[2, 2\]"):
+    with pytest.raises(RuntimeError, match=r"active must be \[3, 3\]"):
         torch.ops.ssmkernels.pair_ranking_loss_backward(torch.tensor(1.0), rows, order, labels, *[None] * 3, 0.0, 0.5, weights, active)
 
 

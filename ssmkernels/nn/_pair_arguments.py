@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The calling convention of pytorch-metric-learning's pair losses: loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)."""
+"""The calling convention of pytorch-metric-learning's pair losses: loss(embeddings, labels, indices_tuple, ref_emb,
+ref_labels).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from ssmkernels.ops import _checks as check
 
 
 class PairIndices(NamedTuple):
-    """Positive pairs (positive_rows, positive_columns) and negative pairs likewise: rows of the embeddings, columns of the references."""
+    """Positive pairs (positive_rows, positive_columns) and negative pairs likewise: rows of the embeddings, columns of
+    the references.
+    """
 
     positive_rows: Tensor
     positive_columns: Tensor
@@ -22,7 +26,9 @@ class PairIndices(NamedTuple):
 
 
 class PairLabels(NamedTuple):
-    """All pairs, positive where labels [n] and reference_labels [m] are equal; without (i, i) where ``skip_diagonal``."""
+    """All pairs, positive where labels [n] and reference_labels [m] are equal; without (i, i) where
+    ``skip_diagonal``.
+    """
 
     labels: Tensor
     reference_labels: Tensor
@@ -50,17 +56,22 @@ def _labels(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
 def _indices(indices_tuple: Sequence[Tensor], rows: int, columns: int, like: Tensor) -> PairIndices:
     if not isinstance(indices_tuple, Sequence) or len(indices_tuple) not in (3, 4):
         got = f"{len(indices_tuple)} elements" if isinstance(indices_tuple, Sequence) else type(indices_tuple).__name__
-        raise ValueError(f"indices_tuple must be 3 tensors (anchors, positives, negatives) or 4 (two lists of pairs), got {got}")
+        must_be = "3 tensors (anchors, positives, negatives) or 4 (two lists of pairs)"
+        raise ValueError(f"indices_tuple must be {must_be}, got {got}")
     listed = [_integers(f"indices_tuple[{place}]", each, like) for place, each in enumerate(indices_tuple)]
     anchors, positives, *negative = listed
     indices = PairIndices(anchors, positives, *(negative if len(negative) == 2 else (anchors, *negative)))
     for kind, first, second in (("positive", indices[0], indices[1]), ("negative", indices[2], indices[3])):
         if len(first) != len(second):
-            raise ValueError(f"the {kind} pairs of indices_tuple must be two lists of one length, got {len(first)} and {len(second)}")
+            lengths = f"{len(first)} and {len(second)}"
+            raise ValueError(f"the {kind} pairs of indices_tuple must be two lists of one length, got {lengths}")
         if check.values_are_checked(first):
             check.check_range(f"the first of the {kind} pairs of indices_tuple", first, rows, "a row of embeddings")
             check.check_range(
-                f"the second of the {kind} pairs of indices_tuple", second, columns, "a row of ref_emb, or of embeddings without"
+                f"the second of the {kind} pairs of indices_tuple",
+                second,
+                columns,
+                "a row of ref_emb, or of embeddings without",
             )
     return indices
 
@@ -71,8 +82,12 @@ def check_pair_arguments(
     indices_tuple: Sequence[Tensor] | None,
     ref_emb: Tensor | None,
     ref_labels: Tensor | None,
-) -> tuple[Tensor, PairIndices | PairLabels]:
-    """The references, which are the embeddings themselves without ``ref_emb``, and the pairs, on the device of the embeddings.
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor, PairIndices | PairLabels]:
+    """The embeddings, the references, which are the embeddings themselves without ``ref_emb``, and the pairs, on the
+    same device.
+
+    Rows labelled ``ignore_index`` are left out of all three.
 
     Raises:
         ValueError, TypeError: an argument is not as the losses say; the message names it.
@@ -85,18 +100,48 @@ def check_pair_arguments(
         ref_labels = labels
     else:
         _check_embeddings("ref_emb", ref_emb, "[m, d]")
+        if ref_labels is None and indices_tuple is None and ref_emb.shape[0] == embeddings.shape[0]:
+            ref_labels = labels
         check.check_size("ref_emb", ref_emb, 1, embeddings.shape[1], "d of embeddings")
         check.check_same_device("ref_emb", ref_emb, "embeddings", embeddings)
         references = ref_emb
     own_labels = None if labels is None else _labels("labels", labels, "embeddings", embeddings)
     other_labels = None if ref_labels is None else _labels("ref_labels", ref_labels, "ref_emb", references)
     if indices_tuple is not None:
-        return references, _indices(indices_tuple, embeddings.shape[0], references.shape[0], embeddings)
+        indices = _indices(indices_tuple, embeddings.shape[0], references.shape[0], embeddings)
+        return _without_ignored(embeddings, references, indices, own_labels, other_labels, ignore_index)
     if own_labels is None:
         raise ValueError("labels and indices_tuple are both None; one of them must say which pairs are positive")
     if other_labels is None:
-        raise ValueError("ref_labels is None; with ref_emb, it or indices_tuple must say which pairs are positive")
-    return references, PairLabels(own_labels, other_labels, skip_diagonal=ref_labels is labels)
+        raise ValueError("ref_labels must be given with ref_emb, unless that has as many rows as embeddings")
+    all_pairs = PairLabels(own_labels, other_labels, skip_diagonal=ref_labels is labels)
+    return _without_ignored(embeddings, references, all_pairs, own_labels, other_labels, ignore_index)
+
+
+def _without_ignored(
+    embeddings: Tensor,
+    references: Tensor,
+    pairs: PairIndices | PairLabels,
+    labels: Tensor | None,
+    ref_labels: Tensor | None,
+    ignore_index: int | None,
+) -> tuple[Tensor, Tensor, PairIndices | PairLabels]:
+    if ignore_index is None:
+        return embeddings, references, pairs
+    kept = [
+        torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if each is None else each != ignore_index
+        for rows, each in ((embeddings, labels), (references, ref_labels))
+    ]
+    x = embeddings[kept[0]]
+    y = x if references is embeddings else references[kept[1]]
+    if isinstance(pairs, PairLabels):
+        return x, y, PairLabels(pairs.labels[kept[0]], pairs.reference_labels[kept[1]], pairs.skip_diagonal)
+    places = [mask.cumsum(0) - 1 for mask in kept]  # of the rows that are left
+    listed = []
+    for rows, columns in (pairs[:2], pairs[2:]):
+        both = kept[0][rows] & kept[1][columns]
+        listed += [places[0][rows[both]], places[1][columns[both]]]
+    return x, y, PairIndices(*listed)
 
 
 def pair_masks(pairs: PairIndices | PairLabels, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -113,13 +158,15 @@ def pair_masks(pairs: PairIndices | PairLabels, rows: int, columns: int) -> tupl
 
 
 def without_diagonal(pairs: Tensor) -> Tensor:
-    """The pairs (i, j), i ≠ j, of a mask [n, n]. Unlike ``fill_diagonal_``, whose meta kernel wants plain sizes, it compiles for any n."""
+    """The pairs (i, j), i ≠ j, of a mask [n, n]. Unlike ``fill_diagonal_``, whose meta kernel wants plain sizes, it
+    compiles for any n.
+    """
     rows = torch.arange(pairs.shape[0], device=pairs.device)
     return pairs & (rows[:, None] != rows)
 
 
-def at_most_one_pair(pairs: PairIndices | PairLabels) -> bool:
-    """Whether each list of pairs holds one at most, where pytorch-metric-learning's losses are 0."""
+def at_most_one_is_listed(pairs: PairIndices | PairLabels) -> bool:
+    """Whether there are lists of pairs, and each holds one at most."""
     return isinstance(pairs, PairIndices) and all(len(each) <= 1 for each in pairs)
 
 

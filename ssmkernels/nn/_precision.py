@@ -18,16 +18,11 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
-def autocast_is_on(like: Tensor) -> bool:
-    """Whether autocast is on for the device of ``like``; never on devices that have none."""
-    device = like.device.type
-    return is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 class RunningStatistics(nn.Module):
     """A module with buffers that accumulate over batches, which ``.half()`` and the like move without rounding them.
 
-    A running mean with β = .99 stands still in a half type: what a batch adds is smaller than half the distance to the next number.
+    A running mean with β = .99 stands still in a half type: what a batch adds is smaller than half the distance to the
+    next number.
     """
 
     statistics: ClassVar[tuple[str, ...]]

@@ -14,8 +14,8 @@ from ssmkernels.ops import _checks as check
 class DistributionAlignment(RunningStatistics):
     """DA(p) = Normalize(p / p_avg), with p_avg the mean of the last ``queue_length`` batches, the current one included.
 
-    The target distribution is uniform. The queue is a buffer that starts at zeros: until it is full p_avg is too small by a
-    factor, which the normalisation cancels. It stays at least float32 whatever the module is converted to. Under
+    The target distribution is uniform. The queue is a buffer that starts at zeros: until it is full p_avg is too small
+    by a factor, which the normalisation cancels. It stays at least float32 whatever the module is converted to. Under
     ``torch.distributed`` a batch is that of all ranks together.
 
     Args:
@@ -32,13 +32,17 @@ class DistributionAlignment(RunningStatistics):
 
     def __init__(self, num_classes: int, queue_length: int = 32) -> None:
         super().__init__()
-        num_classes, queue_length = check.check_count("num_classes", num_classes), check.check_count("queue_length", queue_length)
+        num_classes, queue_length = (
+            check.check_count("num_classes", num_classes),
+            check.check_count("queue_length", queue_length),
+        )
         self.register_buffer("queue", torch.zeros(queue_length, num_classes))
         self.register_buffer("position", torch.zeros(1, dtype=torch.int64))
 
     @torch.no_grad()
     def forward(self, probs: Tensor) -> Tensor:
-        """Aligned probabilities [B, L] of ``probs`` [B, L], floating point; detached, float32 (float64 for float64 probabilities).
+        """Aligned probabilities [B, L] of ``probs`` [B, L], floating point; detached, float32 (float64 for float64
+        probabilities).
 
         A class that has had no probability at all keeps none. In eval mode the queue is read, not written.
 

@@ -18,7 +18,8 @@ BufferRule = Literal["average", "copy", "own"]
 class EMATeacher(nn.Module):
     """θ_t ← a θ_t + (1 − a) θ_s for every parameter, on a copy of ``model`` that takes no gradient.
 
-    Which batch-norm statistics the copy uses has to be said: published code differs, and a wrong choice collapses training.
+    Which batch-norm statistics the copy uses has to be said: published code differs, and a wrong choice collapses
+    training.
 
     ``"average"``
         floating-point buffers are averaged like parameters (EMAN); the teacher always runs in eval mode.
@@ -29,8 +30,8 @@ class EMATeacher(nn.Module):
 
     Integer buffers are the student's in the first two.
 
-    The average is kept in the teacher's own dtype, whatever the student's is. In a half type it stands still, because what a step adds
-    is rounded away: give a half-precision student a float32 teacher, ``EMATeacher(student).float()``.
+    The average is kept in the teacher's own dtype, whatever the student's is. In a half type it stands still, because
+    what a step adds is rounded away: give a half-precision student a float32 teacher, ``EMATeacher(student).float()``.
 
     Args:
         model: the student at its start; it is copied.
@@ -42,14 +43,20 @@ class EMATeacher(nn.Module):
         ValueError, TypeError: an argument is out of range; the message names it.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.999, *, buffers: BufferRule = "copy", warm_up: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float = 0.999,
+        *,
+        buffers: BufferRule = "copy",
+        warm_up: bool = False,
+    ) -> None:
         super().__init__()
         _check_module("model", model)
         self.decay = check.check_fraction("decay", decay)
         if self.decay == 1:
             raise ValueError("decay must be below 1, or the teacher would never learn")
-        if buffers not in get_args(BufferRule):
-            raise ValueError(f"buffers must be 'average', 'copy' or 'own', got {buffers!r}")
+        check.check_choice("buffers", buffers, get_args(BufferRule))
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.buffer_rule = buffers
         self.warm_up = warm_up
@@ -65,11 +72,12 @@ class EMATeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """One step towards ``student``, a module with the parameters and buffers of the model given at the start, in any dtype.
+        """One step towards ``student``, a module with the parameters and buffers of the model given at the start, in
+        any dtype.
 
         Raises:
-            ValueError, TypeError: ``student`` has other parameters or, unless they are the teacher's own, other buffers. Nothing is
-                written then.
+            ValueError, TypeError: ``student`` has other parameters or, unless they are the teacher's own, other
+                buffers. Nothing is written then.
         """
         _check_module("student", student)
         averaged = _pairs("parameters", self.model.parameters(), student.parameters())

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels.nn._precision import autocast_is_on, without_autocast
+from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
 
 
 class FeatureBasis(nn.Module):
-    """k basis vectors a_c, the rows of W_a, on which features f are measured: r = W_a f, and s_ij = cos(W_a f_i, W_a f_j), (4) of SLADE.
+    """k basis vectors a_c, the rows of W_a, on which features f are measured: r = W_a f, and s_ij = cos(W_a f_i, W_a
+    f_j), (4) of SLADE.
 
-    A basis vector belongs to a labelled class, so that softmax(W_a f) classifies labelled features (L_CE of L_Basis = L_CE + L_SD);
-    pseudo-labelled features, of other classes, only meet in pairs (:class:`SimilarityDistributionLoss`). No bias. The parameter
-    ``weight`` [k, in_features] starts as that of ``nn.Linear`` does.
+    A basis vector belongs to a labelled class, so that softmax(W_a f) classifies labelled features (L_CE of L_Basis =
+    L_CE + L_SD); pseudo-labelled features, of other classes, only meet in pairs (:class:`SimilarityDistributionLoss`).
+    No bias. The parameter ``weight`` [k, in_features] starts as that of ``nn.Linear`` does.
 
     Args:
         in_features: d ≥ 1, size of the features.
@@ -30,7 +31,10 @@ class FeatureBasis(nn.Module):
 
     def __init__(self, in_features: int, num_basis: int) -> None:
         super().__init__()
-        in_features, num_basis = check.check_count("in_features", in_features), check.check_count("num_basis", num_basis)
+        in_features, num_basis = (
+            check.check_count("in_features", in_features),
+            check.check_count("num_basis", num_basis),
+        )
         self.weight = nn.Parameter(torch.empty(num_basis, in_features))
         self.reset_parameters()
 
@@ -49,13 +53,22 @@ class FeatureBasis(nn.Module):
         Args:
             features: [n, d].
             labels: [n] int64 in [0, k).
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
         """
         logits = self._projected("features", features)
-        check_labels(labels, features.shape[0], self.weight.shape[0], "num_basis")
+        check.check_tensor("labels", labels, "[n]", 1)
+        check.check_int64("labels", labels)
+        check.check_size("labels", labels, 0, features.shape[0], "n of features")
+        check.check_same_device("labels", labels, "features", features)
+        check_classes(labels, self.weight.shape[0], "num_basis")
         return mean_cross_entropy(logits.to(check.compute_dtype(logits.dtype)), labels)
 
     def similarities(self, features: Tensor, references: Tensor | None = None) -> Tensor:
-        """s_ij, (4): the cosines of W_a f, [n, n], or [n, m] with references [m, d]; in float32 or better. A zero row has cosine 0."""
+        """s_ij, (4): the cosines of W_a f, [n, n], or [n, m] with references [m, d]; in float32 or better. A zero row
+        has cosine 0.
+        """
         rows = self._directions("features", features)
         columns = rows if references is None else self._directions("references", references)
         with without_autocast(rows):
@@ -66,7 +79,7 @@ class FeatureBasis(nn.Module):
         check.check_floating(name, features)
         check.check_size(name, features, 1, self.weight.shape[1], "in_features")
         check.check_same_device(name, features, "weight", self.weight)
-        if not autocast_is_on(features):
+        if not check.autocast_is_enabled(features.device):
             check.check_same_dtype(name, features, "weight", self.weight)
         return F.linear(features, self.weight)
 
@@ -79,10 +92,8 @@ class FeatureBasis(nn.Module):
         return f"in_features={in_features}, num_basis={num_basis}"
 
 
-def check_labels(labels: Tensor, rows: int, classes: int, meaning: str) -> None:
-    check.check_tensor("labels", labels, "[n]", 1)
-    check.check_int64("labels", labels)
-    check.check_size("labels", labels, 0, rows, "n of the features")
+def check_classes(labels: Tensor, classes: int, meaning: str) -> None:
+    """Labels in [0, classes), where values are checked."""
     if check.values_are_checked(labels):
         check.check_range("labels", labels, classes, meaning)
 

@@ -18,19 +18,20 @@ Mode = Literal["temporal", "teacher"]
 class LabeledMemory(nn.Module):
     """K slots, one per labelled image: its embedding [K, D] and its class [K], both buffers of the module's state.
 
-    Slots are numbered 0 … K−1 by the caller (the place of an image in the labelled set). With ``labels`` given, rows are kept sorted by
-    class inside, which turns the class sums of :func:`ssmkernels.ops.instance_matching` into segment sums; slot numbers do not change.
+    Slots are numbered 0 … K−1 by the caller (the place of an image in the labelled set). With ``labels`` given, rows
+    are kept sorted by class inside, which turns the class sums of :func:`ssmkernels.ops.instance_matching` into segment
+    sums; slot numbers do not change.
 
-    In a step, first read (:meth:`instance_matching`), then write (:meth:`update`). An empty slot is 0; its first update sets it to the
-    embedding itself, and a full pass over the labelled set fills the memory.
+    In a step, first read (:meth:`instance_matching`), then write (:meth:`update`). An empty slot is 0; its first update
+    sets it to the embedding itself, and a full pass over the labelled set fills the memory.
 
     Args:
         num_slots: K ≥ 1.
         dim: D ≥ 1.
         num_classes: L ≥ 1.
         labels: [K] int64, the class of each slot, where known beforehand.
-        mode: "temporal", for small K: slot ← normalise(momentum·slot + (1 − momentum)·embedding), embeddings from the student;
-            "teacher", for large K: slot ← normalise(embedding), embeddings from an EMA teacher.
+        mode: "temporal", for small K: slot ← normalise(momentum·slot + (1 − momentum)·embedding), embeddings from the
+            student; "teacher", for large K: slot ← normalise(embedding), embeddings from an EMA teacher.
         momentum: share of the old embedding in "temporal" mode, in [0, 1].
 
     Raises:
@@ -54,8 +55,7 @@ class LabeledMemory(nn.Module):
         super().__init__()
         num_slots, dim = check.check_count("num_slots", num_slots), check.check_count("dim", dim)
         self.num_classes = check.check_count("num_classes", num_classes)
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be 'temporal' or 'teacher', got {mode!r}")
+        check.check_choice("mode", mode, get_args(Mode))
         self.mode = mode
         momentum = check.check_fraction("momentum", momentum)
         self.momentum = momentum if mode == "temporal" else 0.0
@@ -82,7 +82,12 @@ class LabeledMemory(nn.Module):
         temperature_strong: float = 0.1,
         alpha: float = 0.9,
     ) -> ops.InstanceMatching:
-        """:func:`ssmkernels.ops.instance_matching` against this memory: queries [B, D], probs_weak [B, L] → p̂ [B, L], loss [B]."""
+        """:func:`ssmkernels.ops.instance_matching` against this memory: queries [B, D], probs_weak [B, L] → p̂ [B, L],
+        loss [B].
+        """
+        for name, query in (("query_weak", query_weak), ("query_strong", query_strong)):
+            check.check_tensor(name, query, "[B, D]", 2)
+            check.check_floating(name, query)
         check.check_tensor("probs_weak", probs_weak, "[B, L]", 2)
         check.check_size("probs_weak", probs_weak, 1, self.num_classes, "num_classes")
         return ops.instance_matching(
@@ -98,15 +103,21 @@ class LabeledMemory(nn.Module):
 
     @torch.no_grad()
     def update(self, slots: Tensor, embeddings: Tensor, labels: Tensor) -> None:
-        """Writes embeddings [B, D] and labels [B] into slots [B] int64; under DDP those of every rank, in rank order, on every rank."""
+        """Writes embeddings [B, D] and labels [B] into slots [B] int64; under DDP those of every rank, in rank order,
+        on every rank.
+        """
         check.check_tensor("slots", slots, "[B]", 1)
         check.check_int64("slots", slots)
+        check.check_same_device("slots", slots, "the memory", self.bank)
         check.check_tensor("embeddings", embeddings, "[B, D]", 2)
+        check.check_floating("embeddings", embeddings)
+        check.check_same_device("embeddings", embeddings, "the memory", self.bank)
         check.check_size("embeddings", embeddings, 0, slots.shape[0], "B of slots")
         check.check_size("embeddings", embeddings, 1, self.bank.shape[1], "dim")
         check.check_tensor("labels", labels, "[B]", 1)
         check.check_int64("labels", labels)
         check.check_size("labels", labels, 0, slots.shape[0], "B of slots")
+        check.check_same_device("labels", labels, "the memory", self.bank)
         if check.values_are_checked(slots):
             check.check_range("slots", slots, self.bank.shape[0], "the slots of the memory")
             check.check_range("labels", labels, self.num_classes, "the number of classes")
@@ -119,4 +130,5 @@ class LabeledMemory(nn.Module):
 
     def extra_repr(self) -> str:
         slots, dim = self.bank.shape
-        return f"num_slots={slots}, dim={dim}, num_classes={self.num_classes}, mode={self.mode!r}, momentum={self.momentum}"
+        sizes = f"num_slots={slots}, dim={dim}, num_classes={self.num_classes}"
+        return f"{sizes}, mode={self.mode!r}, momentum={self.momentum}"

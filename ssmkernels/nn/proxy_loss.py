@@ -12,15 +12,16 @@ from ssmkernels.ops import _checks as check
 
 
 class ProxyLoss(nn.Module):
-    """A learnt proxy p_c for every class, and the loss that pulls embeddings to the proxy of their class and pushes them off the others.
+    """A learnt proxy p_c for every class, and the loss that pulls embeddings to the proxy of their class and pushes
+    them off the others.
 
     With unit embeddings z_i, classes y_i (given or pseudo) and confidences ω_i,
 
         L = (1/C) Σ_i ω_i [ softplus(−ε(z_i·p_{y_i} − b)) + Σ_{c ≠ y_i} softplus(ε(z_i·p_c + b)) ],
 
-    a sum over the batch, not its mean. The parameter ``proxies`` [C, δ] is kept as the optimiser leaves it and scaled to unit rows inside.
-    It starts Kaiming normal (fan-out), as Proxy-Anchor's does (Kim et al., CVPR 2020), of which this loss is the per-sample form; there
-    proxies learn at 100 times the rate of the network.
+    a sum over the batch, not its mean. The parameter ``proxies`` [C, δ] is kept as the optimiser leaves it and scaled
+    to unit rows inside. It starts Kaiming normal (fan-out), as Proxy-Anchor's does (Kim et al., CVPR 2020), of which
+    this loss is the per-sample form; there proxies learn at 100 times the rate of the network.
 
     Args:
         num_classes: C ≥ 1.
@@ -36,11 +37,9 @@ class ProxyLoss(nn.Module):
         super().__init__()
         shape = check.check_count("num_classes", num_classes), check.check_count("embedding_dim", embedding_dim)
         self.epsilon = check.check_positive("epsilon", epsilon)
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-            raise TypeError(f"margin must be a number, got {type(margin).__name__}")
-        if not -1 <= margin <= 1:
+        self.margin = check.check_number("margin", margin)
+        if not -1 <= self.margin <= 1:
             raise ValueError(f"margin must be in [-1, 1], as cosines are, got {margin}")
-        self.margin = float(margin)
         self.proxies = nn.Parameter(torch.empty(shape))
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Local-CE and Global-CE, the alternatives to the similarity-distribution loss in ablation 3 of SLADE (Duan et al., CVPR 2021).
+"""Local-CE and Global-CE, the alternatives to the similarity-distribution loss in ablation 3 of SLADE (Duan et al.,
+CVPR 2021).
 
-The ablation prints the names and their figures (MAP@R on CUB-200: Local-CE 32.69, Global-CE 32.23, the similarity-distribution loss
-33.59). How the two are defined could not be found in public text; what each class says it computes is our reading of its name.
+The ablation prints the names and their figures (MAP@R on CUB-200: Local-CE 32.69, Global-CE 32.23, the
+similarity-distribution loss 33.59). How the two are defined could not be found in public text; what each class says it
+computes is our reading of its name.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 
 from ssmkernels.nn._pair_arguments import without_diagonal
 from ssmkernels.nn._precision import without_autocast
-from ssmkernels.nn.feature_basis import check_labels, mean_cross_entropy
-from ssmkernels.nn.similarity_distribution import RunningSimilarityMoments
+from ssmkernels.nn.feature_basis import check_classes, mean_cross_entropy
+from ssmkernels.nn.similarity_distribution import RunningSimilarityMoments, check_batch
 from ssmkernels.ops import _checks as check
 
 
@@ -27,9 +29,10 @@ class LocalCrossEntropy(RunningSimilarityMoments):
 
         L = mean_P softplus(−σ s_ij) + mean_N softplus(σ s_ij),   s_ij = cos(W_a f_i, W_a f_j),
 
-    over the ordered pairs i ≠ j of equal (P) and of different (N) pseudo-labels; a mean without a pair is 0. The name is the paper's; that
-    it means this, the two means, and σ are ours. The four running moments are kept as :class:`RunningSimilarityMoments` says, without a
-    gradient, for the thresholds of the mining. Plain PyTorch: memory O(n²).
+    over the ordered pairs i ≠ j of equal (P) and of different (N) pseudo-labels; a mean without a pair is 0. The name
+    is the paper's; that it means this, the two means, and σ are ours. The four running moments are kept as
+    :class:`RunningSimilarityMoments` says, without a gradient, for the thresholds of the mining. Plain PyTorch: memory
+    O(n²).
 
     Args:
         scale: σ > 0, from cosine to logit.
@@ -49,7 +52,11 @@ class LocalCrossEntropy(RunningSimilarityMoments):
         Args:
             basis_features: W_a f [n, k], floating point, of any length.
             labels: pseudo-labels [n] int64.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
         """
+        check_batch(basis_features, labels, self.positive_mean)
         self._update(basis_features.detach(), labels, batch_gradient=False)
         with without_autocast(basis_features):
             directions = _directions(basis_features)
@@ -69,10 +76,11 @@ class GlobalCrossEntropy(RunningSimilarityMoments):
 
         L = −mean_i log softmax_c(σ cos(W_a f_i, p_c))_{label i}
 
-    with a learnt prototype p_c for every cluster c; optimise :meth:`parameters` beside those of W_a. The name is the paper's; that it means
-    this, the cosine with a prototype, and σ are ours. The four running moments are kept as :class:`RunningSimilarityMoments` says, without
-    a gradient, for the thresholds of the mining. The parameter ``prototypes`` [num_clusters, k] starts normal and is scaled to unit rows
-    inside. Prototypes belong to one clustering: a new one needs a new module.
+    with a learnt prototype p_c for every cluster c; optimise :meth:`parameters` beside those of W_a. The name is the
+    paper's; that it means this, the cosine with a prototype, and σ are ours. The four running moments are kept as
+    :class:`RunningSimilarityMoments` says, without a gradient, for the thresholds of the mining. The parameter
+    ``prototypes`` [num_clusters, k] starts normal and is scaled to unit rows inside. Prototypes belong to one
+    clustering: a new one needs a new module.
 
     Args:
         num_basis: k ≥ 1, of the feature basis.
@@ -96,10 +104,13 @@ class GlobalCrossEntropy(RunningSimilarityMoments):
         Args:
             basis_features: W_a f [n, k], floating point, of any length.
             labels: pseudo-labels [n] int64 in [0, C).
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
         """
-        check.check_tensor("basis_features", basis_features, "[n, k]", 2)
+        check_batch(basis_features, labels, self.prototypes)
         check.check_size("basis_features", basis_features, 1, self.prototypes.shape[1], "num_basis")
-        check_labels(labels, basis_features.shape[0], self.prototypes.shape[0], "num_clusters")
+        check_classes(labels, self.prototypes.shape[0], "num_clusters")
         self._update(basis_features.detach(), labels, batch_gradient=False)
         with without_autocast(basis_features):
             directions = _directions(basis_features)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The similarity network of MLSN (Wu, Feng and Zhou, Metric Learning by Similarity Network, 2020), and the draws that feed it."""
+"""The similarity network of MLSN (Wu, Feng and Zhou, Metric Learning by Similarity Network, 2020), and the draws that
+feed it.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,18 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class SimilarityNetwork(nn.Module):
-    """S(x_i, y_j) = σ(w2·relu(w1·φ(x_i, y_j) + b1) + b2), the probability that two samples are of one class (section 2.1).
+    """S(x_i, y_j) = σ(w2·relu(w1·φ(x_i, y_j) + b1) + b2), the probability that two samples are of one class (section
+    2.1).
 
-    The logits of all pairs are made without the features of all pairs, see :func:`ssmkernels.ops.pair_logits`. Parameters are w1 [h, 2d]
-    for "concat" and [h, d] otherwise, b1 [h], w2 [h] and b2 [], and start as those of two ``nn.Linear`` layers do.
+    The logits of all pairs are made without the features of all pairs, see :func:`ssmkernels.ops.pair_logits`.
+    Parameters are w1 [h, 2d] for "concat" and [h, d] otherwise, b1 [h], w2 [h] and b2 [], and start as those of two
+    ``nn.Linear`` layers do.
 
     Args:
         in_features: d, size of the features.
         hidden_features: h, hidden units.
-        interaction: φ: "concat", (x_i, y_j), which depends on the order of the two; "absdiff", |x_i − y_j|; or "product", x_i∘y_j.
+        interaction: φ: "concat", (x_i, y_j), which depends on the order of the two; "absdiff", |x_i − y_j|; or
+            "product", x_i∘y_j.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -33,9 +38,11 @@ class SimilarityNetwork(nn.Module):
 
     def __init__(self, in_features: int, hidden_features: int = 512, interaction: Interaction = "concat") -> None:
         super().__init__()
-        in_features, hidden_features = check.check_count("in_features", in_features), check.check_count("hidden_features", hidden_features)
-        if interaction not in get_args(Interaction):
-            raise ValueError(f"interaction must be 'concat', 'absdiff' or 'product', got {interaction!r}")
+        in_features, hidden_features = (
+            check.check_count("in_features", in_features),
+            check.check_count("hidden_features", hidden_features),
+        )
+        check.check_choice("interaction", interaction, get_args(Interaction))
         self.in_features, self.hidden_features, self.interaction = in_features, hidden_features, interaction
         width = 2 * in_features if interaction == "concat" else in_features
         self.w1 = nn.Parameter(torch.empty(hidden_features, width))
@@ -52,7 +59,9 @@ class SimilarityNetwork(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def forward(self, x: Tensor, y: Tensor, pairs: Tensor | None = None) -> Tensor:
-        """Logits [n, m] of all pairs of x [n, d] and y [m, d], or [p] of the ``pairs`` [p, 2] int64 (row of x, row of y)."""
+        """Logits [n, m] of all pairs of x [n, d] and y [m, d], or [p] of the ``pairs`` [p, 2] int64 (row of x, row of
+        y).
+        """
         return ops.pair_logits(x, y, self.w1, self.b1, self.w2, self.b2, interaction=self.interaction, pairs=pairs)
 
     def focal_loss(
@@ -94,30 +103,44 @@ class SimilarityNetwork(nn.Module):
         )
 
     def class_probabilities(self, x: Tensor, centers: Tensor) -> Tensor:
-        """p_1 … p_K of section 2.2: [n, K], how likely each row of x [n, d] is of the class of each center [K, d], in [0, 1].
+        """p_1 … p_K of section 2.2: [n, K], how likely each row of x [n, d] is of the class of each center [K, d], in
+        [0, 1].
 
         "concat" depends on the order of a pair; both orders are averaged. Rows do not sum to 1.
         """
+        check.check_tensor("centers", centers, "[K, d]", 2)
+        check.check_floating("centers", centers)
+        check.check_size("centers", centers, 1, self.in_features, "in_features")
         probs = self(x, centers).sigmoid()
         return (probs + self(centers, x).sigmoid().t()) / 2 if self.interaction == "concat" else probs
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, hidden_features={self.hidden_features}, interaction={self.interaction!r}"
+        sizes = f"in_features={self.in_features}, hidden_features={self.hidden_features}"
+        return f"{sizes}, interaction={self.interaction!r}"
 
 
-def sample_pairs(n: int, m: int, *, generator: torch.Generator | None = None, device: torch.device | str | None = None) -> Tensor:
+def sample_pairs(
+    n: int,
+    m: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """m pairs [m, 2] int64 of 2n rows, n labelled ones and then n unlabelled ones (section 2.3).
 
-    Each is drawn on its own, uniformly from the n² labelled–labelled and the n² unlabelled–unlabelled ordered pairs: the labels of both
-    sides are equally trustworthy, and no pair mixes the two. Drawn on the generator's device, returned on ``device``.
+    Each is drawn on its own, uniformly from the n² labelled–labelled and the n² unlabelled–unlabelled ordered pairs:
+    the labels of both sides are equally trustworthy, and no pair mixes the two. Drawn on the generator's device,
+    returned on ``device``.
 
     Raises:
         ValueError, TypeError: n ≥ 1 or m ≥ 0 is not an int or out of range; the message names it.
     """
     n = check.check_count("n", n)
+    m = check.check_integer("m", m)
     if m < 0:
         raise ValueError(f"m must be at least 0, got {m}")
-    drawn = torch.randint(2 * n * n, (m,), generator=generator, device=device if generator is None else generator.device)
+    drawn_on = device if generator is None else generator.device
+    drawn = torch.randint(2 * n * n, (m,), generator=generator, device=drawn_on)
     half, place = drawn // (n * n), drawn % (n * n)
     rows = torch.stack([place // n, place % n], dim=1) + n * half[:, None]
     return rows.to(device)
@@ -134,12 +157,17 @@ class ClassCenters(NamedTuple):
 
 @torch.no_grad()
 def draw_class_centers(
-    features: Tensor, labels: Tensor, num_classes: int, previous: ClassCenters | None = None, *, generator: torch.Generator | None = None
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    previous: ClassCenters | None = None,
+    *,
+    generator: torch.Generator | None = None,
 ) -> ClassCenters:
     """The class centers c_1 … c_K of a batch: for every class a random one of its labelled samples (section 2.2).
 
-    A class that the batch lacks keeps its ``previous`` center, as it happens: of 64 rows in 10 classes 1.2 % of the batches lack one.
-    The draw is a function of the generator's state and the labels.
+    A class that the batch lacks keeps its ``previous`` center, as it happens: of 64 rows in 10 classes 1.2 % of the
+    batches lack one. The draw is a function of the generator's state and the labels.
 
     Args:
         features: [n, d].
@@ -159,7 +187,8 @@ def draw_class_centers(
     num_classes = check.check_count("num_classes", num_classes)
     if previous is None:
         previous = ClassCenters(
-            features.new_zeros(num_classes, features.shape[1]), torch.zeros(num_classes, dtype=torch.bool, device=features.device)
+            features.new_zeros(num_classes, features.shape[1]),
+            torch.zeros(num_classes, dtype=torch.bool, device=features.device),
         )
     if previous.features.shape != (num_classes, features.shape[1]):
         shape = list(previous.features.shape)
@@ -167,7 +196,8 @@ def draw_class_centers(
     if len(labels) == 0:
         return previous
     # The member with the highest ticket wins its class.
-    tickets = torch.rand(len(labels), generator=generator, device=features.device if generator is None else generator.device)
+    drawn_on = features.device if generator is None else generator.device
+    tickets = torch.rand(len(labels), generator=generator, device=drawn_on)
     members = labels == torch.arange(num_classes, device=labels.device)[:, None]
     present = members.any(dim=1)
     chosen = features[torch.where(members, tickets.to(labels.device), -1).argmax(dim=1)].to(previous.features.dtype)

@@ -294,7 +294,7 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 def check_written(name: str, value: Tensor, read: dict[str, Tensor]) -> None:
     """A tensor that is written has no gradient, and its elements share memory neither with each other nor with what is read."""
-    if torch.compiler.is_compiling() or type(value) not in _PLAIN:
+    if torch.compiler.is_compiling() or type(value) not in _PLAIN or value.is_meta:
         return
     if value.requires_grad:
         raise ValueError(f"{name} must not require grad, since writing it records no gradient; give {name}.detach()")

@@ -216,7 +216,7 @@ TILE = 32  # kRankingTile of the kernels
 def _fake_ranking_loss(embeddings: Tensor, references: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     dtype = check.compute_dtype(embeddings.dtype)
     others = embeddings if references is None else references
-    tiles = tuple((rows.shape[0] + TILE - 1) // TILE for rows in (embeddings, others))
+    tiles = tuple((rows.shape[0] + TILE - 1) // TILE + 1 for rows in (embeddings, others))
     return (
         embeddings.new_empty((), dtype=dtype),
         embeddings.new_empty(2, dtype=dtype),

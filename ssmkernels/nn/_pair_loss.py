@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the losses with pytorch-metric-learning's calling convention share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssmkernels.nn import _pair_arguments as pair
+from ssmkernels.ops import _checks as check
+
+
+class PairLoss(nn.Module):
+    """A loss over pairs of embeddings, called as pytorch-metric-learning's are.
+
+    Its ``DistributedLossWrapper`` takes only instances of its ``BaseMetricLossFunction``. Where that package has been
+    imported, a loss made here is one, as ``pathlib.Path()`` is a ``PosixPath`` where there are such; nothing else of it
+    changes. The package is not imported.
+
+    Args:
+        ignore_index: rows with this label are in no pair and in no mean; None, the default, has no such label.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> PairLoss:
+        theirs = getattr(sys.modules.get("pytorch_metric_learning.losses"), "BaseMetricLossFunction", None)
+        made = cls if theirs is None or issubclass(cls, theirs) else _subclass_of_both(cls, theirs)
+        return super().__new__(made)
+
+    def __init__(self, ignore_index: int | None) -> None:
+        nn.Module.__init__(self)  # not theirs, which makes a distance and reducers
+        self.ignore_index = None if ignore_index is None else check.check_integer("ignore_index", ignore_index)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        indices_tuple: Sequence[Tensor] | None = None,
+        ref_emb: Tensor | None = None,
+        ref_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar in float32 (float64 for float64 embeddings), also under autocast; 0, with gradient 0,
+        without any pair.
+
+        Where there are at most one positive and one negative pair, the loss is 0, as in pytorch-metric-learning.
+
+        Args:
+            embeddings: [n, d], floating point, of any length.
+            labels: [n], integers; may be None beside ``indices_tuple``.
+            indices_tuple: the pairs to take, from a miner: 3 tensors (anchors, positives, negatives) or 4 (anchors,
+                positives, anchors, negatives), each [p], integers.
+            ref_emb: [m, d]; pairs are then (row of ``embeddings``, row of ``ref_emb``), and both have a gradient.
+            ref_labels: [m], integers; ``labels`` where None and m = n. As in pytorch-metric-learning, (i, i) is a pair
+                unless this is the very tensor ``labels``.
+
+        Raises:
+            ValueError, TypeError: an argument is not as said above; the message names it.
+        """
+        arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        x, y, pairs = pair.check_pair_arguments(*arguments, self.ignore_index)
+        if x.shape[0] == 0 or pair.at_most_one_is_listed(pairs):
+            return pair.zero_loss(embeddings)
+        loss = self._loss(x, y, pairs)
+        if isinstance(pairs, pair.PairIndices) or pairs.skip_diagonal or x.shape[0] * y.shape[0] > 2:
+            return loss  # by labels alone, a batch has each of its pairs in both orders
+        positives, negatives = pair.pair_masks(pairs, x.shape[0], y.shape[0])
+        return torch.where((positives.sum() <= 1) & (negatives.sum() <= 1), 0, loss)
+
+    def _loss(self, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels) -> Tensor:
+        """Of embeddings and references, at least one of each, which are one tensor where the pairs are within a
+        batch.
+        """
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _new, (getattr(type(self), "_made_from", type(self)),), self.__dict__
+
+
+def _new(cls: type[PairLoss]) -> PairLoss:
+    return cls.__new__(cls)
+
+
+_of_both: dict[tuple[type, type], type] = {}
+
+
+def _subclass_of_both(cls: type, theirs: type) -> type:
+    if (cls, theirs) not in _of_both:
+        # Under the name of the first, by which pytorch-metric-learning's other wrappers know which losses they take.
+        attributes = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_made_from": cls,
+        }
+        _of_both[cls, theirs] = type(cls.__name__, (cls, theirs), attributes)
+    return _of_both[cls, theirs]
