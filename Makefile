@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# Each target sets up what it needs in .venv; a second run only does what changed. `make gpu` uses the machine's own Python and torch.
+# Each target sets up what it needs in .venv; a second run only does what changed. `make gpu` uses the machine's own
+# Python and torch.
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_OUT ?= build/bench/cpu.json
@@ -11,12 +12,12 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(DEVICES),9.0+PTX)
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
 CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench gpu registers docs format lint setup clean
+.PHONY: help demo test cpptest bench gpu registers docs format lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -24,10 +25,16 @@ help:  ## this list
 demo: setup  ## train on real images for a few minutes; report in runs/demo/
 	$(BIN)/python -m ssmkernels demo
 
-# A process a core; threads of several processes would wait for each other's. Tests of several threads ask for them.
-test: setup  ## C++ tests of the kernels, then the Python tests
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
+# The kernels and their C++ tests need no torch: they are compiled and run while pip installs it.
+# Python tests: a process a core; threads of several processes would wait for each other's. Tests of several threads ask
+# for them.
+test:  ## C++ tests of the kernels, then the Python tests
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/packages cpptest
+	@$(MAKE) --no-print-directory setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal python_tests
+
+cpptest: $(VENV)/kernels  ## C++ tests of the kernels
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
 
 bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
@@ -46,19 +53,34 @@ lint: setup  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-setup: $(VENV)/built  ## .venv with pinned packages and the built library
+setup:  ## .venv with pinned packages and the built library
+	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/packages $(VENV)/kernels
+	@$(MAKE) --no-print-directory $(VENV)/built
 
-$(VENV)/packages: constraints.txt pyproject.toml
-	@echo "== $(VENV): a virtual environment with torch, torchvision and the tools (about 2 minutes, 6 GB)"
+$(VENV)/tools: constraints.txt
+	@echo "== $(VENV): a virtual environment"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --progress-bar off torch torchvision numpy cmake ninja pybind11 setuptools wheel
+	$(PIP) cmake ninja pybind11 setuptools wheel
 	@touch $@
 
-$(VENV)/built: $(VENV)/packages $(SOURCES)
-	@echo "== the compiled library (about 2 minutes; less where little changed)"
+# Modules are compiled when they are first imported: most of what lies in torch never is.
+$(VENV)/packages: pyproject.toml $(VENV)/tools
+	@echo "== torch, torchvision and what trainers, benchmarks and checks need (about 3 minutes, 6 GB)"
+	$(BIN)/python -c "from setuptools.config.pyprojecttoml import read_configuration as read; \
+	  project = read('pyproject.toml', expand=False)['project']; \
+	  print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')" >$(VENV)/requirements.txt
+	$(PIP) --no-compile -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/kernels: $(VENV)/tools $(SOURCES)
+	@echo "== the kernels (about a minute, two with CUDA; less where little changed)"
+	$(BIN)/python setup.py build_clib
+	@touch $@
+
+$(VENV)/built: $(VENV)/packages $(VENV)/kernels
+	@echo "== the Python module"
 	$(BIN)/python setup.py build_ext --inplace
-	@echo "== ssmkernels and what its trainers, benchmarks and checks need"
-	$(PIP) --progress-bar off --no-build-isolation -e ".[train,bench,dev]"
+	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 # No network and no virtual environment: what the machine has, built for the device that is there. Each step has its time.
@@ -77,7 +99,7 @@ gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torc
 	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
 
 # All of it anew: ptxas reports what it compiles. Instructions are counted where there is cuobjdump.
-registers: $(VENV)/packages  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills
+registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills
 	export PATH="$(CURDIR)/$(BIN):$$PATH:/usr/local/cuda/bin" && \
 	  cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90 && \
 	  { cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1 || { tail build/registers/ptxas.log; exit 1; }; } && \

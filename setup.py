@@ -19,9 +19,11 @@ from importlib import metadata
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+KERNELS_FOLDER = ROOT / "build" / "kernels"  # as in CMakePresets.json
 MINIMUM_TORCH = (2, 11)
 MINIMUM_CUDA = (12, 0)  # the first nvcc that compiles C++20
 INSTALL = "pip install --no-build-isolation ."
@@ -171,31 +173,48 @@ def cuda_options(nvcc: Path) -> list[str]:
     return ["-DSSM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
 
 
-class CMakeBuild(build_ext):
-    """Runs CMake for the one extension there is, `ssmkernels._C`, and leaves it and _build_info.json where setuptools wants them."""
+def cmake_build(options: list[str], folder: Path, target: str) -> None:
+    """Configures ``folder`` and builds one target there. It is kept: the next build is incremental."""
+    compiler = require_cxx20()
+    cmake, ninja = require_tool("cmake"), require_tool("ninja")
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release", *options]
+    configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    build = [cmake, "--build", str(folder), "--target", target, "--parallel", str(max_jobs(os.environ))]
+    for command in (configure, build):
+        print(" ".join(command), flush=True)
+        if subprocess.run(command, check=False).returncode:
+            raise BuildError("the first error is above", f"rm -rf {folder} && {INSTALL}   # after mending what it says")
+
+
+class BuildKernels(build_clib):
+    """The kernels, which need neither torch nor Python: one folder for every version of them, and for the C++ tests."""
+
+    def run(self) -> None:
+        nvcc = find_nvcc(os.environ)
+        options = cuda_options(nvcc) if nvcc else ["-DSSM_CUDA=OFF"]
+        cmake_build(["-DSSM_AVX512_LANES=OFF", *options], KERNELS_FOLDER, "kernels")
+
+
+class BuildModule(build_ext):
+    """The one extension there is, ``ssmkernels._C``; it and _build_info.json are left where setuptools wants them."""
 
     def run(self) -> None:
         require_torch()
-        compiler = require_cxx20()
-        cmake, ninja = require_tool("cmake"), require_tool("ninja")
         pybind11 = pybind11_directory()
-        nvcc = find_nvcc(os.environ)
+        self.run_command("build_clib")
         output = Path(self.get_ext_fullpath("ssmkernels._C")).resolve().parent
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{'cuda' if nvcc else 'cpu'}"  # kept: the next build is incremental
-        configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        configure += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Release", "-DSSM_PYTHON=ON", f"-DSSM_OUTPUT={output}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
-        configure += cuda_options(nvcc) if nvcc else ["-DSSM_CUDA=OFF"]
-        configure += ["-DSSM_AVX512_LANES=OFF", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        build = [cmake, "--build", str(folder), "--target", "_C", "--parallel", str(max_jobs(os.environ))]
-        for command in (configure, build):
-            print(" ".join(command), flush=True)
-            if subprocess.run(command, check=False).returncode:
-                raise BuildError("the first error is above", f"rm -rf {folder} && {INSTALL}   # after mending what it says")
+        options = ["-DSSM_PYTHON=ON", f"-Dssmkernels_DIR={KERNELS_FOLDER}", f"-DSSM_OUTPUT={output}"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+        cmake_build(options, ROOT / "build" / sys.implementation.cache_tag, "_C")
 
 
 if __name__ == "__main__":
     try:
-        setup(license="BSD-3-Clause", ext_modules=[Extension("ssmkernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+        setup(
+            license="BSD-3-Clause",
+            ext_modules=[Extension("ssmkernels._C", sources=[])],
+            cmdclass={"build_clib": BuildKernels, "build_ext": BuildModule},
+        )
     except BuildError as error:
         sys.exit(str(error))

@@ -153,7 +153,7 @@ def test_plain_float32_fails_where_the_deviation_does_not(digits, draw_labels):
         warnings.simplefilter("ignore")
         for rtol in (1e-4, 1e-6):
             plain = ops.laplacian_solve(single.crow, single.col, single.weight, None, diagonal, one_hot, rtol=rtol).solution
-            assert (plain.argmax(1) == exact).double().mean() < 0.99
+            assert (plain.argmax(1) == exact).double().mean() < 0.999
     mixed = [mixed_label_propagation(g, labels) for g in (graph, single)]
     assert (mixed[0].pseudo_labels == mixed[1].pseudo_labels).double().mean() >= 0.999
     torch.testing.assert_close(mixed[1].confidence.double(), mixed[0].confidence, rtol=0.05, atol=5e-3)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Two Gloo ranks under torchrun."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean, all_reduce_sum
 
-dist.init_process_group("gloo")
 rank = dist.get_rank()
 rows = torch.arange(3 * rank, dtype=torch.float32).reshape(-1, 3) + 1  # none on rank 0
 torch.save({
@@ -24,7 +23,6 @@ torch.save({
     "mean": all_reduce_mean(torch.tensor([1.0, 3.0]) * (rank + 1)),
     "sum": all_reduce_sum(torch.tensor([1.0, 3.0]) * (rank + 1)),
 }, f"{sys.argv[1]}/rank{rank}.pt")
-dist.destroy_process_group()
 """
 
 TRAINING = """
@@ -96,16 +94,8 @@ torch.save({
 """
 
 
-def run_two_ranks(script, tmp_path, *arguments):
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
-    done = subprocess.run([*command, str(tmp_path), *arguments], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def test_collectives(tmp_path):
-    ranks = run_two_ranks(COLLECTIVES, tmp_path)
+def test_collectives(two_ranks, tmp_path):
+    ranks = two_ranks(COLLECTIVES, tmp_path)
     for result in ranks:
         assert result["gathered"].tolist() == [[1, 2, 3]]
         assert result["integers"].tolist() == [0, 0, 1]
@@ -114,8 +104,8 @@ def test_collectives(tmp_path):
 
 
 @pytest.mark.parametrize("memory", ["temporal", "teacher"])
-def test_ranks_agree_on_everything(tmp_path, memory):
-    first, second = run_two_ranks(TRAINING, tmp_path, memory)
+def test_ranks_agree_on_everything(two_ranks, tmp_path, memory):
+    first, second = two_ranks(TRAINING, tmp_path, memory)
     assert set(first["state"]) == {"model", "teacher", "alignment", "optimizer", "memory"}
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert first["state"]["memory"]["bank"].abs().sum() > 0
@@ -124,17 +114,15 @@ def test_ranks_agree_on_everything(tmp_path, memory):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_process(tmp_path):
-    first, second = run_two_ranks(MIXED_LP, tmp_path)
+def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_process(two_ranks, tmp_path, monkeypatch):
+    first, second = two_ranks(MIXED_LP, tmp_path)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert first["history"] == second["history"]
     assert (tmp_path / "run" / "best.pt").exists()
 
     (tmp_path / "alone").mkdir()
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "alone")], capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "alone")])
+    runpy.run_path(str(tmp_path / "script.py"))
     alone = torch.load(tmp_path / "alone" / "rank0.pt", weights_only=True)
     # Frozen batch norm makes rows independent, so two halves of a batch are the batch but for rounding.
     for name, value in alone["state"]["model"].items():
@@ -143,8 +131,8 @@ def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_pro
     assert first["history"][0]["loss"] == pytest.approx(alone["history"][0]["loss"], rel=1e-3)
 
 
-def test_ranks_of_swav_agree_and_balance_codes_together(tmp_path):
-    first, second = run_two_ranks(SWAV, tmp_path)
+def test_ranks_of_swav_agree_and_balance_codes_together(two_ranks, tmp_path):
+    first, second = two_ranks(SWAV, tmp_path)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert first["history"] == second["history"]
 

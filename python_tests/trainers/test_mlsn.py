@@ -2,8 +2,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -337,13 +335,9 @@ torch.save(results, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
 """
 
 
-def test_ranks_agree_on_everything(tmp_path):
+def test_ranks_agree_on_everything(two_ranks, tmp_path):
     """Each rank has pairs of its own: the similarity networks agree only if their gradients are averaged."""
-    (tmp_path / "script.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = two_ranks(RANKS, tmp_path)
     for teacher in ("ema", "student"):
         torch.testing.assert_close(first[teacher]["state"], second[teacher]["state"], rtol=0, atol=0)
         assert first[teacher]["history"] == second[teacher]["history"]

@@ -3,7 +3,6 @@ import json
 import os
 import runpy
 import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -555,15 +554,12 @@ torch.save({"state": state, "history": result.history, "gradients": gradients, "
 """
 
 
-def test_two_ranks_have_the_losses_and_gradients_of_one(tmp_path, monkeypatch):
-    (tmp_path / "script.py").write_text(RANKS)
+def test_two_ranks_have_the_losses_and_gradients_of_one(two_ranks, tmp_path, monkeypatch):
+    first, second = two_ranks(RANKS, tmp_path)
     (tmp_path / "alone").mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(tmp_path / "script.py"), str(tmp_path)], capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
     monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "alone")])
     runpy.run_path(str(tmp_path / "script.py"))
-    first, second, alone = (torch.load(tmp_path / name, weights_only=True) for name in ("rank0.pt", "rank1.pt", "alone/rank0.pt"))
+    alone = torch.load(tmp_path / "alone" / "rank0.pt", weights_only=True)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     torch.testing.assert_close(first["gradients"], second["gradients"], rtol=0, atol=0)
     assert first["history"] == second["history"]

@@ -59,36 +59,52 @@ def solve(
     whole = sum_by(component, count, row_sums[:, None])
     per_whole = torch.where(whole > 0, 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0)
     constant = per_whole * totals
-    rest = rhs - row_sums[:, None] * constant[component]
     groups = Groups(graph, dissimilarity, row_sums)
+    of_constant = row_sums[:, None] * constant[component]
+    rest = rhs - of_constant
     coarse = groups.solve(rest)
     rest -= groups.product(coarse)
-    values, iterations, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, rtol, max_iter)
-    values += coarse + groups.solve(rest - groups.product(values))
+    # What rounding left of terms that cancel: nothing else may be there in a row, and no row would be solved for it.
+    terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * coarse.abs().amax(dim=0)
+    rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
+    values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
+    stages = [*dict.fromkeys((graph.dtype, torch.float64))]
+    if len(groups.joined):
+        stages.append(torch.float64)  # what the projection changed in the last one is checked, and seldom takes an iteration
+    for dtype in stages:
+        values, steps, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, values, dtype, rtol, max_iter)
+        iterations += steps
+        if len(groups.joined):
+            values += groups.solve(rest - groups.product(values))
+    values += coarse
     left = per_whole * sum_by(component, count, row_sums[:, None] * values)
     return Deviation(constant, values - left[component], iterations, residual)
 
 
 def _conjugate_gradients(
-    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, rtol: float, max_iter: int
+    graph: Graph,
+    diagonal: Tensor,
+    dissimilarity: Tensor | None,
+    rhs: Tensor,
+    start: Tensor,
+    dtype: torch.dtype,
+    rtol: float,
+    max_iter: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solution [N, C], iterations [C] and residual [C]; in float32 as far as that goes, if the graph is of float32, and then in float64."""
-    iterations, start = torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device), None
-    for dtype in dict.fromkeys((graph.dtype, torch.float64)):
-        weights = None if dissimilarity is None else dissimilarity.to(dtype)
-        solution, steps, residual, _ = ops.graph.solve_with_curvature(
-            graph.crow,
-            graph.col,
-            graph.weight.to(dtype),
-            weights,
-            diagonal.to(dtype),
-            rhs.to(dtype),
-            initial=start,
-            rtol=rtol if dtype == torch.float64 else max(rtol, FIRST_RTOL),
-            max_iter=max_iter,
-        )
-        iterations += steps
-        start = torch.where(residual < 1, solution, 0).double()
+    """Solution [N, C] as float64, iterations [C] and residual [C], computed in ``dtype``; in float32 no further than that goes."""
+    solution, iterations, residual, _ = ops.graph.solve_with_curvature(
+        graph.crow,
+        graph.col,
+        graph.weight.to(dtype),
+        None if dissimilarity is None else dissimilarity.to(dtype),
+        diagonal.to(dtype),
+        rhs.to(dtype),
+        initial=start.to(dtype),
+        rtol=rtol if dtype == torch.float64 else max(rtol, FIRST_RTOL),
+        max_iter=max_iter,
+    )
+    if dtype != torch.float64:
+        solution = torch.where(residual.isfinite(), solution, 0).double()
     return solution, iterations, residual
 
 
@@ -104,6 +120,9 @@ class Groups:
         if dissimilarity is not None:
             self.value += dissimilarity[weak].double()
         self.nodes, self.lengths = self.rows.unique_consecutive(return_counts=True)
+        self.row_terms = row_sums.clone()  # a bound on the terms of a row of A P
+        if len(weak):
+            self.row_terms[self.nodes] += torch.segment_reduce(2 * self.value.abs(), "sum", lengths=self.lengths)
         self.joined = self.group[self.nodes].unique()  # all groups of the components that have several
         if len(weak):
             self.scale, self.matrix = self._matrix(graph.components[0])
