@@ -33,7 +33,10 @@ class LaplacianSolution(NamedTuple):
     iterations: Tensor
     """[C] int64, iterations of conjugate gradients until the column was converged, or given up."""
     residual: Tensor
-    """[C] ‖b − A x‖/‖b‖ of the solution, computed from it rather than from the recurrence; 0 where b = 0."""
+    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ of the solution, D = diag(A), computed in float64 before it is rounded to its dtype.
+
+    Where a row is not balanced it is the share of its terms that |b_i − (A x)_i| is, which is above 0.1. 0 where b = 0,
+    NaN where the column or the matrix has a NaN or an infinity."""
 
 
 def laplacian_solve(
@@ -51,12 +54,16 @@ def laplacian_solve(
 ) -> LaplacianSolution:
     """Solves (diag(diagonal) + D − W + D_dis + W_dis) X = rhs by conjugate gradients, all columns at once: equations (12), (16) and (24).
 
-    D and D_dis are the row sums of W and W_dis. A column is converged when its residual is at most ``rtol`` times its right side, and
-    does not change any more. The matrix is positive semidefinite; where it is singular (a connected component whose diagonal is 0) the
-    right side of that component should sum to 0, and the solution keeps the mean of ``initial`` there, each node weighted by its diagonal
-    entry of the matrix (evenly under "none"). A node without edges and diagonal keeps its initial value. A column that did not converge,
-    or met a direction that the matrix does not stretch, is named in a warning (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a
-    synchronisation), and ``residual`` tells in any case.
+    D and D_dis are the row sums of W and W_dis. A column is converged when its ``residual`` is at most ``rtol``, and
+    does not change any more: every row counts alike, however small its weights, and what is left of a row is at most a
+    tenth of its terms (the componentwise backward error of Oettli and Prager), so that the solution has passed the
+    weakest edge that joins two parts of the graph. Scaling the matrix or the right side, by any factor whose result is
+    representable, changes nothing but the solution's size. The matrix is positive semidefinite; where it is singular (a
+    connected component whose diagonal is 0) the right side of that component should sum to 0, and the solution keeps
+    the mean of ``initial`` there, each node weighted by its diagonal entry of the matrix (evenly under "none"). A node
+    without edges and diagonal keeps its initial value. A column that did not converge, or met a direction that the
+    matrix does not stretch, is named in a warning (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a synchronisation),
+    and ``residual`` tells in any case.
 
     Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve: ∂rhs = A⁻¹ ∂X. The
     gradients of weight and dissimilarity are per stored entry, each taken for itself.
@@ -139,8 +146,8 @@ def solve_with_curvature(
     """:func:`laplacian_solve` without its checks of values and without its warning, for matrices that may not be definite.
 
     Returns:
-        solution [N, C], iterations [C], residual [C], and curvature [C], the least p·A p/p·p that conjugate gradients met in the column (of
-        the scaled system, under "jacobi"): at most 0 shows that the matrix is not positive definite, and ends the column. A diagonal entry
+        solution [N, C], iterations [C], residual [C], and curvature [C], the least p·A p/p·D p that conjugate gradients met in the column
+        (D = diag(A), or 1 under "none"): at most 0 shows that the matrix is not positive definite, and ends the column. A diagonal entry
         of A that is not positive (a node without entries aside) ends them all: then it is the least of those.
     """
     return autograd.call(
@@ -249,15 +256,16 @@ def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
 
 
 def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter: int) -> None:
-    # The recurrence drifts from the residual by rounding; ten times the tolerance is more than that, unless the dtype cannot reach it.
-    if residual.numel() == 0 or residual.max().item() <= 10 * rtol:
+    failed = ~(residual <= rtol * (1 + torch.finfo(residual.dtype).eps))  # it was rounded to its dtype
+    if not bool(failed.any()):
         return
-    failed = ~(residual <= 10 * rtol)
     count, worst = int(failed.sum()), float(residual.max())
     if bool((curvature[failed] <= 0).any()):
         reason = "the matrix is not positive definite, or singular with a right side outside its range"
+    elif bool(residual.isnan().any()):
+        reason = "there is a NaN or an infinity in the matrix or in the right side"
     else:
-        reason = f"raise max_iter ({max_iter}) or rtol, or use float64"
+        reason = f"raise max_iter ({max_iter}) or rtol"
     warnings.warn(
         f"laplacian_solve: {count} of {len(residual)} columns did not converge to rtol = {rtol:g} (largest relative residual {worst:.2g}): "
         f"{reason}",

@@ -55,9 +55,23 @@ def laplacian_solve(
         matrix = matrix + torch.diag(dissimilar.sum(dim=1)) + dissimilar
     solution = torch.linalg.solve(matrix, rhs)
     with torch.no_grad():
-        norms = torch.linalg.vector_norm(rhs, dim=0)
-        residual = torch.linalg.vector_norm(matrix @ solution - rhs, dim=0) / torch.where(norms > 0, norms, 1)
+        values = weight if dissimilarity is None else weight - dissimilarity.to(dtype)
+        residual = _residual(matrix, rows, col, values, rhs, solution)
     return LaplacianSolution(solution, torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device), residual)
+
+
+def _residual(matrix: Tensor, rows: Tensor, col: Tensor, values: Tensor, rhs: Tensor, solution: Tensor) -> Tensor:
+    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, D = diag(A), or, where above a tenth, the largest share that what is left of a row has of its terms."""
+    left, inverse = rhs - matrix @ solution, 1 / matrix.diagonal()[:, None]
+    norms = torch.linalg.vector_norm(inverse * rhs, dim=0)
+    residual = torch.linalg.vector_norm(inverse * left, dim=0) / torch.where(norms > 0, norms, 1)
+    flows = values[:, None] * (solution[rows] - solution[col])
+    terms = (matrix.sum(dim=1, keepdim=True) * solution).abs() + rhs.abs()
+    terms = terms.index_add(0, rows, flows.abs())
+    resolved = 1e-12 if rhs.dtype == torch.float64 else 1e-6  # of the largest term; dense solvers round in their dtype
+    share = (left.abs() - resolved * (matrix.diagonal()[:, None] * solution).abs()).clamp_min(0) / torch.where(terms > 0, terms, 1)
+    imbalance = share.amax(dim=0) if len(share) else torch.zeros_like(residual)
+    return torch.where(imbalance > 0.1, torch.maximum(residual, imbalance), residual)
 
 
 def leave_one_edge_out(

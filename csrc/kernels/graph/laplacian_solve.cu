@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // One cooperative launch runs all iterations. Columns are cut into tiles that one row of a warp holds in registers; a team of blocks solves
 // a tile, then its next one, with barriers of its own. An iteration is three sweeps (q = A p; x and r; p) and moves, of N = 60k, E = 5M, C
-// = 100 in float32, 2.0 GB of neighbours' rows from the L2 cache, 40 MB of graph and 11 vectors of 24 MB.
+// = 100 in float32, 2.0 GB of neighbours' rows from the L2 cache, 40 MB of graph and 13 vectors of 24 MB (x is in double precision).
 #include "../common/mma.cuh"
+#include "convergence.h"
 #include "laplacian_solve.h"
 #include "row.cuh"
 
@@ -43,13 +44,10 @@ inline Plan plan_of(int64_t nodes, int64_t columns, int widest) {
 
 template <class Real>
 struct Column {
-  double squares;  // r·r
-  double norm;     // b·b, shrunk
-  double curvature;
-  int64_t iterations;
-  Real alpha, beta;
-  Real shrink, grow;  // powers of 2: exact, and no square of a residual is lost below the smallest number
-  int active;
+  Convergence state;
+  PowerOf2 shrink, grow;    // of b to what is iterated, and of that to x
+  double first, second;     // what was reduced last, where it takes two
+  Real alpha, beta, fresh;  // x += alpha p; p = fresh z + beta p
 };
 
 template <class Real>
@@ -57,25 +55,22 @@ struct Solve {
   LaplacianSolve<Real> in;
   LaplacianSolution<Real> out;
   Plan plan;
-  Real* value;                   // [E]  S A S, 0 on its diagonal and where the column is none
+  Real* value;                   // [E]  −A_ij, 0 on its diagonal and where the column is none
+  Real* excess;                  // [N]  u_i + 2 Σ_j w_dis,ij
   Real* diagonal;                // [N]  A_ii
-  Real* least;                   // [blocks]  the least A_ii that no definite matrix has, or 1
-  Real* vectors;                 // [teams][4][N][pitch]
+  double* extremes;              // [blocks][2]  less than or equal to 0 if A is not definite; the largest A_ii, or infinity
+  double* x;                     // [teams][N][pitch]
+  Real* vectors;                 // [teams][3][N][pitch]
   double* partials;              // [teams][pitch][2][parts]
   Column<Real>* columns;         // [teams][pitch]
   unsigned long long* arrivals;  // [1 + teams]  of all blocks, and of each team
   int* active;                   // [teams]
 };
 
-template <class Real>
-struct Scale {
-  Real s, inverse;
-  Real diagonal;  // of S A S
-};
-
 template <class Real, int kWidth>
 class Solver {
   using Columns = Pack<Real, kWidth>;
+  using Doubles = Pack<double, kWidth>;
 
  public:
   explicit __device__ Solver(const Solve<Real>& solve)
@@ -93,8 +88,8 @@ class Solver {
         columns_(solve.columns + team_ * plan_.pitch()),
         active_(solve.active + team_) {
     const int64_t size = in_.graph.nodes * plan_.pitch();
-    x_ = solve.vectors + team_ * 4 * size;
-    r_ = x_ + size;
+    x_ = solve.x + team_ * size;
+    r_ = solve.vectors + team_ * 3 * size;
     p_ = r_ + size;
     q_ = p_ + size;
   }
@@ -106,7 +101,11 @@ class Solver {
     const int64_t stride = plan_.teams * plan_.pitch();
     for (first_ = team_ * plan_.pitch(); first_ < in_.columns; first_ += stride) {
       start();
-      for (iteration_ = 0; iteration_ < in_.max_iter && any_active(); ++iteration_) iterate();
+      measure(in_.initial != nullptr);
+      while (any_active()) {
+        for (resumes_ = true; any_active(); resumes_ = false) iterate();
+        measure(true);
+      }
       finish();
     }
   }
@@ -138,54 +137,76 @@ class Solver {
     barrier(solve_.arrivals + 1 + team_, static_cast<unsigned>(plan_.parts));
   }
 
-  // A's diagonal, its other entries with both weights merged, and whether the diagonal shows that A is not definite; then S A S.
+  // A's diagonal, the sums of its rows, its other entries with both weights merged, and whether the diagonal shows that A is not definite;
+  // then all of it times a power of two that makes the largest diagonal entry about 1.
   __device__ __noinline__ void scale_matrix() {
     const Csr& graph = in_.graph;
     const int64_t warps = int64_t{gridDim.x} * kWarps, first = int64_t{blockIdx.x} * kWarps + warp_;
-    Real least = 1;
+    double least = 1, largest = 0;
     for (int64_t i = first; i < graph.nodes; i += warps) {
       const Range entries = entries_of(graph, i);
-      Real sum = 0;
+      double whole = 0, excess = 0;
       bool couples = false;
       for (int64_t e = entries.begin + lane_; e < entries.end; e += 32) {
         const int64_t j = graph.col[e];
         const bool valid = is_node(graph, j);
         const Real w = valid ? in_.weight[e] : Real(0), d = valid && in_.dissimilarity ? in_.dissimilarity[e] : Real(0);
-        sum += i == j ? 2 * d : w + d;
-        const Real value = i == j ? Real(0) : d - w;
+        excess += 2 * static_cast<double>(d);
+        whole += i == j ? 2 * static_cast<double>(d) + 0 * w : static_cast<double>(w) + d;  // 0 w is NaN where w is
+        const Real value = i == j ? Real(0) : w - d;
         couples |= value != 0;
         solve_.value[e] = value;
       }
-      sum = in_.diagonal[i] + warp_sum(sum);
-      if (__any_sync(kAllLanes, couples) ? sum <= 0 : sum < 0) least = min(least, sum);
-      if (lane_ == 0) solve_.diagonal[i] = sum;
-    }
-    Real* scratch = reinterpret_cast<Real*>(dynamic_shared());
-    least = -block_max<kWarps>(-least, scratch);
-    if (threadIdx.x == 0) solve_.least[blockIdx.x] = least;
-    barrier(solve_.arrivals, gridDim.x);
-    for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) least = min(least, solve_.least[block]);
-    least_ = -block_max<kWarps>(-least, scratch);
-    is_scaled_ = in_.jacobi && least_ > 0;
-    if (is_scaled_)
-      for (int64_t i = first; i < graph.nodes; i += warps) {
-        const Range entries = entries_of(graph, i);
-        const Real s = scale_of(i).s;
-        for (int64_t e = entries.begin + lane_; e < entries.end; e += 32)
-          if (const int64_t j = graph.col[e]; is_node(graph, j)) solve_.value[e] *= s * scale_of(j).s;
+      whole = in_.diagonal[i] + warp_sum(whole);
+      excess = in_.diagonal[i] + warp_sum(excess);
+      if (__any_sync(kAllLanes, couples) ? whole <= 0 : whole < 0) least = min(least, whole);
+      largest = whole - whole == 0 ? max(largest, whole) : INFINITY;
+      if (lane_ == 0) {
+        solve_.diagonal[i] = static_cast<Real>(whole);
+        solve_.excess[i] = static_cast<Real>(excess);
       }
+    }
+    double* scratch = reinterpret_cast<double*>(dynamic_shared());
+    least = -block_max<kWarps>(-least, scratch);
+    largest = block_max<kWarps>(largest, scratch);
+    if (threadIdx.x == 0) {
+      solve_.extremes[2 * blockIdx.x] = least;
+      solve_.extremes[2 * blockIdx.x + 1] = largest;
+    }
+    barrier(solve_.arrivals, gridDim.x);
+    for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
+      least = min(least, solve_.extremes[2 * block]);
+      largest = max(largest, solve_.extremes[2 * block + 1]);
+    }
+    least_ = static_cast<Real>(-block_max<kWarps>(-least, scratch));
+    largest = block_max<kWarps>(largest, scratch);
+    is_finite_ = largest < INFINITY;
+    exponent_ = exponent_of(largest);
+    const PowerOf2 shrink(-exponent_);
+    for (int64_t i = first; i < graph.nodes; i += warps) {
+      const Range entries = entries_of(graph, i);
+      for (int64_t e = entries.begin + lane_; e < entries.end; e += 32) solve_.value[e] = static_cast<Real>(shrink * solve_.value[e]);
+      if (lane_ > 0) continue;
+      solve_.diagonal[i] = static_cast<Real>(shrink * solve_.diagonal[i]);
+      solve_.excess[i] = static_cast<Real>(shrink * solve_.excess[i]);
+    }
     barrier(solve_.arrivals, gridDim.x);
   }
 
-  __device__ Scale<Real> scale_of(int64_t i) const {
-    const Real a = solve_.diagonal[i];
-    if (!is_scaled_) return {1, 1, a};
-    if (a == 0) return {0, 0, 0};
-    const Real root = sqrt(a), s = 1 / root;
-    return {s, root, a * (s * s)};  // 1 but for the rounding that the other entries of the row have too
+  // 1/|A_ii|, 0 where A_ii is.
+  __device__ Real inverse_of(int64_t i) const {
+    constexpr Real kMost = sizeof(Real) == 4 ? Real(0x1p126) : Real(0x1p1022);  // and its inverse are normal numbers
+    const Real a = fabs(solve_.diagonal[i]);
+    return a == 0 ? Real(0) : min(1 / a, kMost);
+  }
+  // The preconditioner's.
+  __device__ Real step_of(Real inverse) const {
+    return in_.jacobi || inverse == 0 ? inverse : Real(1);
   }
 
-  // Row i of (S A S) v, in every group of lanes.
+  // Row i of A v, in every group of lanes. As the sum of what flows over each edge and not of the terms of the row, so that it is 0 exactly
+  // where v is constant and there is no excess: however weak the edges that tie a part of the graph to the rest, rounding among its other
+  // edges does not cover them.
   __device__ Columns multiply(const Real* v, int64_t i) const {
     const Csr& graph = in_.graph;
     const uint32_t row_bytes = plan_.pitch() * sizeof(Real);
@@ -193,6 +214,7 @@ class Solver {
     const Real* mine = v + at_;
     const int32_t* columns = in_global(graph.col);
     const Real* values = in_global(solve_.value);
+    const Columns own = load<kWidth>(row_at(mine, static_cast<int32_t>(i), row_bytes));
     Columns sum{};
     const auto fetch = [&](int64_t e, int& j, Real& value) {
       j = e < entries.end ? columns[e] : -1;
@@ -220,21 +242,45 @@ class Solver {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k) sum.v[k] += factors[u] * rows[u].v[k];
+          for (int k = 0; k < kWidth; ++k) sum.v[k] += factors[u] * (own.v[k] - rows[u].v[k]);
       }
       for (; round < rounds; ++round) {
         const int from = round * groups_ + group_;
         const Columns row = load<kWidth>(row_at(mine, __shfl_sync(kAllLanes, j, from), row_bytes));
         const Real factor = __shfl_sync(kAllLanes, value, from);
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) sum.v[k] += factor * row.v[k];
+        for (int k = 0; k < kWidth; ++k) sum.v[k] += factor * (own.v[k] - row.v[k]);
       }
     }
-    const Real diagonal = scale_of(i).diagonal;
-    const Columns own = load<kWidth>(row_at(mine, static_cast<int32_t>(i), row_bytes));
+    const Real excess = solve_.excess[i];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum.v[k] = sum_over_groups(sum.v[k], plan_.lanes) + diagonal * own.v[k];
+    for (int k = 0; k < kWidth; ++k) sum.v[k] = sum_over_groups(sum.v[k], plan_.lanes) + excess * own.v[k];
     return sum;
+  }
+
+  // Row i of A x in double precision, and the sum of the magnitudes of what adds up to it; in every group of lanes.
+  __device__ void flows(int64_t i, Doubles& sum, Doubles& terms) const {
+    const Csr& graph = in_.graph;
+    const Range entries = entries_of(graph, i);
+    const double* mine = x_ + at_;
+    const Doubles own = load<kWidth>(mine + i * plan_.pitch());
+    for (int64_t e = entries.begin + group_; e < entries.end; e += groups_) {
+      const int64_t j = graph.col[e];
+      const double value = solve_.value[e];
+      const Doubles other = load<kWidth>(mine + (is_node(graph, j) ? j : i) * plan_.pitch());
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const double flow = value * (own.v[k] - other.v[k]);
+        sum.v[k] += flow;
+        terms.v[k] += fabs(flow);
+      }
+    }
+    const double excess = solve_.excess[i];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      sum.v[k] = sum_over_groups(sum.v[k], plan_.lanes) + excess * own.v[k];
+      terms.v[k] = sum_over_groups(terms.v[k], plan_.lanes) + fabs(excess * own.v[k]);
+    }
   }
 
   // Row i of B or of the initial X.
@@ -253,10 +299,6 @@ class Solver {
     for (int k = 0; k < kWidth; ++k) out.v[k] = columns_[at_ + k].*member;
     return out;
   }
-  __device__ static void add_squares(Columns& sum, const Columns& x) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum.v[k] += x.v[k] * x.v[k];
-  }
 
   // body(i, place of the lane's columns in a vector), for the rows of this block; lanes that hold no columns take no part.
   template <class F>
@@ -265,15 +307,6 @@ class Solver {
     if (!holds_) return;
     for (int64_t i = nodes * part_ / plan_.parts + warp_ * groups_ + group_; i < end; i += kWarps * groups_)
       body(i, i * plan_.pitch() + at_);
-  }
-
-  // body(i, row i of (S A S) v, place), where the same rows of v are read by others; v may be null, for 0.
-  template <class F>
-  __device__ void for_products(const Real* v, const F& body) const {
-    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
-      const Columns product = v ? multiply(v, i) : Columns{};
-      if (group_ == 0 && holds_) body(i, product, i * plan_.pitch() + at_);
-    }
   }
 
   // Sums (maxima) of two quantities over all rows, in the order of the blocks; each(column, first, second) is called once per column.
@@ -312,150 +345,194 @@ class Solver {
     wait_for_team();
   }
 
-  // S b less (S A S) x, and the squares of S⁻¹ of it; where S is 0, of b itself.
-  __device__ Columns residual_row(int64_t i, const Columns& product, const Columns& shrink, Columns& squares) const {
-    const Scale<Real> scale = scale_of(i);
-    Columns r = row_of(in_.rhs, i), unscaled;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const Real b = r.v[k] * shrink.v[k];
-      r.v[k] = scale.s * b - product.v[k];
-      unscaled.v[k] = scale.s == 0 ? b : r.v[k] * scale.inverse;
-    }
-    add_squares(squares, unscaled);
-    return r;
-  }
-
+  // The powers of two of every column, and x = the start. A column's right side is such that the largest entry of D⁻¹ b (or of the start)
+  // is about 1.
   __device__ __noinline__ void start() {
     if (part_ == 0 && threadIdx.x == 0) *active_ = 0;
-    Columns top{}, norm{}, squares{}, unscaled{};
+    Columns top{}, top_start{};
     for_rows([&](int64_t i, int64_t) {
-      const Columns b = row_of(in_.rhs, i);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) top.v[k] = max(top.v[k], max(b.v[k], -b.v[k]));
-    });
-    reduce<true>(top, Columns{}, [&](Column<Real>& column, double largest, double) {
-      constexpr int kMost = sizeof(Real) == 4 ? 126 : 1022;  // 2^±kMost is a normal number
-      int exponent = 0;
-      frexp(largest, &exponent);
-      exponent = min(max(exponent, -kMost), kMost);
-      column.shrink = largest > 0 ? static_cast<Real>(ldexp(1.0, -exponent)) : Real(0);
-      column.grow = largest > 0 ? static_cast<Real>(ldexp(1.0, exponent)) : Real(0);
-    });
-    const Columns shrink = of_columns(&Column<Real>::shrink);
-    for_rows([&](int64_t i, int64_t at) {
-      Columns b = row_of(in_.rhs, i), x{};
-      if (in_.initial) x = row_of(in_.initial, i);
-      const Real inverse = scale_of(i).inverse;
+      const Columns b = row_of(in_.rhs, i), x = in_.initial ? row_of(in_.initial, i) : Columns{};
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        b.v[k] *= shrink.v[k];
-        x.v[k] *= inverse * shrink.v[k];
+        top.v[k] = max(top.v[k], fabs(b.v[k]));
+        top_start.v[k] = max(top_start.v[k], fabs(x.v[k]));
       }
-      add_squares(norm, b);
+    });
+    reduce<true>(top, top_start, [&](Column<Real>& column, double of_rhs, double of_start) {
+      column.first = of_rhs;
+      column.second = of_start;
+      column.shrink = PowerOf2(-exponent_of(of_rhs));
+    });
+    Columns jacobi{}, lost{};  // D⁻¹ b, and b in rows of zeros
+    for_rows([&](int64_t i, int64_t) {
+      const Columns b = row_of(in_.rhs, i);
+      const Real inverse = inverse_of(i);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        jacobi.v[k] = max(jacobi.v[k], static_cast<Real>(fabs(columns_[at_ + k].shrink * b.v[k]) * inverse));
+        if (inverse == 0) lost.v[k] = max(lost.v[k], fabs(b.v[k]));
+      }
+    });
+    reduce<true>(jacobi, lost, [&](Column<Real>& column, double of_jacobi, double of_lost) {
+      int exponent = exponent_of(column.first) + exponent_of(of_jacobi);
+      if (column.second > 0) exponent = max(exponent, exponent_of(column.second) + exponent_);
+      column.shrink = PowerOf2(-exponent);
+      column.grow = PowerOf2(exponent - exponent_);
+      column.second = of_lost;
+    });
+    Columns norm{}, zeros{};  // ‖D⁻¹ b‖², and 0 unless the start has NaN or infinity
+    for_rows([&](int64_t i, int64_t at) {
+      const Columns b = row_of(in_.rhs, i), start = in_.initial ? row_of(in_.initial, i) : Columns{};
+      const Real inverse = inverse_of(i);
+      Doubles x;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const Real z = static_cast<Real>(columns_[at_ + k].shrink * b.v[k] * inverse);
+        norm.v[k] += z * z + 0 * b.v[k];
+        zeros.v[k] += 0 * start.v[k];
+        x.v[k] = columns_[at_ + k].grow.inverse() * start.v[k];
+      }
       store(x_ + at, x);
+      store(r_ + at, Columns{});
+      store(p_ + at, Columns{});
     });
-    reduce(norm, Columns{}, [](Column<Real>& column, double sum, double) { column.norm = sum; });
-    for_products(in_.initial ? x_ : nullptr, [&](int64_t i, const Columns& product, int64_t at) {
-      const Columns r = residual_row(i, product, shrink, unscaled);
-      store(r_ + at, r);
-      add_squares(squares, r);
-    });
-    reduce(squares, unscaled, [&](Column<Real>& column, double sum, double sum_unscaled) {
-      column.squares = sum;
-      column.curvature = INFINITY;
-      column.iterations = 0;
-      column.alpha = column.beta = 0;
-      column.active = column.norm > 0 && sum > 0 && sum_unscaled > limit(column) && least_ > 0;
-      if (column.active) atomicAdd(active_, 1);
+    reduce(norm, zeros, [&](Column<Real>& column, double squares, double nothing) {
+      const bool is_finite = is_finite_ && squares - squares == 0 && nothing == 0;
+      column.state = Convergence(is_finite, column.first > 0, in_.rtol, in_.max_iter);
+      column.state.set_right_side(squares, column.second > 0);
+      if (least_ <= 0) column.state.end();
     });
   }
 
-  __device__ double limit(const Column<Real>& column) const {
-    return in_.rtol * in_.rtol * column.norm;
+  // q = b − A x in double precision, what it says of the columns, and how many go on.
+  __device__ __noinline__ void measure(bool has_solution) {
+    Columns along{}, squares{}, worst{};
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      Doubles product{}, terms{};
+      if (has_solution) flows(i, product, terms);
+      if (group_ != 0 || !holds_) continue;
+      const int64_t at = i * plan_.pitch() + at_;
+      const Columns b = row_of(in_.rhs, i);
+      const Doubles x = load<kWidth>(x_ + at);
+      const Real inverse = inverse_of(i), step = step_of(inverse);
+      Columns q;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const double own = columns_[at_ + k].shrink * b.v[k], r = own - product.v[k], z = inverse * r;
+        q.v[k] = static_cast<Real>(r);
+        along.v[k] += static_cast<Real>(r * step * r);
+        squares.v[k] += static_cast<Real>(z * z);
+        if (inverse > 0) worst.v[k] = max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i] * x.v[k])));
+      }
+      store(q_ + at, q);
+    }
+    reduce(along, squares, [](Column<Real>& column, double sum, double sum_of_squares) {
+      column.first = sum;
+      column.second = sum_of_squares;
+    });
+    reduce<true>(worst, Columns{}, [&](Column<Real>& column, double largest, double) {
+      column.state.measure(column.first, column.second, largest);
+      if (column.state.judge()) atomicAdd(active_, 1);
+      set_direction(column);
+    });
   }
-  __device__ void stop(Column<Real>& column) const {  // nothing of it changes any more
-    column.active = 0;
-    column.alpha = column.beta = 0;
-    atomicAdd(active_, -1);
+
+  __device__ static void set_direction(Column<Real>& column) {
+    column.fresh = column.state.is_active() ? Real(1) : Real(0);
+    column.beta = column.state.is_active() ? static_cast<Real>(column.state.beta()) : Real(1);
   }
 
   __device__ __noinline__ void iterate() {
-    const Columns beta = of_columns(&Column<Real>::beta);
-    for_rows([&](int64_t, int64_t at) {
-      Columns p = load<kWidth>(r_ + at);
-      if (iteration_ > 0) {
-        const Columns old = load<kWidth>(p_ + at);
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) p.v[k] += beta.v[k] * old.v[k];
-      }
-      store(p_ + at, p);
-    });
+    update_directions();
     wait_for_team();
-    Columns pq{}, pp{}, squares{}, unscaled{};
-    for_products(p_, [&](int64_t, const Columns& q, int64_t at) {
+    Columns pq{}, pp{}, along{}, squares{};
+    for (int64_t i = rows_.begin; i < rows_.end; ++i) {
+      const Columns q = multiply(p_, i);
+      if (group_ != 0 || !holds_) continue;
+      const int64_t at = i * plan_.pitch() + at_;
       const Columns p = load<kWidth>(p_ + at);
+      const Real weight = in_.jacobi ? solve_.diagonal[i] : Real(1);
       store(q_ + at, q);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) pq.v[k] += p.v[k] * q.v[k];
-      add_squares(pp, p);
-    });
-    reduce(pq, pp, [&](Column<Real>& column, double along, double length) {
-      if (!column.active) return;
-      const double curvature = length > 0 ? along / length : 0;
-      column.curvature = min(curvature, column.curvature);
-      if (curvature > 0)
-        column.alpha = static_cast<Real>(column.squares / along);
-      else
-        stop(column);
+      for (int k = 0; k < kWidth; ++k) {
+        pq.v[k] += p.v[k] * q.v[k];
+        pp.v[k] += weight * p.v[k] * p.v[k];
+      }
+    }
+    reduce(pq, pp, [&](Column<Real>& column, double curvature, double length) {
+      const bool was_active = column.state.is_active();
+      column.alpha = static_cast<Real>(column.state.step(curvature, length));
+      if (was_active && !column.state.is_active()) atomicAdd(active_, -1);
     });
     const Columns alpha = of_columns(&Column<Real>::alpha);
     for_rows([&](int64_t i, int64_t at) {
       const Columns p = load<kWidth>(p_ + at), q = load<kWidth>(q_ + at);
-      Columns x = load<kWidth>(x_ + at), r = load<kWidth>(r_ + at), s;
-      const Real inverse = scale_of(i).inverse;
+      Doubles x = load<kWidth>(x_ + at);
+      Columns r = load<kWidth>(r_ + at);
+      const Real inverse = inverse_of(i), step = step_of(inverse);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        x.v[k] += alpha.v[k] * p.v[k];
+        x.v[k] += static_cast<double>(alpha.v[k]) * p.v[k];
         r.v[k] -= alpha.v[k] * q.v[k];
-        s.v[k] = inverse * r.v[k];
+        const Real z = inverse * r.v[k];
+        along.v[k] += r.v[k] * (step * r.v[k]);
+        squares.v[k] += z * z;
       }
       store(x_ + at, x);
       store(r_ + at, r);
-      add_squares(squares, r);
-      add_squares(unscaled, s);
     });
-    reduce(squares, unscaled, [&](Column<Real>& column, double sum, double sum_unscaled) {
-      if (!column.active) return;
-      ++column.iterations;
-      column.beta = static_cast<Real>(sum / column.squares);
-      column.squares = sum;
-      if (!(sum_unscaled > limit(column)) || sum == 0) stop(column);
+    reduce(along, squares, [&](Column<Real>& column, double sum, double sum_of_squares) {
+      if (column.state.is_active() && !column.state.advance(sum, sum_of_squares)) atomicAdd(active_, -1);
+      set_direction(column);
+    });
+  }
+
+  // p = z + β p of the columns under way; those that wait keep theirs. Columns that start again take their residual from q before.
+  __device__ void update_directions() const {
+    const Columns beta = of_columns(&Column<Real>::beta), fresh = of_columns(&Column<Real>::fresh);
+    for_rows([&](int64_t i, int64_t at) {
+      Columns r = load<kWidth>(r_ + at), p = load<kWidth>(p_ + at);
+      if (resumes_) {
+        const Columns q = load<kWidth>(q_ + at);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k)
+          if (columns_[at_ + k].state.restarts()) {
+            r.v[k] = q.v[k];
+            p.v[k] = 0;
+          }
+        store(r_ + at, r);
+      }
+      const Real step = step_of(inverse_of(i));
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) p.v[k] = fresh.v[k] * (step * r.v[k]) + beta.v[k] * p.v[k];
+      store(p_ + at, p);
     });
   }
 
   __device__ __noinline__ void finish() {
-    const Columns shrink = of_columns(&Column<Real>::shrink), grow = of_columns(&Column<Real>::grow);
-    Columns unscaled{};
-    for_products(x_, [&](int64_t i, const Columns& product, int64_t at) {
-      residual_row(i, product, shrink, unscaled);
-      const Columns x = load<kWidth>(x_ + at);
-      const Real s = scale_of(i).s;
+    for_rows([&](int64_t i, int64_t at) {
+      const Doubles x = load<kWidth>(x_ + at);
+      const bool is_known = solve_.diagonal[i] != 0;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const int64_t column = first_ + at_ + k;
         if (column >= in_.columns) continue;
         const int64_t out = i * in_.columns + column;
-        solve_.out.solution[out] = s > 0 ? s * x.v[k] * grow.v[k] : in_.initial && grow.v[k] > 0 ? in_.initial[out] : Real(0);
+        const Column<Real>& of = columns_[at_ + k];
+        Real value = is_known ? static_cast<Real>(of.grow * x.v[k]) : in_.initial ? in_.initial[out] : Real(0);
+        if (!of.state.has_right_side()) value = 0;
+        solve_.out.solution[out] = of.state.is_finite() ? value : static_cast<Real>(NAN);
       }
     });
-    reduce(unscaled, Columns{}, [&](Column<Real>& column, double sum, double) {
-      const int64_t out = first_ + (&column - columns_);
-      if (out >= in_.columns) return;
-      solve_.out.iterations[out] = column.iterations;
-      solve_.out.residual[out] = column.norm > 0 ? static_cast<Real>(sqrt(sum / column.norm)) : Real(0);
-      solve_.out.curvature[out] = least_ > 0 ? static_cast<Real>(column.curvature) : least_;
-    });
+    for (int64_t column = threadIdx.x; column < plan_.pitch() && part_ == 0; column += kThreads) {
+      const Convergence& state = columns_[column].state;
+      const int64_t out = first_ + column;
+      if (out >= in_.columns) break;
+      solve_.out.iterations[out] = state.iterations();
+      solve_.out.residual[out] = static_cast<Real>(state.residual());
+      const double curvature = in_.jacobi ? state.curvature() : PowerOf2(exponent_) * state.curvature();
+      solve_.out.curvature[out] = static_cast<Real>(!state.is_finite() ? NAN : least_ > 0 ? curvature : least_);
+    }
   }
 
   const Solve<Real>& solve_;
@@ -468,12 +545,13 @@ class Solver {
   const int at_;              // the first of them, in the tile
   Column<Real>* const columns_;
   int* const active_;
-  Real *x_, *r_, *p_, *q_;
+  double* x_;
+  Real *r_, *p_, *q_;
   Range rows_;         // this warp's, of a product
   int64_t first_ = 0;  // column of the tile
-  int64_t iteration_ = 0;
   Real least_ = 1;
-  bool is_scaled_ = false;
+  int exponent_ = 0;  // A = 2^exponent times what is iterated
+  bool is_finite_ = true, resumes_ = false;
 };
 
 template <class Real, int kWidth>
@@ -489,12 +567,14 @@ Solve<Real> take_solve(const LaplacianSolve<Real>& in, Workspace& workspace) {
   solve.plan = plan;
   solve.arrivals = workspace.take<unsigned long long>(1 + plan.teams);
   solve.active = workspace.take<int>(plan.teams);
-  solve.least = workspace.take<Real>(plan.teams * plan.parts);
+  solve.extremes = workspace.take<double>(2 * plan.teams * plan.parts);
   solve.columns = workspace.take<Column<Real>>(plan.teams * plan.pitch());
   solve.partials = workspace.take<double>(plan.teams * plan.pitch() * 2 * plan.parts);
+  solve.excess = workspace.take<Real>(in.graph.nodes);
   solve.diagonal = workspace.take<Real>(in.graph.nodes);
   solve.value = workspace.take<Real>(in.graph.edges);
-  solve.vectors = workspace.take<Real>(plan.teams * 4 * in.graph.nodes * plan.pitch());
+  solve.x = workspace.take<double>(plan.teams * in.graph.nodes * plan.pitch());
+  solve.vectors = workspace.take<Real>(plan.teams * 3 * in.graph.nodes * plan.pitch());
   return solve;
 }
 
@@ -564,7 +644,8 @@ const char* laplacian_solve(const LaplacianSolve<Real>& in, const LaplacianSolut
   const auto kernel = plan.width == 1   ? solve_laplacian<Real, 1>
                       : plan.width == 2 ? solve_laplacian<Real, 2>
                                         : solve_laplacian<Real, kWidest<Real>>;
-  return launch<true>(kernel, plan.teams * plan.parts, kThreads, max<int64_t>(2 * plan.pitch(), 1) * kWarps * sizeof(Real), stream, solve);
+  return launch<true>(kernel, plan.teams * plan.parts, kThreads, max<int64_t>(2 * plan.pitch() * sizeof(Real), sizeof(double)) * kWarps,
+                      stream, solve);
 }
 
 template <class Real>

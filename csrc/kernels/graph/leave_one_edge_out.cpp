@@ -7,6 +7,8 @@
 // transposed; for many with the classes in the lanes, and only what follows from their sums with the pairs there.
 #include "leave_one_edge_out.h"
 
+#include <limits>
+
 #include "../common/arithmetic.h"
 #include "../common/buffer.h"
 #include "../common/simd.h"
@@ -108,9 +110,9 @@ class Nodes {
       low = f[c] < low ? f[c] : low;
       high = f[c] > high ? f[c] : high;
     }
-    const Real half = (high - low) / 2, far = 2 * half;
+    const Real half = high / 2 - low / 2;
     Real middle = low + half;
-    if (middle <= far && -middle <= far) middle = 0;  // beyond that the subtraction is exact
+    if (middle / 2 <= half && -middle / 2 <= half) middle = 0;  // beyond that the subtraction is exact
     const Real lambda = static_cast<Real>(in.logit_scale), scale = lambda * degree;
     Real *centred = values_.data() + i * row_, *scalars = centred + scalars_at();
     for (c = 0; c < classes; ++c) centred[c] = f[c] - middle;
@@ -176,6 +178,16 @@ Vec<Real> load_classes(const Real* row, int64_t c, int64_t classes) {
   return first_lanes<Real>(load(row + c), classes - c);
 }
 
+// Of a logit so far below the largest that its exponential is 0 in any dtype; stands for log 0 past the last class.
+template <class Real>
+constexpr Real kLogZero = -1000;
+
+// Of logits whose product with another number must be finite where their exponentials are 0.
+template <class Real>
+Vec<Real> bounded(Vec<Real> logits) {
+  return max(broadcast(kLogZero<Real>), logits);
+}
+
 // Calls each(c, e_i, a_i, e_j, a_j) for every vector of classes of one pair; the a are relative to the shift that the e are.
 template <class Real, class F>
 void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
@@ -184,29 +196,28 @@ void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
   Real shift_i = 0, shift_j = 0;
   const auto argument = [&](int64_t c) { return load(j.centred + c) * pair.logit_weight; };
   const auto logit_i = [&](int64_t c) { return load(row.logits + c) - argument(c); };
-  const auto logit_j = [&](int64_t c) {
-    const Vec<Real> a_j = (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored;
-    return first_lanes<Real>(a_j, classes - c, Real(-1e30));  // e^… is 0 past the last class
-  };
+  const auto logit_j = [&](int64_t c) { return (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored; };
   const Real reach_i = pair.logit_weight * j.reach, reach_j = pair.mirrored * i.reach;
   if (reach_i <= static_cast<Real>(kExpReduced) && reach_j <= kModerate<Real>) {
     for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-      const Vec<Real> a_j = logit_j(c);
+      const Vec<Real> a_j = first_lanes<Real>(logit_j(c), classes - c, kLogZero<Real>);
       each(c, exp_reduced(-argument(c)) * load(row.factor + c), logit_i(c), exp(a_j), a_j);
     }
     return;
   }
   if (max(reach_i, reach_j) > kModerate<Real>) {
-    Vec<Real> top_i = broadcast(Real(-1e30)), top_j = top_i;
+    constexpr Real kLowest = -std::numeric_limits<Real>::max();
+    Vec<Real> top_i = broadcast(kLowest), top_j = top_i;
     for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-      top_i = max(top_i, first_lanes<Real>(logit_i(c), classes - c, Real(-1e30)));
-      top_j = max(top_j, logit_j(c));
+      top_i = max(top_i, first_lanes<Real>(logit_i(c), classes - c, kLowest));
+      top_j = max(top_j, first_lanes<Real>(logit_j(c), classes - c, kLowest));
     }
     shift_i = max_lane<Real>(top_i);
     shift_j = max_lane<Real>(top_j);
   }
   for (int64_t c = 0; c < classes; c += kLanes<Real>) {
-    const Vec<Real> a_i = first_lanes<Real>(logit_i(c), classes - c, Real(-1e30)) - shift_i, a_j = logit_j(c) - shift_j;
+    const Vec<Real> a_i = first_lanes<Real>(logit_i(c) - shift_i, classes - c, kLogZero<Real>);
+    const Vec<Real> a_j = first_lanes<Real>(logit_j(c) - shift_j, classes - c, kLogZero<Real>);
     each(c, exp(a_i), a_i, exp(a_j), a_j);
   }
 }
@@ -227,8 +238,8 @@ struct Confidences {
     overlap = s.dot * inverse_i * inverse_j;
   }
 
-  Vec<Real> dissimilarity() const {  // rounding alone takes it out of [0, 1]
-    const Vec<Real> none{}, product = max(omega_i, none) * max(omega_j, none) * max(1 - overlap, none);
+  Vec<Real> dissimilarity() const {  // rounding alone takes it out of [0, 1]; NaN stays, as the second of max
+    const Vec<Real> none{}, product = max(none, omega_i) * max(none, omega_j) * max(none, 1 - overlap);
     return product > 1 ? none + 1 : product;
   }
 };
@@ -452,9 +463,9 @@ struct RowGradient {
     for_each_class(row, pairs, at, centred, nodes.classes, [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
       sums.add(ei, ai, ej, aj);
       e_i[c] = ei;
-      a_i[c] = ai;
+      a_i[c] = bounded<Real>(ai);
       e_j[c] = ej;
-      a_j[c] = aj;
+      a_j[c] = bounded<Real>(aj);
     });
     const Slopes<Real> slopes(sums, inverse_log_classes, grad);
     const Vec<Real> mirrored = load(pairs.mirrored + at);
@@ -475,9 +486,9 @@ struct RowGradient {
         wide_sums(nodes, row, pairs, at, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
           Real* kept = saved + 4 * (k * stride + c);
           store(kept, e_i);
-          store(kept + kLanes<Real>, a_i);
+          store(kept + kLanes<Real>, bounded<Real>(a_i));
           store(kept + 2 * kLanes<Real>, e_j);
-          store(kept + 3 * kLanes<Real>, a_j);
+          store(kept + 3 * kLanes<Real>, bounded<Real>(a_j));
         });
     const Slopes<Real> slopes(sums, inverse_log_classes, grad);
     Vec<Real> along[kLanes<Real>] = {};
@@ -570,7 +581,6 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
           Real grad[kLanes<Real>] = {};
           for (int k = 0; k < size; ++k)
             grad[k] = out.grad_dissimilarity[pairs->entry[at + k]] + out.grad_dissimilarity[pairs->mirror[at + k]];
-          if (!differ<Real>(load(grad), Vec<Real>{})) continue;
           store(grad, -lambda * gradient.add(*pairs, at, load(grad)));
           for (int k = 0; k < size; ++k) out.grad_weight[pairs->entry[at + k]] = grad[k];
         }

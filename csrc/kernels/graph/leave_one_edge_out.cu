@@ -20,16 +20,16 @@ inline constexpr int kStretch = 128;    // entries of a warp
 template <class Real>
 struct alignas(4 * sizeof(Real)) Node {
   Real degree;  // D_ii
-  Real top;     // max_c D_ii f_ic: the reference of its softmaxes
+  Real top;     // max_c D_ii f_ic: the first reference of its softmaxes
   Real reach;   // max_c |f_ic|
 };
 
-// What the backward keeps of Z_ij, with e = 2^{a − reference}: not its normaliser, whose rounding would scale the whole softmax.
+// What the backward keeps of Z_ij, with e = 2^{a − top_i − reference}: not its normaliser, whose rounding would scale the whole softmax.
 template <class Real>
 struct alignas(4 * sizeof(Real)) Softmax {
   Real reference;
   Real sum;      // Σ e; 0 where no row owns the pair
-  Real mean;     // Σ e (a − reference)/Σ e
+  Real mean;     // Σ e (a − top_i − reference)/Σ e
   Real overlap;  // Z_ij·Z_ji
 };
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(const __grid_constant__
   }
   low = -warp_max(-low);
   high = warp_max(high);
-  const Real middle = low + (high - low) / 2, scale = static_cast<Real>(in.logit_scale * kLog2e);
+  const Real middle = low + (high / 2 - low / 2), scale = static_cast<Real>(in.logit_scale * kLog2e);
   const int64_t padded = problem.packs * kWidest<Real>;
   Real* f = problem.f + i * padded;
   for (int64_t c = lane; c < padded; c += 32) f[c] = c < in.classes ? scale * (propagated[c] - middle) : Real(0);
@@ -121,19 +121,31 @@ __device__ int collect_pairs(const Problem<Real>& problem, int64_t first, Pair<R
   return count;
 }
 
-// a_ij − reference, rounded alike wherever it is taken.
+// a_ij less the largest D_ii f_i, rounded alike wherever it is taken.
 template <class Real>
-__device__ Real logit(Real degree, Real own, Real reference, Real weight, Real other) {
-  return (degree * own - reference) - weight * other;
+__device__ Real logit(Real degree, Real own, Real top, Real weight, Real other) {
+  return (degree * own - top) - weight * other;
+}
+
+// x, 0 where it is negative; NaN stays, which max() drops.
+template <class Real>
+__device__ Real not_negative(Real x) {
+  return x < 0 ? Real(0) : x;
 }
 
 // ω, in [0, 1] whatever the rounding: 1 less the entropy log₂ Σ e − Σ e a/Σ e over that of C equal classes.
 template <class Real>
 __device__ Real confidence(Real sum, Real mean, Real inverse_log_classes) {
-  return max(1 - max(log2(sum) - mean, Real(0)) * inverse_log_classes, Real(0));
+  return not_negative(1 - not_negative(log2(sum) - mean) * inverse_log_classes);
 }
 
-// Up to this a softmax whose reference is that of its node, not its own largest logit, loses less than the logits' own rounding.
+// 2^x is 0 from here on down in any dtype. Logits are cut here where they are multiplied: 0 times what is below −∞ would be NaN.
+template <class Real>
+inline constexpr Real kPowerZero = -2000;
+template <class Real>
+inline constexpr Real kLargest = sizeof(Real) == 4 ? Real(0x1p127) : Real(0x1p1023);
+
+// Up to this a softmax without a reference of its own, its largest logit, loses less than the logits' own rounding.
 template <class Real>
 inline constexpr Real kModerate = 8;
 
@@ -152,17 +164,17 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
     const Real w_ij = pair.weight, w_ji = pair.mirrored;
     const Node<Real> i = problem.nodes[pair.i], j = problem.nodes[pair.j];
     const Real *f_i = problem.row(pair.i), *f_j = problem.row(pair.j);
-    Real reference_i = i.top, reference_j = j.top;
+    Real reference_i = 0, reference_j = 0;
     const bool moderate = max(fabs(w_ij) * j.reach, fabs(w_ji) * i.reach) <= kModerate<Real>;
     if (__any_sync(kAllLanes, !moderate)) {
-      Real top_i = kLogZero<Real>, top_j = kLogZero<Real>;
+      Real top_i = -kLargest<Real>, top_j = -kLargest<Real>;
       for (int64_t pack = first_pack; pack < problem.packs; pack += lanes) {
         const Pack<Real, kWidth> x = load<kWidth>(f_i + pack * kWidth), y = load<kWidth>(f_j + pack * kWidth);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           if (kPadded && pack * kWidth + k >= classes) continue;
-          top_i = max(top_i, i.degree * x.v[k] - w_ij * y.v[k]);
-          top_j = max(top_j, j.degree * y.v[k] - w_ji * x.v[k]);
+          top_i = max(top_i, logit(i.degree, x.v[k], i.top, w_ij, y.v[k]));
+          top_j = max(top_j, logit(j.degree, y.v[k], j.top, w_ji, x.v[k]));
         }
       }
       top_i = max_in_group(top_i, lanes);
@@ -172,13 +184,14 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
         reference_j = top_j;
       }
     }
-    Real sum_i = 0, sum_j = 0, moment_i = 0, moment_j = 0, dot = 0;  // with e = 2^{a − reference}: Σ e, Σ e (a − reference), Σ e_ij e_ji
+    Real sum_i = 0, sum_j = 0, moment_i = 0, moment_j = 0, dot = 0;  // with a less its references and e = 2^a: Σ e, Σ e a, Σ e_ij e_ji
 #pragma unroll 2
     for (int64_t pack = first_pack; pack < problem.packs; pack += lanes) {
       const Pack<Real, kWidth> x = load<kWidth>(f_i + pack * kWidth), y = load<kWidth>(f_j + pack * kWidth);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const Real a_i = logit(i.degree, x.v[k], reference_i, w_ij, y.v[k]), a_j = logit(j.degree, y.v[k], reference_j, w_ji, x.v[k]);
+        const Real a_i = logit(i.degree, x.v[k], i.top, w_ij, y.v[k]) - reference_i;
+        const Real a_j = logit(j.degree, y.v[k], j.top, w_ji, x.v[k]) - reference_j;
         Real e_i = exp2_of(a_i), e_j = exp2_of(a_j);
         if (kPadded && pack * kWidth + k >= classes) e_i = e_j = 0;
         sum_i += e_i;
@@ -202,16 +215,16 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
     } else {
       const Real omega_i = confidence(sum_i, mean_i, problem.inverse_log_classes);
       const Real omega_j = confidence(sum_j, mean_j, problem.inverse_log_classes);
-      problem.dissimilarity[entry] = problem.dissimilarity[pair.mirror] = omega_i * omega_j * max(1 - overlap, Real(0));
+      problem.dissimilarity[entry] = problem.dissimilarity[pair.mirror] = omega_i * omega_j * not_negative(1 - overlap);
     }
   }
 }
 
-// What the derivatives need of an entry: G r_ij = e_ij (constant_i + linear_i (a_ij − reference_i) − both e_ji), and r_ji likewise.
+// What the derivatives need of an entry, with a less its references: G r_ij = e_ij (constant_i + linear_i a_ij − both e_ji), r_ji likewise.
 template <class Real>
 struct Slopes {
   int j;
-  Real weight, mirrored, degree_j;
+  Real weight, mirrored, degree_j, top_j;
   Real reference_i, reference_j;
   Real constant_i, linear_i, constant_j, linear_j, both;
 
@@ -221,6 +234,7 @@ struct Slopes {
     at.weight = __shfl_sync(kAllLanes, weight, lane);
     at.mirrored = __shfl_sync(kAllLanes, mirrored, lane);
     at.degree_j = __shfl_sync(kAllLanes, degree_j, lane);
+    at.top_j = __shfl_sync(kAllLanes, top_j, lane);
     at.reference_i = __shfl_sync(kAllLanes, reference_i, lane);
     at.reference_j = __shfl_sync(kAllLanes, reference_j, lane);
     at.constant_i = __shfl_sync(kAllLanes, constant_i, lane);
@@ -237,7 +251,7 @@ template <class Real>
 __device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad_dissimilarity, int64_t i, int64_t e, int64_t end) {
   Slopes<Real> slopes{};
   slopes.j = static_cast<int>(i);
-  slopes.reference_i = slopes.reference_j = -kLogZero<Real>;
+  slopes.reference_i = slopes.reference_j = kLargest<Real>;
   if (e >= end) return slopes;
   const int64_t j = problem.in.graph.col[e], mirror = problem.in.reverse[e];
   if (!problem.is_valid(j, mirror)) return slopes;
@@ -251,6 +265,7 @@ __device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad
   slopes.weight = problem.in.weight[e];
   slopes.mirrored = problem.in.weight[mirror];
   slopes.degree_j = problem.nodes[j].degree;
+  slopes.top_j = problem.nodes[j].top;
   slopes.reference_i = own.reference;
   slopes.reference_j = other.reference;
   slopes.linear_i = apart * omega_j / own.sum;
@@ -272,7 +287,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
   const int64_t i = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / 32;
   if (i >= in.graph.nodes) return;
   const Range entries = entries_of(in.graph, i);
-  const Real degree = problem.nodes[i].degree;
+  const Real degree = problem.nodes[i].degree, top = problem.nodes[i].top;
   Real grad_degree = 0;
   for (int64_t panel = 0; panel < problem.packs; panel += kPacks * lanes) {
     Pack<Real, kWidth> x[kPacks], own[kPacks]{}, others[kPacks]{};  // f_i, Σ_j G r_ij, Σ_j G w_ji r_ji
@@ -299,12 +314,12 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
           const Pack<Real, kWidth> y = load<kWidth>(f_j + place[p]);
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
-            const Real a_i = logit(degree, x[p].v[k], s.reference_i, s.weight, y.v[k]);
-            const Real a_j = logit(s.degree_j, y.v[k], s.reference_j, s.mirrored, x[p].v[k]);
+            const Real a_i = logit(degree, x[p].v[k], top, s.weight, y.v[k]) - s.reference_i;
+            const Real a_j = logit(s.degree_j, y.v[k], s.top_j, s.mirrored, x[p].v[k]) - s.reference_j;
             Real e_i = exp2_of(a_i), e_j = exp2_of(a_j);
             if (!holds[p] || (kPadded && place[p] + k >= in.classes)) e_i = e_j = 0;
-            const Real r_i = e_i * (s.constant_i + s.linear_i * a_i - s.both * e_j);
-            const Real r_j = e_j * (s.constant_j + s.linear_j * a_j - s.both * e_i);
+            const Real r_i = e_i * (s.constant_i + s.linear_i * max(a_i, kPowerZero<Real>) - s.both * e_j);
+            const Real r_j = e_j * (s.constant_j + s.linear_j * max(a_j, kPowerZero<Real>) - s.both * e_i);
             own[p].v[k] += r_i;
             others[p].v[k] += s.mirrored * r_j;
             sum += r_i * y.v[k];

@@ -188,6 +188,12 @@ struct System {
   }
 };
 
+// D⁻¹ v, 0 where D is.
+Values jacobi(const Values& diagonal, Values v) {
+  for (size_t i = 0; i < v.size(); ++i) v[i] = diagonal[i] > 0 ? v[i] / diagonal[i] : 0;
+  return v;
+}
+
 double dot(const Values& a, const Values& b) {
   double sum = 0;
   for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
@@ -210,8 +216,9 @@ int64_t conjugate_gradients(const System<Real>& system, int64_t c, Values& x) {
   precondition();
   p = z;
   double rz = dot(r, z);
+  const double target = system.rtol * norm(jacobi(diagonal, b));
   int64_t iteration = 0;
-  for (; iteration < system.max_iter && norm(b) > 0 && norm(r) > system.rtol * norm(b); ++iteration) {
+  for (; iteration < system.max_iter && target > 0 && norm(jacobi(diagonal, r)) > target; ++iteration) {
     const Values q = system.times(p);
     const double alpha = rz / dot(p, q);
     for (size_t i = 0; i < b.size(); ++i) {
@@ -257,29 +264,46 @@ Solution<Real> solve(const System<Real>& system, ParallelFor parallel_for = seri
   return out;
 }
 
+// What the solution of column c leaves: ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, and how much of it the rounding of x to Real accounts for.
+struct Left {
+  double residual = 0, rounding = 0;
+};
+
+template <class Real>
+Left left_of(const System<Real>& system, const std::vector<Real>& solution, int64_t c) {
+  const Values x = system.column(solution, c), b = system.column(system.rhs, c), diagonal = system.matrix_diagonal();
+  Values r = system.times(x), rounding(x.size());
+  for (size_t i = 0; i < r.size(); ++i) {
+    r[i] = b[i] - r[i];
+    rounding[i] = 2 * diagonal[i] * std::abs(x[i]);
+  }
+  system.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+    rounding[i] += (system.graph.weight[e] + system.dissimilarity(e)) * (std::abs(x[i]) + std::abs(x[j]));
+  });
+  const double size = norm(jacobi(diagonal, b));
+  if (size == 0) return {};
+  return {norm(jacobi(diagonal, r)) / size, std::numeric_limits<Real>::epsilon() * norm(jacobi(diagonal, rounding)) / size};
+}
+
 // The residual of what was returned, the number of iterations, and nodes that nothing is known of.
 template <class Real>
 void check_converged(const System<Real>& system) {
   const Solution<Real> ours = solve(system);
-  const double rounding = sizeof(Real) == 4 ? 1e-5 : 1e-12;
   const Values diagonal = system.matrix_diagonal();
-  Values residuals(system.columns);
   for (int64_t c = 0; c < system.columns; ++c) {
     const Values x = system.column(ours.solution, c), b = system.column(system.rhs, c);
-    Values r = system.times(x), reference(x.size());
-    for (size_t i = 0; i < r.size(); ++i) r[i] = b[i] - r[i];
-    residuals[c] = dot(b, b) > 0 ? norm(r) / norm(b) : 0;
+    Values reference(x.size());
     for (size_t i = 0; i < x.size(); ++i) {
       reference[i] = system.start(i, c);
       if (diagonal[i] == 0) expect("laplacian_solve keeps what it knows nothing of", dot(b, b) == 0 || x[i] == reference[i]);
     }
-    const double start = norm(system.times(reference));  // where it is far larger than b, it is rounded by as much
     const int64_t iterations = conjugate_gradients(system, c, reference);
+    const Left left = left_of(system, ours.solution, c);
     expect("laplacian_solve iterations", std::abs(ours.iterations[c] - iterations) <= 2 + iterations / 5);
-    expect("laplacian_solve residual", residuals[c] * norm(b) <= 2 * system.rtol * norm(b) + rounding * (norm(b) + start));
+    expect("laplacian_solve converges", ours.residual[c] <= system.rtol);
+    expect("laplacian_solve residual", std::abs(ours.residual[c] - left.residual) <= left.rounding);
     expect("laplacian_solve curvature", ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity);
   }
-  expect_close("laplacian_solve residual told", ours.residual, residuals, rounding);
 }
 
 template <class Real>
@@ -308,6 +332,137 @@ void test_solve(int64_t nodes, int64_t columns) {
     for (auto* values : {&scaled.rhs, &scaled.initial, &expected.solution})
       for (Real& value : *values) value = std::ldexp(value, exponent);
     expect("laplacian_solve of 2^k b", solve(scaled) == expected);
+  }
+}
+
+// Weights, diagonals and right sides of any size: a power of two passes through, and 10^k changes rounding alone.
+template <class Real>
+void test_solve_scales() {
+  std::mt19937 random(12);
+  const System<Real> system(make_graph<Real>(40, random), 13, random);
+  const Solution<Real> ours = solve(system);
+  const int most = sizeof(Real) == 4 ? 100 : 1000;
+  const auto scaled = [](System<Real> of, const auto& matrix, const auto& rhs) {
+    for (auto* values : {&of.graph.weight, &of.graph.dissimilarity, &of.diagonal})
+      for (Real& value : *values) value = matrix(value);
+    for (Real& b : of.rhs) b = rhs(b);
+    return of;
+  };
+  const auto times = [](double factor) { return [factor](Real value) { return static_cast<Real>(value * factor); }; };
+  const auto shift = [](int exponent) { return [exponent](Real value) { return std::ldexp(value, exponent); }; };
+  for (const int of_matrix : {-most, 0, most})
+    for (const int of_rhs : {-most, 0, most}) {
+      if (of_rhs - of_matrix > most || of_matrix - of_rhs > most) continue;
+      Solution<Real> expected = ours;
+      for (Real& x : expected.solution) x = std::ldexp(x, of_rhs - of_matrix);
+      expect("laplacian_solve of 2^k A, 2^l b", solve(scaled(system, shift(of_matrix), shift(of_rhs))) == expected);
+    }
+  for (const double size : {1e-30, 1e-12, 1e12, 1e30}) check_converged(scaled(system, times(size), times(1)));
+
+  // Subnormal right sides, and ones near the largest number.
+  for (const double size : {sizeof(Real) == 4 ? 1e-41 : 1e-315, sizeof(Real) == 4 ? 1e37 : 1e307}) {
+    const System<Real> extreme = scaled(system, times(sizeof(Real) == 4 ? 1e3 : 1e5), times(size));
+    const Solution<Real> out = solve(extreme);
+    for (int64_t c = 0; c < 13; ++c) expect("laplacian_solve of extreme b", out.residual[c] <= system.rtol && out.iterations[c] > 0);
+    for (const Real x : out.solution) expect("laplacian_solve of extreme b: finite", std::isfinite(x));
+  }
+}
+
+// Labels 0 and 1 in one half of a graph, the other tied to the node of label 1 by a weak edge: what the weak half is told must pass it.
+template <class Real>
+void test_weak_bridge() {
+  std::mt19937 random(13);
+  constexpr int32_t kHalf = 60;
+  std::vector<std::vector<int32_t>> rows(2 * kHalf);
+  for (int32_t i = 0; i < 2 * kHalf; ++i)
+    for (int32_t j = 0; j < 2 * kHalf; ++j) {
+      const bool same_half = i / kHalf == j / kHalf;
+      if (i != j && (same_half ? (i + j) % 7 < 2 || std::abs(i - j) == 1 : i + j == 2 * kHalf - 1 && std::abs(i - j) == 1))
+        rows[i].push_back(j);
+    }
+  System<Real> system(Graph<Real>::of_rows(rows, random), 2, random);
+  system.has_dissimilarity = false;
+  system.rtol = 1e-4;
+  for (const double scale : {1e-12, 1e-6, 1.0, 1e6}) {
+    System<Real> tied = system;
+    tied.diagonal.assign(2 * kHalf, 0);
+    tied.rhs.assign(4 * kHalf, 0);
+    for (const int32_t label : {0, 1}) {
+      const int32_t node = label == 0 ? 0 : kHalf - 1;
+      tied.diagonal[node] = Real(0.01);
+      for (const int32_t c : {0, 1}) tied.rhs[node * 2 + c] = c == label ? Real(0.5) : Real(-0.5);
+    }
+    tied.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+      const bool is_bridge = i / kHalf != j / kHalf;
+      tied.graph.weight[e] = static_cast<Real>(scale * (is_bridge ? 1e-9 : 1 + (i + j) % 3));
+    });
+    const Solution<Real> ours = solve(tied);
+    expect("weak bridge: converges", ours.residual[0] <= tied.rtol && ours.residual[1] <= tied.rtol);
+    const Real bridge = ours.solution[(kHalf - 1) * 2 + 1];
+    expect("weak bridge: sign", bridge > 0);
+    for (int64_t i = kHalf; i < 2 * kHalf; ++i)  // no current flows in the other half
+      expect("weak bridge", std::abs(ours.solution[i * 2 + 1] - bridge) <= 0.2 * bridge);
+  }
+}
+
+// Clusters with few and weak edges between them: the recurrence alone would stop far from the residual it tells of.
+template <class Real>
+void test_drift() {
+  std::mt19937 random(14);
+  constexpr int32_t kClusters = 20, kSize = 40, kNodes = kClusters * kSize;
+  std::vector<std::vector<int32_t>> rows(kNodes);
+  for (int32_t i = 0; i < kNodes; ++i)
+    for (int32_t j = 0; j < kNodes; ++j) {
+      const bool near = i / kSize == j / kSize ? (i * j) % 4 != 1 : i % kSize == 0 && j % kSize == 0;
+      if (i != j && near) rows[i].push_back(j);
+    }
+  System<Real> system(Graph<Real>::of_rows(rows, random), kClusters, random);
+  system.has_dissimilarity = false;
+  system.rtol = sizeof(Real) == 4 ? 1e-6 : 1e-10;
+  system.diagonal.assign(kNodes, 0);
+  system.rhs.assign(kNodes * kClusters, 0);
+  for (int32_t cluster = 0; cluster < kClusters; ++cluster) {
+    const int32_t node = cluster * kSize + 1;
+    system.diagonal[node] = Real(0.01);
+    for (int32_t c = 0; c < kClusters; ++c) system.rhs[node * kClusters + c] = (c == cluster ? Real(1) : Real(0)) - Real(1) / kClusters;
+  }
+  system.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+    if (i / kSize != j / kSize) system.graph.weight[e] = static_cast<Real>(1e-5);
+  });
+  const Solution<Real> ours = solve(system);
+  for (int64_t c = 0; c < kClusters; ++c) expect("drift: residual", ours.residual[c] <= system.rtol);
+  check_bits(system);
+}
+
+// NaN or infinity: in a column of the right side or of the start it is that column's; in the matrix it is everybody's.
+template <class Real>
+void test_solve_nan() {
+  std::mt19937 random(15);
+  System<Real> system(make_graph<Real>(40, random), 17, random);
+  system.initial = normal_values<Real>(40 * 17, 1, random);
+  for (const double bad : {std::nan(""), kInfinity, -kInfinity}) {
+    const Solution<Real> clean = solve(system);
+    System<Real> poisoned = system;
+    poisoned.rhs[12 * 17 + 3] = static_cast<Real>(bad);
+    poisoned.initial[8 * 17 + 5] = static_cast<Real>(bad);
+    const Solution<Real> ours = solve(poisoned);
+    for (int64_t c = 0; c < 17; ++c) {
+      const bool is_bad = c == 3 || c == 5;
+      expect("NaN column: residual", is_bad ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c]);
+      expect("NaN column: iterations", ours.iterations[c] == (is_bad ? 0 : clean.iterations[c]));
+      for (int64_t i = 0; i < 40; ++i) {
+        const Real x = ours.solution[i * 17 + c];
+        expect("NaN column: solution", is_bad ? std::isnan(x) : x == clean.solution[i * 17 + c]);
+      }
+    }
+    for (const int which : {0, 1, 2}) {
+      System<Real> matrix = system;
+      (which == 0 ? matrix.graph.weight : which == 1 ? matrix.graph.dissimilarity : matrix.diagonal)[3] = static_cast<Real>(bad);
+      if (which == 2 && bad < 0) continue;  // a diagonal below 0
+      const Solution<Real> all = solve(matrix);
+      for (const Real x : all.solution) expect("NaN in the matrix: solution", std::isnan(x));
+      for (const Real residual : all.residual) expect("NaN in the matrix: residual", std::isnan(residual));
+    }
   }
 }
 
@@ -412,6 +567,9 @@ void test_indefinite() {
   const Solution<Real> two = solve(pair);
   expect_close("indefinite: solution", two.solution, {1.0 / 3, 0, 1.0 / 3, 0}, 1e-6);
   expect_close("indefinite: curvature", two.curvature, {3, -1}, 1e-6);
+  pair.jacobi = false;
+  pair.diagonal = {6, 6};
+  expect_close("indefinite: curvature without a preconditioner", solve(pair).curvature, {6, 2}, 1e-6);
   expect_close("indefinite: residual", two.residual, {0, 1}, 1e-6);
 }
 
@@ -560,20 +718,24 @@ double largest(const Values& values) {
 }
 
 template <class Real>
+struct LeftOut {
+  std::vector<Real> dissimilarity, grad_weight, grad_propagated;
+};
+
+template <class Real>
+LeftOut<Real> left_out(const Edges<Real>& in, ParallelFor parallel_for = serial_for) {
+  LeftOut<Real> out{unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.nodes() * in.classes)};
+  const LeaveOneEdgeOut<Real> problem{in.graph.view(), in.graph.reverse.data(), in.graph.weight.data(), in.propagated.data(),
+                                      in.classes,      in.logit_scale};
+  SSM_CALL_ISA(leave_one_edge_out, problem, out.dissimilarity.data(), parallel_for);
+  const LeaveOneEdgeOutBackward<Real> backward{in.grad.data(), out.grad_weight.data(), out.grad_propagated.data()};
+  SSM_CALL_ISA(leave_one_edge_out_backward, problem, backward, parallel_for);
+  return out;
+}
+
+template <class Real>
 void check_edges(const Edges<Real>& in, double tolerance) {
-  struct Out {
-    std::vector<Real> dissimilarity, grad_weight, grad_propagated;
-  };
-  const auto run = [&](ParallelFor parallel_for) {
-    Out out{unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.nodes() * in.classes)};
-    const LeaveOneEdgeOut<Real> problem{in.graph.view(), in.graph.reverse.data(), in.graph.weight.data(), in.propagated.data(),
-                                        in.classes,      in.logit_scale};
-    SSM_CALL_ISA(leave_one_edge_out, problem, out.dissimilarity.data(), parallel_for);
-    const LeaveOneEdgeOutBackward<Real> backward{in.grad.data(), out.grad_weight.data(), out.grad_propagated.data()};
-    SSM_CALL_ISA(leave_one_edge_out_backward, problem, backward, parallel_for);
-    return out;
-  };
-  const Out out = run(serial_for), again = run(threads_for);
+  const LeftOut<Real> out = left_out(in), again = left_out(in, threads_for);
   const Expected expected = expected_of(in);
   expect_close("leave_one_edge_out", out.dissimilarity, expected.dissimilarity, tolerance);
   expect_close("leave_one_edge_out_backward weight", out.grad_weight, expected.grad_weight, tolerance * largest(expected.grad_weight));
@@ -618,6 +780,47 @@ void test_edge_ids_out_of_range() {
   }
 }
 
+// Logits of any size: where the softmaxes are 0 and 1 the value is exact and the gradient finite, wherever the logits are representable.
+template <class Real>
+void test_huge_edges() {
+  std::mt19937 random(10);
+  for (const int64_t classes : {2, 3, 17, 40}) {
+    Edges<Real> in(make_graph<Real>(40, random), classes, 1, random);
+    for (const double size : {1e10, sizeof(Real) == 4 ? 1e30 : 1e150, sizeof(Real) == 4 ? 1e35 : 1e300}) {
+      Edges<Real> huge = in;
+      for (Real& f : huge.propagated) f = static_cast<Real>(f * size);
+      check_edges(huge, sizeof(Real) == 4 ? 1e-4 : 1e-11);
+    }
+  }
+}
+
+// NaN in F or in a weight: NaN on the edges of its row, everything else as if it were not there.
+template <class Real>
+void test_nan_edges() {
+  std::mt19937 random(11);
+  for (const int64_t classes : {3, 17, 40})
+    for (const bool in_weight : {true, false}) {
+      Edges<Real> clean(make_graph<Real>(40, random), classes, 0.5, random), poisoned = clean;
+      const Graph<Real>& graph = clean.graph;
+      const int64_t row = 11, entry = graph.crow[row];
+      (in_weight ? poisoned.graph.weight[entry] : poisoned.propagated[row * classes + 1]) = std::numeric_limits<Real>::quiet_NaN();
+      const LeftOut<Real> expected = left_out(clean), ours = left_out(poisoned);
+      std::vector<bool> touched(graph.nodes());
+      graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+        const bool depends = i == row || j == row;
+        if (depends) touched[i] = touched[j] = true;
+        expect("NaN row: its edges", depends == std::isnan(ours.dissimilarity[e]));
+        expect("NaN row: other edges", depends || ours.dissimilarity[e] == expected.dissimilarity[e]);
+      });
+      for (int64_t i = 0; i < graph.nodes(); ++i)
+        for (int64_t c = 0; c < classes; ++c) {
+          const int64_t at = i * classes + c;
+          expect("NaN row: gradient",
+                 touched[i] ? std::isnan(ours.grad_propagated[at]) : ours.grad_propagated[at] == expected.grad_propagated[at]);
+        }
+    }
+}
+
 template <class Real>
 void test_all() {
   for (const int64_t nodes : {1, 3, 40, 129})
@@ -633,12 +836,18 @@ void test_all() {
       }
       if (columns > 1) test_edges<Real>(nodes, columns);
     }
+  test_solve_scales<Real>();
+  test_weak_bridge<Real>();
+  test_drift<Real>();
+  test_solve_nan<Real>();
   test_max_iter<Real>();
   test_no_iterations<Real>();
   test_singular<Real>();
   test_indefinite<Real>();
   test_solve_ids_out_of_range<Real>();
   test_edge_ids_out_of_range<Real>();
+  test_huge_edges<Real>();
+  test_nan_edges<Real>();
 
   std::mt19937 random(9);
   System<Real> ring(make_ring<Real>(4099, random), 3, random);  // large enough for its nodes to be renumbered

@@ -185,16 +185,42 @@ struct System {
   Values start() const {
     return has_initial ? initial : Values(rhs.size(), 0.0);
   }
-  Values residuals(const Values& x) const {  // relative, per column
-    const Values product = times(x);
-    Values out(columns, 0.0);
-    for (int64_t c = 0; c < columns; ++c) {
-      double r = 0, b = 0;
-      for (size_t at = c; at < rhs.size(); at += columns) {
-        r += std::pow(rhs[at] - product[at], 2);
-        b += rhs[at] * rhs[at];
+  // Per column, of a solution: what is told of it, ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ or the largest imbalance of a row, and how much rounding its
+  // numbers to `epsilon` changes that.
+  struct Left {
+    double told = 0, rounding = 0;
+  };
+  std::vector<Left> left(const Values& x, double epsilon) const {
+    const Values product = times(x), whole = matrix_diagonal();
+    Values terms(x.size(), 0.0), sums(x.size(), 0.0);
+    for (size_t at = 0; at < x.size(); ++at) {
+      terms[at] = std::abs(rhs[at]) + std::abs(diagonal[at / columns] * x[at]);
+      sums[at] = 2 * std::abs(whole[at / columns] * x[at]);
+    }
+    graph.for_each([&](int64_t i, int64_t j, size_t e) {
+      const double d = has_dissimilarity ? graph.dissimilarity[e] : 0, w = graph.weight[e];
+      for (int64_t c = 0; c < columns; ++c) {
+        const double own = x[i * columns + c], other = x[j * columns + c];
+        terms[i * columns + c] += i == j ? 2 * std::abs(d * own) : std::abs((w - d) * (own - other)) + 2 * std::abs(d * own);
+        sums[i * columns + c] += (std::abs(w) + std::abs(d)) * (std::abs(own) + std::abs(other));
       }
-      out[c] = b > 0 ? std::sqrt(r / b) : 0;
+    });
+    std::vector<Left> out(columns);
+    for (int64_t c = 0; c < columns; ++c) {
+      double r = 0, b = 0, rounding = 0, imbalance = 0, size = 0;
+      for (size_t at = c; at < rhs.size(); at += columns) {
+        const double a = std::abs(whole[at / columns]), own = rhs[at] - product[at];
+        size = std::max(size, std::abs(rhs[at]));
+        if (a == 0) imbalance = std::max(imbalance, rhs[at] != 0 ? 1.0 : 0.0);
+        if (a == 0) continue;
+        r += std::pow(own / a, 2);
+        b += std::pow(rhs[at] / a, 2);
+        rounding += std::pow(epsilon * sums[at] / a, 2);
+        if (std::abs(own) > 2 * epsilon * sums[at]) imbalance = std::max(imbalance, std::abs(own) / terms[at]);
+      }
+      if (size == 0) continue;
+      out[c] = {b > 0 ? std::sqrt(r / b) : 0, b > 0 ? std::sqrt(rounding / b) : 0};
+      if (imbalance > 0.1) out[c].told = std::max(out[c].told, imbalance);
     }
     return out;
   }
@@ -215,11 +241,12 @@ Expected solve_in_double(const System& system) {
   one.columns = 1;
   for (int64_t c = 0; c < columns; ++c) {
     Values b(nodes), x(nodes), scale(nodes, 1.0);
-    double norm = 0;
+    double norm = 0, size = 0;  // of D⁻¹ b, and of b
     for (int64_t i = 0; i < nodes; ++i) {
       b[i] = system.rhs[i * columns + c];
-      norm += b[i] * b[i];
-      if (system.jacobi) scale[i] = diagonal[i] > 0 ? 1 / std::sqrt(diagonal[i]) : 0;
+      norm += diagonal[i] > 0 ? std::pow(b[i] / diagonal[i], 2) : 0;
+      size += b[i] * b[i];
+      scale[i] = diagonal[i] <= 0 ? 0 : system.jacobi ? 1 / std::sqrt(diagonal[i]) : 1;
       x[i] = scale[i] > 0 ? out.solution[i * columns + c] / scale[i] : 0;
     }
     const auto product = [&](const Values& v) {
@@ -230,9 +257,9 @@ Expected solve_in_double(const System& system) {
       return scaled;
     };
     if (least < 0) out.curvature[c] = least;
-    if (norm == 0)
+    if (size == 0)
       for (int64_t i = 0; i < nodes; ++i) out.solution[i * columns + c] = 0;
-    if (least < 0 || norm == 0) continue;
+    if (least < 0 || size == 0) continue;
     const auto dot = [&](const Values& u, const Values& v) {
       double sum = 0;
       for (int64_t i = 0; i < nodes; ++i) sum += u[i] * v[i];
@@ -242,7 +269,7 @@ Expected solve_in_double(const System& system) {
     for (int64_t i = 0; i < nodes; ++i) r[i] = scale[i] * b[i] - r[i];
     const auto converged = [&] {
       double sum = 0;
-      for (int64_t i = 0; i < nodes; ++i) sum += scale[i] > 0 ? std::pow(r[i] / scale[i], 2) : 0;
+      for (int64_t i = 0; i < nodes; ++i) sum += scale[i] > 0 ? std::pow(r[i] / scale[i] / diagonal[i], 2) : 0;
       return sum <= std::pow(system.rtol, 2) * norm;
     };
     Values p = r;
@@ -318,16 +345,17 @@ void test_solve(const System& system, const char* what) {
             std::to_string(sizeof(Real));
   const Expected expected = solve_in_double(system);
   const Solved<Real> solved(system);
-  const Values residuals = system.residuals(solved.values());
-  compare(solved.residual, residuals, sizeof(Real) == 4 ? 0.5 : 1e-3, "residual is that of the solution", sizeof(Real) == 4 ? 1e-5 : 1e-11);
+  const auto left = system.left(solved.values(), std::numeric_limits<Real>::epsilon());
   for (int64_t c = 0; c < system.columns; ++c) {
+    check(std::abs(solved.residual[c] - left[c].told) <= left[c].rounding + 1e-3 * left[c].told, "residual is that of the solution",
+          solved.residual[c] - left[c].told);
     // Rounding changes the course of conjugate gradients when they are many.
     const double steps = static_cast<double>(expected.iterations[c]), loose = steps > 20 ? 0.2 : 0;
-    check(std::abs(static_cast<double>(solved.iterations[c]) - steps) <= (sizeof(Real) == 4 ? 2 : 1) + loose * steps, "iterations",
-          static_cast<double>(solved.iterations[c]));
+    const double more = static_cast<double>(solved.iterations[c]) - steps;  // some where rows are not balanced yet
+    check(more >= -(sizeof(Real) == 4 ? 2 : 1) - loose * steps && more <= 4 + loose * steps, "iterations", more);
     const bool same_infinity = std::isinf(expected.curvature[c]) == std::isinf(solved.curvature[c]);
     check(same_infinity, "whether there is a curvature", solved.curvature[c]);
-    if (same_infinity && std::isfinite(expected.curvature[c]))
+    if (same_infinity && std::isfinite(expected.curvature[c]) && more <= 1)
       check(std::abs(solved.curvature[c] - expected.curvature[c]) <=
                 ((sizeof(Real) == 4 ? 0.02 : 1e-3) + loose) * std::abs(expected.curvature[c]),
             "curvature", solved.curvature[c] - expected.curvature[c]);
@@ -381,6 +409,94 @@ void test_solve_backward(const Graph& graph, int64_t columns, std::mt19937& rand
   }
 }
 
+// Powers of two pass through, of the matrix and of the right side.
+template <class Real>
+void test_solve_scales(std::mt19937& random) {
+  context = "scales";
+  const int most = sizeof(Real) == 4 ? 100 : 1000;
+  const System system = make_system<Real>(make_graph<Real>(40, 5, random), 3, random);
+  const Solved<Real> expected(system);
+  for (const int of_matrix : {-most, 0, most})
+    for (const int of_rhs : {-most, 0, most}) {
+      const int of_solution = of_rhs - of_matrix;
+      if (of_solution > most || of_solution < -most) continue;
+      System scaled = system;
+      for (auto* values : {&scaled.graph.weight, &scaled.graph.dissimilarity, &scaled.diagonal})
+        for (double& value : *values) value = std::ldexp(value, of_matrix);
+      for (double& b : scaled.rhs) b = std::ldexp(b, of_rhs);
+      const Solved<Real> ours(scaled);
+      bool same = ours.residual.same_bits(expected.residual) && ours.iterations.same_bits(expected.iterations);
+      for (size_t at = 0; at < system.rhs.size(); ++at) same &= ours.solution[at] == std::ldexp(expected.solution[at], of_solution);
+      check(same, "2^k A, 2^l b", of_solution);
+    }
+  for (const double size : {sizeof(Real) == 4 ? 1e-41 : 1e-315, sizeof(Real) == 4 ? 1e36 : 1e306}) {
+    System extreme = system;
+    for (double& b : extreme.rhs) b *= size;
+    const Solved<Real> ours(extreme);
+    for (int64_t c = 0; c < 3; ++c) check(ours.residual[c] <= system.rtol && ours.iterations[c] > 0, "extreme b", ours.residual[c]);
+  }
+}
+
+// NaN or infinity: in a column of the right side or of the start it is that column's; in the matrix it is everybody's.
+template <class Real>
+void test_solve_nan(std::mt19937& random) {
+  context = "NaN";
+  System system = make_system<Real>(make_graph<Real>(40, 5, random), 6, random);
+  system.has_initial = true;
+  const Solved<Real> clean(system);
+  for (const double bad : {std::nan(""), kInfinity}) {
+    System poisoned = system;
+    poisoned.rhs[12 * 6 + 3] = bad;
+    poisoned.initial[8 * 6 + 5] = bad;
+    const Solved<Real> ours(poisoned);
+    bool good = true;
+    for (size_t at = 0; at < system.rhs.size(); ++at)
+      good &= at % 6 == 3 || at % 6 == 5 ? std::isnan(ours.solution[at]) : ours.solution[at] == clean.solution[at];
+    for (size_t c = 0; c < 6; ++c) good &= c == 3 || c == 5 ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c];
+    check(good, "in columns");
+    for (const int which : {0, 1, 2}) {
+      System matrix = system;
+      (which == 0 ? matrix.graph.weight : which == 1 ? matrix.graph.dissimilarity : matrix.diagonal)[3] = bad;
+      const Solved<Real> all(matrix);
+      good = true;
+      for (size_t at = 0; at < system.rhs.size(); ++at) good &= std::isnan(all.solution[at]);
+      for (size_t c = 0; c < 6; ++c) good &= std::isnan(all.residual[c]);
+      check(good, "in the matrix", which);
+    }
+  }
+}
+
+// Label 1 beside an edge of 1e-9 that leads to a path without labels: what that path is told must pass it.
+template <class Real>
+void test_weak_bridge() {
+  context = "weak bridge";
+  constexpr int kHalf = 20;
+  System system;
+  system.has_dissimilarity = false;
+  system.columns = 1;
+  system.rtol = 1e-4;
+  system.graph.crow = {0};
+  for (int i = 0; i < 2 * kHalf; ++i) {
+    for (const int j : {i - 1, i + 1}) {
+      if (j < 0 || j == 2 * kHalf) continue;
+      system.graph.col.push_back(j);
+      system.graph.weight.push_back(static_cast<Real>(i / kHalf == j / kHalf ? 1 + (i + j) % 3 : 1e-9));
+    }
+    system.graph.crow.push_back(static_cast<int64_t>(system.graph.col.size()));
+  }
+  system.graph.dissimilarity = Values(system.graph.edges(), 0.0);
+  system.diagonal = system.rhs = Values(2 * kHalf, 0.0);
+  system.diagonal[0] = system.diagonal[kHalf - 1] = static_cast<Real>(0.01);
+  system.rhs[0] = -0.5;
+  system.rhs[kHalf - 1] = 0.5;
+  const Solved<Real> ours(system);
+  check(ours.residual[0] <= system.rtol, "residual", ours.residual[0]);
+  const double bridge = ours.solution[kHalf - 1];
+  bool good = bridge > 0;
+  for (int i = kHalf; i < 2 * kHalf; ++i) good &= std::abs(ours.solution[i] - bridge) <= 0.2 * bridge;
+  check(good, "the other side", ours.solution[kHalf]);
+}
+
 template <class Real>
 void test_solves(std::mt19937& random) {
   int turn = 0;
@@ -399,6 +515,10 @@ void test_solves(std::mt19937& random) {
     emulator::multiprocessor_count = columns == 300 ? 2 : 5;
     test_solve<Real>(make_system<Real>(make_graph<Real>(250, 6, random), columns, random), "several blocks");
   }
+
+  test_solve_scales<Real>(random);
+  test_solve_nan<Real>(random);
+  test_weak_bridge<Real>();
 
   System system = make_system<Real>(make_graph<Real>(123, 5, random), 6, random);
   for (int64_t i = 0; i < 123; ++i) {
@@ -454,8 +574,7 @@ void test_solves(std::mt19937& random) {
     check(kept, "rows without a diagonal keep their start");
     system.rhs[5 * 3] = 2;  // which no solution gives: the residual tells, and the rest is solved
     const Solved<Real> rest(system);
-    const double told = rest.residual[0], residual = system.residuals(rest.values())[0];
-    check(told > 0.01 && std::abs(told - residual) <= 1e-3 * residual, "residual of rows without a diagonal", told - residual);
+    check(rest.residual[0] == 1, "residual of rows without a diagonal", rest.residual[0]);
   }
 
   // Indefinite: a negative weight of an edge pulls, as in label propagation with dissimilar edges subtracted.
@@ -630,6 +749,51 @@ void test_left_out(const Graph& graph, int64_t classes, double size, std::mt1993
         "bits");
 }
 
+// Logits of any size: the value is exact and the gradient finite.
+template <class Real>
+void test_huge_left_out(std::mt19937& random) {
+  context = "huge";
+  std::normal_distribution<double> normal;
+  for (const int64_t classes : {2, 10, 130})
+    for (const double size : {1e10, sizeof(Real) == 4 ? 1e30 : 1e150, sizeof(Real) == 4 ? 1e35 : 1e300}) {
+      const Graph graph = make_graph<Real>(40, 4, random, false);  // the logits of a node that only has a loop are all rounding
+      Values propagated;
+      for (int64_t k = 0; k < 40 * classes; ++k) propagated.push_back(static_cast<Real>(size * normal(random)));
+      const Values grad(graph.edges(), 1.0);
+      const LeftOut<Real> out(graph, propagated, classes, 4, grad);
+      compare(out.value, leave_one_out_in_double(graph, propagated, classes, 4, grad).value, 1e-5 * kPrecision<Real>, "dissimilarity");
+      bool finite = true;
+      for (size_t e = 0; e < graph.edges(); ++e) finite &= std::isfinite(out.grad_weight[e]);
+      for (size_t k = 0; k < propagated.size(); ++k) finite &= std::isfinite(out.grad_propagated[k]);
+      check(finite, "gradient");
+    }
+}
+
+// NaN in F or in a weight: NaN on the edges of its row and in the gradients of their ends, and nowhere else.
+template <class Real>
+void test_nan_left_out(std::mt19937& random) {
+  context = "NaN";
+  const int64_t row = 11;
+  std::normal_distribution<double> normal;
+  for (const int64_t classes : {2, 10, 130})
+    for (const bool in_weight : {true, false}) {
+      Graph graph = make_graph<Real>(40, 4, random);
+      Values propagated;
+      for (int64_t k = 0; k < 40 * classes; ++k) propagated.push_back(normal(random));
+      (in_weight ? graph.weight[graph.crow[row]] : propagated[row * classes + 1]) = std::nan("");
+      const LeftOut<Real> out(graph, propagated, classes, 4, Values(graph.edges(), 1.0));
+      std::vector<bool> touched(graph.nodes());
+      bool good = true;
+      graph.for_each([&](int64_t i, int64_t j, size_t e) {
+        if (i == row || j == row) touched[i] = touched[j] = true;
+        good &= std::isnan(out.value[e]) == (i == row || j == row);
+      });
+      check(good, "edges");
+      for (int64_t k = 0; k < 40 * classes; ++k) good &= std::isnan(out.grad_propagated[k]) == touched[k / classes];
+      check(good, "gradient");
+    }
+}
+
 template <class Real>
 void test_all_left_out(std::mt19937& random) {
   int turn = 0;
@@ -659,6 +823,8 @@ void test_all_left_out(std::mt19937& random) {
     none.crow.assign(nodes + 1, 0);
     test_left_out<Real>(none, 5, 1, random);
   }
+  test_huge_left_out<Real>(random);
+  test_nan_left_out<Real>(random);
 
   // What no graph has is not followed.
   context = "wild";
