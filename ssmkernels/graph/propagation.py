@@ -200,6 +200,8 @@ class LabelSystem:
         check_graph(graph)
         mu = check.check_positive("mu", mu)
         mu_unlabeled = check.check_nonnegative("mu_unlabeled", mu_unlabeled)
+        if check.values_are_checked(graph.weight):
+            check.check_weights("graph.weight", graph.weight)  # which may have been written since the graph was made
         self.graph = graph
         labels, classes = _checked_labels(graph, labels, num_classes)
         component, count = graph.components
