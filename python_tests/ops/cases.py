@@ -8,8 +8,9 @@ the fuzzer judges by them. A new op is one more case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from bounds import graph, memory, pairs, ranking
 from torch import Tensor
 
-from ssmkernels import ops
+from ssmkernels import ops, reference
 
 Inputs = dict[str, Any]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -50,10 +51,25 @@ class Case:
     """Options of the op, and of the draw, that take another way through it."""
     batch: dict[str, int] = field(default_factory=dict)
     """The dimension of each input that is a batch: dynamic in an exported program, mapped by vmap."""
+    least_batch: int = 1
     bad: tuple[tuple[Callable[[Inputs], Inputs], type[Exception], str], ...] = ()
-    """(inputs -> changed inputs, error, message)."""
+    """(inputs -> changed inputs, error, message), of inputs of ``bad_size``."""
+    bad_size: int = 1
+    """Which of the sizes."""
     registered: tuple[str, ...] = ()
     """Operators of torch.ops.ssmkernels that this case calls."""
+    calls: tuple[str, ...] = ()
+    """Other functions of ssmkernels.ops that it calls."""
+    autocast: tuple[str, ...] = ()
+    """Inputs that autocast takes in its dtype."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Values of every numeric option, exact in float32."""
+    busy: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = ()
+    """Sizes and variants with work for several threads."""
+    peak: tuple[tuple[int, ...], int] | None = None
+    """A size at which the tensor that the op never stores is large, and what it may use in MiB: far less."""
+    free: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    """Free parameters -> inputs, where entries of an input are tied to each other, as the weights of both directions of an edge."""
 
     def given(self, inputs: Inputs) -> tuple[str, ...]:
         """The differentiable arguments that are there."""
@@ -69,10 +85,20 @@ class Case:
         results = {name: value.detach() for name, value in found.items()}
         if wanted:
             smooth = [found[name] for name in self.smooth]
-            slopes = [grads[name].to(found[name].dtype) for name in self.smooth]
+            slopes = [grads[name].to(found[name]).expand_as(found[name]) for name in self.smooth]
             values = torch.autograd.grad(smooth, [inputs[name] for name in wanted], slopes)
             results |= {f"grad {name}": value for name, value in zip(wanted, values, strict=True)}
         return results
+
+    def tensors(self, inputs: Inputs) -> list[str]:
+        return [name for name, value in inputs.items() if isinstance(value, Tensor)]
+
+    def floating(self, inputs: Inputs) -> list[str]:
+        return [name for name in self.tensors(inputs) if inputs[name].is_floating_point()]
+
+    def unordered(self, inputs: Inputs) -> tuple[str, ...]:
+        """Results of torch's own matrix products, whose bits may depend on the number of threads."""
+        return ("grad x", "grad y", "grad w1") if inputs.get("interaction") == "concat" else ()
 
     def grads(self, inputs: Inputs, seed: int = 0) -> dict[str, Tensor] | None:
         """Random gradients of the outputs, exact in float32."""
@@ -101,6 +127,13 @@ class Case:
         return margins
 
 
+def problems(case: Case) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
+    """Every size as it comes, and every variant at two odd sizes."""
+    middle = case.sizes[2:4]
+    yield from ((size, case.variants[0]) for size in case.sizes if size not in middle)
+    yield from ((size, variant) for size in middle for variant in case.variants)
+
+
 def double(inputs: Inputs) -> Inputs:
     """The same inputs, exactly, in float64."""
     return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
@@ -108,6 +141,17 @@ def double(inputs: Inputs) -> Inputs:
 
 def to(inputs: Inputs, device: str) -> Inputs:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def judge(case: Case, inputs: Inputs, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
+    """The results of an op on a device, on the CPU, once they are found to be within their bounds."""
+    grads = case.grads(inputs, seed)
+    found = case.evaluate(ops, to(inputs, device), None if grads is None else to(grads, device))
+    found = {name: value.cpu() for name, value in found.items()}
+    exact = case.evaluate(reference, double(inputs), grads)
+    for name, margin in case.margins(inputs, grads, found, exact).items():
+        assert margin <= 1, f"{name} is off by {margin:.2g} times its bound"
+    return found
 
 
 class _Draw:
@@ -137,6 +181,7 @@ class _Draw:
 # Sizes: B, D, K, L.
 MEMORY_SIZES = ((1, 1, 1, 1), (3, 17, 17, 3), (17, 3, 123, 10), (33, 128, 507, 10), (70, 64, 1003, 300), (123, 507, 130, 7))
 MEMORY_EMPTY = ((0, 8, 20, 3),)
+MEMORY_BUSY = (((1, 128, 30_000, 10), {}), ((40, 16, 3001, 10), {}), ((700, 8, 300, 5), {}))
 
 
 def _draw_bank(size: tuple[int, ...], dtype: torch.dtype, seed: int, *, sort: bool = False) -> tuple[_Draw, Tensor, Tensor]:
@@ -210,7 +255,7 @@ MATCHING_BAD = (
     (lambda x: {"bank": x["bank"].long()}, TypeError, r"bank must be float32, float64, bfloat16 or float16, got torch.int64"),
     (lambda x: {"bank": x["bank"].double()}, TypeError, r"query_weak is torch.float32 but bank is torch.float64"),
     (lambda x: {"bank_labels": x["bank_labels"].int()}, TypeError, r"bank_labels must be int64, got torch.int32"),
-    (lambda x: {"bank_labels": x["bank_labels"][:-1]}, ValueError, r"bank_labels must have K of bank = 17"),
+    (lambda x: {"bank_labels": x["bank_labels"][:-1]}, ValueError, r"bank_labels must have K of bank = 1"),
     (lambda x: {"bank_labels": x["bank_labels"] + 3}, ValueError, r"bank_labels must be in \[0, 3\), .*; got values from 3 to 5"),
     (lambda x: {"bank_labels": x["bank_labels"] - 1}, ValueError, r"bank_labels must be in \[0, 3\)"),
     (lambda x: {"probs_weak": x["probs_weak"][:, :0]}, ValueError, r"probs_weak must have at least one class"),
@@ -260,19 +305,27 @@ def draw_graph(nodes: int, dtype: torch.dtype, seed: int, *, isolated: bool = Fa
     return graph | {"weight": graph["weight"].to(dtype)}
 
 
+def tie_directions(inputs: Inputs) -> Inputs:
+    """The weights of an edge are those of its earlier entry in both directions."""
+    nodes, col = len(inputs["crow"]) - 1, inputs["col"].long()
+    rows = torch.repeat_interleave(torch.arange(nodes), inputs["crow"].diff())
+    reverse = (rows * nodes + col).argsort()[(col * nodes + rows).argsort().argsort()]
+    earlier = torch.arange(len(col)) < reverse
+    tied = {name: inputs[name] for name in ("weight", "dissimilarity") if inputs.get(name) is not None}
+    return inputs | {name: torch.where(earlier, value, value[reverse]) for name, value in tied.items()}
+
+
 def draw_laplacian_solve(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, mixed: bool = True, **options: Any) -> Inputs:
     nodes, columns = size
     draw, graph = _Draw(dtype, seed), draw_graph(nodes, dtype, seed)
-    reverse = graph.pop("reverse")
-    dissimilarity = draw.uniform(len(reverse))
-    earlier = torch.arange(len(reverse)) < reverse
-    dissimilarity = torch.where(earlier, dissimilarity, dissimilarity[reverse])
+    del graph["reverse"]
+    dissimilarity = draw.uniform(len(graph["col"]))
     diagonal = torch.zeros(nodes, dtype=dtype)
     diagonal[:: max(1, nodes // 5)] = 0.5
     diagonal += 0.01  # every component has a solution
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
     values = {"dissimilarity": dissimilarity if mixed else None, "diagonal": diagonal, "rhs": draw.normal(nodes, columns)}
-    return graph | values | {"rtol": rtol} | options
+    return tie_directions(graph | values) | {"rtol": rtol} | options
 
 
 def draw_leave_one_edge_out(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, scale: float = 1.0, **options: Any) -> Inputs:
@@ -285,11 +338,25 @@ def draw_leave_one_edge_out(size: tuple[int, ...], dtype: torch.dtype, seed: int
 PAIR_SIZES = ((1, 1, 1, 1), (3, 5, 7, 2), (17, 130, 16, 33), (123, 64, 24, 17), (65, 200, 3, 40), (5, 1000, 40, 8))
 PAIR_EMPTY = ((0, 5, 4, 6), (5, 0, 4, 6), (0, 0, 4, 6))
 INTERACTIONS = ("concat", "absdiff", "product")
+PAIR_BUSY = tuple(
+    ((130, 300, 17, 40), {"interaction": interaction, "listed": listed, "exact": interaction == "concat"})
+    for interaction in INTERACTIONS
+    for listed in (None, 30_000)
+)
+PAIRS = torch.tensor([[0, 0], [2, 4], [1, 3]])
 
 
 def draw_pair_logits(
-    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, listed: int | None = None, scale: float = 1.0, **options: Any
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    listed: int | None = None,
+    scale: float = 1.0,
+    exact: bool = False,
+    **options: Any,
 ) -> Inputs:
+    """With ``exact``, multiples of 1/4, whose products and sums have no rounding in whatever order."""
     rows, columns, dim, hidden = size
     draw = _Draw(dtype, seed)
     wide = 2 * dim if options.get("interaction", "concat") == "concat" else dim
@@ -301,6 +368,8 @@ def draw_pair_logits(
         "w2": draw.normal(hidden, scale=scale * hidden**-0.5),
         "b2": draw.normal(),
     }
+    if exact:
+        inputs = {name: (4 * value).round() / 4 for name, value in inputs.items()}
     if listed is not None:
         inputs["pairs"] = torch.stack([draw.ids(0, count, listed) for count in (rows, columns)], dim=1)
     return inputs | options
@@ -360,7 +429,7 @@ RANKING_BAD = (
     (lambda x: {"embeddings": x["embeddings"].long()}, TypeError, r"embeddings must be float32, float64, bfloat16 or float16, got"),
     (lambda x: {"reduction": "none"}, ValueError, r"reduction must be 'mean_nonzero', 'mean' or 'sum', got 'none'"),
     (lambda x: {"positive_margin": "0"}, TypeError, r"positive_margin must be a number, got str"),
-    (lambda x: {"negative_margin": float("inf")}, ValueError, r"negative_margin must be finite, got inf"),
+    (lambda x: {"negative_margin": float("inf")}, ValueError, r"negative_margin must be finite and >= 0, got inf"),
     (lambda x: {"negative_margin": True}, TypeError, r"negative_margin must be a number, got bool"),
     (lambda x: {"negative_margin": None}, TypeError, r"negative_margin must be a number, got NoneType"),
 )
@@ -394,16 +463,20 @@ CASES = {
             bad=(
                 *MATCHING_BAD,
                 NO_SLOTS,
-                (lambda x: {"temperature_weak": torch.tensor(0.1)}, TypeError, r"temperature_weak must be a number, got Tensor"),
+                (lambda x: {"temperature_weak": "0.1"}, TypeError, r"temperature_weak must be a number, got str"),
                 (lambda x: {"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\], got 1.5"),
                 (lambda x: {"alpha": float("nan")}, ValueError, r"alpha must be in \[0, 1\], got nan"),
             ),
             registered=("instance_matching",),
+            autocast=("query_weak", "query_strong", "bank"),
+            numbers={"temperature_weak": 0.25, "temperature_strong": 0.5, "alpha": 0.75},
+            busy=MEMORY_BUSY,
+            peak=((256, 32, 131072, 100), 24),  # a [B, K] float32 matrix is 128 MiB, B·(L + D) 0.13 MiB
         ),
         Case(
             name="instance_matching_partial",
             sizes=MEMORY_SIZES,
-            empty=(*MEMORY_EMPTY, (3, 8, 0, 4)),
+            empty=MEMORY_EMPTY,
             draw=draw_instance_matching,
             run=_call("instance_matching_partial"),
             differentiable=(),
@@ -413,12 +486,16 @@ CASES = {
             batch={"query_weak": 0, "query_strong": 0, "probs_weak": 0},
             bad=MATCHING_BAD,
             registered=("instance_matching_partial",),
+            autocast=("query_weak", "query_strong", "bank"),
+            numbers={"temperature_weak": 0.25, "temperature_strong": 0.5},
+            busy=MEMORY_BUSY,
+            peak=((256, 32, 131072, 100), 24),
         ),
         Case(
             name="merge_instance_matching",
             sizes=MEMORY_SIZES,
             empty=MEMORY_EMPTY,
-            draw=draw_instance_matching,
+            draw=partial(draw_instance_matching, split=7),
             run=_run_merge,
             differentiable=("query_strong",),
             outputs=("pseudo_probs", "loss"),
@@ -428,6 +505,10 @@ CASES = {
             batch={"query_weak": 0, "query_strong": 0, "probs_weak": 0},
             bad=MATCHING_BAD,
             registered=("instance_matching_partial",),
+            calls=("instance_matching_partial", "finish_instance_matching"),
+            autocast=("query_weak", "query_strong", "bank"),
+            numbers={"temperature_weak": 0.25, "temperature_strong": 0.5, "alpha": 0.75},
+            busy=tuple((size, {"split": 100}) for size, _ in MEMORY_BUSY),
         ),
         Case(
             name="aggregate",
@@ -450,6 +531,10 @@ CASES = {
                 (lambda x: {"query": x["query"][:, :3]}, ValueError, r"query must have D of bank = 17"),
             ),
             registered=("aggregate", "aggregate_backward"),
+            autocast=("query", "bank"),
+            numbers={"temperature": 0.25, "num_classes": 3},
+            busy=MEMORY_BUSY,
+            peak=((256, 32, 131072, 100), 24),
         ),
         Case(
             name="unfold",
@@ -470,6 +555,9 @@ CASES = {
                 (lambda x: {"temperature": 0}, ValueError, r"temperature must be finite and > 0, got 0"),
             ),
             registered=("unfold",),
+            autocast=("query", "bank"),
+            numbers={"temperature": 0.25},
+            busy=MEMORY_BUSY,
         ),
         Case(
             name="memory_update_",
@@ -493,6 +581,8 @@ CASES = {
                 (lambda x: {"momentum": 1.1}, ValueError, r"momentum must be in \[0, 1\], got 1.1"),
             ),
             registered=("memory_update_",),
+            numbers={"momentum": 0.75},
+            busy=(((3000, 64, 500, 4), {}),),
         ),
         Case(
             name="laplacian_solve",
@@ -532,6 +622,10 @@ CASES = {
                 (lambda x: {"col": x["col"].to("meta")}, ValueError, r"col is on meta but crow is on cpu"),
             ),
             registered=("laplacian_solve", "laplacian_solve_backward"),
+            numbers={"rtol": 2.0**-20, "max_iter": 500},
+            busy=(((700, 10), {}), ((400, 50), {})),
+            free=tie_directions,
+            bad_size=2,
         ),
         Case(
             name="leave_one_edge_out",
@@ -545,6 +639,7 @@ CASES = {
             bound=graph.leave_one_edge_out,
             variants=({}, {"scale": 0.05}, {"scale": 30.0}),
             batch={"propagated": 1},
+            least_batch=2,  # a single class has no entropy
             bad=(
                 (lambda x: {"logit_scale": 0}, ValueError, r"logit_scale must be finite and > 0, got 0"),
                 (lambda x: {"reverse": x["reverse"] + 1}, ValueError, r"reverse must be in \[0, "),
@@ -557,6 +652,9 @@ CASES = {
                 (lambda x: {"propagated": x["propagated"].to("meta")}, ValueError, r"propagated is on meta but weight is on cpu"),
             ),
             registered=("leave_one_edge_out", "leave_one_edge_out_backward"),
+            numbers={"logit_scale": 2.0},
+            bad_size=2,
+            busy=(((700, 10), {}), ((400, 50), {})),
         ),
         Case(
             name="pair_logits",
@@ -576,6 +674,9 @@ CASES = {
                 (lambda x: {"y": x["y"][:, :3]}, ValueError, r"y must have d of x = 7"),
             ),
             registered=("pair_logits", "pair_logits_backward"),
+            autocast=("x", "y", "w1"),
+            busy=PAIR_BUSY,
+            peak=((1024, 1024, 32, 64), 24),  # an [n, m, d] tensor is 128 MiB, [n, m] 4
         ),
         Case(
             name="pair_focal_loss",
@@ -594,7 +695,48 @@ CASES = {
                 {"gamma": 0.0, "alpha": 1.0},
             ),
             batch={"x": 0, "x_labels": 0},
+            bad=(
+                (lambda x: {"x": x["x"][0]}, ValueError, r"x must be \[n, d\], got shape \[7\]"),
+                (lambda x: {"x": [[1.0]]}, TypeError, r"x must be a tensor \[n, d\], got list"),
+                (lambda x: {"y": x["y"][:, :3]}, ValueError, r"y must have d of x = 7 in dimension 1, got shape \[5, 3\]"),
+                (lambda x: {"y": x["y"].double()}, TypeError, r"y is torch.float64 but x is torch.float32"),
+                (lambda x: {"w1": x["w1"][:, :6]}, ValueError, r"w1 must have 2d of x = 14 in dimension 1, got shape \[2, 6\]"),
+                (lambda x: {"interaction": "absdiff"}, ValueError, r"w1 must have d of x = 7 in dimension 1, got shape \[2, 14\]"),
+                (lambda x: {"w1": x["w1"].long()}, TypeError, r"w1 must be float32, float64, bfloat16 or float16, got torch.int64"),
+                (lambda x: {"b1": x["b1"][:1]}, ValueError, r"b1 must have h of w1 = 2 in dimension 0, got shape \[1\]"),
+                (lambda x: {"w2": x["w2"][None]}, ValueError, r"w2 must be \[h\], got shape \[1, 2\]"),
+                (lambda x: {"w2": x["w2"][:1]}, ValueError, r"w2 must have h of w1 = 2 in dimension 0, got shape \[1\]"),
+                (lambda x: {"b2": x["b2"][None]}, ValueError, r"b2 must be \[\], got shape \[1\]"),
+                (lambda x: {"b2": 0.0}, TypeError, r"b2 must be a tensor \[\], got float"),
+                (lambda x: {"x_labels": x["x_labels"].int()}, TypeError, r"x_labels must be int64, got torch.int32"),
+                (lambda x: {"x_labels": x["x_labels"][:2]}, ValueError, r"x_labels must have n of x = 3 in dimension 0, got shape \[2\]"),
+                (lambda x: {"y_labels": x["y_labels"][:2]}, ValueError, r"y_labels must have m of y = 5 in dimension 0, got shape \[2\]"),
+                (lambda x: {"y_labels": None}, TypeError, r"y_labels must be a tensor \[m\], got NoneType"),
+                (lambda x: {"pairs": PAIRS.t()}, ValueError, r"pairs must have two rows = 2 in dimension 1, got shape \[2, 3\]"),
+                (lambda x: {"pairs": PAIRS[0]}, ValueError, r"pairs must be \[p, 2\], got shape \[2\]"),
+                (lambda x: {"pairs": PAIRS.int()}, TypeError, r"pairs must be int64, got torch.int32"),
+                (lambda x: {"pairs": PAIRS + 1}, ValueError, r"pairs\[:, 0\] must be in \[0, 3\), the rows of x; got values"),
+                (
+                    lambda x: {"pairs": PAIRS - torch.tensor([0, 1])},
+                    ValueError,
+                    r"pairs\[:, 1\] must be in \[0, 5\), the rows of y; got values",
+                ),
+                (lambda x: {"alpha": 1.5}, ValueError, r"alpha must be in \[0, 1\], got 1.5"),
+                (lambda x: {"alpha": "0.5"}, TypeError, r"alpha must be a number, got str"),
+                (lambda x: {"gamma": -1.0}, ValueError, r"gamma must be finite and >= 0, got -1.0"),
+                (lambda x: {"gamma": float("nan")}, ValueError, r"gamma must be finite and >= 0, got nan"),
+                (lambda x: {"gamma": None}, TypeError, r"gamma must be a number, got NoneType"),
+                (lambda x: {"ignore_index": 0.5}, TypeError, r"ignore_index must be an int, got float"),
+                (lambda x: {"reduction": "average"}, ValueError, r"reduction must be 'mean', 'sum' or 'none', got 'average'"),
+                (lambda x: {"y": x["y"].to("meta")}, ValueError, r"y is on meta but x is on cpu"),
+                (lambda x: {"x_labels": x["x_labels"].to("meta")}, ValueError, r"x_labels is on meta but x is on cpu"),
+                (lambda x: {"pairs": PAIRS.to("meta")}, ValueError, r"pairs is on meta but x is on cpu"),
+            ),
             registered=("pair_focal_loss", "pair_focal_loss_backward", "pair_focal_loss_sum"),
+            autocast=("x", "y", "w1"),
+            numbers={"alpha": 0.75, "gamma": 1.5, "ignore_index": 2},
+            busy=PAIR_BUSY,
+            peak=((1024, 1024, 32, 64), 24),
         ),
         Case(
             name="pair_ranking_loss",
@@ -642,6 +784,10 @@ CASES = {
                 ),
             ),
             registered=("pair_ranking_loss", "pair_ranking_loss_backward"),
+            bad_size=2,
+            numbers={"positive_margin": 0.25, "negative_margin": 1.5},
+            busy=(((700, 50), {"negative_margin": 1.2}), ((700, 50), {"negative_margin": 1.2, "others": 210})),
+            peak=((8192, 64), 24),  # an [n, n] matrix is 256 MiB, n·d 2
         ),
         Case(
             name="mined_pair_ranking_loss",
@@ -688,6 +834,10 @@ CASES = {
                 ),
             ),
             registered=("mined_pair_ranking_loss", "mined_pair_ranking_loss_backward"),
+            bad_size=2,
+            numbers={"positive_threshold": 0.5, "negative_threshold": 0.25, "positive_margin": 0.25, "negative_margin": 1.5},
+            busy=(((700, 50), {"negative_margin": 1.2, "reduction": "mean"}),),
+            peak=((8192, 64), 24),
         ),
         Case(
             name="similarity_moments",
@@ -708,6 +858,9 @@ CASES = {
                 (lambda x: {"labels": x["labels"].float()}, TypeError, r"labels must be int64, got torch.float32"),
             ),
             registered=("similarity_moments", "similarity_moments_backward"),
+            bad_size=2,
+            busy=(((700, 50), {}), ((250, 100), {}), ((700, 50), {"classes": 1})),
+            peak=((8192, 64), 24),
         ),
     )
 }

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every op of the graph family against its reference, and everything else an op must show."""
+"""What is particular to the ops of the graph family; what every op must show is in test_contract.py."""
 
 from __future__ import annotations
 
-import gc
-import threading
 import warnings
 
 import pytest
 import torch
-from torch.autograd import gradcheck
-from torch.library import opcheck
+from cases import CASES, judge
 
 from ssmkernels import ops, reference
 
@@ -70,39 +67,6 @@ class Problem:
         given = [x.detach().clone().requires_grad_() for x in (self.weight, self.dissimilarity, self.diagonal, self.rhs)]
         out = room.laplacian_solve(self.crow, self.col, *given, **options).solution
         return out.detach(), *torch.autograd.grad(out, given, self.grad_matrix.to(out.dtype))
-
-
-def assert_no_worse(ours, same_dtype, exact, dtype):
-    """The error against float64 is at most twice that of the reference in the same dtype, plus rounding."""
-    eps = 1e-10 if dtype == torch.float64 else torch.finfo(dtype).eps
-    for a, b, x in zip(ours, same_dtype, exact, strict=True):
-        assert a.dtype == b.dtype
-        scale = max(1.0, x.abs().max().item()) if x.numel() else 1.0
-        error, allowed = ((y.double() - x).abs().max().item() if x.numel() else 0.0 for y in (a, b))
-        assert error <= 2 * allowed + 4 * eps * scale, f"error {error:.2e}, the reference's {allowed:.2e}"
-
-
-@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])  # λ w F small, moderate and large
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES[1:], ids=str)
-def test_leave_one_edge_out(size, dtype, scale, device):
-    problem = Problem(*size, dtype, device, scale=scale, isolated=True)
-    ours, same, exact = (p.leave_one_edge_out(room) for p, room in ((problem, ops), (problem, reference), (problem.double(), reference)))
-    assert_no_worse(ours, same, exact, dtype)
-    assert ours[0].equal(ours[0][problem.reverse]) and ours[0].min() >= 0 and ours[0].max() <= 1
-
-
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_laplacian_solve(size, dtype, device):
-    problem = Problem(*size, dtype, device)
-    exact = problem.double().laplacian_solve(reference)
-    if dtype == torch.float64:
-        for ours, expected in zip(problem.laplacian_solve(ops, rtol=1e-13), exact, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
-    else:
-        for ours, expected in zip(problem.laplacian_solve(ops, rtol=1e-6), exact, strict=True):
-            assert ((ours.double() - expected).abs() <= 3e-5 * max([1.0, *expected.abs().flatten()])).all()
 
 
 @pytest.mark.parametrize("preconditioner", ["jacobi", "none"])
@@ -238,16 +202,6 @@ def test_indefinite_matrix_shows_its_curvature(kind, device):
         assert not iterations.any() and not solution.any()
 
 
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-def test_saturated_logits(dtype, device):
-    """±1e4: nothing overflows, and weights are 0 or 1 nearly everywhere."""
-    problem = Problem(80, 12, dtype, device, scale=1e4)
-    ours, same, exact = (p.leave_one_edge_out(room) for p, room in ((problem, ops), (problem, reference), (problem.double(), reference)))
-    assert all(x.isfinite().all() for x in ours)
-    assert_no_worse(ours[:1], same[:1], exact[:1], dtype)
-    assert ((ours[0] < 1e-3) | (ours[0] > 0.999)).double().mean() > 0.9
-
-
 def test_constants_per_node_change_nothing(device):
     problem = Problem(50, 7, device=device)
     arguments = (problem.crow, problem.col, problem.reverse, problem.weight)
@@ -335,20 +289,6 @@ def test_non_contiguous_and_id_types(ids, device):
         torch.testing.assert_close(ours, other)
 
 
-def test_gradcheck(device):
-    problem = Problem(9, 3, device=device)
-    weight, propagated = problem.weight.requires_grad_(), problem.propagated.requires_grad_()
-    assert gradcheck(lambda w, f: ops.leave_one_edge_out(problem.crow, problem.col, problem.reverse, w, f), (weight, propagated))
-    mirrored = torch.arange(len(weight), device=device) > problem.reverse  # the weights of both directions move together
-
-    def solve(w, s, d, b):
-        w, s = torch.where(mirrored, w[problem.reverse], w), torch.where(mirrored, s[problem.reverse], s)
-        return ops.laplacian_solve(problem.crow, problem.col, w, s, d, b, rtol=1e-14).solution
-
-    given = [x.detach().requires_grad_() for x in (problem.weight, problem.dissimilarity, problem.diagonal, problem.rhs)]
-    assert gradcheck(solve, given)
-
-
 def test_gradient_of_the_right_side_alone(device):
     problem = Problem(30, 4, device=device)
     rhs = problem.rhs.clone().requires_grad_()
@@ -367,127 +307,6 @@ def test_differentiable_once_says_so(device):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-def test_opcheck(dtype, device):
-    problem = Problem(12, 4, dtype, device)
-    library = torch.ops.ssmkernels
-    ids = (problem.crow, problem.col)
-    weight, dissimilarity, diagonal, rhs = (
-        x.clone().requires_grad_() for x in (problem.weight, problem.dissimilarity, problem.diagonal, problem.rhs)
-    )
-    opcheck(library.laplacian_solve.default, (*ids, weight, dissimilarity, diagonal, rhs, None, 1e-6, 100, True))
-    opcheck(library.laplacian_solve.default, (*ids, problem.weight, None, problem.diagonal, problem.rhs, problem.rhs, 1e-6, 100, False))
-    opcheck(library.laplacian_solve_backward.default, (*ids, problem.rhs, problem.propagated))
-    edges = (*ids, problem.reverse, weight, problem.propagated.clone().requires_grad_(), 4.0)
-    opcheck(library.leave_one_edge_out.default, edges)
-    grad = problem.grad_edges.to(dtype)
-    opcheck(library.leave_one_edge_out_backward.default, (grad, *ids, problem.reverse, problem.weight, problem.propagated, 4.0))
-
-
-def _step(crow, col, reverse, weight, diagonal, rhs):
-    propagated = ops.laplacian_solve(crow, col, weight, None, diagonal, rhs).solution
-    dissimilarity = ops.leave_one_edge_out(crow, col, reverse, weight, propagated)
-    out = ops.laplacian_solve(crow, col, weight, dissimilarity, diagonal, rhs)
-    return out.solution, out.iterations, dissimilarity
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_torch_compile(dynamic, device):
-    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for size in [(20, 5), (33, 7)]:
-        results = []
-        for function in (compiled, _step):
-            problem = Problem(*size, device=device)
-            weight, rhs = problem.weight.requires_grad_(), problem.rhs.requires_grad_()
-            out = function(problem.crow, problem.col, problem.reverse, weight, problem.diagonal, rhs)
-            (out[0].square().sum() + out[2].sum()).backward()
-            results.append((*out, weight.grad, rhs.grad))
-        for ours, expected in zip(*results, strict=True):
-            torch.testing.assert_close(ours, expected)
-
-
-def test_torch_compile_inductor(device):
-    problem = Problem(20, 5, torch.float32, device)
-    graph = (problem.crow, problem.col, problem.reverse, problem.weight, problem.diagonal)
-    compiled = torch.compile(lambda rhs: _step(*graph, rhs)[0].sum(), fullgraph=True)
-    torch.testing.assert_close(compiled(problem.rhs), _step(*graph, problem.rhs)[0].sum())
-
-
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_leaves_statistics_alone(low, device):
-    problem = Problem(30, 6, torch.float32, device)
-    expected = (*problem.leave_one_edge_out(ops), *problem.laplacian_solve(ops))
-    with torch.autocast(device, low):
-        ours = (*problem.leave_one_edge_out(ops), *problem.laplacian_solve(ops))
-    assert all(a.dtype == torch.float32 and a.equal(b) for a, b in zip(ours, expected, strict=True))
-
-
-def _everything(problem):
-    solved = problem.laplacian_solve(ops) if problem.rhs.dtype in REAL else ()
-    return [*problem.leave_one_edge_out(ops), *solved]
-
-
-@pytest.mark.parametrize("size", [(1, 3), (700, 10), (400, 50)], ids=str)
-def test_bits_do_not_depend_on_threads_or_run(size):
-    problem = Problem(*size, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 1):
-            torch.set_num_threads(count)
-            results.append(_everything(problem))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(a.equal(b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.gpu
-def test_bits_do_not_depend_on_the_run_on_a_gpu():
-    problem = Problem(700, 10, torch.float32, "cuda")
-    assert all(a.equal(b) for a, b in zip(_everything(problem), _everything(problem), strict=True))
-
-
-def test_calls_from_several_threads():
-    problem = Problem(200, 10, torch.float32)
-    expected, seen = _everything(problem), []
-    workers = [threading.Thread(target=lambda: seen.append(_everything(problem))) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(seen) == 4 and all(a.equal(b) for out in seen for a, b in zip(out, expected, strict=True))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    from ssmkernels import _C
-
-    if isa not in _C.available_isas():
-        pytest.skip(f"this processor has no {isa}")
-    chosen = _C.current_isa()
-    problems = [Problem(130, C, torch.float64, scale=scale) for C in (2, 5, 10, 33) for scale in (0.05, 1.0, 30.0)]
-    try:
-        _C.set_isa(isa)
-        ours = [(*problem.leave_one_edge_out(ops), *problem.laplacian_solve(ops, rtol=1e-13)) for problem in problems]
-        single = [Problem(130, C, torch.float32).leave_one_edge_out(ops) for C in (2, 5, 10, 33)]
-    finally:
-        _C.set_isa(chosen)
-    for problem, out in zip(problems, ours, strict=True):
-        for a, b in zip(out, (*problem.leave_one_edge_out(reference), *problem.laplacian_solve(reference)), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-    for C, out in zip((2, 5, 10, 33), single, strict=True):
-        for a, b in zip(out, Problem(130, C, torch.float32).double().leave_one_edge_out(reference), strict=True):
-            assert (a.double() - b).abs().max() <= 1e-5 * max(1, b.abs().max())
-
-
-def test_inputs_are_not_written(device):
-    problem = Problem(40, 6, torch.float32, device)
-    before = {name: value.clone() for name, value in problem.__dict__.items() if torch.is_tensor(value)}
-    _everything(problem)
-    assert all(getattr(problem, name).equal(value) for name, value in before.items())
-
-
 def _ring(nodes, degree, columns, dtype=torch.float32, device="cpu"):
     """A ring in which every node is linked to ``degree`` others around it."""
     offsets = torch.cat([torch.arange(-degree // 2, 0), torch.arange(1, degree // 2 + 1)])
@@ -502,49 +321,6 @@ def _ring(nodes, degree, columns, dtype=torch.float32, device="cpu"):
     problem.propagated = torch.randn(nodes, columns, generator=draw).to(device, dtype) / degree
     problem.grad_edges = torch.ones(nodes * degree, dtype=torch.float64, device=device)
     return problem
-
-
-def test_peak_memory():
-    """Forward and backward stay far below one [E, C] tensor."""
-    resource = pytest.importorskip("resource", reason="POSIX only")
-    nodes, degree, classes = 20_000, 60, 64  # [E, C] in float32 is 293 MiB; N·C is 5 MiB, E 5 MiB
-    problem, small = _ring(nodes, degree, classes), _ring(100, 10, classes)
-    small.leave_one_edge_out(ops)
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    problem.leave_one_edge_out(ops)
-    extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert extra < 64 * 2**20, f"{extra / 2**20:.1f} MiB more"
-
-
-@pytest.mark.gpu
-def test_peak_memory_on_a_gpu():
-    problem = _ring(20_000, 60, 64, device="cuda")
-    problem.leave_one_edge_out(ops)
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    problem.leave_one_edge_out(ops)
-    assert torch.cuda.max_memory_allocated() - base < 64 * 2**20
-
-
-@pytest.mark.gpu
-def test_cuda_graph():
-    problem, other = Problem(150, 12, torch.float32, "cuda"), Problem(150, 12, torch.float32, "cuda")
-    other.rhs = other.rhs.flip(0).contiguous()
-    arguments = (problem.crow, problem.col, problem.reverse, problem.weight, problem.diagonal, problem.rhs)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        _step(*arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = _step(*arguments)
-    problem.rhs.copy_(other.rhs)
-    graph.replay()
-    expected = _step(other.crow, other.col, other.reverse, other.weight, other.diagonal, other.rhs)
-    for ours, theirs in zip(out, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.gpu
@@ -565,27 +341,6 @@ def test_beyond_2_31_elements():
     torch.testing.assert_close(out[last].double(), omega[0] * omega[1] * (1 - (z * y).sum(1)), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", REAL, ids=str)
-@pytest.mark.parametrize("size", [(17, 3), (60, 33)], ids=str)
-def test_small_set(size, dtype):
-    """Every kernel once, at sizes that a sanitizer gets through."""
-    cpu, gpu = Problem(*size, dtype), Problem(*size, dtype, "cuda")
-    tolerance = 1e-5 if dtype == torch.float64 else 1e-3
-    for a, b in zip(_everything(cpu), _everything(gpu), strict=True):
-        torch.testing.assert_close(b.cpu(), a, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", SIZES[1:], ids=str)
-def test_device_parity(size):
-    cpu, gpu = Problem(*size), Problem(*size, device="cuda")
-    for op, options in (("leave_one_edge_out", {}), ("laplacian_solve", {"rtol": 1e-13})):
-        for a, b in zip(getattr(cpu, op)(ops, **options), getattr(gpu, op)(ops, **options), strict=True):
-            torch.testing.assert_close(b.cpu(), a, rtol=1e-9, atol=1e-10)
-
-
 def test_nan_stays_where_it_is(device):
     """The checks that read values aside: a NaN in F reaches the edges of its node, and no others."""
     problem = Problem(40, 5, torch.float32, device)
@@ -594,59 +349,6 @@ def test_nan_stays_where_it_is(device):
     rows = torch.repeat_interleave(torch.arange(40, device=device), problem.crow.diff())
     touched = (rows == 3) | (problem.col == 3)
     assert not out[~touched].isnan().any()
-
-
-def _bad_solve(p, **changes):
-    arguments = {"crow": p.crow, "col": p.col, "weight": p.weight, "dissimilarity": None, "diagonal": p.diagonal, "rhs": p.rhs} | changes
-    return ops.laplacian_solve(**arguments)
-
-
-def _bad_edges(p, **changes):
-    arguments = {"crow": p.crow, "col": p.col, "reverse": p.reverse, "weight": p.weight, "propagated": p.propagated} | changes
-    return ops.leave_one_edge_out(**arguments)
-
-
-BAD = [
-    (_bad_solve, lambda p: {"rtol": 0.0}, ValueError, r"rtol must be finite and > 0, got 0.0"),
-    (_bad_solve, lambda p: {"rtol": -1e-6}, ValueError, r"rtol must be finite and > 0"),
-    (_bad_solve, lambda p: {"max_iter": 0}, ValueError, r"max_iter must be at least 1, got 0"),
-    (_bad_solve, lambda p: {"max_iter": 2.5}, TypeError, r"max_iter must be an int, got float"),
-    (_bad_solve, lambda p: {"preconditioner": "ilu"}, ValueError, r"preconditioner must be 'jacobi' or 'none', got 'ilu'"),
-    (_bad_solve, lambda p: {"weight": -p.weight}, ValueError, r"weight must be finite and >= 0, got values from -"),
-    (_bad_solve, lambda p: {"weight": p.weight * torch.nan}, ValueError, r"weight must be finite and >= 0"),
-    (_bad_solve, lambda p: {"weight": p.weight[:-1]}, ValueError, r"weight must have E of col"),
-    (_bad_solve, lambda p: {"dissimilarity": -p.weight}, ValueError, r"dissimilarity must be finite and >= 0"),
-    (_bad_solve, lambda p: {"dissimilarity": p.weight[:3]}, ValueError, r"dissimilarity must have E of col"),
-    (_bad_solve, lambda p: {"diagonal": p.diagonal - 1}, ValueError, r"diagonal must be finite and >= 0"),
-    (_bad_solve, lambda p: {"diagonal": p.diagonal[:-1]}, ValueError, r"diagonal must have N of crow = 20"),
-    (_bad_solve, lambda p: {"rhs": p.rhs[:-1]}, ValueError, r"rhs must have N of crow = 20"),
-    (_bad_solve, lambda p: {"rhs": p.rhs[:, 0]}, ValueError, r"rhs must be \[N, C\], got shape \[20\]"),
-    (_bad_solve, lambda p: {"rhs": p.rhs / 0}, ValueError, r"rhs must be finite"),
-    (_bad_solve, lambda p: {"rhs": p.rhs.double()}, TypeError, r"rhs is torch.float64 but weight is torch.float32"),
-    (_bad_solve, lambda p: {"rhs": p.rhs.long()}, TypeError, r"rhs must be float32, float64, bfloat16 or float16, got torch.int64"),
-    (_bad_solve, lambda p: {"initial": p.rhs[:, :2]}, ValueError, r"initial must have C of rhs = 4"),
-    (_bad_solve, lambda p: {"crow": p.crow[:-1]}, ValueError, r"diagonal must have N of crow = 19"),
-    (_bad_solve, lambda p: {"crow": p.crow.flip(0)}, ValueError, r"crow must ascend from 0 to E"),
-    (_bad_solve, lambda p: {"crow": p.crow.float()}, TypeError, r"crow must be int32 or int64, got torch.float32"),
-    (_bad_solve, lambda p: {"col": p.col + 1}, ValueError, r"col must be in \[0, 20\), the nodes of crow; got values from 1 to 20"),
-    (_bad_solve, lambda p: {"col": p.col.to("meta")}, ValueError, r"col is on meta but crow is on cpu"),
-    (_bad_edges, lambda p: {"logit_scale": 0}, ValueError, r"logit_scale must be finite and > 0, got 0"),
-    (_bad_edges, lambda p: {"reverse": p.reverse + 1}, ValueError, r"reverse must be in \[0, "),
-    (_bad_edges, lambda p: {"reverse": p.reverse[1:]}, ValueError, r"reverse must have E of col"),
-    (_bad_edges, lambda p: {"propagated": p.propagated[:, :1]}, ValueError, r"propagated must have at least 2 classes"),
-    (_bad_edges, lambda p: {"propagated": p.propagated[:5]}, ValueError, r"propagated must have N of crow = 20"),
-    (_bad_edges, lambda p: {"propagated": p.propagated * torch.inf}, ValueError, r"propagated must be finite"),
-    (_bad_edges, lambda p: {"weight": -p.weight}, ValueError, r"weight must be finite and >= 0"),
-    (_bad_edges, lambda p: {"propagated": [[1.0]]}, TypeError, r"propagated must be a tensor \[N, C\], got list"),
-    (_bad_edges, lambda p: {"propagated": p.propagated.to("meta")}, ValueError, r"propagated is on meta but weight is on cpu"),
-]
-
-
-@pytest.mark.parametrize(("call", "change", "error", "message"), BAD, ids=[b[3][:48] for b in BAD])
-def test_bad_input(call, change, error, message):
-    problem = Problem(20, 4, torch.float32)
-    with pytest.raises(error, match=message):
-        call(problem, **change(problem))
 
 
 def test_kernels_survive_ids_out_of_range():
@@ -661,3 +363,11 @@ def test_kernels_survive_ids_out_of_range():
     assert edges.isfinite().all()
     with pytest.raises(RuntimeError, match="crow must ascend"):
         torch.ops.ssmkernels.leave_one_edge_out(problem.crow + 1, bad, problem.reverse, problem.weight, problem.propagated, 4.0)
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=str)
+def test_saturated_logits(dtype, device):
+    """±1e4: nothing overflows, and weights are 0 or 1 nearly everywhere."""
+    found = judge(CASES["leave_one_edge_out"], CASES["leave_one_edge_out"].draw((80, 12), dtype, scale=1e4), device)
+    weights = found["dissimilarity"]
+    assert ((weights < 1e-3) | (weights > 0.999)).double().mean() > 0.9

@@ -69,14 +69,15 @@ class _System:
         self.inverse_rows = torch.linalg.vector_norm(inverse, dim=1)
         self.scaled_rows = torch.linalg.vector_norm(inverse * self.scale, dim=1)
         self.rtol = float(inputs.get("rtol", 1e-6))
+        if nodes == 0:
+            self.drift = 0.0
+            return
         eigenvalues = torch.linalg.eigvalsh(self.matrix / self.scale / self.scale[:, None])
         condition = float(eigenvalues[-1] / eigenvalues[0].clamp_min(rounding.unit))
         # Conjugate gradients need at most ½√κ ln(2/rtol) iterations; each rounds the residual of its recurrence by a
         # product with A.
-        self.iterations = math.ceil(0.5 * math.sqrt(condition) * math.log(2 / self.rtol)) + 2
-        longest = int(inputs["crow"].diff().max()) if nodes else 0
-        self.drift = self.iterations * rounding.gamma(longest + 8)
-        self.nodes = nodes
+        iterations = math.ceil(0.5 * math.sqrt(condition) * math.log(2 / self.rtol)) + 2
+        self.drift = iterations * rounding.gamma(int(inputs["crow"].diff().max()) + 8)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.linalg.solve(self.matrix, rhs)

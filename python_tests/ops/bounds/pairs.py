@@ -76,7 +76,7 @@ class _Network:
             errors[name] = self._per_row(index, moved + terms * size)
             exact[name] = self._per_row(index, (s @ self.w1[:, part]) * slope)
         terms = rounding.gamma(blocks(pairs) + 6)
-        flat, phi = s_size.reshape(pairs, hidden), self.phi.reshape(pairs, -1)
+        flat, phi = s_size.reshape(pairs, hidden), self.phi.reshape(pairs, self.phi.shape[-1])
         phi_error = (rounding.unit + self.operand) * phi.abs()
         moved = s_error.reshape(pairs, hidden).mT @ phi.abs() + flat.mT @ phi_error
         errors["w1"] = moved + (terms + half) * (flat.mT @ phi.abs())

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every op must do inside torch, over the list of cases: derivatives, compilation, export, transforms, autocast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES, Case, double, to
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from ssmkernels import ops, reference
+
+EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+DIFFERENTIABLE = pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
+NOT_RANKING = [case for case in CASES.values() if not case.name.endswith("ranking_loss")]
+# An op that writes its arguments has no result to map or to differentiate.
+FUNCTIONAL = pytest.mark.parametrize("case", [case for case in CASES.values() if not case.name.endswith("_")], ids=lambda case: case.name)
+
+
+def same_bits(first, second):
+    assert first.keys() == second.keys()
+    return all(first[name].equal(second[name]) for name in first)
+
+
+def by_parameters(case: Case, inputs):
+    """The smooth outputs as a function of the differentiable inputs, and those."""
+    names = case.given(inputs)
+
+    def function(*values):
+        found = case.run(ops, case.free(inputs | dict(zip(names, values, strict=True))))
+        return tuple(value for name, value in zip(case.outputs, found, strict=True) if name in case.smooth)
+
+    return function, tuple(inputs[name].detach().requires_grad_() for name in names)
+
+
+def small(case: Case, variant, dtype=torch.float64):
+    """Inputs of the second size, in float64; a system is solved until its derivatives are exact."""
+    return case.draw(case.sizes[1], dtype, **(variant | {"rtol": 1e-14} if case.name == "laplacian_solve" else variant))
+
+
+@DIFFERENTIABLE
+def test_gradcheck(case, device):
+    for variant in case.variants:
+        function, parameters = by_parameters(case, to(small(case, variant), device))
+        assert gradcheck(function, parameters), variant
+
+
+class _Recorded(TorchDispatchMode):
+    """The operators of the library that are called, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ssmkernels":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY
+def test_opcheck(case, device):
+    """Every operator that the case calls, forward and backward, with the arguments that it is called with."""
+    checked, names = set(), set()
+    for dtype, variant in [(torch.bfloat16, case.variants[0]), *((torch.float32, variant) for variant in case.variants)]:
+        inputs = to(case.draw(case.sizes[1], dtype, **variant), device)
+        grads = case.grads(inputs)
+        with _Recorded() as recorded:
+            case.evaluate(ops, inputs, grads)
+        for operator, args in recorded.calls:
+            way = (operator, tuple((value.dtype, value.ndim) if isinstance(value, torch.Tensor) else value for value in args))
+            if way in checked:
+                continue
+            checked.add(way)
+            name = operator._schema.name.split("::")[1]
+            names.add(name)
+            opcheck(operator, tuple(_copy(value, name in autograd._functions) for value in args))
+    assert names == set(case.registered)
+
+
+def _copy(value, differentiable):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(differentiable and value.requires_grad)
+
+
+def batch_of(case: Case, inputs, size):
+    """The same inputs with so many rows in a batch, some of them several times."""
+    if size == 0 or not case.batch:
+        return inputs
+    changed = dict(inputs)
+    for name, dim in case.batch.items():
+        changed[name] = inputs[name].index_select(dim, torch.arange(size, device=inputs[name].device) % inputs[name].shape[dim])
+    return changed
+
+
+@pytest.mark.parametrize("case", NOT_RANKING, ids=lambda case: case.name)
+def test_torch_compile(case, device):
+    """One graph of the first size, one of any, and one of a single row, which torch compiles apart: none per batch size."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = replace(case, run=torch.compile(case.run, fullgraph=True, backend=counter))
+    inputs = to(case.draw(case.sizes[1], torch.float32), device)
+    for size in (5, 8, 3, 17, 1, 33, 64, 2, 40, 100):
+        changed = batch_of(case, inputs, max(size, case.least_batch))
+        grads = case.grads(changed)
+        found = compiled.evaluate(ops, changed, grads)
+        for name, value in case.evaluate(ops, changed, grads).items():
+            torch.testing.assert_close(found[name], value)
+    assert counter.frame_count <= 3
+
+
+class _Program(torch.nn.Module):
+    """A case as a module of its tensors."""
+
+    def __init__(self, case, inputs):
+        super().__init__()
+        self.run, self.options = case.run, {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+
+    def forward(self, tensors):
+        return tuple(self.run(ops, tensors | self.options))
+
+
+def _exported(case, inputs):
+    tensors = {name: inputs[name] for name in case.tensors(inputs)}
+    batch = torch.export.Dim("batch", min=case.least_batch)
+    shapes = {name: {case.batch[name]: batch} if name in case.batch else None for name in tensors}
+    return torch.export.export(_Program(case, inputs), (tensors,), dynamic_shapes=(shapes,))
+
+
+@pytest.mark.parametrize("case", NOT_RANKING, ids=lambda case: case.name)
+def test_export_with_a_dynamic_batch(case, device):
+    inputs = batch_of(case, to(case.draw(case.sizes[1], torch.float32), device), 5)
+    program = _exported(case, inputs).module()
+    for size in (case.least_batch, 3, 40):
+        changed = batch_of(case, inputs, size)
+        found = program({name: changed[name] for name in case.tensors(changed)})
+        for value, expected in zip(found, case.run(ops, changed), strict=True):
+            torch.testing.assert_close(value, expected)
+
+
+class _All(torch.nn.Module):
+    def __init__(self, programs):
+        super().__init__()
+        self.programs = torch.nn.ModuleDict(programs)
+
+    def forward(self, inputs):
+        return {name: program(inputs[name]) for name, program in self.programs.items()}
+
+
+@pytest.mark.parametrize("how", ["compiled", "packaged"])
+def test_inductor(how, device, tmp_path):
+    """All ops in one program, by torch.compile and by AOTInductor."""
+    drawn = {name: to(case.draw(case.sizes[1], torch.float32), device) for name, case in CASES.items()}
+    tensors = {name: {key: drawn[name][key] for key in case.tensors(drawn[name])} for name, case in CASES.items()}
+    module = _All({name: _Program(case, drawn[name]) for name, case in CASES.items()})
+    if how == "compiled":
+        program = torch.compile(module, fullgraph=True)
+    else:
+        path = str(tmp_path / "program.pt2")
+        torch._inductor.aoti_compile_and_package(torch.export.export(module, (tensors,)), package_path=path)
+        program = torch._inductor.aoti_load_package(path)
+    with torch.no_grad():
+        found = program(tensors)
+        for name, values in module(tensors).items():
+            for value, expected in zip(found[name], values, strict=True):
+                torch.testing.assert_close(value, expected)
+
+
+@DIFFERENTIABLE
+def test_func_grad(case, device):
+    inputs = to(case.draw(case.sizes[1], torch.float32), device)
+    names = case.given(inputs)
+
+    def loss(*values):
+        found = dict(zip(case.outputs, case.run(ops, inputs | dict(zip(names, values, strict=True))), strict=True))
+        return sum(found[name].sum() for name in case.smooth)
+
+    slopes = torch.func.grad(loss, argnums=tuple(range(len(names))))(*(inputs[name] for name in names))
+    expected = case.evaluate(ops, inputs, dict.fromkeys(case.smooth, torch.ones((), device=device)))
+    for name, slope in zip(names, slopes, strict=True):
+        assert slope.equal(expected[f"grad {name}"])
+
+
+@DIFFERENTIABLE
+def test_activation_checkpointing(case, device):
+    inputs = to(case.draw(case.sizes[1], torch.float32), device)
+    grads = case.grads(inputs)
+    again = replace(case, run=lambda module, values: checkpoint(case.run, module, values, use_reentrant=False))
+    assert same_bits(again.evaluate(ops, inputs, grads), case.evaluate(ops, inputs, grads))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+@EVERY
+def test_autocast(case, low, device):
+    """Matrix-like inputs go in autocast's dtype, statistics do not; results are float32, gradients have the dtype of their input."""
+    for variant in case.variants:
+        inputs = case.draw(case.sizes[3], torch.float32, **variant)
+        grads = case.grads(inputs)
+        with torch.autocast(device, low):
+            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+        rounded = inputs | {name: inputs[name].to(low) for name in case.autocast}
+        assert all(value.dtype == torch.float32 or not value.is_floating_point() for value in found.values())
+        found, exact = {name: value.cpu() for name, value in found.items()}, case.evaluate(reference, double(rounded), grads)
+        # A gradient comes back through the rounding, but only to those inputs.
+        for name, margin in case.margins(rounded, grads, found, exact).items():
+            assert margin <= 1 and not math.isnan(margin), name
