@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ssmkernels import ops, reference
+from ssmkernels.ops import _autograd as autograd
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 DIFFERENTIABLE = pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)

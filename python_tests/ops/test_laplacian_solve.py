@@ -129,18 +129,9 @@ def small_problem(dtype, columns=3):
 @pytest.mark.parametrize(
     ("dtype", "matrix", "size"),
     [
-        *[
-            (torch.float64, *sizes)
-            for sizes in itertools.product([1e-150, 1e-12, 1.0, 1e12, 1e150], [1e-150, 1.0, 1e150])
-        ],
-        *[
-            (torch.float64, *sizes)
-            for sizes in [(1.0, 1e-315), (1e10, 1e-300), (1.0, 1e300), (1e-300, 1e-300), (1e300, 1e300)]
-        ],
-        *[
-            (torch.float32, *sizes)
-            for sizes in [(1.0, 1e-41), (1e-6, 1e-41), (1.0, 1e37), (1e30, 1e37), (1e-30, 1e-30), (1e-12, 1.0)]
-        ],
+        *[(torch.float64, *sizes) for sizes in itertools.product([1e-150, 1e-12, 1.0, 1e12, 1e150], [1e-150, 1.0, 1e150])],
+        *[(torch.float64, *sizes) for sizes in [(1.0, 1e-315), (1e10, 1e-300), (1.0, 1e300), (1e-300, 1e-300), (1e300, 1e300)]],
+        *[(torch.float32, *sizes) for sizes in [(1.0, 1e-41), (1e-6, 1e-41), (1.0, 1e37), (1e30, 1e37), (1e-30, 1e-30), (1e-12, 1.0)]],
     ],
 )
 def test_values_and_gradients_of_any_size(dtype, matrix, size):
@@ -150,10 +141,7 @@ def test_values_and_gradients_of_any_size(dtype, matrix, size):
     grad = torch.linspace(-1, 1, 36, dtype=torch.float64).view(12, 3)
 
     def solve(dtype, matrix, size):
-        given = [
-            x.double().mul(factor).to(dtype).requires_grad_()
-            for x, factor in ((weight, matrix), (diagonal, matrix), (rhs, size))
-        ]
+        given = [x.double().mul(factor).to(dtype).requires_grad_() for x, factor in ((weight, matrix), (diagonal, matrix), (rhs, size))]
         out = ops.laplacian_solve(crow, col, given[0], None, *given[1:], rtol=1e-5)
         assert out.residual.max() <= 1e-5 and out.iterations.min() > 0
         return out.solution, *torch.autograd.grad(out.solution, given, grad.to(dtype))
@@ -215,9 +203,7 @@ def nearly_separate_clusters(nodes, classes, neighbours):
     rows, col = torch.cat([rows, bridges]), torch.cat([col, (bridges + 1) % nodes])
     weight = torch.cat([weight, torch.full((len(bridges),), 1e-3, dtype=torch.float64)])
     keep = rows != col
-    matrix = torch.sparse_coo_tensor(
-        torch.stack([rows, col])[:, keep], weight[keep], (nodes, nodes), check_invariants=False
-    )
+    matrix = torch.sparse_coo_tensor(torch.stack([rows, col])[:, keep], weight[keep], (nodes, nodes), check_invariants=False)
     matrix = (matrix + matrix.t()).coalesce()
     rows, col = matrix.indices()
     crow = torch.zeros(nodes + 1, dtype=torch.int64)
