@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from ssmkernels import ops, reference
-from ssmkernels.graph import Graph, comparisons, confidence_of, knn_graph, label_propagation, mixed_label_propagation
+from ssmkernels.graph import (
+    Graph,
+    comparisons,
+    confidence_of,
+    knn_graph,
+    label_propagation,
+    mixed_label_propagation,
+    propagation,
+)
 
 pytest.importorskip("scipy.sparse")
 MU = 1 / 99
@@ -234,6 +242,25 @@ def test_numpy_scalars():
         settings = {"beta": kind(1.0), "logit_scale": kind(4), "mu": kind(0.5), "mu_unlabeled": kind(0), "rtol": kind(0.0625)}
         found = mixed_label_propagation(graph, labels, num_classes=labels.numpy().max() + 1, max_iter=np.int32(500), **settings)
         assert found.scores.equal(plain.scores)
+
+
+@pytest.mark.parametrize("function", [label_propagation, mixed_label_propagation])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
+def test_weights_written_after_the_check(function, value):
+    graph, labels, _ = case("balanced")
+    graph.weight[0] = value
+    with pytest.raises(ValueError, match="weight must be finite and >= 0"):
+        function(graph, labels)
+
+
+def test_no_convergence_is_said_of_nan(monkeypatch):
+    """As where values are not checked, on a GPU."""
+    graph, labels, _ = case("balanced")
+    graph.weight[0] = graph.weight[graph.reverse[0]] = torch.nan
+    monkeypatch.setattr(propagation.check, "values_are_checked", lambda tensor: False)
+    with pytest.warns(RuntimeWarning, match="label_propagation did not converge .*residual nan"):
+        found = label_propagation(graph, labels)
+    assert found[graph.components[0] == graph.components[0][0]].isnan().any()
 
 
 BAD = [
