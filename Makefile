@@ -17,7 +17,7 @@ CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu registers docs format lint setup clean
+.PHONY: help demo test cpptest bench gpu registers asan docs format lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -104,6 +104,16 @@ registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kern
 	  cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90 && \
 	  { cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1 || { tail build/registers/ptxas.log; exit 1; }; } && \
 	  python bench/registers.py build/registers/ptxas.log $$(command -v cuobjdump >/dev/null && echo --objects build/registers)
+
+# The package by links to this one, with a sanitised _C in its place. Python is not built with AddressSanitizer, which has to come first.
+ASAN = build/bindings-asan
+asan: setup  ## call the operators below their checks, 300 times each, under AddressSanitizer
+	mkdir -p $(ASAN) && cp -rsf "$(CURDIR)/ssmkernels" $(ASAN) && rm -f $(ASAN)/ssmkernels/_C.*.so $(ASAN)/ssmkernels/_build_info.json
+	export PATH="$(CURDIR)/$(BIN):$$PATH" && cmake --preset kernels-asan && cmake --build --preset kernels-asan --target kernels && \
+	  cmake --preset bindings-asan -DPython_EXECUTABLE="$$(command -v python)" -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" && \
+	  cmake --build --preset bindings-asan
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=$(ASAN) SSMKERNELS_RAW_EXAMPLES=300 $(BIN)/pytest python_tests/ops/test_raw_operators.py
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache

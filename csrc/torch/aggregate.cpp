@@ -49,6 +49,7 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
                              const Tensor& aggregated, const Tensor& log_normalizer, double temperature, bool allow_tf32) {
   const Tensor labels = check_bank(bank, bank_labels, query), rows = check_query(query, "query", bank);
   const int64_t classes = aggregated.size(-1);
+  STD_TORCH_CHECK(bank.size(0) > 0, "bank must have at least one slot");
   check_shape(grad_aggregated, "grad_aggregated", query.size(0), classes);
   check_shape(aggregated, "aggregated", query.size(0), classes);
   check_shape(log_normalizer, "log_normalizer", query.size(0));

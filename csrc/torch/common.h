@@ -16,8 +16,8 @@
 
 #include "../kernels/common/dtype.h"
 #include "../kernels/common/isa.h"
-#include "../kernels/common/parallel_for.h"
 #include "../kernels/memory/bank.h"
+#include "threads.h"
 
 // Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of torch's own error.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -97,25 +97,6 @@ void dispatch_dtype(const Tensor& tensor, const F& f) {
       STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
   }
 }
-
-// torch's threads (torch.set_num_threads is obeyed), as many as the work is worth: below kThreadWork a thread would be done before the
-// next one has woken up, and waiting for it takes many times as long where the cores are busy. Work is counted in multiply-adds, or what
-// else takes as long.
-class Threads {
- public:
-  explicit Threads(double work) : shares_(work < 2 * kThreadWork ? 1 : static_cast<int64_t>(work / kThreadWork)) {}
-
-  void operator()(int64_t n, RangeBody body) const {
-    if (shares_ == 1) return serial_for(n, body);
-    const int64_t grain = (n + shares_ - 1) / shares_;
-    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(begin, end); });
-  }
-
- private:
-  static constexpr double kThreadWork = 1 << 20;  // about 25 µs
-
-  int64_t shares_;
-};
 
 // Runs cpu() or, on the tensor's device and the current stream, cuda(stream), which returns an error message or null.
 template <class Cpu, class Cuda>

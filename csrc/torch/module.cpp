@@ -11,6 +11,7 @@
 #include "../kernels/common/isa.h"
 #include "../kernels/common/values.h"
 #include "build_info.h"
+#include "interrupt.h"
 
 namespace py = pybind11;
 
@@ -36,6 +37,30 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("name is '" + name + "'; this processor runs " + known);
 }
 
+// A Python exception on its way through C++, where pybind11 raises it again. torch's pybind11 may be of another version than this one;
+// this base class is the same in all of them.
+class RaisedBySignal : public py::builtin_exception {
+ public:
+  RaisedBySignal() : builtin_exception("a signal's handler raised") {
+    PyErr_Fetch(&type_, &value_, &traceback_);
+  }
+  void set_error() const override {
+    PyErr_Restore(type_, value_, traceback_);
+  }
+
+ private:
+  PyObject *type_, *value_, *traceback_;
+};
+
+unsigned long main_thread = 0;
+
+// Python runs the handlers of signals in its main thread, between two of its own instructions: during a long op, never but for this.
+void check_signals() {
+  if (PyThread_get_thread_ident() != main_thread) return;
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw RaisedBySignal();
+}
+
 // Checks of values: torch's own reductions take 3 µs each and more for the code they need, longer than the kernels of a small call.
 template <class T>
 void define_checks(py::module_& module, const std::string& dtype) {
@@ -57,6 +82,8 @@ void define_checks(py::module_& module, const std::string& dtype) {
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "Build information and instruction-set control of ssmkernels; importing it registers torch.ops.ssmkernels.";
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+  ssmkernels::binding::interrupt_check = &check_signals;
   module.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); }, "What was built, as a dict.");
   module.def("current_isa", &current_isa, "The instruction set that CPU kernels run with.");
   module.def("available_isas", &available_isas, "The instruction sets that this processor runs.");

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "../kernels/ranking/ranking_pairs.h"
 #include "common.h"
@@ -83,6 +84,9 @@ struct RankingGradientTensors {
     rows = new_tensor(in.rows, {in.rows.size(0), in.rows.size(1)}, dtype);
     references =
         in.references.defined() ? new_tensor(in.rows, {in.reference_count(), in.rows.size(1)}, dtype) : new_tensor(in.rows, {0}, dtype);
+    if (rows.is_cpu()) return;  // there every row is written, see check_label_order
+    torch::stable::zero_(rows);
+    torch::stable::zero_(references);
   }
 
   template <class Real>
@@ -117,8 +121,9 @@ void run_ranking(const RankingTensors& in, const char* op, int64_t basis_dim, bo
   });
 }
 
-// Rows in the order of their labels: order [n] and labels [n] (ascending). A row's place outside [0, n) would be read out of bounds; on
-// CUDA, where looking at it would synchronise, the kernels look themselves.
+// Rows in the order of their labels: order [n], a permutation, and labels [n] (ascending). A row's place outside [0, n) would be read out
+// of bounds, and the gradient of a row that has none would stay unwritten; on CUDA, where looking at them would synchronise, the kernels
+// look themselves, and gradients start as zeros.
 inline void check_label_order(const Tensor& order, const Tensor& labels, const char* name, const Tensor& rows) {
   const int64_t count = rows.size(0);
   check_shape(order, name, count);
@@ -126,8 +131,13 @@ inline void check_label_order(const Tensor& order, const Tensor& labels, const c
   check_shape(labels, "labels", count);
   check_like(labels, "labels", ScalarType::Long, rows);
   if (!rows.is_cpu()) return;
-  const int64_t* places = data<int64_t>(order);
-  for (int64_t k = 0; k < count; ++k) STD_TORCH_CHECK(places[k] >= 0 && places[k] < count, name, " must be in [0, ", count, ")");
+  const Tensor contiguous = as_contiguous(order);
+  const int64_t* places = data<int64_t>(contiguous);
+  std::vector<bool> seen(count);
+  for (int64_t k = 0; k < count; ++k) {
+    STD_TORCH_CHECK(places[k] >= 0 && places[k] < count && !seen[places[k]], name, " must be a permutation of [0, ", count, ")");
+    seen[places[k]] = true;
+  }
 }
 
 }  // namespace ssmkernels::binding

@@ -73,7 +73,8 @@ Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& 
     check_like(tensor, name, dtype, in.features);
   }
   const Tensor grad = as_contiguous(grad_moments), values = as_contiguous(moments);
-  const Tensor out = new_tensor(in.features, {in.features.size(0), in.features.size(1)}, dtype);
+  Tensor out = new_tensor(in.features, {in.features.size(0), in.features.size(1)}, dtype);
+  if (!out.is_cpu()) torch::stable::zero_(out);  // on the CPU every row is written, see check_label_order
   run_moments(
       in, "similarity_moments_backward", true,
       [&]<class Real>(const LabeledFeatures<Real>& view) {

@@ -207,11 +207,11 @@ def test_beyond_2_31_elements():
 def test_operators_below_the_checks_do_not_read_out_of_bounds():
     problem = Problem(40, 6, torch.float32, references=20)
     rows, order, labels, references, reference_order, reference_labels = _direct(problem)
-    with pytest.raises(RuntimeError, match=r"order must be in \[0, 40\)"):
+    with pytest.raises(RuntimeError, match=r"order must be a permutation of \[0, 40\)"):
         torch.ops.ssmkernels.pair_ranking_loss(rows, order + 1, labels, None, None, None, 0.0, 0.5, 0)
-    with pytest.raises(RuntimeError, match=r"reference_order must be in \[0, 20\)"):
+    with pytest.raises(RuntimeError, match=r"reference_order must be a permutation of \[0, 20\)"):
         torch.ops.ssmkernels.pair_ranking_loss(rows, order, labels, references, reference_order - 1, reference_labels, 0.0, 0.5, 0)
-    with pytest.raises(RuntimeError, match=r"order must be in \[0, 40\)"):
+    with pytest.raises(RuntimeError, match=r"order must be a permutation of \[0, 40\)"):
         torch.ops.ssmkernels.similarity_moments(rows, order * 2, labels)
     weights, active = torch.ones(2), torch.ones(1, 2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"active must be \[3, 3\]"):

@@ -24,8 +24,24 @@ def _computed(tensor: Tensor) -> Tensor:
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of unit length; a row of zeros, without direction, stays one, with no gradient."""
+    rows = _in_range(rows)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norms < 1e-12, torch.inf, norms)
+
+
+def _in_range(rows: Tensor) -> Tensor:
+    """Large rows times a power of two, which keeps their squares in range and their direction as it is."""
+    if rows.shape[1] == 0:
+        return rows
+    exponents = torch.frexp(rows.detach().abs().amax(dim=1, keepdim=True)).exponent
+    return torch.where(exponents > 0, torch.ldexp(rows, -exponents), rows)
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """As products of the rows over the root of their squares', which is exact where it is 0 or ±1 and the rows are whole numbers."""
+    norms, rows = torch.linalg.vector_norm(rows, dim=1), _in_range(rows)
+    squares = rows.square().sum(dim=1).masked_fill(norms < 1e-12, torch.inf)
+    return rows @ rows.t() / (squares[:, None] * squares).sqrt()
 
 
 def _off_diagonal(mask: Tensor) -> Tensor:
@@ -76,8 +92,7 @@ def mined_pair_ranking_loss(
     reduction: Literal["mean_nonzero", "mean", "sum"] = "mean_nonzero",
 ) -> Tensor:
     """Equation (7): positives are the pairs whose basis features have a cosine ≥ T1, negatives those with one ≤ T2."""
-    embeddings, basis = _computed(embeddings), _unit(_computed(basis_features.detach()))
-    similarities = basis @ basis.t()
+    embeddings, similarities = _computed(embeddings), _cosines(_computed(basis_features.detach()))
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
     positives, negatives = _off_diagonal(similarities >= positive_threshold), _off_diagonal(similarities <= negative_threshold)
     return _ranking_loss(distances, positives, negatives, positive_margin, negative_margin, reduction)

@@ -14,7 +14,8 @@ namespace ssmkernels::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Stands for log 0 where −inf would make NaN of a difference. References of sums start halfway, so that 2^(kLogZero − reference) is 0.
+// Stands for log 0 where −inf would make NaN of a difference, of numbers that are not large. References of sums start halfway, so that
+// 2^(kLogZero − reference) is 0.
 template <class Real>
 inline constexpr Real kLogZero = Real(-1e30);
 
@@ -103,6 +104,29 @@ template <class Real>
 __device__ Real warp_max(Real x) {
   for (int lane = 16; lane > 0; lane /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, lane));
   return x;
+}
+
+// ‖x‖ = norm/scale of element(k), k < size, spread over the lanes of a warp. In double, and of doubles whose squares leave its range, of
+// the vector times a power of two.
+struct ScaledNorm {
+  double norm, scale;
+};
+template <class F>
+__device__ ScaledNorm warp_norm(int64_t size, F element) {
+  const int lane = threadIdx.x % 32;
+  double squares = 0, largest = 0;
+  for (int64_t k = lane; k < size; k += 32) squares += static_cast<double>(element(k)) * static_cast<double>(element(k));
+  squares = warp_sum(squares);
+  if (squares > 1e-280 && squares < 1e300) return {sqrt(squares), 1};
+  for (int64_t k = lane; k < size; k += 32) largest = max(largest, fabs(static_cast<double>(element(k))));
+  largest = warp_max(largest);
+  if (!(largest > 0 && largest < INFINITY)) return {sqrt(squares), 1};
+  int exponent;
+  frexp(largest, &exponent);
+  const double scale = ldexp(1.0, min(1 - exponent, 1000));
+  squares = 0;
+  for (int64_t k = lane; k < size; k += 32) squares += element(k) * scale * (element(k) * scale);
+  return {sqrt(warp_sum(squares)), scale};
 }
 
 // The same over a block of kWarps warps, through `scratch` in shared memory.

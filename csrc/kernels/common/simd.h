@@ -204,7 +204,7 @@ static inline Vec<double> exp(Vec<double> x) {
 }
 #endif
 
-// log x for finite x > 0 (subnormal too): x = 2^n m with m in [√½, √2), log m = 2 artanh((m − 1)/(m + 1)).
+// log x for x > 0 (subnormal too); inf and NaN stay what they are: x = 2^n m with m in [√½, √2), log m = 2 artanh((m − 1)/(m + 1)).
 static inline Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   using Bits = VectorOf<float>::Bits;
@@ -219,7 +219,8 @@ static inline Vec<float> log(Vec<float> x) {
   p = p * z + 2.0f / 7;
   p = p * z + 2.0f / 5;
   p = p * z + 2.0f / 3;
-  return n * 0.693359375f + (s * (z * p + 2.0f) - n * 2.12194440e-4f);
+  const V result = n * 0.693359375f + (s * (z * p + 2.0f) - n * 2.12194440e-4f);
+  return x < __builtin_inff() ? result : x;
 }
 
 static inline Vec<double> log(Vec<double> x) {
@@ -242,7 +243,8 @@ static inline Vec<double> log(Vec<double> x) {
   p = p * z + 2.0 / 7;
   p = p * z + 2.0 / 5;
   p = p * z + 2.0 / 3;
-  return n * 6.93145751953125e-1 + (s * (z * p + 2.0) + n * 1.42860682030941723212e-6);
+  const V result = n * 6.93145751953125e-1 + (s * (z * p + 2.0) + n * 1.42860682030941723212e-6);
+  return x < __builtin_inf() ? result : x;
 }
 
 // log(1 + x) for x in [0, 1], to the precision of x itself: 2 artanh(x/(2 + x)).

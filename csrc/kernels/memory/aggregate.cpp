@@ -76,7 +76,7 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
       const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
       pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows, static_cast<Real>(1 / problem.temperature),
                  query);
-      fill(state.maximum, kPanel<Real>, -static_cast<Real>(__builtin_inf()));
+      fill(state.maximum, kPanel<Real>, kMinusInfinity<Real>);
       fill(state.sum, (1 + bank.classes + 1) * kPanel<Real>, Real(0));
       for (int64_t slot = first; slot < last; slot += kTile) {
         const Tile<Real> tile = load_tile(bank, slot, last, converted);

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_aggregate(const __grid
   constexpr int kThreads = 32 * kMergeWarps;
   __shared__ Real scratch[kMergeWarps];
   const int64_t row = blockIdx.x;
-  Real top = kLogZero<Real>, sum = 0;
+  Real top = kLowest<Real>, sum = 0;
   for (int64_t s = threadIdx.x; s < in.splits; s += kThreads) top = max(top, in.rows[s * in.padded_rows + row].reference);
   top = block_max<kMergeWarps>(top, scratch);
   for (int64_t s = threadIdx.x; s < in.splits; s += kThreads) {

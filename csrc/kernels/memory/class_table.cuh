@@ -19,7 +19,7 @@ inline int64_t table_blocks(const Cut& cut) {
   return cut.padded_rows() / kTableRows;
 }
 
-// log₂ p, kLogZero where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0 throughout: there
+// log₂ p, −inf where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0 throughout: there
 // the target distribution is the softmax alone.
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * kTableRows)
   const int64_t row = first_row + warp;
   bool found = false;
   if (row < rows)
-    for (int64_t c = lane; c < classes && !found; c += 32) found = present[c] && probs[row * classes + c] > 0;
+    for (int64_t c = lane; c < classes && !found; c += 32) found = present[c] && probs[row * classes + c] != 0;
   found = __any_sync(kAllLanes, found);
   if (lane == 0) {
     any[warp] = found;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(32 * kTableRows)
     Real* out = table + (int64_t{blockIdx.x} * (classes + 1) + c) * kTableRows;
     for (int i = 0; i < kTableRows; ++i) {
       const Real p = c < classes && first_row + i < rows ? probs[(first_row + i) * classes + c] : Real(0);
-      out[i] = !any[i] ? Real(0) : p > 0 ? log2(p) : kLogZero<Real>;
+      out[i] = any[i] ? log2(p) : Real(0);
     }
   }
 }

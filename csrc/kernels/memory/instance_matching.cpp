@@ -56,7 +56,7 @@ class Sweep {
     pack_panel(problem_.query_weak, bank_.dim, first_row, problem_.rows, static_cast<Real>(1 / problem_.temperature_weak), weak_);
     pack_panel(problem_.query_strong, bank_.dim, first_row, problem_.rows, static_cast<Real>(1 / problem_.temperature_strong), strong_);
     pack_log_probs(problem_.probs_weak, bank_.classes, first_row, problem_.rows, present_, log_probs_, state.unknown);
-    fill(state.max_weak, 3 * kPanel<Real>, -static_cast<Real>(__builtin_inf()));
+    fill(state.max_weak, 3 * kPanel<Real>, kMinusInfinity<Real>);
     fill(state.sum_weak, 4 * kPanel<Real>, Real(0));
     fill(state.class_sums, (bank_.classes + 1 + (with_means_ ? 2 * bank_.dim : 0)) * kPanel<Real>, Real(0));
 
@@ -99,7 +99,7 @@ class Sweep {
       store(state.max_weak + v * kWidth, weak);
     }
     if (differ<Real>(target, old_target)) {
-      const Vec<Real> shrink = exp(old_target - target);
+      const Vec<Real> shrink = exp(old_target - to_subtract(target));
       scale_rows(state.sum_target, 1, v, shrink);
       scale_rows(state.target_logit, 1, v, shrink);
       if (with_means_) scale_rows(state.target_mean, bank_.dim, v, shrink);
@@ -116,7 +116,7 @@ class Sweep {
   // Turns the tile's scores into the weights of the two means, in place, and adds up everything that is not a mean. Sums are taken over the
   // tile, and over runs of one class, before they join the long ones: fewer roundings, and in a class-sorted bank hardly any traffic.
   void exponentiate(const Tile<Real>& tile, int v, const State<Real>& state) {
-    const Vec<Real> max_weak = load(state.max_weak + v * kWidth), max_target = load(state.max_target + v * kWidth),
+    const Vec<Real> max_weak = load(state.max_weak + v * kWidth), max_target = to_subtract(load(state.max_target + v * kWidth)),
                     max_strong = load(state.max_strong + v * kWidth);
     Vec<Real> sum_weak{}, sum_target{}, sum_strong{}, target_logit{}, run{};
     int64_t run_label = tile.labels[0];
@@ -183,8 +183,8 @@ void merge(const State<Real>& state, const State<Real>& other, int64_t classes, 
   for (const Group& group : groups) {
     for (int v = 0; v < 2; ++v) {
       const int64_t lane = v * kLanes<Real>;
-      const Vec<Real> a = load(group.max + lane), b = load(group.other_max + lane), top = max(a, b);
-      const Vec<Real> keep = exp(a - top), take = exp(b - top);
+      const Vec<Real> a = load(group.max + lane), b = load(group.other_max + lane), top = max(a, b), shift = to_subtract(top);
+      const Vec<Real> keep = exp(a - shift), take = exp(b - shift);
       store(group.max + lane, top);
       for (const auto& sum : group.sums)
         for (int64_t i = 0; i < sum.rows; ++i) {
@@ -268,9 +268,9 @@ void instance_matching_partial(const InstanceMatching<Storage>& problem, const I
                                ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const int64_t classes = problem.bank.classes, dim = problem.bank.dim, rows = problem.rows;
-  const Real minus_inf = -static_cast<Real>(__builtin_inf());
   if (problem.bank.slots == 0) {
-    for (Real* log_normalizer : {partial.log_weak, partial.log_target, partial.log_strong}) fill(log_normalizer, rows, minus_inf);
+    for (Real* log_normalizer : {partial.log_weak, partial.log_target, partial.log_strong})
+      fill(log_normalizer, rows, kMinusInfinity<Real>);
     fill(partial.aggregated, rows * classes, Real(0));
     fill(partial.target_logit, rows, Real(0));
     if (partial.target_mean) fill(partial.target_mean, rows * dim, Real(0));
@@ -279,7 +279,7 @@ void instance_matching_partial(const InstanceMatching<Storage>& problem, const I
   }
   sweep_bank(problem, partial.target_mean != nullptr, parallel_for, [&](int64_t first, const State<Real>& state) {
     for (int64_t lane = 0; lane < kPanel<Real>; ++lane)
-      if (state.unknown[lane] != 0) state.max_target[lane] = minus_inf;
+      if (state.unknown[lane] != 0) state.max_target[lane] = kMinusInfinity<Real>;
     unpack_panel(state.max_weak, 1, first, rows, partial.log_weak);
     unpack_panel(state.max_target, 1, first, rows, partial.log_target);
     unpack_panel(state.max_strong, 1, first, rows, partial.log_strong);

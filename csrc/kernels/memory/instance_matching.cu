@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) m
   Real* strong_share = target_share + splits;
   const bool wants_partial = in.partial.log_weak != nullptr;
 
-  Real weak_top = kLogZero<Real>, target_top = kLogZero<Real>, strong_top = kLogZero<Real>;
+  Real weak_top = kLowest<Real>, target_top = kLowest<Real>, strong_top = kLowest<Real>;
   for (int64_t s = threadIdx.x; s < splits; s += kThreads) {
     const RowSums<Real> sums = in.rows[s * in.means.padded_rows + row];
     weak_top = max(weak_top, sums.weak_reference);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "memory_update.h"
 
+#include "../common/norm.h"
 #include "../common/simd.h"
 
 namespace ssmkernels::SSM_ISA {
@@ -16,12 +17,12 @@ void update_slot(const MemoryUpdate<Storage>& problem, int64_t row) {
   const Storage* fresh = problem.new_features + row * problem.dim;
   const Real momentum = static_cast<Real>(problem.momentum), rest = static_cast<Real>(1 - problem.momentum);
   auto mixed = [&](int64_t d) { return momentum * to_real(feature[d * problem.column_stride]) + rest * to_real(fresh[d]); };
-  Real square = 0;
-  for (int64_t d = 0; d < problem.dim; ++d) square += mixed(d) * mixed(d);
-  const Real norm = sizeof(Real) == sizeof(float) ? static_cast<Real>(__builtin_sqrtf(static_cast<float>(square)))
-                                                  : static_cast<Real>(__builtin_sqrt(square));
-  const Real scale = 1 / (norm > Real(1e-12) ? norm : Real(1e-12));
-  for (int64_t d = 0; d < problem.dim; ++d) from_real(mixed(d) * scale, &feature[d * problem.column_stride]);
+  double squares = 0;
+  for (int64_t d = 0; d < problem.dim; ++d) squares += static_cast<double>(mixed(d)) * mixed(d);
+  const ScaledNorm length = scaled_norm(squares, problem.dim, mixed);
+  const double factor = 1 / (length.norm < kSmallestNorm ? kSmallestNorm : length.norm);  // NaN stays NaN
+  for (int64_t d = 0; d < problem.dim; ++d)
+    from_real(static_cast<Real>(mixed(d) * length.scale * factor), &feature[d * problem.column_stride]);
   problem.labels[slot * problem.label_stride] = problem.new_labels[row];
 }
 

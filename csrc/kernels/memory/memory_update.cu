@@ -30,13 +30,10 @@ __global__ void __launch_bounds__(32 * kUpdateWarps) update_slots(const __grid_c
       const int64_t row = base + __ffs(same) - 1;
       const Storage* added = in.new_features + row * in.dim;
       const auto mixed = [&](int64_t d) { return keep * to_real(features[d * in.column_stride]) + take * to_real(added[d]); };
-      Real squares = 0;
-      for (int64_t d = lane; d < in.dim; d += 32) {
-        const Real x = mixed(d);
-        squares += x * x;
-      }
-      const Real norm = max(sqrt(warp_sum(squares)), Real(1e-12));
-      for (int64_t d = lane; d < in.dim; d += 32) features[d * in.column_stride] = from_real<Storage>(mixed(d) / norm);
+      const ScaledNorm length = warp_norm(in.dim, mixed);
+      const double factor = 1 / (length.norm < 1e-12 ? 1e-12 : length.norm);  // NaN stays NaN
+      for (int64_t d = lane; d < in.dim; d += 32)
+        features[d * in.column_stride] = from_real<Storage>(static_cast<Real>(mixed(d) * length.scale * factor));
       if (lane == 0) in.labels[slot * in.label_stride] = in.new_labels[row];
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Temporal ensemble of SimMatch (CVPR 2022): slot ← normalise(m·old + (1 − m)·new), label ← new label.
-// An index that occurs twice is applied in batch order. Normalising divides by max(‖x‖, 1e-12). An index outside [0, K) is skipped.
+// An index that occurs twice is applied in batch order. Normalising divides by max(‖x‖, 1e-12); a NaN makes NaN of its slot.
+// An index outside [0, K) is skipped.
 #pragma once
 
 #include "../common/isa.h"

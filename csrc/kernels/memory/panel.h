@@ -18,9 +18,14 @@ inline constexpr int kPanel = 2 * kLanes<Real>;
 inline constexpr int kTile = 128;
 inline constexpr int kTasks = 16;  // a small batch is cut along the bank too, until there are this many tasks
 
-// Stands for log 0 where −inf would make NaN of a difference.
 template <class Real>
-inline constexpr Real kLogZero = Real(-1e30);
+inline constexpr Real kMinusInfinity = -static_cast<Real>(__builtin_inf());
+
+// A maximum of logits that something is less: of none of them, −inf, 0 instead, which makes 0 of e^(−inf − 0) and not NaN of −inf + inf.
+template <class V>
+static inline V to_subtract(V maximum) {
+  return maximum == -__builtin_inf() ? V{} : maximum;
+}
 
 // How B rows × K slots are cut into tasks: by shape alone, so that the bits do not depend on the threads.
 struct Partition {
@@ -189,7 +194,7 @@ static inline void mark_present(const int64_t* labels, int64_t slots, int64_t cl
   for (int64_t slot = 0; slot < slots; ++slot) present[class_row(labels[slot], classes)] = 1;
 }
 
-// log_probs[c][lane] = log probs[first + lane][c], kLogZero where it is 0 or of no class. A lane whose probs are 0 on every class present
+// log_probs[c][lane] = log probs[first + lane][c], −inf where it is 0 or of no class. A lane whose probs are 0 on every class present
 // is marked unknown and gets 0 throughout: there q̂ = q^w.
 template <class Real>
 static inline void pack_log_probs(const Real* probs, int64_t classes, int64_t first, int64_t count, const unsigned char* present,
@@ -203,10 +208,10 @@ static inline void pack_log_probs(const Real* probs, int64_t classes, int64_t fi
     }
     for (int v = 0; v < 2; ++v) {
       const Vec<Real> p = load(out + v * kLanes<Real>);
-      store(out + v * kLanes<Real>, p == Real(0) ? broadcast(kLogZero<Real>) : log(p));
+      store(out + v * kLanes<Real>, p == Real(0) ? broadcast(kMinusInfinity<Real>) : log(p));
     }
   }
-  fill(log_probs + classes * kPanel<Real>, kPanel<Real>, kLogZero<Real>);
+  fill(log_probs + classes * kPanel<Real>, kPanel<Real>, kMinusInfinity<Real>);
   for (int64_t lane = 0; lane < kPanel<Real>; ++lane)
     if (unknown[lane] != 0)
       for (int64_t c = 0; c <= classes; ++c) log_probs[c * kPanel<Real> + lane] = 0;

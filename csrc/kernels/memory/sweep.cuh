@@ -10,11 +10,17 @@
 // i of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
 #pragma once
 
+#include <limits>
+
 #include "../common/cuda.cuh"
 #include "../common/mma.cuh"
 #include "slot.cuh"
 
 namespace ssmkernels::cuda {
+
+// Where maxima and references of sums start: finite, so that 2^(−inf − kLowest) is 0 and not NaN.
+template <class Real>
+inline constexpr Real kLowest = std::numeric_limits<Real>::lowest();
 
 inline constexpr int kSweepWarps = 4;
 inline constexpr int kSweepThreads = 32 * kSweepWarps;
@@ -263,7 +269,7 @@ Cut cut_of(const Bank<Storage>& bank, int64_t rows, bool with_means) {
   using Shape = TileShape<Storage>;
   Cut cut;
   cut.row_tiles = ceil_div<int64_t>(rows, kRows);
-  cut.chunks = ceil_div<int64_t>(bank.dim, Shape::kDim);
+  cut.chunks = max<int64_t>(ceil_div<int64_t>(bank.dim, Shape::kDim), 1);  // an empty one, of rows without elements
   cut.owners = with_means ? cut.chunks : 1;
   const int64_t tiles = ceil_div<int64_t>(bank.slots, Shape::kSlots);
   const int64_t resident = 2 * int64_t{device_attribute(cudaDevAttrMultiProcessorCount)};
@@ -553,7 +559,7 @@ const char* with_engine(bool allow_tf32, F f) {
 template <class Real>
 struct Track {
   static constexpr Real kSlack = 8;
-  Real reference[2] = {kLogZero<Real> / 2, kLogZero<Real> / 2};
+  Real reference[2] = {kLowest<Real>, kLowest<Real>};
   Real sum[2] = {0, 0};
 
   __device__ bool passed(const Real (&top)[2]) const {
@@ -600,7 +606,7 @@ __device__ void mask_scores(Real (&scores)[kBlocks][4], int lane, int count) {
   for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (column_of(lane, n, i) >= count) scores[n][i] = kLogZero<Real>;
+      if (column_of(lane, n, i) >= count) scores[n][i] = kLowest<Real>;
 }
 
 // The largest of each row.

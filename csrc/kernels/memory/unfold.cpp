@@ -54,7 +54,7 @@ void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
       const int64_t lanes = problem.rows - first_row < kPanel<Real> ? problem.rows - first_row : kPanel<Real>;
       pack_panel(problem.query, bank.dim, first_row, problem.rows, static_cast<Real>(1 / problem.temperature), query);
       pack_log_probs(problem.probs, bank.classes, first_row, problem.rows, present.data(), log_probs, unknown);
-      fill(maximum, kPanel<Real>, -static_cast<Real>(__builtin_inf()));
+      fill(maximum, kPanel<Real>, kMinusInfinity<Real>);
       fill(sum, kPanel<Real>, Real(0));
       for (int64_t slot = first; slot < last; slot += kTile) {
         const Tile<Real> tile = load_tile(bank, slot, last, converted);
@@ -69,8 +69,9 @@ void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
             store(at, s);
             top = max(top, s);
           }
-          for (int i = 0; i < tile.slots; ++i) total += exp(load(scores + i * kPanel<Real> + lane) - top);
-          store(sum + lane, load(sum + lane) * exp(old - top) + total);
+          const Vec<Real> shift = to_subtract(top);
+          for (int i = 0; i < tile.slots; ++i) total += exp(load(scores + i * kPanel<Real> + lane) - shift);
+          store(sum + lane, load(sum + lane) * exp(old - shift) + total);
           store(maximum + lane, top);
         }
         transpose_out(scores, tile.slots, lanes, problem.unfolded + first_row * bank.slots + slot, bank.slots);

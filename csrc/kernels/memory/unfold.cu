@@ -89,7 +89,7 @@ __global__ void merge_normalizers(const Normalizer<Real>* parts, int64_t splits,
   const int64_t row = int64_t{blockIdx.x} * blockDim.x / 32 + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
-  Real top = kLogZero<Real>, sum = 0;
+  Real top = kLowest<Real>, sum = 0;
   for (int64_t s = lane; s < splits; s += 32) top = max(top, parts[s * padded_rows + row].reference);
   top = warp_max(top);
   for (int64_t s = lane; s < splits; s += 32) {

@@ -2,8 +2,8 @@
 // Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j) = max(A_i, −B_j) + B_j, and the second term is a sum per row of y:
 //   logit_ij = Σ_h w2_h max(A_ih, −B_jh) + c_j,  c_j = Σ_h w2_h B_jh + b2
 // which takes two vector operations per element (a NaN comes through: of A as the second argument of max, of B in c). The backward takes
-// three: A_ih > −B_jh, and two additions under that mask. Of all pairs, tiles of four rows by a panel of columns are computed with columns
-// in the lanes, their gradients with hidden units in them.
+// three: not A_ih ≤ −B_jh, and two additions under that mask. Of all pairs, tiles of four rows by a panel of columns are computed with
+// columns in the lanes, their gradients with hidden units in them.
 #include "../common/transpose.h"
 #include "padded.h"
 #include "sweep.h"
@@ -71,9 +71,9 @@ class Concat {
           Vec<Real> own = load(u + r * hidden + c);
 #pragma GCC unroll 4
           for (int k = 0; k < kVectors; ++k) {
-            const auto active = a_here > b[k];
-            own = active ? own + grad[r][k] : own;
-            sum[k] = active ? sum[k] + grad[r][k] : sum[k];
+            const auto inactive = a_here <= b[k];  // not of NaN, as in relu's gradient
+            own = inactive ? own : own + grad[r][k];
+            sum[k] = inactive ? sum[k] : sum[k] + grad[r][k];
           }
           store(u + r * hidden + c, own);
         }
@@ -103,10 +103,10 @@ class Concat {
       Real *u_at = u.row(span.task, span.x_row(k)), *v_at = v.row(span.task, span.y_row(k));
       const Vec<Real> grad = broadcast(g[k]);
       for (int64_t c = 0; c < stride(); c += kLanes<Real>) {
-        const auto active = load(a_at + c) > load(b_at + c);
+        const auto inactive = load(a_at + c) <= load(b_at + c);
         const Vec<Real> own = load(u_at + c), others = load(v_at + c);
-        store(u_at + c, active ? own + grad : own);
-        store(v_at + c, active ? others + grad : others);
+        store(u_at + c, inactive ? own : own + grad);
+        store(v_at + c, inactive ? others : others + grad);
       }
     }
   }

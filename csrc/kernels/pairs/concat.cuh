@@ -10,6 +10,7 @@
 // Listed pairs: a warp takes the logits of eight pairs at a time; U and V are gathered from the list sorted by rows of x, then of y.
 #pragma once
 
+#include "../common/mma.cuh"
 #include "parts.cuh"
 
 namespace ssmkernels::cuda::pairwise {
@@ -79,7 +80,7 @@ __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int6
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r)
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) sums[r][c] += w.values[v] * max(a[r].values[v] + b.values[v], Real(0));
+          for (int v = 0; v < kWidth; ++v) sums[r][c] += w.values[v] * relu(a[r].values[v] + b.values[v]);
       }
     }
   }
@@ -119,7 +120,7 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
           const Vector<Real> g = tile.values[(c * ConcatTile<Real>::kSlopePitch + group + r) / kVector<Real>];
 #pragma unroll
           for (int k = 0; k < kVector<Real>; ++k)
-            if (a[r + k] > threshold) {
+            if (!(a[r + k] <= threshold)) {  // NaN passes, as in relu's gradient
               own[r + k] += g.values[k];
               others += g.values[k];
             }
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
         for (int k = 0; k < kListBatch; ++k) {
           const Vector<Real> a = load_padded(a_rows[k], h, in.hidden, in.vectors), b = load_padded(b_rows[k], h, in.hidden, in.vectors);
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) dots[k] += w.values[v] * max(a.values[v] + b.values[v], Real(0));
+          for (int v = 0; v < kWidth; ++v) dots[k] += w.values[v] * relu(a.values[v] + b.values[v]);
         }
       }
 #pragma unroll
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
         }
 #pragma unroll
         for (int v = 0; v < kWidth; ++v)
-          if (own.values[v] > -others[k].values[v]) sum.values[v] += g;
+          if (!(own.values[v] <= -others[k].values[v])) sum.values[v] += g;
       }
     }
   }

@@ -132,12 +132,16 @@ struct Tile {
     Vec<Real> first = broadcast(*in.network.b2), second = first;
     const Real *b1 = in.b1[0], *w2 = in.w2[0];
     in.forward.multiply(operand, [&](int64_t h, Vec<Real> a, Vec<Real> b) {
-      const bool present = h < in.network.hidden;
-      const Vec<Real> none{}, bias = broadcast(present ? b1[h] : Real(0)), weight = broadcast(present ? w2[h] : Real(0));
-      a = max(none, a + bias);  // NaN comes through as the second argument
-      b = max(none, b + bias);
-      first += weight * a;
-      second += weight * b;
+      const Vec<Real> none{};
+      if (h < in.network.hidden) {
+        const Vec<Real> bias = broadcast(b1[h]), weight = broadcast(w2[h]);
+        a = max(none, a + bias);  // NaN comes through as the second argument
+        b = max(none, b + bias);
+        first += weight * a;
+        second += weight * b;
+      } else {  // past the last unit, where 0 times NaN is NaN
+        a = b = none;
+      }
       store(hidden + h * kPairs<Real>, a);
       store(hidden + h * kPairs<Real> + kLanes<Real>, b);
     });
@@ -174,7 +178,7 @@ void add_hidden_gradients(Tile<Real>& tile, const Real* g, Real* w2_sums, Real* 
   for (int64_t h = 0; h < tile.in.network.hidden; ++h) {
     Real* at = tile.hidden + h * kPairs<Real>;
     const Vec<Real> a = load(at), b = load(at + kLanes<Real>), weight = broadcast(tile.in.w2[0][h]);
-    const Vec<Real> u = a > none ? first * weight : none, v = b > none ? second * weight : none;
+    const Vec<Real> u = a <= none ? none : first * weight, v = b <= none ? none : second * weight;
     store(w2_sums + h * kLanes<Real>, load(w2_sums + h * kLanes<Real>) + first * a + second * b);
     store(b1_sums + h * kLanes<Real>, load(b1_sums + h * kLanes<Real>) + u + v);
     store(at, u);

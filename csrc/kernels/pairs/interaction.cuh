@@ -92,7 +92,7 @@ struct InteractionMemory {
 
 template <class Storage>
 __device__ Storage to_operand(Compute<Storage> x) {
-  if constexpr (std::is_same_v<Storage, float16>) x = min(max(x, -65504.0f), 65504.0f);
+  if constexpr (std::is_same_v<Storage, float16>) x = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;  // NaN stays
   return from_real<Storage>(x);
 }
 
@@ -265,7 +265,7 @@ __device__ void hidden_units(const InteractionSweep<typename Engine::Storage>& i
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
           const Real z = hidden.at(r, word * kColumns + c) + bias[c];
-          if (z > 0) {
+          if (!(z <= 0)) {  // NaN passes, forward and backward
             logits[r] += weight[c] * z;
             bits |= 1u << Hidden::column(word * kColumns + c) % 32;
           }

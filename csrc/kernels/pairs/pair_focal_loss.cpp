@@ -7,7 +7,7 @@
 namespace ssmkernels::SSM_ISA {
 namespace {
 
-// The targets of a span: s = sign·logit, and α_t, or 0 for a pair that does not count.
+// The targets of a span: s = sign·logit, and α_t; both 0 for a pair that does not count.
 template <class Real>
 struct Targets {
   Real sign[kSpan], weight[kSpan];
@@ -27,12 +27,12 @@ struct Targets {
         set(k, left == right, valid && left != focal.ignored && right != focal.ignored, same, other);
       }
     }
-    for (int64_t k = span.count; k < kSpan; ++k) sign[k] = 1, weight[k] = 0;
+    for (int64_t k = span.count; k < kSpan; ++k) sign[k] = weight[k] = 0;
   }
 
  private:
   void set(int64_t k, bool is_same, bool counts, Real same, Real other) {
-    sign[k] = is_same ? Real(1) : Real(-1);
+    sign[k] = !counts ? Real(0) : is_same ? Real(1) : Real(-1);
     weight[k] = !counts ? Real(0) : is_same ? same : other;
   }
 };
@@ -44,13 +44,14 @@ template <Gamma kGamma, class Real, class F>
 void for_each_loss(const Targets<Real>& targets, const Real* logits, int64_t count, Real gamma, const F& each) {
   const Vec<Real> none{};
   for (int64_t k = 0; k < count; k += kLanes<Real>) {
-    const Vec<Real> sign = load(targets.sign + k), weight = load(targets.weight + k), s = load(logits + k) * sign;
+    const Vec<Real> sign = load(targets.sign + k), weight = load(targets.weight + k);
+    const Vec<Real> s = sign == none ? none : load(logits + k) * sign;  // what does not count may be NaN
     const Vec<Real> e = exp(s > none ? -s : s), inverse = 1 / (1 + e);
     const Vec<Real> wrong = (s > none ? e : none + 1) * inverse, right = (s > none ? none + 1 : e) * inverse;  // 1 − p_t and p_t
     const Vec<Real> surprise = log1p_unit(e) + max(-s, none);                                                  // −log p_t
     const Vec<Real> power = kGamma == Gamma::zero  ? none + 1
                             : kGamma == Gamma::two ? wrong * wrong
-                                                   : exp((surprise + s) * -gamma);  // log(1 − p_t) = −softplus(s)
+                                                   : exp((log1p_unit(e) + max(s, none)) * -gamma);  // log(1 − p_t) = −softplus(s)
     each(k, weight * power * surprise, -sign * weight * power * (gamma * right * surprise + wrong));
   }
 }

@@ -65,25 +65,19 @@ __global__ void __launch_bounds__(kPackThreads) pack_normalized(PackInput<Storag
   const int64_t position = int64_t{blockIdx.x} * kPackWarps + threadIdx.x / 32;
   const bool inside = position < out.count;
   const Storage* row = inside ? in.rows + place_of(in.order, position, out.count) * in.dim : nullptr;
-  double norm = 0;
-  if (inside)
-    for (int64_t c = lane; c < in.dim; c += 32) {
-      const double x = to_real(row[c]);
-      norm += x * x;
-    }
-  norm = sqrt(warp_sum(norm));
-  const double scale = norm < 1e-12 ? 0 : 1 / norm;
+  const ScaledNorm length = warp_norm(inside ? in.dim : 0, [&](int64_t c) { return to_real(row[c]); });
+  const double factor = length.norm < 1e-12 ? 0 : 1 / length.norm;
   for (int64_t c = lane; c < out.pitch; c += 32) {
     Packed x{};
     if (inside && c < in.dim) {
       if constexpr (sizeof(Packed) == 2)
         x = row[c];
       else
-        x = static_cast<Packed>(to_real(row[c]) * scale);
+        x = static_cast<Packed>(to_real(row[c]) * length.scale * factor);
     }
     out.values[position * out.pitch + c] = x;
   }
-  if (lane == 0) out.scales[position] = static_cast<Compute<Packed>>(scale);
+  if (lane == 0) out.scales[position] = static_cast<Compute<Packed>>(length.scale * factor);
 }
 
 template <class Storage>

@@ -57,14 +57,13 @@ template <class Real>
 void pair_ranking_loss(const RankingPairs<Real>& pairs, const RankingLabels& labels, const RankingLoss<Real>& out,
                        ParallelFor parallel_for) {
   const RankingClasses<Real> classes(pairs, labels);
-  const Buffer<Real> center(pairs.dim);
-  mean_row(pairs, center.data(), parallel_for);
-  const RankingRows<Real> rows(pairs.rows, labels.order, pairs.count, pairs.dim, center.data(), false, parallel_for);
+  const Frame<Real> frame(pairs, parallel_for);
+  const RankingRows<Real> rows(pairs.rows, labels.order, pairs.count, pairs.dim, frame, false, parallel_for);
   if (!pairs.references) {
     const LabelSelector<Real> selector{classes.rows.data(), classes.rows.data(), pairs.count, pairs.count};
     return ranking_loss(pairs, rows, rows, selector, classes.pair_counts, out, parallel_for);
   }
-  const RankingRows<Real> references(pairs.references, labels.reference_order, pairs.reference_count, pairs.dim, center.data(), false,
+  const RankingRows<Real> references(pairs.references, labels.reference_order, pairs.reference_count, pairs.dim, frame, false,
                                      parallel_for);
   const LabelSelector<Real> selector{classes.rows.data(), classes.references.data(), pairs.count, pairs.reference_count};
   ranking_loss(pairs, rows, references, selector, classes.pair_counts, out, parallel_for);
@@ -74,15 +73,13 @@ template <class Real>
 void pair_ranking_loss_backward(const RankingPairs<Real>& pairs, const RankingLabels& labels, const RankingGradients<Real>& in,
                                 ParallelFor parallel_for) {
   const RankingClasses<Real> classes(pairs, labels);
-  const Buffer<Real> center(pairs.dim);
-  mean_row(pairs, center.data(), parallel_for);
-  const RankingRows<Real> rows(pairs.rows, labels.order, pairs.count, pairs.dim, center.data(), true, parallel_for);
+  const Frame<Real> frame(pairs, parallel_for);
+  const RankingRows<Real> rows(pairs.rows, labels.order, pairs.count, pairs.dim, frame, true, parallel_for);
   if (!pairs.references) {
     const LabelSelector<Real> selector{classes.rows.data(), classes.rows.data(), pairs.count, pairs.count};
     return ranking_gradient(pairs, rows, rows, selector, in, rows.tiled.tiles, 1, in.rows, parallel_for);
   }
-  const RankingRows<Real> references(pairs.references, labels.reference_order, pairs.reference_count, pairs.dim, center.data(), true,
-                                     parallel_for);
+  const RankingRows<Real> references(pairs.references, labels.reference_order, pairs.reference_count, pairs.dim, frame, true, parallel_for);
   const Integer<Real>*left = classes.rows.data(), *right = classes.references.data();
   const LabelSelector<Real> selector{left, right, pairs.count, pairs.reference_count};
   const LabelSelector<Real> swapped{right, left, pairs.reference_count, pairs.count};

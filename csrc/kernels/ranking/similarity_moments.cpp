@@ -27,12 +27,12 @@ class Moments {
         dim(in.dim),
         gram_dim(divide_up(in.dim, kTile) * kTile),
         total_by_pairs(in.count <= kGramRows * in.dim),
-        norms(in.count),
+        inverse_norms(in.count),
         self_cosines(in.count),
         unit(
             in.count, in.dim, true,
             [&](int64_t k, Real* to) {
-              norms.data()[k] = normalize(in.features + in.order[k] * in.dim, in.dim, to);
+              inverse_norms.data()[k] = normalize(in.features + in.order[k] * in.dim, in.dim, to);
               self_cosines.data()[k] = dot(to, to, in.dim);
             },
             parallel_for),
@@ -147,8 +147,8 @@ class Moments {
 
   const int64_t n, dim, gram_dim;
   const bool total_by_pairs;
-  const Buffer<double> norms;         // ‖x‖, in the order of the visit
-  const Buffer<double> self_cosines;  // s_kk: 1 up to rounding, 0 for a row of zeros
+  const Buffer<double> inverse_norms;  // 1/‖x‖, in the order of the visit; 0 for a row of zeros
+  const Buffer<double> self_cosines;   // s_kk: 1 up to rounding, 0 for a row of zeros
   const TiledRows<Real> unit;
   double pairs[2], mean[2];  // of positives, of negatives
 
@@ -347,7 +347,7 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
   parallel_for(in.n, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const Real *row = in.unit.rows(0) + k * stride, *grad = grads.data() + k * stride;
-      const double along = dot(row, grad, dim), norm = in.norms.data()[k], factor = norm < kSmallestNorm ? 0 : 1 / norm;
+      const double along = dot(row, grad, dim), factor = in.inverse_norms.data()[k];
       Real* to = grad_features + features.order[k] * dim;
       for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(factor * (grad[c] - along * row[c]));
     }

@@ -307,7 +307,7 @@ template <class Storage>
 Scratch take_scratch(const LabeledFeatures<Storage>& features, bool backward, Workspace& workspace) {
   Scratch out{};
   out.rows = take_packed<double>(features.count, features.dim, workspace);
-  out.with_gram = features.count > features.dim;
+  out.with_gram = features.dim > 0 && features.count > features.dim;
   if (out.with_gram) out.gram = take_gram(out.rows, features.dim, workspace);
   if (backward) {
     out.count_blocks = min(ceil_div<int64_t>(features.count, kReduceThreads), kCountBlocks);

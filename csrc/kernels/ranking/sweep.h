@@ -2,8 +2,8 @@
 // The walk over tiles of pairs that both ranking losses take. A selector says which pairs of a tile are positives and which negatives.
 //
 // Distances come from products, d² = |x_i|² + |x_j|² − 2 x_i·x_j, of rows less their mean, which changes no distance and leaves less to
-// cancel. Where d² is small against |x_i|² + |x_j|² all the same, and the pair matters, it is computed again from the rows themselves, and
-// so is the pair's gradient.
+// cancel, and times a power of two where their squares would leave the range. Where d² is small against |x_i|² + |x_j|² all the same, and
+// the pair matters, it is computed again from the rows themselves, and so is the pair's gradient.
 #pragma once
 
 #include "tiles.h"
@@ -37,18 +37,85 @@ struct TileScratch {
   Real *sums, *row_sums;               // [kTile][stride], [kTile]
 };
 
-// One side of the pairs, in the order of the visit, less the mean.
+// What rows are less, and times, before their products are taken: their mean over both sides, and a power of two that brings rows whose
+// squares would overflow or underflow to about 1; for others it is 1.
+template <class Real>
+class Frame {
+ public:
+  Frame(const RankingPairs<Real>& pairs, ParallelFor parallel_for)
+      : count(pairs.count + (pairs.references ? pairs.reference_count : 0)),
+        parts(clamp(count / 256, 1, 64)),
+        scale(scale_of(pairs, parallel_for)),
+        center(pairs.dim) {
+    find_center(pairs, parallel_for);
+  }
+
+  const int64_t count, parts;  // rows, and runs of them whose sums are added
+  const double scale;
+  const Buffer<Real> center;  // of the rows times the scale
+
+ private:
+  static constexpr int kSafeExponent = sizeof(Real) == 4 ? 50 : 450, kMostExponent = sizeof(Real) == 4 ? 126 : 1022;
+
+  // Calls each(part, row) for all rows.
+  template <class Each>
+  void for_each_row(const RankingPairs<Real>& pairs, ParallelFor parallel_for, const Each& each) const {
+    const int64_t part = divide_up(count, parts);
+    parallel_for(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        for (int64_t k = p * part; k < min((p + 1) * part, count); ++k)
+          each(p, k < pairs.count ? pairs.rows + k * pairs.dim : pairs.references + (k - pairs.count) * pairs.dim);
+    });
+  }
+
+  double scale_of(const RankingPairs<Real>& pairs, ParallelFor parallel_for) const {
+    const Buffer<Real> largest_of(parts);
+    for (int64_t p = 0; p < parts; ++p) largest_of.data()[p] = 0;
+    for_each_row(pairs, parallel_for, [&](int64_t p, const Real* row) {
+      Real largest = largest_of.data()[p];
+      for (int64_t c = 0; c < pairs.dim; ++c) {
+        const Real magnitude = row[c] < 0 ? -row[c] : row[c];
+        largest = magnitude > largest ? magnitude : largest;  // not NaN
+      }
+      largest_of.data()[p] = largest;
+    });
+    Real largest = 0;
+    for (int64_t p = 0; p < parts; ++p) largest = largest_of.data()[p] > largest ? largest_of.data()[p] : largest;
+    if (!(largest > 0 && largest < static_cast<Real>(__builtin_inf()))) return 1;
+    int exponent;
+    __builtin_frexp(largest, &exponent);
+    if (exponent >= -kSafeExponent && exponent <= kSafeExponent) return 1;
+    return __builtin_ldexp(1, static_cast<int>(min(1 - exponent, kMostExponent)));
+  }
+
+  void find_center(const RankingPairs<Real>& pairs, ParallelFor parallel_for) const {
+    const Buffer<double> sums(parts * pairs.dim);
+    for (int64_t k = 0; k < parts * pairs.dim; ++k) sums.data()[k] = 0;
+    for_each_row(pairs, parallel_for, [&](int64_t p, const Real* row) {
+      double* sum = sums.data() + p * pairs.dim;
+      for (int64_t c = 0; c < pairs.dim; ++c) sum[c] += row[c] * scale;
+    });
+    for (int64_t c = 0; c < pairs.dim; ++c) {
+      double sum = 0;
+      for (int64_t p = 0; p < parts; ++p) sum += sums.data()[p * pairs.dim + c];
+      center.data()[c] = static_cast<Real>(sum / static_cast<double>(count > 0 ? count : 1));
+    }
+  }
+};
+
+// One side of the pairs, in the order of the visit and in a frame.
 template <class Real>
 struct RankingRows {
-  RankingRows(const Real* from, const int64_t* order, int64_t count, int64_t dim, const Real* center, bool keep_rows,
+  RankingRows(const Real* from, const int64_t* order, int64_t count, int64_t dim, const Frame<Real>& frame, bool keep_rows,
               ParallelFor parallel_for)
       : from(from),
         order(order),
+        scale(frame.scale),
         tiled(
             count, dim, keep_rows,
             [&](int64_t k, Real* to) {
               const Real* row = from + place(k) * dim;
-              for (int64_t c = 0; c < dim; ++c) to[c] = row[c] - center[c];
+              for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(row[c] * frame.scale) - frame.center.data()[c];
             },
             parallel_for),
         squares(tiled.tiles * kTile) {
@@ -74,32 +141,10 @@ struct RankingRows {
 
   const Real* from;
   const int64_t* order;  // or null
+  const double scale;    // of the frame
   const TiledRows<Real> tiled;
   const Buffer<Real> squares;  // |x|²
 };
-
-// The mean over both sides.
-template <class Real>
-static void mean_row(const RankingPairs<Real>& pairs, Real* mean, ParallelFor parallel_for) {
-  const int64_t count = pairs.count + (pairs.references ? pairs.reference_count : 0), dim = pairs.dim;
-  const int64_t parts = clamp(count / 256, 1, 64), part = divide_up(count, parts);
-  const Buffer<double> sums(parts * dim);
-  parallel_for(parts, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      double* sum = sums.data() + p * dim;
-      for (int64_t c = 0; c < dim; ++c) sum[c] = 0;
-      for (int64_t k = p * part; k < min((p + 1) * part, count); ++k) {
-        const Real* row = k < pairs.count ? pairs.rows + k * dim : pairs.references + (k - pairs.count) * dim;
-        for (int64_t c = 0; c < dim; ++c) sum[c] += row[c];
-      }
-    }
-  });
-  for (int64_t c = 0; c < dim; ++c) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += sums.data()[p * dim + c];
-    mean[c] = static_cast<Real>(sum / static_cast<double>(count > 0 ? count : 1));
-  }
-}
 
 // Pairs (left row, right row); of one set with itself if both are the same.
 template <class Real, class Selector>
@@ -110,12 +155,19 @@ class RankingSweep {
         right_(right),
         selector_(selector),
         self_(&left == &right),
-        positive_margin_(static_cast<Real>(pairs.positive_margin)),
-        negative_margin_(static_cast<Real>(pairs.negative_margin)),
-        negative_square_(negative_margin_ > 0 ? negative_margin_ * negative_margin_ : Real(-1)) {}
+        loss_scale_(left.scale < 1 ? left.scale : 1),
+        distance_factor_(static_cast<Real>(loss_scale_ / left.scale)),
+        positive_margin_(static_cast<Real>(pairs.positive_margin * loss_scale_)),
+        negative_margin_(static_cast<Real>(pairs.negative_margin * loss_scale_)),
+        negative_square_(square_of_margin(pairs.negative_margin * left.scale)) {}
+
+  // Of the losses: that of the frame, unless it would take margins out of the range.
+  double loss_scale() const {
+    return loss_scale_;
+  }
 
   struct Sums {
-    double loss[2];                // of positives, of negatives
+    double loss[2];                // of positives, of negatives; times the scale
     int64_t nonzero[2], pairs[2];  // pairs: only if they are to be counted
   };
 
@@ -128,6 +180,7 @@ class RankingSweep {
       counted[1] -= pairs.negatives;
     };
     const auto add = [&](int64_t, int64_t, const Candidates<Real>& pairs, Vec<Real> distance, Mask<Real>) {
+      distance *= distance_factor_;
       const Vec<Real> none{}, over = distance - positive_margin_, under = negative_margin_ - distance;
       const Mask<Real> positives = pairs.positives & ~(over <= none), negatives = pairs.negatives & ~(under <= none);
       sums[0] += positives ? over : none;
@@ -153,16 +206,17 @@ class RankingSweep {
     for (int64_t k = 0; k < kTile * kTile; ++k) scratch.weights[k] = 0;
     int active = 0;
     const auto add = [&](int64_t r, int64_t c, const Candidates<Real>& pairs, Vec<Real> distance, Mask<Real> close) {
-      const Vec<Real> none{};
-      const Mask<Real> positives = pairs.positives & ~(distance <= positive_margin_);
-      const Mask<Real> negatives = pairs.negatives & ~(distance >= negative_margin_);
+      const Vec<Real> none{}, compared = distance * distance_factor_;
+      const Mask<Real> positives = pairs.positives & ~(compared <= positive_margin_);
+      const Mask<Real> negatives = pairs.negatives & ~(compared >= negative_margin_);
       const Vec<Real> numerator = (positives ? none + part_weights[0] : none) - (negatives ? none + part_weights[1] : none);
       Vec<Real> weight = distance == none ? none : numerator / distance;
       close &= weight != none;
       if (any(close))
         for (int lane = 0; lane < kLanes<Real>; ++lane)
           if (close[lane]) {
-            add_difference(row_tile * kTile + r, column_tile * kTile + c + lane, weight[lane], scratch.sums + r * stride);
+            const double factor = numerator[lane] / static_cast<double>(distance[lane]);  // alone it may be too large
+            add_difference(row_tile * kTile + r, column_tile * kTile + c + lane, factor, scratch.sums + r * stride);
             weight[lane] = 0;
           }
       store(scratch.weights + r * kTile + c, weight);
@@ -205,10 +259,11 @@ class RankingSweep {
         const Mask<Real> wanted = pairs.positives | (pairs.negatives & ~(square >= near(scale)));
         if (!any(wanted)) continue;
         const Mask<Real> close = wanted & (square < scale * static_cast<Real>(kClose));
+        Vec<Real> distance = sqrt(max(Vec<Real>{}, square));
         if (any(close))
           for (int lane = 0; lane < kLanes<Real>; ++lane)
-            if (close[lane]) square[lane] = squared_difference(row_tile * kTile + r, column_tile * kTile + c + lane);
-        each(r, c, pairs, sqrt(max(Vec<Real>{}, square)), close);
+            if (close[lane]) distance[lane] = static_cast<Real>(distance_of(row_tile * kTile + r, column_tile * kTile + c + lane));
+        each(r, c, pairs, distance, close);
       }
   }
 
@@ -227,28 +282,39 @@ class RankingSweep {
     return any(found);
   }
 
-  Real squared_difference(int64_t i, int64_t j) const {
+  // From the rows as they were given, in double, which holds the squares of all floats.
+  double distance_of(int64_t i, int64_t j) const {
+    constexpr int kParts = 16;  // which the compiler makes lanes of
     const Real *a = left_.original(i), *b = right_.original(j);
     const int64_t dim = left_.tiled.dim;
-    Vec<Real> sums{};
+    double parts[kParts] = {}, sum = 0;
     int64_t c = 0;
-    for (; c + kLanes<Real> <= dim; c += kLanes<Real>) {
-      const Vec<Real> difference = load(a + c) - load(b + c);
-      sums += difference * difference;
-    }
-    Real sum = sum_lanes<Real>(sums);
-    for (; c < dim; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
-    return sum;
+    for (; c + kParts <= dim; c += kParts)
+      for (int k = 0; k < kParts; ++k) {
+        const double difference = a[c + k] * left_.scale - b[c + k] * left_.scale;
+        parts[k] += difference * difference;
+      }
+    for (; c < dim; ++c) sum += (a[c] * left_.scale - b[c] * left_.scale) * (a[c] * left_.scale - b[c] * left_.scale);
+    for (const double part : parts) sum += part;
+    return __builtin_sqrt(sum);
   }
 
-  void add_difference(int64_t i, int64_t j, Real weight, Real* sums) const {
+  void add_difference(int64_t i, int64_t j, double factor, Real* sums) const {
     const Real *a = left_.original(i), *b = right_.original(j);
-    for (int64_t c = 0; c < left_.tiled.dim; ++c) sums[c] += weight * (b[c] - a[c]);
+    for (int64_t c = 0; c < left_.tiled.dim; ++c) sums[c] += static_cast<Real>(factor * (b[c] * left_.scale - a[c] * left_.scale));
+  }
+
+  // Larger than 0 for a margin that is, so that rows at the same place are near.
+  static Real square_of_margin(double margin) {
+    const Real square = static_cast<Real>(margin * margin), least = sizeof(Real) == 4 ? Real(1e-45) : Real(5e-324);
+    return !(margin > 0) ? Real(-1) : square > 0 ? square : least;
   }
 
   const RankingRows<Real>&left_, &right_;
   const Selector& selector_;
   const bool self_;
+  const double loss_scale_;
+  const Real distance_factor_;  // from the frame's scale to that of the losses
   const Real positive_margin_, negative_margin_, negative_square_;
 };
 
@@ -286,7 +352,7 @@ static void ranking_loss(const RankingPairs<Real>& pairs, const RankingRows<Real
     out.weights[part] = static_cast<Real>(weight);
     loss += weight * sum;
   }
-  *out.loss = static_cast<Real>(loss);
+  *out.loss = static_cast<Real>(loss / sweep.loss_scale());
 }
 
 // ∂L/∂(left rows). `active` of the tile of (left, right) is at row_tile·row_step + column_tile·column_step.

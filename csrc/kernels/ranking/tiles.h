@@ -4,6 +4,7 @@
 
 #include "../common/arithmetic.h"
 #include "../common/buffer.h"
+#include "../common/norm.h"
 #include "../common/parallel_for.h"
 #include "../common/simd.h"
 #include "../common/transpose.h"
@@ -160,13 +161,14 @@ static inline double dot(const Real* a, const Real* b, int64_t size) {
   return sum;
 }
 
-// to = row/‖row‖, or zeros where that is no direction; returns ‖row‖.
-inline constexpr double kSmallestNorm = 1e-12;
+// to = row/‖row‖, or zeros where that is no direction; returns 1/‖row‖, or 0.
 template <class Real>
 static inline double normalize(const Real* row, int64_t dim, Real* to) {
-  const double norm = __builtin_sqrt(dot(row, row, dim)), factor = norm < kSmallestNorm ? 0 : 1 / norm;
-  for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(row[c] * factor);
-  return norm;
+  const auto element = [&](int64_t c) { return static_cast<double>(row[c]); };
+  const ScaledNorm length = scaled_norm(dot(row, row, dim), dim, element);
+  const double factor = length.norm < kSmallestNorm ? 0 : 1 / length.norm;
+  for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(row[c] * length.scale * factor);
+  return length.scale * factor;
 }
 
 // The row of tiles that a task has: of those above a diagonal short ones in turn with long ones, so that consecutive tasks have equal work.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <random>
 #include <string>
 #include <type_traits>
@@ -424,8 +425,39 @@ void test_range(const Setup& setup) {
   check(finite, "finite");
 }
 
+// A row of NaN makes NaN of its own logits and of no gradient of another row.
+template <class Storage>
+void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed) {
+  using Real = Compute<Storage>;
+  context =
+      std::string(setup.name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) + " listed " + std::to_string(listed);
+  Shape shape{interaction, 9, 17, 5, 6};
+  shape.listed = listed;
+  std::mt19937 random(11);
+  const Problem<Storage> problem(shape, random);
+  constexpr int64_t kRow = 2;
+  for (int64_t c = 0; c < problem.width; ++c)
+    problem.x[kRow * problem.width + c] = cuda::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+  Guarded<char> workspace(cuda::pair_workspace(problem.view(), true));
+  Guarded<Real> logits(problem.count);
+  check(!cuda::pair_logits(problem.view(), logits.data(), workspace.data(), nullptr), "pair_logits");
+  bool right = true;
+  for (int64_t k = 0; k < problem.count; ++k) {
+    int64_t i, j;
+    right &= std::isnan(logits[k]) == (problem.pair(k, i, j) && i == kRow);
+  }
+  check(right, "logits");
+  const Output<Storage> out(problem);
+  check(!cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
+  bool finite = true;
+  for (size_t k = 0; k < out.x.size(); ++k) finite &= static_cast<bool>(std::isfinite(out.x[k])) || k / problem.width == kRow;
+  check(finite, "∂x of the other rows");
+  check(std::isnan(out.w2[0]), "∂w2");
+}
+
 template <class Storage>
 void test_concat(const Setup& setup) {
+  for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(setup, Interaction::concat, listed);
   constexpr Interaction kind = Interaction::concat;
   std::mt19937 random(1234);
   const auto test = [&](const Shape& shape) { test_problem<Storage>(setup, shape, random); };
@@ -453,6 +485,8 @@ void test_concat(const Setup& setup) {
 
 template <class Storage>
 void test_interactions(const Setup& setup) {
+  for (const Interaction interaction : {Interaction::absdiff, Interaction::product})
+    for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(setup, interaction, listed);
   std::mt19937 random(1234);
   const bool half = sizeof(Storage) == 2;
   for (const Interaction kind : {Interaction::absdiff, Interaction::product}) {

@@ -141,6 +141,10 @@ inline float to_real(float16 x) {
   return half_to_float(x.bits);
 }
 
+inline float relu(float x) {
+  return x <= 0 ? 0 : x;
+}
+
 inline float exp2_of(float x) {
   return x < -126 ? 0.0f : std::exp2(x);
 }

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Ctrl-C ends a long op with KeyboardInterrupt, and the next call is as if nothing had been."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# Each takes many seconds on one thread.
+CALLS = {
+    "pair_focal_loss": "ops.pair_focal_loss(rows(60000, 8), rows(60000, 8), labels(60000), labels(60000), *network)",
+    "pair_ranking_loss": "ops.pair_ranking_loss(rows(200000, 64), labels(200000))",
+    "similarity_moments": "ops.similarity_moments(rows(12000, 4096), labels(12000))",
+    "aggregate": "ops.aggregate(rows(20000, 64), rows(200000, 64), labels(200000), 10)",
+}
+CHILD = """
+import torch
+from ssmkernels import ops
+def rows(n, d):
+    return torch.randn(n, d)
+def labels(n):
+    return torch.randint(10, (n,))
+network = rows(128, 16), rows(1, 128)[0], rows(1, 128)[0], torch.tensor(0.5)
+def answer():
+    return ops.aggregate(torch.eye(3), torch.eye(3), torch.arange(3), 3)
+before = answer()
+print("started", flush=True)
+try:
+    {call}
+    print("finished")
+except KeyboardInterrupt:
+    print("interrupted", torch.equal(answer(), before))
+"""
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ctrl_c(name: str) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD.format(call=CALLS[name])], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "started\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(timeout=1)  # the op has begun
+    child.send_signal(signal.SIGINT)
+    output, _ = child.communicate(timeout=60)
+    assert output == "interrupted True\n"
