@@ -38,6 +38,11 @@ def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value if value.dtype == dtype else value.to(dtype)
 
 
+def fixed(value: Tensor) -> Tensor:
+    """The value, without a gradient."""
+    return value.detach() if value.requires_grad else value
+
+
 def fits(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks below."""
     return (

@@ -5,7 +5,7 @@ A graph is symmetric, in compressed sparse rows with both directions of an edge 
 a row, weight [E]; ``reverse`` [E] holds the position of (j, i) for the entry (i, j). :class:`ssmkernels.graph.Graph` makes and checks all
 four. The kernels read crow and reverse as int64 and col as int32; either is taken for each.
 Dtypes: float32 and float64; half types are taken as float32, and results come so. The same input gives the same bits, for any number of
-threads. Gradients are first order.
+threads. :func:`laplacian_solve` has derivatives of any order, :func:`leave_one_edge_out` a first one; a second raises.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
+from ssmkernels.ops import _second_order as second_order
 
 Preconditioner = Literal["jacobi", "none"]
 
@@ -102,6 +103,8 @@ def laplacian_solve(
         if (value := values[name]) is not None:
             check.check_size(name, value, 0, nodes, "N of crow")
     given = _same_dtype(values)
+    if "initial" in given:
+        given["initial"] = check.fixed(given["initial"])
     rtol = check.check_positive("rtol", rtol)
     max_iter = check.check_count("max_iter", max_iter)
     check.check_choice("preconditioner", preconditioner, PRECONDITIONERS)
@@ -329,7 +332,7 @@ def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) ->
     )[0]
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[2:5]):
-        grads = torch.ops.ssmkernels.laplacian_solve_backward.default(crow, col, grad_rhs, solution)
+        grads = autograd.call("laplacian_solve_backward", crow, col, grad_rhs, solution)
     grad_weight, grad_dissimilarity, grad_diagonal = grads
     return (
         None,
@@ -342,13 +345,25 @@ def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) ->
     )
 
 
+def _save_laplacian_solve_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _laplacian_solve_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+    crow, col, grad_rhs, solution = ctx.saved_tensors
+    sizes = (len(col), len(col), len(grad_rhs))
+    given = zip(v, sizes, strict=True)
+    cotangents = (grad_rhs.new_zeros(size) if one is None else one for one, size in given)
+    return None, None, *second_order.laplacian_solve(*cotangents, crow, col, grad_rhs, solution)
+
+
 def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.logit_scale = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _leave_one_edge_out_backward(ctx: Any, grad_dissimilarity: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.ssmkernels.leave_one_edge_out_backward.default(grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
+    grads = autograd.call("leave_one_edge_out_backward", grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
     return None, None, None, *grads, None
 
 
@@ -359,6 +374,8 @@ def _register() -> None:
     library.register_fake("ssmkernels::leave_one_edge_out", _fake_leave_one_edge_out)
     library.register_fake("ssmkernels::leave_one_edge_out_backward", _fake_leave_one_edge_out_backward)
     autograd.register("laplacian_solve", _laplacian_solve_backward, _save_laplacian_solve)
+    autograd.register("laplacian_solve_backward", _laplacian_solve_backward_backward, _save_laplacian_solve_backward)
+    autograd.register_gradient("leave_one_edge_out_backward")
     autograd.register("leave_one_edge_out", _leave_one_edge_out_backward, _save_leave_one_edge_out)
 
 

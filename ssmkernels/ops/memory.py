@@ -16,6 +16,7 @@ from torch import Tensor
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
+from ssmkernels.ops import _second_order as second_order
 
 
 class InstanceMatching(NamedTuple):
@@ -65,7 +66,7 @@ def instance_matching(
     - q̂_j ∝ q^w_j ``probs_weak``[label_j], and ``loss`` = −Σ_j q̂_j log q^s_j.
 
     Nothing of size B×K is stored, forward or backward: extra memory is O(B·(L + D)). Where ``probs_weak`` is zero on every class of the
-    bank, q̂ = q^w. The gradient flows to ``query_strong`` only, and once (no double backward).
+    bank, q̂ = q^w. The gradient flows to ``query_strong`` only; a second derivative raises.
 
     Args:
         query_weak: [B, D] embeddings of the weak view.
@@ -89,7 +90,7 @@ def instance_matching(
     alpha = check.check_fraction("alpha", alpha)
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
-    with_gradient = torch.is_grad_enabled() and query_strong.requires_grad
+    with_gradient = autograd.is_wanted(args[1])
     pseudo_probs, loss, _ = autograd.call("instance_matching", *args, alpha, with_gradient, check.allow_tf32(args[2]))
     return InstanceMatching(pseudo_probs, loss)
 
@@ -170,14 +171,16 @@ def finish_instance_matching(
     dtype = partial.log_weak.dtype
     pseudo_probs = alpha * probs_weak.detach().to(dtype) + (1 - alpha) * partial.aggregated
     gradient = (partial.strong_mean - partial.target_mean) / temperature_strong
-    slope = ((query_strong - query_strong.detach()).to(dtype) * gradient).sum(dim=1)  # 0, and ∂loss/∂query_strong its gradient
+    query = autograd.once_differentiable("instance_matching", query_strong)
+    slope = ((query - query_strong.detach()).to(dtype) * gradient).sum(dim=1)  # 0, and ∂loss/∂query_strong its gradient
     return InstanceMatching(pseudo_probs, partial.log_strong - partial.target_logit + slope)
 
 
 def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1) -> Tensor:
     """Class sums of the instance similarities, equation (9): out[b, c] = Σ_{j: label j = c} softmax(query·bankᵀ / temperature)_j.
 
-    Differentiable in ``query``, once; the backward sweeps the bank again. Nothing of size B×K is stored.
+    Differentiable in ``query``; the backward sweeps the bank again. Nothing of size B×K is stored. Second derivatives are
+    computed in plain PyTorch, a part of the bank at a time.
 
     Args:
         query: [B, D].
@@ -200,7 +203,7 @@ def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     if check.values_are_checked(bank_labels):
         check.check_range("bank_labels", bank_labels, num_classes, "the number of classes")
-    query, bank = check.autocast(query, bank)
+    query, bank = check.autocast(query, check.fixed(bank))
     return autograd.call("aggregate", query, bank, bank_labels, num_classes, temperature, check.allow_tf32(bank))[0]
 
 
@@ -330,8 +333,8 @@ def _check_matching(
     probs_weak = _check_probs("probs_weak", probs_weak, query_weak, bank_labels)
     temperature_weak = check.check_positive("temperature_weak", temperature_weak)
     temperature_strong = check.check_positive("temperature_strong", temperature_strong)
-    query_weak, query_strong, bank = check.autocast(query_weak, query_strong, bank)
-    probs_weak = check.cast(probs_weak, check.compute_dtype(bank.dtype))
+    query_weak, query_strong, bank = check.autocast(check.fixed(query_weak), query_strong, check.fixed(bank))
+    probs_weak = check.cast(check.fixed(probs_weak), check.compute_dtype(bank.dtype))
     return query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
 
 
@@ -397,13 +400,17 @@ def _fake_memory_update(*arguments: Any) -> None:
 def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     pseudo_probs, _, gradient = output
     ctx.mark_non_differentiable(pseudo_probs, gradient)
-    ctx.save_for_backward(gradient)
-    ctx.query_dtype = inputs[1].dtype
+    ctx.save_for_backward(inputs[1], gradient)
 
 
 def _instance_matching_backward(ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (None, check.cast(grad_loss.unsqueeze(1) * gradient, ctx.query_dtype), *[None] * 8)
+    query_strong, gradient = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        return (None,) * 10
+    if len(gradient) != len(query_strong):
+        raise RuntimeError("instance_matching was called with with_gradient=False, so that it has no gradient")
+    gradient = autograd.gradient_of("instance_matching", gradient, query_strong)
+    return (None, check.cast(grad_loss.unsqueeze(1) * gradient, query_strong.dtype), *[None] * 8)
 
 
 def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -414,10 +421,19 @@ def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 
 def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
     query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
-    grad_query = torch.ops.ssmkernels.aggregate_backward.default(
-        grad_aggregated, query, bank, bank_labels, aggregated, log_normalizer, ctx.temperature, ctx.allow_tf32
-    )
+    saved = (query, bank, bank_labels, aggregated, log_normalizer)
+    grad_query = autograd.call("aggregate_backward", grad_aggregated, *saved, ctx.temperature, ctx.allow_tf32)
     return (check.cast(grad_query, query.dtype), *[None] * 5)
+
+
+def _save_aggregate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_aggregated, query, bank, bank_labels, _, _, ctx.temperature, _ = inputs
+    ctx.save_for_backward(grad_aggregated, query, bank, bank_labels)
+
+
+def _aggregate_backward_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    grads = second_order.aggregate(v, *ctx.saved_tensors, ctx.temperature)
+    return grads[0], check.cast(grads[1], ctx.saved_tensors[1].dtype), *[None] * 6
 
 
 def _register() -> None:
@@ -430,6 +446,9 @@ def _register() -> None:
     library.register_fake("ssmkernels::memory_update_", _fake_memory_update)
     autograd.register("instance_matching", _instance_matching_backward, _save_instance_matching)
     autograd.register("aggregate", _aggregate_backward, _save_aggregate)
+    autograd.register("aggregate_backward", _aggregate_backward_backward, _save_aggregate_backward)
+    for name in ("instance_matching_partial", "unfold"):
+        autograd.register_vmap(name)
 
 
 if _library.load():

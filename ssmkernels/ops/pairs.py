@@ -5,7 +5,8 @@ logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"),
 pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or backward. For "concat", w1·φ + b1 = A_i + B_j with two small
 matrix products, so that a pair costs O(h), and not O(h·d).
 Dtypes: float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The same input gives the
-same bits, for any number of threads. Gradients are first order.
+same bits, for any number of threads. Second derivatives of the logits are computed in plain PyTorch, a tile of pairs at a
+time; those of the loss raise.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
+from ssmkernels.ops import _second_order as second_order
 
 Interaction = Literal["concat", "absdiff", "product"]
 Reduction = Literal["mean", "sum", "none"]
@@ -116,8 +118,7 @@ def pair_focal_loss(
     args = (rows_x, rows_y, x_labels, y_labels, *network, alpha, gamma, ignore_index)
     if reduction == "none":
         return autograd.call("pair_focal_loss", *args)
-    differentiable = x.requires_grad or y.requires_grad or w1.requires_grad or b1.requires_grad or w2.requires_grad or b2.requires_grad
-    with_gradients = torch.is_grad_enabled() and differentiable
+    with_gradients = autograd.is_wanted(x, y, w1, b1, w2, b2)
     return autograd.call("pair_focal_loss_sum", *args, reduction == "mean", with_gradients)[0]
 
 
@@ -271,22 +272,39 @@ def _saved_inputs(ctx: Any) -> list[Any]:
 
 def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
-    return _spread(torch.ops.ssmkernels.pair_logits_backward.default(grad_logits, *inputs), inputs[0].dtype, 0, 2)
+    return _spread(autograd.call("pair_logits_backward", grad_logits, *inputs), inputs[0].dtype, 0, 2)
+
+
+def _pair_logits_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logits, *network, pairs, interaction = _saved_inputs(ctx)
+    computed = grad_logits.dtype
+    given = zip(v, network, strict=True)
+    cotangents = tuple(torch.zeros_like(each, dtype=computed) if one is None else one for one, each in given)
+    grad, grads = second_order.pair_logits(cotangents, grad_logits, tuple(network), pairs, INTERACTIONS[interaction])
+    return grad, *_spread(grads, network[0].dtype, 0, 2)
 
 
 def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     inputs = _saved_inputs(ctx)
-    return _spread(torch.ops.ssmkernels.pair_focal_loss_backward.default(grad_losses, *inputs), inputs[0].dtype, 2, 5)
+    return _spread(autograd.call("pair_focal_loss_backward", grad_losses, *inputs), inputs[0].dtype, 2, 5)
 
 
 def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.dtype = inputs[0].dtype
+    x, y, _, _, w1, b1, w2, b2, *_ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output[1:], x, y, w1, b1, w2, b2)
 
 
 def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-    return _spread(tuple(torch._foreach_mul(ctx.saved_tensors, grad_loss)), ctx.dtype, 2, 7)
+    gradients, network = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    if gradients[0].shape != network[0].shape:
+        raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
+    gradients = [autograd.gradient_of("pair_focal_loss", each, *network) for each in gradients]
+    if torch._C._are_functorch_transforms_active():  # vmap has no rule for _foreach_mul, which is quicker
+        scaled = [each * grad_loss for each in gradients]
+    else:
+        scaled = torch._foreach_mul(gradients, grad_loss)
+    return _spread(tuple(scaled), network[0].dtype, 2, 7)
 
 
 def _register() -> None:
@@ -297,6 +315,8 @@ def _register() -> None:
     library.register_fake("ssmkernels::pair_focal_loss_backward", _fake_pair_focal_loss_backward)
     library.register_fake("ssmkernels::pair_focal_loss_sum", _fake_pair_focal_loss_sum)
     autograd.register("pair_logits", _pair_logits_backward, _save_inputs)
+    autograd.register("pair_logits_backward", _pair_logits_backward_backward, _save_inputs)
+    autograd.register_gradient("pair_focal_loss_backward")
     autograd.register("pair_focal_loss", _pair_focal_loss_backward, _save_inputs)
     autograd.register("pair_focal_loss_sum", _pair_focal_loss_sum_backward, _save_pair_focal_loss_sum)
 

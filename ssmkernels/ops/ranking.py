@@ -9,6 +9,7 @@ order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ssmkernels import _library
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
+from ssmkernels.ops import _second_order as second_order
 
 Reduction = Literal["mean_nonzero", "mean", "sum"]
 
@@ -262,7 +264,7 @@ def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 
 def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, weights, active = ctx.saved_tensors
-    rows, references = torch.ops.ssmkernels.pair_ranking_loss_backward.default(grad_loss, *tensors, *ctx.margins, weights, active)
+    rows, references = autograd.call("pair_ranking_loss_backward", grad_loss, *tensors, *ctx.margins, weights, active)
     dtype = tensors[0].dtype
     grad_references = None if tensors[3] is None else check.cast(references, dtype)
     return check.cast(rows, dtype), None, None, grad_references, *[None] * 5
@@ -277,9 +279,8 @@ def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tup
 
 def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
-    rows = torch.ops.ssmkernels.mined_pair_ranking_loss_backward.default(
-        grad_loss, embeddings, basis_features, thresholds, *ctx.margins, weights, active
-    )
+    saved = (embeddings, basis_features, thresholds, *ctx.margins, weights, active)
+    rows = autograd.call("mined_pair_ranking_loss_backward", grad_loss, *saved)
     return check.cast(rows, embeddings.dtype), *[None] * 5
 
 
@@ -289,8 +290,93 @@ def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
     features, order, labels, moments = ctx.saved_tensors
-    grad = torch.ops.ssmkernels.similarity_moments_backward.default(grad_moments.contiguous(), features, order, labels, moments)
+    grad = autograd.call("similarity_moments_backward", grad_moments, features, order, labels, moments)
     return check.cast(grad, features.dtype), None, None
+
+
+# Derivatives of the gradients.
+
+
+def _in_order_of_rows(order: Tensor, labels: Tensor) -> Tensor:
+    """The label of each row, of labels that are sorted."""
+    return torch.zeros_like(labels).scatter(0, order, labels)
+
+
+def _coefficients(
+    weights: Tensor, margins: tuple[float, float], parts: Callable[[slice, slice], tuple[Tensor, Tensor]], references: Tensor | None
+) -> second_order.Coefficients:
+    """w₊ on positive pairs with a loss, −w₋ on negative ones; ``parts`` says which pairs of a tile are positive and negative."""
+
+    def coefficients(rows: slice, columns: slice, distances: Tensor) -> Tensor:
+        positives, negatives = parts(rows, columns)
+        costs = (positives & (distances > margins[0])) * weights[0] - (negatives & (distances < margins[1])) * weights[1]
+        if references is not None:
+            return costs
+        places = (torch.arange(tile.start, tile.stop, device=distances.device) for tile in (rows, columns))
+        row_places, column_places = places
+        return torch.where(row_places[:, None] == column_places, 0, costs)
+
+    return coefficients
+
+
+def _save_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, positive_margin, negative_margin, weights, _ = inputs
+    ctx.margins = positive_margin, negative_margin
+    if tensors[4] is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, weights)
+
+
+def _pair_ranking_loss_second(ctx: Any, v: Tensor | None, v_references: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, rows, order, labels, references, reference_order, reference_labels, weights = ctx.saved_tensors
+    labels = other_labels = _in_order_of_rows(order, labels)
+    if references is not None:
+        other_labels = _in_order_of_rows(reference_order, reference_labels)
+
+    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
+        same = labels[row_tile, None] == other_labels[column_tile]
+        return same, ~same
+
+    computed = weights.dtype
+    others = None if references is None else references.to(computed)
+    v = torch.zeros_like(rows, dtype=computed) if v is None else v
+    v_references = torch.zeros_like(others) if others is not None and v_references is None else v_references
+    coefficients = _coefficients(weights, ctx.margins, parts, references)
+    grads = second_order.pair_ranking_loss(v, v_references, grad, rows.to(computed), others, coefficients)
+    grad_references = None if grads[2] is None else check.cast(grads[2], references.dtype)
+    return grads[0], check.cast(grads[1], rows.dtype), None, None, grad_references, *[None] * 6
+
+
+def _save_mined_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, positive_margin, negative_margin, weights, _ = inputs
+    ctx.margins = positive_margin, negative_margin
+    ctx.save_for_backward(*tensors, weights)
+
+
+def _mined_pair_ranking_loss_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    grad, rows, basis_features, thresholds, weights = ctx.saved_tensors
+    basis = basis_features.to(weights.dtype)
+    norms = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    basis = basis / torch.where(norms < 1e-12, torch.inf, norms)
+
+    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
+        cosines = basis[row_tile] @ basis[column_tile].t()
+        return cosines >= thresholds[0], cosines <= thresholds[1]
+
+    coefficients = _coefficients(weights, ctx.margins, parts, None)
+    grads = second_order.pair_ranking_loss(v, None, grad, rows.to(weights.dtype), None, coefficients)
+    return grads[0], check.cast(grads[1], rows.dtype), *[None] * 6
+
+
+def _save_similarity_moments_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _similarity_moments_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    # The moments, an input of the gradient, are those of the features: what they add is in the gradient of the features.
+    grad, features, order, labels = ctx.saved_tensors
+    grads = second_order.similarity_moments(v, grad, features.to(grad.dtype), _in_order_of_rows(order, labels))
+    return grads[0], check.cast(grads[1], features.dtype), None, None, None
 
 
 def _register() -> None:
@@ -304,6 +390,9 @@ def _register() -> None:
     autograd.register("pair_ranking_loss", _pair_ranking_loss_backward, _save_pair_ranking_loss)
     autograd.register("mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, _save_mined_pair_ranking_loss)
     autograd.register("similarity_moments", _similarity_moments_backward, _save_similarity_moments)
+    autograd.register("pair_ranking_loss_backward", _pair_ranking_loss_second, _save_pair_ranking_loss_backward)
+    autograd.register("mined_pair_ranking_loss_backward", _mined_pair_ranking_loss_second, _save_mined_pair_ranking_loss_backward)
+    autograd.register("similarity_moments_backward", _similarity_moments_second, _save_similarity_moments_backward)
 
 
 if _library.load():
