@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import types
 
@@ -122,7 +123,8 @@ def test_strides_and_offsets(case, layout, device):
         grads = case.grads(inputs)
         laid_out = {name: layout(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
         found, expected = case.evaluate(ops, laid_out, grads), case.evaluate(ops, inputs, grads)
-        for name, margin in case.margins(to(inputs, "cpu"), grads and to(grads, "cpu"), found, expected).items():
+        bounds = case.bound(inputs, grads or {})
+        for name, margin in case.margins(found, expected, bounds).items():
             assert margin <= 1, name
 
 
@@ -137,6 +139,59 @@ def test_inputs_are_not_written(case, device):
         sum(found[name].sum() for name in case.smooth).backward()
     for name, (value, version) in before.items():
         assert inputs[name].equal(value) and inputs[name]._version == version, name
+
+
+def refuses(case, inputs, name):
+    """Whether the op refuses an input; it says which."""
+    try:
+        case.run(ops, inputs)
+    except ValueError as error:
+        return str(error).startswith(name)
+    return False
+
+
+@EVERY
+def test_nan_in_nan_out(case, device):
+    """What depends on a NaN is NaN, what does not is untouched; or the argument is refused by its name."""
+    whole = case.draw(case.sizes[3], torch.float32)
+    grads = case.grads(whole)
+    for name in case.floating(whole):
+        for place in (0, whole[name].numel() // 2):
+            spoiled = whole[name].clone()
+            spoiled.view(-1)[place] = math.nan
+            inputs = whole | {name: spoiled}
+            if device == "cpu" and refuses(case, inputs, name):
+                continue
+            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+            for result, expected in case.evaluate(reference, double(inputs), grads).items():
+                values, where = found[result].cpu(), f"{result}, of a NaN in {name}"
+                assert values[expected.isnan()].isnan().all(), where
+                if result in case.outputs:
+                    assert values.isnan().equal(expected.isnan()), where
+                sound = ~(values.isnan() | expected.isnan())
+                error = (values.double() - expected.double())[sound].abs()
+                assert (error <= 1e-3 * expected[sound].abs().amax()).all() if sound.any() else True, where
+
+
+FACTORS = {torch.float32: (1e-40, 1e-30, 1e30), torch.float64: (1e-310, 1e-300, 1e-150, 1e150, 1e300)}
+
+
+@REAL
+@EVERY
+def test_every_scale(case, dtype, device):
+    """Finite results where the exact ones are within the range of the dtype, for one input at a time denormal, tiny or huge."""
+    whole, largest = case.draw(case.sizes[2], dtype), torch.finfo(dtype).max
+    grads = case.grads(whole)
+    for name in case.floating(whole):
+        for factor in FACTORS[dtype]:
+            inputs = whole | {name: whole[name] * factor}
+            if not inputs[name].isfinite().all():
+                continue
+            exact = case.evaluate(reference, double(inputs), grads)
+            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+            for result, expected in exact.items():
+                possible = expected.abs() < largest / 2
+                assert found[result].cpu()[possible].isfinite().all(), f"{result}, of {name} times {factor:g}"
 
 
 @EVERY

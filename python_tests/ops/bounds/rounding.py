@@ -81,7 +81,7 @@ class Softmax:
     log_normalizer: Tensor
     log_error: Tensor
     sum_error: float  # relative error of a sum over the softmax beyond that of its terms
-    tiny: float  # probabilities below it may be flushed to 0
+    tiny: float  # probabilities below it may be flushed to 0: terms below the smallest normal number, over a sum of 1 or more
 
     @property
     def error(self) -> Tensor:
@@ -107,4 +107,4 @@ def softmax(logits: Tensor, error: Tensor, rounding: Rounding) -> Softmax:
     largest = logits.amax(-1, keepdim=True).abs()
     log_error = mean + rounding.unit * (2 * normalizer.abs() + EXP * math.log(slots + 1) + largest)
     relative = torch.expm1(relative + mean + sum_error)
-    return Softmax(probs, relative, normalizer[..., 0], log_error[..., 0], sum_error, rounding.tiny)
+    return Softmax(probs, relative, normalizer[..., 0], log_error[..., 0], sum_error, 4 * rounding.tiny)
