@@ -54,6 +54,8 @@ class Case:
     """The inputs that may be None."""
     accumulates: bool = False
     rows_are_independent: bool = False
+    is_once_differentiable: bool = False
+    """A second derivative raises."""
     in_float32: bool = False
     """Outputs are computed in float32 or better, from inputs of any dtype and under autocast, which changes no bit."""
     in_eval_mode: bool = False
@@ -223,6 +225,7 @@ def memory_cases() -> list[Case]:
         leaves=("query_strong",),
         rows_are_independent=True,
         values_are_checked=("probs_weak",),
+        is_once_differentiable=True,
         prepare=fill,
     )
     write = Case(
@@ -231,7 +234,6 @@ def memory_cases() -> list[Case]:
         slots_to_write,
         "update",
         accumulates=True,
-        values_are_checked=("embeddings",),
         prepare=fill,
         reads_result="features",
     )
@@ -265,6 +267,7 @@ def network_cases() -> list[Case]:
                 settings,
                 labelled_pairs_of_rows,
                 "focal_loss",
+                is_once_differentiable=True,
                 leaves=("x", "y"),
                 fixed=("y", "y_labels"),
             ),

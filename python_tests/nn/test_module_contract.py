@@ -50,11 +50,11 @@ def with_leaves(case: Case, inputs: Inputs) -> list[Tensor]:
     return [inputs[name].requires_grad_() for name in case.leaves]
 
 
-def gradients_of(outputs: Tensors, leaves: list[Tensor]) -> Tensors:
+def gradients_of(outputs: Tensors, leaves: list[Tensor], *, create_graph: bool = False) -> Tensors:
     if not leaves:
         return ()
     loss = weighted_sum([output for output in outputs if output.requires_grad])
-    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 
 def results(case: Case, module: nn.Module, inputs: Inputs, run: typing.Any = None) -> tuple[Tensors, Tensors]:
@@ -186,6 +186,20 @@ def test_compiles_for_all_batch_sizes_at_once(case):
     for rows in range(5, 15):
         assert_same(results(case, module, case.inputs(rows), compiled), results(case, twin, case.inputs(rows)))
         assert_same(module.state_dict(), twin.state_dict())
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", ["sinkhorn_codes", "draw_class_centers"])
+def test_functions_compile_for_all_batch_sizes_at_once(name):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = getattr(ssmkernels.nn, name)
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for rows in range(5, 15):
+        scores, labels = torch.linspace(0, 1, 3 * rows).reshape(rows, 3), torch.arange(rows)
+        # One row a class, so that the centers do not depend on the draw.
+        arguments = (scores,) if name == "sinkhorn_codes" else (scores, labels, 20)
+        assert_same(tuple(compiled(*arguments)), tuple(function(*arguments)))
     assert counter.frame_count <= 2
 
 

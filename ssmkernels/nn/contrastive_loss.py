@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,7 @@ from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
 from ssmkernels.nn._precision import without_autocast
 from ssmkernels.ops import _checks as check
-
-Reduction = Literal["mean_nonzero", "mean", "sum"]
+from ssmkernels.ops.ranking import Reduction
 
 CHUNK_ELEMENTS = 1 << 22  # of the differences that exist at a time
 DENSE_LIST = 4  # a list of p pairs is dense where the matrix of distances has at most this times p elements

@@ -63,7 +63,7 @@ class ProxyLoss(nn.Module):
         check.check_int64("labels", labels)
         check.check_size("labels", labels, 0, embeddings.shape[0], "B of embeddings")
         check.check_same_device("labels", labels, "embeddings", embeddings)
-        if check.values_are_checked(labels) and labels.numel():
+        if check.values_are_checked(labels) and not check.is_batched(labels) and labels.numel():
             low, high = (int(bound) for bound in torch.aminmax(labels))
             if low < -1 or high >= classes:
                 raise ValueError(f"labels must be in [0, {classes}), or −1 for none; got values from {low} to {high}")

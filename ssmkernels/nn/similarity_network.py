@@ -6,16 +6,14 @@ feed it.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ssmkernels import ops
 from ssmkernels.ops import _checks as check
-
-Interaction = Literal["concat", "absdiff", "product"]
-Reduction = Literal["mean", "sum", "none"]
+from ssmkernels.ops.pairs import Interaction, Reduction
 
 
 class SimilarityNetwork(nn.Module):
@@ -139,8 +137,10 @@ def sample_pairs(
     m = check.check_integer("m", m)
     if m < 0:
         raise ValueError(f"m must be at least 0, got {m}")
-    drawn_on = device if generator is None else generator.device
-    drawn = torch.randint(2 * n * n, (m,), generator=generator, device=drawn_on)
+    if generator is None:
+        drawn = torch.randint(2 * n * n, (m,), device=device)
+    else:
+        drawn = torch.randint(2 * n * n, (m,), generator=generator, device=generator.device)
     half, place = drawn // (n * n), drawn % (n * n)
     rows = torch.stack([place // n, place % n], dim=1) + n * half[:, None]
     return rows.to(device)
@@ -193,11 +193,13 @@ def draw_class_centers(
     if previous.features.shape != (num_classes, features.shape[1]):
         shape = list(previous.features.shape)
         raise ValueError(f"previous must have features [{num_classes}, {features.shape[1]}], got shape {shape}")
-    if len(labels) == 0:
+    if labels.shape[0] == 0:
         return previous
     # The member with the highest ticket wins its class.
-    drawn_on = features.device if generator is None else generator.device
-    tickets = torch.rand(len(labels), generator=generator, device=drawn_on)
+    if generator is None:
+        tickets = torch.rand_like(labels, dtype=torch.float32)
+    else:
+        tickets = torch.rand(labels.shape[0], generator=generator, device=generator.device)
     members = labels == torch.arange(num_classes, device=labels.device)[:, None]
     present = members.any(dim=1)
     chosen = features[torch.where(members, tickets.to(labels.device), -1).argmax(dim=1)].to(previous.features.dtype)
