@@ -118,7 +118,10 @@ __device__ ScaledNorm warp_norm(int64_t size, F element) {
   for (int64_t k = lane; k < size; k += 32) squares += static_cast<double>(element(k)) * static_cast<double>(element(k));
   squares = warp_sum(squares);
   if (squares > 1e-280 && squares < 1e300) return {sqrt(squares), 1};
-  for (int64_t k = lane; k < size; k += 32) largest = max(largest, fabs(static_cast<double>(element(k))));
+  for (int64_t k = lane; k < size; k += 32) {
+    const double magnitude = fabs(static_cast<double>(element(k)));
+    if (magnitude > largest) largest = magnitude;  // not NaN, of which lanes would find different maxima
+  }
   largest = warp_max(largest);
   if (!(largest > 0 && largest < INFINITY)) return {sqrt(squares), 1};
   int exponent;

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The ranking loss and its gradients, with positives and negatives by labels or mined.
 //
-// With q_i = ‖x_i‖², d² = q_i + q_j − 2 x_i·x_j. Where that is small against q_i + q_j it has lost its digits, and the distance is taken
-// from the differences of the rows as they were given: equal rows are at distance 0, exactly. Rows of float32 and float64 are packed less
+// With q_i = ‖x_i‖², d² = q_i + q_j − 2 x_i·x_j. Where that is small against q_i + q_j it has lost its digits, and where the squares have
+// left the range it never had them: there the distance is taken from the differences of the rows as they were given, in double. Equal rows
+// are at distance 0, exactly. Rows of float32 and float64 are packed less
 // their center, so that such pairs are few.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "gradient.cuh"
@@ -36,6 +38,8 @@ struct RankingInput {
   Real negative_bound;  // a little over the squared margin: no negative further apart counts
   // mined
   PackedRows<Storage> basis;
+  const Storage* basis_rows;  // [n, k]
+  int64_t basis_dim;          // k
   const Real* thresholds;
 };
 
@@ -88,15 +92,54 @@ __device__ Kinds kinds_by_label(const RankingInput<Storage>& in, const WarpTile&
   return {same & pairs, ~same & pairs};
 }
 
-// From the products of the basis.
+// Takes the pairs of each lane's bits again, by whole warps, as exact(i, j): pair number k of a lane at scratch[k·32 + lane].
+template <class Engine, class Exact>
+__device__ void retake(const WarpTile& tile, uint32_t bits, typename Engine::Real* scratch, Exact exact) {
+  using Products = typename Engine::Products;
+  const int lane = threadIdx.x % 32;
+  for (unsigned lanes = __ballot_sync(kAllLanes, bits != 0); lanes != 0; lanes &= lanes - 1) {
+    const int owner = __ffs(lanes) - 1;
+    for (uint32_t left = __shfl_sync(kAllLanes, bits, owner); left != 0; left &= left - 1) {
+      const int pair = __ffs(left) - 1;
+      const typename Engine::Real value = exact(tile.row + Products::row(owner, pair / Products::kColumns),
+                                                tile.column + Products::column(owner, pair % Products::kColumns));
+      if (lane == owner) scratch[pair * 32 + lane] = value;
+    }
+  }
+}
+
+// r_i·r_j/√(|r_i|²|r_j|²) in double, by a warp: exact where it is 0 or ±1 and the rows are whole numbers.
+template <class Storage>
+__device__ Compute<Storage> exact_cosine(const RankingInput<Storage>& in, int64_t i, int64_t j) {
+  if (in.basis.scales[i] == 0 || in.basis.scales[j] == 0) return 0;
+  const auto scale_of = [&](int64_t row) -> double {  // a power of two that brings a row of doubles to about unit length
+    if constexpr (sizeof(Storage) < 8) return 1;      // double holds the squares of the others
+    return std::bit_cast<double>(std::bit_cast<uint64_t>(double{in.basis.scales[row]}) & uint64_t{0x7ff} << 52);
+  };
+  const double row_scale = scale_of(i), column_scale = scale_of(j);
+  double product = 0, row_squares = 0, column_squares = 0;
+  for (int64_t c = threadIdx.x % 32; c < in.basis_dim; c += 32) {
+    const double a = to_real(in.basis_rows[i * in.basis_dim + c]) * row_scale,
+                 b = to_real(in.basis_rows[j * in.basis_dim + c]) * column_scale;
+    product += a * b;
+    row_squares += a * a;
+    column_squares += b * b;
+  }
+  return static_cast<Compute<Storage>>(warp_sum(product) / sqrt(warp_sum(row_squares) * warp_sum(column_squares)));
+}
+
+// From the products of the basis. Cosines that are as near to a threshold as they may be wrong are taken again. Called by whole warps;
+// `scratch` has kWarpSide² elements, the warp's own.
 template <class Engine, class Storage>
-__device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile& tile, uint32_t pairs,
+__device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile& tile, uint32_t pairs, typename Engine::Real* scratch,
                                  typename Engine::Products& products) {
   using Products = typename Engine::Products;
   using Real = Compute<Storage>;
   const int lane = threadIdx.x % 32;
   const Real positive_threshold = in.thresholds[0], negative_threshold = in.thresholds[1];
+  const Real error = static_cast<Real>(in.basis_dim + 8) * (sizeof(Real) == 4 ? Real(6e-8) : Real(1.2e-16));
   Kinds kinds;
+  uint32_t unsure = 0;
 #pragma unroll
   for (int c = 0; c < Products::kColumns; ++c) {
     const Real column_scale = in.basis.scales[tile.column + Products::column(lane, c)];
@@ -107,8 +150,17 @@ __device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile
       const uint32_t bit = 1u << (r * Products::kColumns + c);
       if (cosine >= positive_threshold) kinds.positive |= bit;
       if (cosine <= negative_threshold) kinds.negative |= bit;
+      if (fabs(cosine - positive_threshold) <= error || fabs(cosine - negative_threshold) <= error) unsure |= bit;
     }
   }
+  unsure &= pairs;
+  retake<Engine>(tile, unsure, scratch, [&](int64_t i, int64_t j) { return exact_cosine(in, i, j); });
+  for_each_pair<Products>([&](int r, int c, uint32_t bit) {
+    if (!(unsure & bit)) return;
+    const Real cosine = scratch[(r * Products::kColumns + c) * 32 + lane];
+    kinds.positive = cosine >= positive_threshold ? kinds.positive | bit : kinds.positive & ~bit;
+    kinds.negative = cosine <= negative_threshold ? kinds.negative | bit : kinds.negative & ~bit;
+  });
   return {kinds.positive & pairs, kinds.negative & pairs};
 }
 
@@ -119,7 +171,8 @@ __device__ Kinds products_and_kinds(const RankingInput<Storage>& in, const WarpT
   Kinds kinds;
   if constexpr (kMined) {
     multiply_pairs<Engine>(products, in.basis, block_row, in.basis, block_column, ring);
-    if (inside) kinds = kinds_by_cosine<Engine>(in, tile, existing_pairs<Engine>(in, tile, upper), products);
+    auto* scratch = reinterpret_cast<typename Engine::Real*>(ring) + threadIdx.x / 32 * kWarpSide * kWarpSide;
+    if (inside) kinds = kinds_by_cosine<Engine>(in, tile, existing_pairs<Engine>(in, tile, upper), scratch, products);
     products = {};
   }
   multiply_pairs<Engine>(products, in.rows.packed, block_row, in.columns.packed, block_column, ring);
@@ -135,14 +188,16 @@ __device__ Compute<Storage> difference(const RankingInput<Storage>& in, int64_t 
 
 // By a warp.
 template <class Storage>
-__device__ Compute<Storage> squared_distance(const RankingInput<Storage>& in, int64_t i, int64_t j) {
-  Compute<Storage> sum = 0;
-  for (int64_t c = threadIdx.x % 32; c < in.dim; c += 32) {
-    const Compute<Storage> x = difference(in, i, j, c);
-    sum += x * x;
-  }
-  return warp_sum(sum);
+__device__ Compute<Storage> exact_distance(const RankingInput<Storage>& in, int64_t i, int64_t j) {
+  const ScaledNorm length = warp_norm(in.dim, [&](int64_t c) { return difference(in, i, j, c); });
+  return static_cast<Compute<Storage>>(length.norm / length.scale);
 }
+
+// Where q_i + q_j has all its digits, and d² will not be too large.
+template <class Real>
+inline constexpr Real kLeastSquares = sizeof(Real) == 4 ? Real(1e-34) : Real(1e-290);
+template <class Real>
+inline constexpr Real kMostSquares = sizeof(Real) == 4 ? Real(1e37) : Real(1e300);
 
 // Parts of q_i + q_j. Squared distances of less than the first have lost their digits; none is wrong by more than the second, which is the
 // bound of d roundings of float32 for d = 4096.
@@ -151,15 +206,21 @@ inline constexpr Real kClosePart = Real(1) / 32;
 template <class Real>
 inline constexpr Real kErrorPart = Real(1) / 4096;
 
-// Products become squared distances, of the pairs that have a kind; which of them are close. Negatives beyond the margin whatever the error
-// are left as they are. NaN is close to everything. `scratch` has kWarpSide² elements, the warp's own.
+// Pairs of a thread, as in Kinds.
+struct Distances {
+  uint32_t near = 0;   // may be within the negatives' margin
+  uint32_t close = 0;  // taken from the differences of the rows
+};
+
+// Products become distances, of the positives and of the negatives that are near; the others are left as they are. NaN is near and close.
+// `scratch` has kWarpSide² elements, the warp's own.
 template <class Engine, class Storage = typename Engine::Storage>
-__device__ uint32_t take_distances(const RankingInput<Storage>& in, const WarpTile& tile, const Kinds& kinds,
-                                   typename Engine::Real* scratch, typename Engine::Products& products) {
+__device__ Distances take_distances(const RankingInput<Storage>& in, const WarpTile& tile, const Kinds& kinds,
+                                    typename Engine::Real* scratch, typename Engine::Products& products) {
   using Products = typename Engine::Products;
   using Real = typename Engine::Real;
   const int lane = threadIdx.x % 32;
-  uint32_t close = 0, near = 0;
+  Distances out;
 #pragma unroll
   for (int c = 0; c < Products::kColumns; ++c) {
     const Real column_norm = in.columns.packed.scales[tile.column + Products::column(lane, c)];
@@ -167,27 +228,19 @@ __device__ uint32_t take_distances(const RankingInput<Storage>& in, const WarpTi
     for (int r = 0; r < Products::kRows; ++r) {
       const Real both = in.rows.packed.scales[tile.row + Products::row(lane, r)] + column_norm;
       const Real squared = both - 2 * products.at(r, c);
-      products.at(r, c) = squared;
+      products.at(r, c) = sqrt(squared);
       const uint32_t bit = 1u << (r * Products::kColumns + c);
-      if (!(squared >= both * kClosePart<Real>)) close |= bit;
-      if (!(squared > in.negative_bound + both * kErrorPart<Real>)) near |= bit;
+      if (!(squared >= both * kClosePart<Real> && both >= kLeastSquares<Real> && both <= kMostSquares<Real>)) out.close |= bit;
+      if (!(squared > in.negative_bound + both * kErrorPart<Real>)) out.near |= bit;
     }
   }
-  close &= kinds.positive | (kinds.negative & near);
-  for (unsigned lanes = __ballot_sync(kAllLanes, close != 0); lanes != 0; lanes &= lanes - 1) {
-    const int owner = __ffs(lanes) - 1;
-    for (uint32_t left = __shfl_sync(kAllLanes, close, owner); left != 0; left &= left - 1) {
-      const int pair = __ffs(left) - 1;
-      const Real squared = squared_distance(in, tile.row + Products::row(owner, pair / Products::kColumns),
-                                            tile.column + Products::column(owner, pair % Products::kColumns));
-      if (lane == owner) scratch[pair * 32 + lane] = squared;
-    }
-  }
-  if (close != 0)
+  out.close &= kinds.positive | (kinds.negative & out.near);
+  retake<Engine>(tile, out.close, scratch, [&](int64_t i, int64_t j) { return exact_distance(in, i, j); });
+  if (out.close != 0)
     for_each_pair<Products>([&](int r, int c, uint32_t bit) {
-      if (close & bit) products.at(r, c) = scratch[(r * Products::kColumns + c) * 32 + lane];
+      if (out.close & bit) products.at(r, c) = scratch[(r * Products::kColumns + c) * 32 + lane];
     });
-  return close;
+  return out;
 }
 
 // ---- the loss
@@ -222,7 +275,7 @@ class LossTile {
       counts_[1] += __popc(kinds.negative);
     }
     if (!__any_sync(kAllLanes, kinds.positive != 0 || near(tile, kinds, products))) return false;
-    take_distances<Engine>(in_, tile, kinds, scratch, products);
+    const Distances found = take_distances<Engine>(in_, tile, kinds, scratch, products);
     Real sums[2] = {};
     int counts[2] = {};
     bool active = false;
@@ -233,10 +286,22 @@ class LossTile {
       active = true;
     };
     for_each_pair<Products>([&](int r, int c, uint32_t bit) {
-      const Real squared = products.at(r, c);
-      if (kinds.positive & bit) count(0, sqrt(squared) - in_.positive_margin);
-      if ((kinds.negative & bit) && !(squared > in_.negative_bound)) count(1, in_.negative_margin - sqrt(squared));
+      const Real distance = products.at(r, c);
+      if (kinds.positive & bit) count(0, distance - in_.positive_margin);
+      if (kinds.negative & found.near & bit) count(1, in_.negative_margin - distance);
     });
+    if (!(sums[0] + sums[1] < INFINITY)) {  // too large a sum for Real, or NaN: once more in double
+      double wide[2] = {};
+      for_each_pair<Products>([&](int r, int c, uint32_t bit) {
+        const Real over = products.at(r, c) - in_.positive_margin, under = in_.negative_margin - products.at(r, c);
+        if ((kinds.positive & bit) && !(over <= 0)) wide[0] += over;
+        if ((kinds.negative & found.near & bit) && !(under <= 0)) wide[1] += under;
+      });
+      for (int kind = 0; kind < 2; ++kind) {
+        sums_[kind] += wide[kind];
+        sums[kind] = 0;
+      }
+    }
 #pragma unroll
     for (int kind = 0; kind < 2; ++kind) {
       sums_[kind] += sums[kind];
@@ -280,8 +345,12 @@ class LossTile {
   int64_t counts_[2] = {};
 };
 
+// Blocks of a multiprocessor: as many as leave registers enough. Mined, a few more are needed.
+template <class Real, bool kMined>
+inline constexpr int kSweepBlocks = (sizeof(Real) == 8 ? 3 : 4) - kMined;
+
 template <class Engine, bool kMined, class Storage = typename Engine::Storage>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kSweepBlocks<typename Engine::Real, kMined>)
     sweep_loss(const __grid_constant__ RankingInput<Storage> in, const __grid_constant__ LossOutput<Storage> out, int64_t tiles) {
   Storage* ring = reinterpret_cast<Storage*>(dynamic_shared());
   typename Engine::Real* scratch = reinterpret_cast<typename Engine::Real*>(ring) + threadIdx.x / 32 * kWarpSide * kWarpSide;
@@ -358,24 +427,24 @@ struct RankingWeights {
       return false;
     }
     const int lane = threadIdx.x % 32;
-    const uint32_t closest = take_distances<Engine>(in, tile, kinds, close, products);
+    const Distances found = take_distances<Engine>(in, tile, kinds, close, products);
     const Real positive_weight = weights[0], negative_weight = weights[1];
     for_each_pair<Products>([&](int r, int c, uint32_t bit) {
-      const Real squared = products.at(r, c);
+      const Real distance = products.at(r, c);
+      const bool negative = kinds.negative & found.near & bit;
       Real k = 0;
-      if ((kinds.positive & bit) || ((kinds.negative & bit) && !(squared > in.negative_bound))) {
-        const Real distance = sqrt(squared);
+      if ((kinds.positive & bit) || negative) {
         Real weight = 0;
         if ((kinds.positive & bit) && !(distance - in.positive_margin <= 0)) weight += positive_weight;
-        if ((kinds.negative & bit) && !(in.negative_margin - distance <= 0)) weight -= negative_weight;
+        if (negative && !(in.negative_margin - distance <= 0)) weight -= negative_weight;
         if (!(distance == 0)) k = weight / distance;
       }
       products.at(r, c) = k;
     });
-    if (!__any_sync(kAllLanes, closest != 0)) return false;
+    if (!__any_sync(kAllLanes, found.close != 0)) return false;
     __syncwarp();
     for_each_pair<Products>([&](int r, int c, uint32_t bit) {
-      const bool is_close = closest & bit;
+      const bool is_close = found.close & bit;
       close[Products::row(lane, r) * kWarpSide + Products::column(lane, c)] = is_close ? products.at(r, c) : Real(0);
       if (is_close) products.at(r, c) = 0;
     });
@@ -479,6 +548,8 @@ const char* prepare(const RankingPairs<Storage>& pairs, const RankingLabels& lab
             launch_pack_normalized<Storage>(PackInput<Storage>{basis.features, nullptr, nullptr, basis.dim}, scratch.basis, stream))
       return error;
     in.basis = scratch.basis;
+    in.basis_rows = basis.features;
+    in.basis_dim = basis.dim;
     in.thresholds = basis.thresholds;
   }
   in.dim = pairs.dim;

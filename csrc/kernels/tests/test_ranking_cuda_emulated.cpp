@@ -443,6 +443,54 @@ void test_not_finite(const Setup& setup) {
   }
 }
 
+// Rows and margins times a power of two whose square leaves the range: the loss is as many times as large, the gradients are the same.
+template <class Storage>
+void test_scales(const Setup& setup) {
+  using Real = Compute<Storage>;
+  const Shape shape{70, -1, 9, 7};
+  Guarded<Real> grad(1);
+  grad[0] = 1;
+  std::mt19937 random(5);
+  const Problem<Storage> plain(shape, random);
+  const Output<Storage> expected(plain);
+  expected.run(plain, Reduction::mean_nonzero, grad);
+  const Values gradients(expected.rows.data(), expected.rows.data() + expected.rows.size());
+  for (const int exponent : sizeof(Real) == 4 ? std::vector<int>{-90, 90, 120} : std::vector<int>{-900, 600, 1000}) {
+    context = std::string(setup.name) + " scale 2^" + std::to_string(exponent);
+    std::mt19937 again(5);
+    Shape scaled = shape;
+    scaled.negative_margin = std::ldexp(shape.negative_margin, exponent);
+    const Problem<Storage> problem(scaled, again);
+    for (size_t k = 0; k < problem.rows.size(); ++k)
+      problem.rows[k] = cuda::from_real<Storage>(static_cast<Real>(std::ldexp(cuda::to_real(plain.rows[k]), exponent)));
+    const Output<Storage> out(problem);
+    out.run(problem, Reduction::mean_nonzero, grad);
+    const double loss = std::ldexp(double{out.loss[0]}, -exponent);
+    check(std::fabs(loss - expected.loss[0]) <= 2 * setup.loss * expected.loss[0], "loss", loss / expected.loss[0]);
+    compare(out.rows, gradients, 2 * setup.gradients, "gradients");
+  }
+}
+
+// A cosine of 0 is 0 exactly, and so at least and at most a threshold of 0.
+template <class Storage>
+void test_whole_numbers(const Setup& setup) {
+  using Real = Compute<Storage>;
+  context = std::string(setup.name) + " whole numbers";
+  std::mt19937 random(7);
+  Shape shape{70, -1, 9, 7};
+  shape.basis_dim = 5;
+  shape.positive_threshold = shape.negative_threshold = 0;
+  const Problem<Storage> problem(shape, random);
+  for (size_t k = 0; k < problem.basis.size(); ++k)
+    problem.basis[k] = cuda::from_real<Storage>(static_cast<Real>(static_cast<int>(random() % 5) - 2));
+  const Reference<Storage> reference(problem);
+  Guarded<Real> grad(1);
+  grad[0] = 1;
+  const Output<Storage> out(problem);
+  out.run(problem, Reduction::mean, grad);
+  for (int kind = 0; kind < 2; ++kind) check(out.weights[kind] == static_cast<Real>(reference.weight(Reduction::mean, kind)), "pairs");
+}
+
 // ---- moments
 
 template <class Storage>
@@ -555,6 +603,8 @@ template <class Storage>
 void test_all(const Setup& setup) {
   test_losses<Storage>(setup);
   test_not_finite<Storage>(setup);
+  test_whole_numbers<Storage>(setup);
+  if constexpr (!std::is_same_v<Storage, float16>) test_scales<Storage>(setup);
   test_all_moments<Storage>(setup);
 }
 
