@@ -33,7 +33,7 @@ std::atomic<Isa>& chosen() {
 }  // namespace
 
 Isa best_isa() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SSM_BASELINE_ONLY)
   static const Isa best = [] {
     __builtin_cpu_init();
 #if defined(SSM_AVX512_LANES)

@@ -15,7 +15,7 @@ const char* isa_name(Isa isa);
 }  // namespace ssmkernels
 
 // SSM_PER_ISA(signature;) declares a kernel in each of those namespaces; SSM_CALL_ISA(name, args...) calls the one in use.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SSM_BASELINE_ONLY)
 #define SSM_PER_ISA(...)           \
   namespace ssmkernels::baseline { \
   __VA_ARGS__                      \
