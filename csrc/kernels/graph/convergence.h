@@ -60,11 +60,13 @@ class PowerOf2 {
 
 // A row is balanced where its residual is at most this share of its terms, |u_i x_i| + Σ_j |A_ij (x_i − x_j)| + |b_i| …
 inline constexpr double kBalanced = 0.1;
-// … or this share of A_ii |x_i|: what x_i itself resolves, in double precision and with room to spare.
+// … or what double precision resolves: this share of A_ii |x_i|, with room to spare, …
 inline constexpr double kResolved = 1e-12;
+// … and this share of A_ii ‖x‖_∞: where the solution is 0 there is nothing to balance but the rounding of the rest.
+inline constexpr double kRounding = 2e-15;
 
-SSM_HOST_DEVICE inline double imbalance(double residual, double terms, double diagonal_term) {
-  const double excess = magnitude(residual) - kResolved * magnitude(diagonal_term);
+SSM_HOST_DEVICE inline double imbalance(double residual, double terms, double diagonal, double x, double largest) {
+  const double excess = magnitude(residual) - diagonal * (kResolved * magnitude(x) + kRounding * largest);
   return excess > 0 ? excess / terms : 0;
 }
 

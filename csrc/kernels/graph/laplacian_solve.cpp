@@ -339,6 +339,9 @@ class Block {
 
   // q = b − A x in double precision, and what it says of the columns.
   void measure() {
+    const Totals size = reduce_rows([&](int64_t i, Totals& of) {
+      for (int c = 0; c < kColumns; ++c) of.most[0][c] = largest_or_nan(of.most[0][c], magnitude(x_[i * kColumns + c]));
+    });
     const Totals totals = reduce_rows([&](int64_t i, Totals& of) {
       const double *x = x_ + i * kColumns, excess = matrix_.excess.data()[i], diagonal = matrix_.diagonal.data()[i];
       const double inverse = matrix_.inverse.data()[i], step = matrix_.step.data()[i];
@@ -360,7 +363,8 @@ class Block {
         q_[i * kColumns + c] = static_cast<Real>(r);
         of.sum[0][c] += r * step * r;
         of.sum[1][c] += z * z;
-        if (inverse > 0) of.most[0][c] = largest_or_nan(of.most[0][c], imbalance(r, terms[c] + magnitude(b), diagonal * x[c]));
+        if (inverse > 0)
+          of.most[0][c] = largest_or_nan(of.most[0][c], imbalance(r, terms[c] + magnitude(b), diagonal, x[c], size.most[0][c]));
       }
       for (int c = count_; c < kColumns; ++c) q_[i * kColumns + c] = 0;
     });

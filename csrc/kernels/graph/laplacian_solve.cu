@@ -98,8 +98,7 @@ class Solver {
   __device__ void run() {
     scale_matrix();
     find_rows();
-    const int64_t stride = plan_.teams * plan_.pitch();
-    for (first_ = team_ * plan_.pitch(); first_ < in_.columns; first_ += stride) {
+    for (first_ = team_ * plan_.pitch(); first_ < in_.columns; first_ += plan_.teams * plan_.pitch()) {
       start();
       measure(in_.initial != nullptr);
       while (any_active()) {
@@ -406,7 +405,13 @@ class Solver {
 
   // q = b − A x in double precision, what it says of the columns, and how many go on.
   __device__ __noinline__ void measure(bool has_solution) {
-    Columns along{}, squares{}, worst{};
+    Columns along{}, squares{}, worst{}, size{};
+    for_rows([&](int64_t, int64_t at) {
+      const Doubles x = load<kWidth>(x_ + at);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) size.v[k] = max(size.v[k], static_cast<Real>(fabs(x.v[k])));
+    });
+    reduce<true>(size, Columns{}, [](Column<Real>& column, double largest, double) { column.first = largest; });
     for (int64_t i = rows_.begin; i < rows_.end; ++i) {
       Doubles product{}, terms{};
       if (has_solution) flows(i, product, terms);
@@ -422,7 +427,9 @@ class Solver {
         q.v[k] = static_cast<Real>(r);
         along.v[k] += static_cast<Real>(r * step * r);
         squares.v[k] += static_cast<Real>(z * z);
-        if (inverse > 0) worst.v[k] = max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i] * x.v[k])));
+        if (inverse > 0)
+          worst.v[k] =
+              max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i], x.v[k], columns_[at_ + k].first)));
       }
       store(q_ + at, q);
     }

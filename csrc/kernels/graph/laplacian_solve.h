@@ -11,8 +11,8 @@
 // A column is solved when both hold, which scaling of A, of b, or of rows of A x = b against each other leaves as they are:
 //   1. ‖D⁻¹ r‖ <= rtol ‖D⁻¹ b‖, the preconditioned residual: every row counts alike, however small its weights;
 //   2. every row is balanced: |r_i| is at most a tenth of its terms |u_i x_i| + Σ_j |v_ij (x_i − x_j)| + |b_i|, the componentwise backward
-//      error (Oettli and Prager, 1964) for u, v and b, or 1e-12 A_ii |x_i|. So the solution has passed every edge, also one that ties a
-//      part of the graph to the rest by 1e-9 of its weights, which no norm sees.
+//      error (Oettli and Prager, 1964) for u, v and b, or 1e-12 A_ii |x_i| + 2e-15 A_ii ‖x‖_∞. So the solution has passed every edge, also
+//      one that ties a part of the graph to the rest by 1e-9 of its weights, which no norm sees.
 // Then it does not change any more. Otherwise it ends at max_iter, where p·A p <= 0 (A is not positive definite on what CG has seen), or
 // where rounding lets the residual fall no further. A row with A_ii = 0 (an isolated node without diagonal) keeps its initial value; a
 // diagonal below 0 ends every column at once. Nothing is ever 0/0: a column that starts solved takes 0 iterations, and where b = 0 the

@@ -503,6 +503,16 @@ void test_no_iterations() {
   expect("b = 0: solution", all_zero(system.column(ours.solution, 3)));
   expect("b = 0: counts", ours.iterations[3] == 0 && ours.residual[3] == 0 && ours.iterations[2] > 0);
 
+  // Where the solution is 0 and the start is not, nothing is left to balance but rounding.
+  System<Real> zero(make_ring<Real>(40, random), 1, random);
+  zero.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+    if (i / 20 != j / 20) zero.graph.weight[e] = zero.graph.dissimilarity[e] = 0;
+  });
+  zero.initial = normal_values<Real>(40, 1, random);
+  for (int64_t i = 0; i < 20; ++i) zero.rhs[i] = 0;
+  const Solution<Real> vanished = solve(zero);
+  expect("solution 0 in a component", vanished.residual[0] <= zero.rtol && vanished.iterations[0] <= 120);
+
   // The exact start, of small integers, with weights that are integers too.
   system.jacobi = false;
   for (auto* values : {&system.graph.weight, &system.graph.dissimilarity, &system.diagonal, &system.initial})
