@@ -11,14 +11,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The rooms above the ops need more than torch. Where that is missing (`make gpu` with torch alone) they are left out, and it is said.
+# What stands above the ops needs more than torch. Where that is missing (`make gpu` with torch alone) it is left out, and
+# the header says so.
 TRAIN_PACKAGES = ("jsonargparse", "lightning_fabric", "PIL", "sklearn", "torchvision", "tqdm", "yaml")
 missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
 collect_ignore = ["data", "experiments", "models", "trainers"] if missing else []
 
 
 def pytest_report_header() -> list[str]:
-    return [f"left out for want of {', '.join(missing)}: {', '.join(collect_ignore)} (pip install 'ssmkernels[train]')"] if missing else []
+    if not missing:
+        return []
+    return [f"left out without {', '.join(missing)}: {', '.join(collect_ignore)} (pip install 'ssmkernels[train]')"]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
