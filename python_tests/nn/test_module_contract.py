@@ -250,6 +250,46 @@ def test_functional_gradients_are_those_of_autograd(case):
     assert_same((*of_leaves.values(), *of_parameters.values()), expected)
 
 
+def shifted_gradients(case: Case, step: float, *, create_graph: bool = False) -> tuple[list[Tensor], Tensors]:
+    """Leaves in float64, moved by so many steps in a fixed direction, and the gradients there of a module that is new each time."""
+    draw = torch.Generator().manual_seed(3)
+    inputs = case.inputs(dtype=torch.float64)
+    for name in case.leaves:
+        direction = torch.randn(inputs[name].shape, generator=draw, dtype=torch.float64)
+        inputs[name] = inputs[name] + step * direction
+    leaves = with_leaves(case, inputs)
+    outputs = case.run(case.make().double(), inputs)
+    return leaves, gradients_of(outputs, leaves, create_graph=create_graph)
+
+
+@cases("without_gradient")
+def test_second_derivatives_are_right_or_raise(case):
+    """In one direction, against central differences of the gradient, whose error is a multiple of the square of the step."""
+    leaves, gradients = shifted_gradients(case, 0.0, create_graph=True)
+    draw = torch.Generator().manual_seed(3)
+    directions = [torch.randn(leaf.shape, generator=draw, dtype=torch.float64) for leaf in leaves]
+    along = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+    if case.is_once_differentiable:
+        with pytest.raises(NotImplementedError, match="is not differentiable"):
+            torch.autograd.grad(along, leaves)
+        return
+    products = torch.autograd.grad(along, leaves, allow_unused=True, materialize_grads=True)
+    step = 1e-5
+    (_, ahead), (_, behind) = shifted_gradients(case, step), shifted_gradients(case, -step)
+    for product, after, before in zip(products, ahead, behind, strict=True):
+        torch.testing.assert_close(product, (after - before) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+@cases("accumulates")
+def test_vmap_is_a_loop(case):
+    module = case.make()
+    batches = [case.inputs(seed=seed) for seed in range(3)]
+    stacked = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
+    outputs = torch.func.vmap(lambda inputs: case.run(module, inputs))(stacked)
+    expected = [case.run(module, batch) for batch in batches]
+    assert_same(outputs, tuple(torch.stack(each) for each in zip(*expected, strict=True)))
+
+
 @cases("accumulates")
 def test_checkpointing_changes_nothing(case):
     module, inputs = case.make(), case.inputs()
