@@ -163,7 +163,10 @@ def test_nan_in_nan_out(case, device):
             if device == "cpu" and refuses(case, inputs, name):
                 continue
             found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
-            for result, expected in case.evaluate(reference, double(inputs), grads).items():
+            exact = case.evaluate(reference, double(inputs), grads)
+            if not any(exact[result].isnan().any() for result in case.outputs):  # such as a row whose label is ignored
+                exact = {result: exact[result] for result in case.outputs}
+            for result, expected in exact.items():
                 values, where = found[result].cpu(), f"{result}, of a NaN in {name}"
                 assert values[expected.isnan()].isnan().all(), where
                 if result not in case.outputs:
