@@ -154,6 +154,8 @@ def refuses(case, inputs, name):
 def test_nan_in_nan_out(case, device):
     """What depends on a NaN is NaN, what does not is untouched; or the argument is refused by its name."""
     whole = case.draw(case.sizes[3], torch.float32)
+    if "ignore_index" in case.numbers:
+        whole["ignore_index"] = -7  # plain PyTorch gives NaN gradients to ignored pairs too, which nothing depends on
     grads = case.grads(whole)
     for name in case.floating(whole):
         for place in (0, whole[name].numel() // 2):
@@ -163,10 +165,7 @@ def test_nan_in_nan_out(case, device):
             if device == "cpu" and refuses(case, inputs, name):
                 continue
             found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
-            exact = case.evaluate(reference, double(inputs), grads)
-            if not any(exact[result].isnan().any() for result in case.outputs):  # such as a row whose label is ignored
-                exact = {result: exact[result] for result in case.outputs}
-            for result, expected in exact.items():
+            for result, expected in case.evaluate(reference, double(inputs), grads).items():
                 values, where = found[result].cpu(), f"{result}, of a NaN in {name}"
                 assert values[expected.isnan()].isnan().all(), where
                 if result not in case.outputs:
