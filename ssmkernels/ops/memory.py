@@ -407,7 +407,7 @@ def _instance_matching_backward(ctx: Any, grad_probs: Tensor, grad_loss: Tensor,
     query_strong, gradient = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
         return (None,) * 10
-    if len(gradient) != len(query_strong):
+    if gradient.shape[0] != query_strong.shape[0]:
         raise RuntimeError("instance_matching was called with with_gradient=False, so that it has no gradient")
     gradient = autograd.gradient_of("instance_matching", gradient, query_strong)
     return (None, check.cast(grad_loss.unsqueeze(1) * gradient, query_strong.dtype), *[None] * 8)
@@ -432,8 +432,9 @@ def _save_aggregate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _aggregate_backward_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    grads = second_order.aggregate(v, *ctx.saved_tensors, ctx.temperature)
-    return grads[0], check.cast(grads[1], ctx.saved_tensors[1].dtype), *[None] * 6
+    grad_aggregated, query, bank, bank_labels = ctx.saved_tensors
+    grads = second_order.aggregate(v, grad_aggregated, query, bank, bank_labels, ctx.temperature)
+    return grads[0], check.cast(grads[1], query.dtype), *[None] * 6
 
 
 def _register() -> None:

@@ -296,7 +296,8 @@ def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 
 def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-    gradients, network = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # once: under activation checkpointing each is unpacked once
+    gradients, network = saved[:6], saved[6:]
     if gradients[0].shape != network[0].shape:
         raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
     gradients = [autograd.gradient_of("pair_focal_loss", each, *network) for each in gradients]

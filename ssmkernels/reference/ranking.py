@@ -34,7 +34,8 @@ def _in_range(rows: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return rows
     exponents = torch.frexp(rows.detach().abs().amax(dim=1, keepdim=True)).exponent
-    return torch.where(exponents > 0, torch.ldexp(rows, -exponents), rows)
+    scale = torch.ldexp(torch.ones_like(exponents, dtype=rows.dtype), -exponents)  # torch 2.11 differentiates ldexp wrongly
+    return torch.where(exponents > 0, rows * scale, rows)
 
 
 def _cosines(rows: Tensor) -> Tensor:
