@@ -85,7 +85,7 @@ def test_dtypes_and_arrays(dtype):
         torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scalar", [np.int64, np.uint8, torch.tensor], ids=str)
+@pytest.mark.parametrize("scalar", [np.int64, np.uint8, torch.tensor], ids=lambda scalar: scalar.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numpy_scalars(scalar, backend):
     features = features_of(50, 8)
