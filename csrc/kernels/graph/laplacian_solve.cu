@@ -101,10 +101,7 @@ class Solver {
     for (first_ = team_ * plan_.pitch(); first_ < in_.columns; first_ += plan_.teams * plan_.pitch()) {
       start();
       measure(in_.initial != nullptr);
-      while (any_active()) {
-        for (resumes_ = true; any_active(); resumes_ = false) iterate();
-        measure(true);
-      }
+      while (any_active()) converge();
       finish();
     }
   }
@@ -447,6 +444,12 @@ class Solver {
   __device__ static void set_direction(Column<Real>& column) {
     column.fresh = column.state.is_active() ? Real(1) : Real(0);
     column.beta = column.state.is_active() ? static_cast<Real>(column.state.beta()) : Real(1);
+  }
+
+  // Iterates until no column goes on by the recurrence, and looks at the residuals.
+  __device__ __noinline__ void converge() {
+    for (resumes_ = true; any_active(); resumes_ = false) iterate();
+    measure(true);
   }
 
   __device__ __noinline__ void iterate() {
