@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 does not trace it
+def _has_autocast(device: str) -> bool:
+    return is_autocast_available(device)
+
+
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     """Autocast off on the device of ``like``; devices that have none, as meta, are left as they are."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext()
 
 
 class RunningStatistics(nn.Module):
