@@ -164,10 +164,10 @@ def similarity_moments(v: Tensor, grad: Tensor, features: Tensor, labels: Tensor
     count = count.clamp_min(1)
     mean, change = total / count, change / count
     weights, slopes = grad[0::2] / count, 2 * grad[1::2] / count
-    spread_change, sums = grad.new_zeros(2), []
+    spread_change, sums, zero = grad.new_zeros(2), [], grad.new_zeros(())
     for tile, masks, cosines, changes in parts():
-        pull = sum(mask * (weights[k] + slopes[k] * (cosines - mean[k])) for k, mask in enumerate(masks))
-        pull_change = sum(mask * slopes[k] * (changes - change[k]) for k, mask in enumerate(masks))
+        pull = sum((mask * (weights[k] + slopes[k] * (cosines - mean[k])) for k, mask in enumerate(masks)), zero)
+        pull_change = sum((mask * slopes[k] * (changes - change[k]) for k, mask in enumerate(masks)), zero)
         products = [(mask * (cosines - mean[k]) * changes).sum() for k, mask in enumerate(masks)]
         spread_change = spread_change + 2 * torch.stack(products) / count
         sums.append((2 * pull @ unit, 2 * (pull_change @ unit + pull @ turn), tile))
@@ -215,7 +215,8 @@ def _pair_tiles(
             place = torch.arange(tile.start, tile.stop, device=device)
             yield tile, place // columns, place % columns
         else:
-            yield tile, *pairs[tile].unbind(dim=1)
+            rows_of_x, rows_of_y = pairs[tile].unbind(dim=1)
+            yield tile, rows_of_x, rows_of_y
 
 
 def _concat_logits(

@@ -353,8 +353,9 @@ def _laplacian_solve_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Ten
     crow, col, grad_rhs, solution = ctx.saved_tensors
     sizes = (len(col), len(col), len(grad_rhs))
     given = zip(v, sizes, strict=True)
-    cotangents = (grad_rhs.new_zeros(size) if one is None else one for one, size in given)
-    return None, None, *second_order.laplacian_solve(*cotangents, crow, col, grad_rhs, solution)
+    weight, dissimilarity, diagonal = (grad_rhs.new_zeros(size) if one is None else one for one, size in given)
+    grads = second_order.laplacian_solve(weight, dissimilarity, diagonal, crow, col, grad_rhs, solution)
+    return None, None, *grads
 
 
 def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

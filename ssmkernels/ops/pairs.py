@@ -297,14 +297,14 @@ def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: under activation checkpointing each is unpacked once
-    gradients, network = saved[:6], saved[6:]
+    gradients, network = list(saved[:6]), saved[6:]
     if gradients[0].shape != network[0].shape:
         raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
     gradients = [autograd.gradient_of("pair_focal_loss", each, *network) for each in gradients]
     if torch._C._are_functorch_transforms_active():  # vmap has no rule for _foreach_mul, which is quicker
         scaled = [each * grad_loss for each in gradients]
     else:
-        scaled = torch._foreach_mul(gradients, grad_loss)
+        scaled = list(torch._foreach_mul(gradients, grad_loss))
     return _spread(tuple(scaled), network[0].dtype, 2, 7)
 
 
