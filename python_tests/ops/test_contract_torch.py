@@ -10,7 +10,8 @@ import pytest
 import torch
 from cases import CASES, Case, double, to
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +21,6 @@ from ssmkernels.ops import _autograd as autograd
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 DIFFERENTIABLE = pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
-NOT_RANKING = [case for case in CASES.values() if not case.name.endswith("ranking_loss")]
 # An op that writes its arguments has no result to map or to differentiate.
 FUNCTIONAL = pytest.mark.parametrize("case", [case for case in CASES.values() if not case.name.endswith("_")], ids=lambda case: case.name)
 
@@ -103,7 +103,7 @@ def batch_of(case: Case, inputs, size):
     return changed
 
 
-@pytest.mark.parametrize("case", NOT_RANKING, ids=lambda case: case.name)
+@EVERY
 def test_torch_compile(case, device):
     """One graph of the first size, one of any, and one of a single row, which torch compiles apart: none per batch size."""
     torch.compiler.reset()
@@ -137,7 +137,7 @@ def _exported(case, inputs):
     return torch.export.export(_Program(case, inputs), (tensors,), dynamic_shapes=(shapes,))
 
 
-@pytest.mark.parametrize("case", NOT_RANKING, ids=lambda case: case.name)
+@EVERY
 def test_export_with_a_dynamic_batch(case, device):
     inputs = batch_of(case, to(case.draw(case.sizes[1], torch.float32), device), 5)
     program = _exported(case, inputs).module()
@@ -214,3 +214,109 @@ def test_autocast(case, low, device):
         # A gradient comes back through the rounding, but only to those inputs.
         for name, margin in case.margins(found, exact, case.bound(rounded, grads or {})).items():
             assert margin <= 1 and not math.isnan(margin), name
+
+
+@DIFFERENTIABLE
+def test_second_derivative(case, device):
+    """It is right, or differentiating the gradient says that there is none and names the op: in eager mode, nested and compiled."""
+    inputs = to(small(case, case.variants[0]), device)
+    function, parameters = by_parameters(case, inputs)
+    called = case.name.removeprefix("merge_")  # a merged matching has the gradient of one pass
+    if case.name in autograd.twice_differentiable():
+        for variant in case.variants:
+            assert gradgradcheck(*by_parameters(case, to(small(case, variant), device))), variant
+        return
+
+    def penalty(*values):
+        slopes = torch.autograd.grad(sum(out.sum() for out in function(*values)), values, create_graph=True)
+        return sum(slope.square().sum() for slope in slopes)
+
+    def nested(value):
+        def loss(value):
+            return sum(out.sum() for out in function(value, *parameters[1:]))
+
+        return torch.func.grad(lambda value: torch.func.grad(loss)(value).square().sum())(value)
+
+    for differentiate in (
+        lambda: penalty(*parameters).backward(),
+        lambda: nested(parameters[0]),
+        lambda: torch.autograd.functional.hessian(lambda value: sum(o.sum() for o in function(value, *parameters[1:])), parameters[0]),
+    ):
+        with pytest.raises((NotImplementedError, RuntimeError), match=f"the gradient of `{called}` is not differentiable"):
+            differentiate()
+
+
+@EVERY
+def test_meta_and_fake_tensors(case):
+    """Shapes and dtypes without values."""
+    inputs = case.draw(case.sizes[1], torch.float32)
+    grads = case.grads(inputs)
+    expected = case.evaluate(ops, inputs, grads)
+    described = {name: (value.shape, value.dtype) for name, value in expected.items()}
+    meta = case.evaluate(ops, to(inputs, "meta"), grads and to(grads, "meta"))
+    assert {name: (value.shape, value.dtype) for name, value in meta.items()} == described
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        slopes = grads and {name: mode.from_tensor(value) for name, value in grads.items()}
+        found = case.evaluate(ops, fake, slopes)
+    assert {name: (value.shape, value.dtype) for name, value in found.items()} == described
+
+
+@FUNCTIONAL
+def test_vmap(case, device):
+    """Over every input that may have a batch, one by one: the results of a loop."""
+    drawn = [to(case.draw(case.sizes[1], torch.float32, seed), device) for seed in range(3)]
+    for name in case.given(drawn[0]) or case.floating(drawn[0])[:2]:
+        if len({inputs[name].shape for inputs in drawn}) > 1:
+            drawn = [drawn[0]] * 3
+        values = torch.stack([inputs[name] * (1 + k / 8) for k, inputs in enumerate(drawn)])
+        inputs = drawn[0]
+
+        def call(value, name=name, inputs=inputs):
+            return case.run(ops, inputs | {name: value})
+
+        found = torch.func.vmap(call)(values)
+        for place, value in enumerate(values):
+            for ours, expected in zip(found, call(value), strict=True):
+                assert ours[place].equal(expected), name
+
+
+@DIFFERENTIABLE
+def test_vmap_of_grad(case, device):
+    """A gradient per sample."""
+    inputs = to(case.draw(case.sizes[1], torch.float32), device)
+    name = case.given(inputs)[0]
+    values = torch.stack([inputs[name], 0.5 * inputs[name]])
+
+    def loss(value):
+        found = dict(zip(case.outputs, case.run(ops, inputs | {name: value}), strict=True))
+        return sum(found[output].sum() for output in case.smooth)
+
+    slopes = torch.func.vmap(torch.func.grad(loss))(values)
+    for value, slope in zip(values, slopes, strict=True):
+        assert slope.equal(torch.func.grad(loss)(value))
+
+
+@DIFFERENTIABLE
+def test_forward_mode_says_that_it_is_missing(case):
+    inputs = case.draw(case.sizes[1], torch.float32)
+    name = case.given(inputs)[-1]
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda value: case.run(ops, inputs | {name: value}), (inputs[name],), (inputs[name],))
+
+
+@DIFFERENTIABLE
+def test_only_the_gradients_asked_for(case, device):
+    """What no gradient flows to is detached, what is not asked for gets none."""
+    inputs = to(case.draw(case.sizes[1], torch.float32), device)
+    with torch.no_grad():
+        asked = inputs | {name: inputs[name].detach().requires_grad_() for name in case.given(inputs)}
+        assert not any(value.requires_grad for value in case.run(ops, asked))
+    for name in case.floating(inputs):
+        leaf = inputs[name].detach().requires_grad_()
+        found = dict(zip(case.outputs, case.run(ops, inputs | {name: leaf}), strict=True))
+        smooth = case.smooth if name in case.differentiable else ()
+        assert {output for output, value in found.items() if value.requires_grad} == set(smooth), name
+        if smooth:
+            sum(found[output].sum() for output in smooth).backward()
+            assert leaf.grad is not None and leaf.grad.shape == leaf.shape

@@ -133,20 +133,6 @@ def test_the_same_rows_on_both_sides(device):
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-13)
 
 
-def test_only_the_gradients_asked_for(device):
-    problem = Problem(7, 8, 3, 6, device=device)
-    x, y, *weights = problem.network
-    y.requires_grad_()
-    loss = ops.pair_focal_loss(x, y, problem.x_labels, problem.y_labels, *weights)
-    loss.backward()
-    assert y.grad is not None and x.grad is None and all(w.grad is None for w in weights)
-    with torch.no_grad():
-        assert not ops.pair_focal_loss(x, y, problem.x_labels, problem.y_labels, *weights).requires_grad
-    (grad,) = torch.autograd.grad(ops.pair_logits(x, y, *weights).square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiated twice|once_differentiable|does not require grad"):
-        grad.sum().backward()
-
-
 @pytest.mark.gpu
 def test_beyond_2_31_elements():
     """More than 2³¹ logits: offsets are 64 bits wide."""

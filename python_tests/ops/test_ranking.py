@@ -139,19 +139,6 @@ def test_references_equal_to_the_rows_count_each_row_with_itself(device):
     torch.testing.assert_close(left + right, alone[1], rtol=1e-10, atol=1e-12)
 
 
-def test_only_first_derivatives_and_only_those_asked_for(device):
-    problem = Problem(12, 4, device=device, references=7)
-    references = problem.references.requires_grad_()
-    ops.pair_ranking_loss(problem.embeddings, problem.labels, references=references, reference_labels=problem.reference_labels).backward()
-    assert references.grad.any() and problem.embeddings.grad is None
-    basis = problem.basis.requires_grad_()
-    assert not ops.mined_pair_ranking_loss(problem.embeddings, basis, **THRESHOLDS).requires_grad
-    rows = problem.embeddings.requires_grad_()
-    (grad,) = torch.autograd.grad(ops.pair_ranking_loss(rows, problem.labels).square(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiated twice|once_differentiable|does not require grad"):
-        grad.sum().backward()
-
-
 def _direct(problem):
     """Arguments of the operators below the checks: embeddings and references, in the order of their labels."""
     labels, order = problem.labels.sort(stable=True)

@@ -3,8 +3,8 @@
 
 No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The backward computes
 again only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and results in float32. Autocast leaves
-the inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Gradients are first
-order.
+the inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Second
+derivatives are computed in plain PyTorch, a tile of pairs at a time.
 """
 
 from __future__ import annotations
