@@ -17,7 +17,7 @@ CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu registers asan docs format lint setup clean
+.PHONY: help demo test cpptest bench gpu registers asan docs fuzz format lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ cpptest: $(VENV)/kernels  ## C++ tests of the kernels
 
 bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
+
+fuzz: setup  ## 50,000 random calls of the ops, right and wrong ones, against float64 (hours; Ctrl-C stops it)
+	PYTHONPATH=python_tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
 docs: setup  ## run the examples of README.md and docs/, check that every op has its entry
 	$(BIN)/python docs/check.py

@@ -298,13 +298,15 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def check_written(name: str, value: Tensor, read: dict[str, Tensor]) -> None:
-    """A tensor that is written has no gradient, and its elements share memory neither with each other nor with what is read."""
+    """A tensor that is written has no gradient and no negative bit, and shares no memory with itself or with what is read."""
     if torch.compiler.is_compiling() or type(value) not in _PLAIN or value.is_meta:
         return
     if value.requires_grad:
         raise ValueError(f"{name} must not require grad, since writing it records no gradient; give {name}.detach()")
     if is_batched(value) or any(map(is_batched, read.values())):
         raise ValueError(f"{name} is written in place, which torch.func.vmap cannot do for several at a time")
+    if value.is_neg():  # torch's fallback for such views takes no operator of a library that writes
+        raise ValueError(f"{name} must not be a view with the negative bit; give {name}.resolve_neg()")
     if _overlaps_itself(value):
         layout = f"shape {list(value.shape)} with strides {value.stride()}"
         raise ValueError(f"{name} must not overlap itself in memory, got {layout}")

@@ -118,7 +118,15 @@ def instance_matching_partial(
 
 @torch.no_grad()
 def merge_instance_matching(a: InstanceMatchingPartial, b: InstanceMatchingPartial) -> InstanceMatchingPartial:
-    """The partial result of two disjoint parts of a bank taken together. Empty parts merge too."""
+    """The partial result of two disjoint parts of a bank taken together. Empty parts merge too.
+
+    Raises:
+        TypeError, ValueError: one of them is no partial result, or ``b`` is not of the same queries and classes as ``a``.
+    """
+    _check_partial("a", a)
+    _check_partial("b", b)
+    if [part.shape for part in a] != [part.shape for part in b]:
+        raise ValueError(f"b must be of the queries and classes of a, got shapes {_sizes(b)} beside {_sizes(a)}")
 
     def shares(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         largest = torch.maximum(log_a, log_b)
@@ -165,7 +173,18 @@ def finish_instance_matching(
         probs_weak: [B, L].
         temperature_strong: t_s > 0.
         alpha: α in [0, 1].
+
+    Raises:
+        TypeError, ValueError: as :func:`instance_matching`.
     """
+    _check_partial("partial", partial)
+    for name, value, shape in (("query_strong", query_strong, "[B, D]"), ("probs_weak", probs_weak, "[B, L]")):
+        like, meaning = (partial.strong_mean, "D") if name == "query_strong" else (partial.aggregated, "L")
+        check.check_tensor(name, value, shape, 2)
+        check.check_floating(name, value)
+        check.check_same_device(name, value, "partial", like)
+        check.check_size(name, value, 0, like.shape[0], "B of partial")
+        check.check_size(name, value, 1, like.shape[1], f"{meaning} of partial")
     temperature_strong = check.check_positive("temperature_strong", temperature_strong)
     alpha = check.check_fraction("alpha", alpha)
     dtype = partial.log_weak.dtype
@@ -283,6 +302,15 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
     torch.ops.ssmkernels.memory_update_.default(bank, bank_labels, index, features, labels, momentum)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((bank, bank_labels))  # autograd then sees that a saved bank has changed
+
+
+def _check_partial(name: str, value: object) -> None:
+    if not isinstance(value, InstanceMatchingPartial):
+        raise TypeError(f"{name} must be an InstanceMatchingPartial, got {type(value).__name__}")
+
+
+def _sizes(partial: InstanceMatchingPartial) -> list[list[int]]:
+    return [list(part.shape) for part in partial]
 
 
 def _check_bank(name: str, query: Tensor, bank: Tensor, bank_labels: Tensor) -> None:

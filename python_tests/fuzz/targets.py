@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Everything that is fuzzed, by name. A new function is one entry in the file of its family."""
+
+from __future__ import annotations
+
+from fuzz import graphs, memory, pairs, ranking
+from fuzz.oracle import Target, check
+from fuzz.spoil import spoiled
+from fuzz.values import Draw
+from hypothesis import note
+from hypothesis import strategies as st
+
+TARGETS: dict[str, Target] = {**memory.TARGETS, **graphs.TARGETS, **pairs.TARGETS, **ranking.TARGETS}
+
+
+def example(draw: Draw, target: Target) -> bool:
+    """Draws a call, right or with one argument out of place, and checks it. Returns whether it was accepted."""
+    arguments = target.draw(draw)
+    wrong = spoiled(draw, target, arguments) if draw(st.integers(0, 2)) == 0 else None
+    note(f"wrong: {wrong}")
+    for name, value in arguments.items():
+        note(f"{name} = {value!r}")
+    return check(target, arguments, wrong, ones=draw(st.booleans()))
