@@ -40,7 +40,7 @@ bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
 
 fuzz: setup  ## 50,000 random calls of the ops, right and wrong ones, against float64 (hours; Ctrl-C stops it)
-	PYTHONPATH=python_tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
+	PYTHONPATH=python_tests:python_tests/ops OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
 docs: setup  ## run the examples of README.md and docs/, check that every op has its entry
 	$(BIN)/python docs/check.py
