@@ -321,7 +321,8 @@ class Block {
     parallel_for_(matrix_.chunks, [&](int64_t begin, int64_t end) {
       for_rows(begin, end, matrix_.nodes, [&](int64_t i) {
         double* x = x_ + i * kColumns;
-        for (int c = 0; c < kColumns; ++c) x[c] = 0;
+        // A column that needs no iteration keeps these while others iterate: times 0 they are added to its solution.
+        for (int c = 0; c < kColumns; ++c) x[c] = r_[i * kColumns + c] = p_[i * kColumns + c] = 0;
         if (!in_.initial) return;
         for (int c = 0; c < count_; ++c) x[c] = grow_[c].inverse() * in_.initial[at(i) + c];
       });
