@@ -12,6 +12,7 @@
 
 #include "../graph/laplacian_solve.h"
 #include "../graph/leave_one_edge_out.h"
+#include "unwritten.h"
 
 using namespace ssmkernels;
 
@@ -524,6 +525,12 @@ void test_no_iterations() {
   const Solution<Real> exact = solve(system);
   expect("exact start: solution", same_bits(exact.solution, system.initial));
   expect("exact start: counts", all_zero(exact.iterations) && all_zero(exact.residual));
+  System<Real> mixed = system;  // one column iterates, the others wait
+  mixed.rhs[5] += 1;
+  const Solution<Real> beside = solve(mixed);
+  int64_t changed = 0;
+  for (int64_t i = 0; i < 40 * 17; ++i) changed += i % 17 != 5 && beside.solution[i] != system.initial[i];
+  expect("exact start beside a column that iterates", changed == 0 && beside.iterations[5] > 0);
   system.jacobi = true;
   expect("exact start, jacobi: iterations", all_zero(solve(system).iterations));
 }

@@ -13,6 +13,7 @@
 #include "../memory/instance_matching.h"
 #include "../memory/memory_update.h"
 #include "../memory/unfold.h"
+#include "unwritten.h"
 
 using namespace ssmkernels;
 

@@ -9,6 +9,7 @@
 
 #include "../pairs/pair_focal_loss.h"
 #include "../pairs/pair_logits.h"
+#include "unwritten.h"
 
 using namespace ssmkernels;
 

@@ -13,6 +13,7 @@
 #include "../ranking/mined_pair_ranking_loss.h"
 #include "../ranking/pair_ranking_loss.h"
 #include "../ranking/similarity_moments.h"
+#include "unwritten.h"
 
 using namespace ssmkernels;
 
