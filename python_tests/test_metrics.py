@@ -140,7 +140,7 @@ def test_ranks_asked_for_and_lists_that_are_too_short():
     assert found == {"P@1": 1.0, "R@5": 1.0, "P@4": 0.5, "RP": 1.0, "MAP@R": 1.0}
 
 
-@pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.array, torch.tensor], ids=lambda scalar: scalar.__name__)
 def test_kinds_of_ranks(scalar):
     embeddings, labels = random_set(17, 3, 4, seed=0)
     expected = metrics.retrieval(embeddings, labels, recall_at=(2,), precision_at=(3, 1))
