@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Many examples of every target, from a seed that is printed: PYTHONPATH=python_tests:python_tests/ops python -m fuzz [--examples 50000] [--seed N]
+"""Many examples of every target, from a seed that is printed.
+
+PYTHONPATH=python_tests:python_tests/ops python -m fuzz [--examples 50000] [--seed N]
 
 Targets take turns, so that it can be stopped at any time. Each finding is printed by its smallest input.
 """
