@@ -60,7 +60,10 @@ inline constexpr size_t kMaxDims = 2;  // of the tensors that the ops make
 inline Tensor new_tensor(const Tensor& like, Sizes size, ScalarType dtype) {
   STD_TORCH_CHECK(size.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
   int64_t strides[kMaxDims], stride = 1;
-  for (size_t dim = size.size(); dim-- > 0; stride *= size[dim] > 0 ? size[dim] : 1) strides[dim] = stride;
+  for (size_t dim = size.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    STD_TORCH_CHECK(!__builtin_mul_overflow(stride, size[dim] > 0 ? size[dim] : 1, &stride), "a result has too many elements");
+  }
   int32_t device_type, device_index;
   AtenTensorHandle tensor;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
