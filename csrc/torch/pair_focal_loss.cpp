@@ -53,6 +53,10 @@ PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const T
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   const Tensor grad = in.check_grad(grad_losses);
   PairGradientTensors out(in, true);
+  if (in.count() == 0) {
+    out.set_zero();
+    return out.tuple();
+  }
   run_pairs(
       in, "pair_focal_loss_backward", true,
       [&]<class Real>(const PairNetwork<Real>& network) {
@@ -77,6 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_lo
   const FocalTensors focal(in, x_labels, y_labels, alpha, gamma, ignore_index);
   Tensor loss = new_tensor(in.w2, {}, in.w2.scalar_type());
   PairGradientTensors out(in, with_gradients);
+  if (in.count() == 0) {
+    torch::stable::zero_(loss);
+    out.set_zero();
+    return std::tuple_cat(std::make_tuple(loss), out.tuple());
+  }
   run_pairs(
       in, "pair_focal_loss", with_gradients,
       [&]<class Real>(const PairNetwork<Real>& network) {

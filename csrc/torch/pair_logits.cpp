@@ -25,6 +25,10 @@ PairGradientTuple pair_logits_backward_op(const Tensor& grad_logits, const Tenso
   const PairTensors in(x, y, w1, b1, w2, b2, pairs, interaction);
   const Tensor grad = in.check_grad(grad_logits);
   PairGradientTensors out(in, true);
+  if (in.count() == 0) {
+    out.set_zero();
+    return out.tuple();
+  }
   run_pairs(
       in, "pair_logits_backward", true,
       [&]<class Real>(const PairNetwork<Real>& network) {

@@ -167,6 +167,11 @@ struct PairGradientTensors {
     return {data<Real>(x), data<Real>(y), data<Real>(w1), data<Real>(b1), data<Real>(w2), data<Real>(b2)};
   }
 
+  // Of no pairs: exactly 0, where a NaN in the network would make products with 0 NaN.
+  void set_zero() {
+    for (Tensor* gradient : {&x, &y, &w1, &b1, &w2, &b2}) torch::stable::zero_(*gradient);
+  }
+
   void finish(const PairTensors& in) {
     if (!left.defined()) return;
     mm_out(left, in.half_of(in.w1, 0), x);

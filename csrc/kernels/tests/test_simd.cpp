@@ -4,11 +4,7 @@
 #include <cstdio>
 #include <limits>
 
-#include "kernels/common/isa.h"
 #include "kernels/common/simd.h"
-
-#define SSM_NAME_OF(isa) #isa
-#define SSM_NAME(isa) SSM_NAME_OF(isa)
 
 namespace ssmkernels::SSM_ISA {
 namespace {
@@ -70,11 +66,11 @@ void run() {
 }
 
 }  // namespace
-}  // namespace ssmkernels::SSM_ISA
 
-int main() {
-  if (!ssmkernels::set_isa(SSM_NAME(SSM_ISA))) return 0;  // not on this processor
-  ssmkernels::SSM_ISA::run<float>();
-  ssmkernels::SSM_ISA::run<double>();
-  return ssmkernels::SSM_ISA::failures != 0;
+int failed_checks() {
+  run<float>();
+  run<double>();
+  return failures;
 }
+
+}  // namespace ssmkernels::SSM_ISA
