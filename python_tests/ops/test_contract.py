@@ -179,6 +179,7 @@ def test_nan_in_nan_out(case, device):
 FACTORS = {torch.float32: (1e-40, 1e-30, 1e30), torch.float64: (1e-310, 1e-300, 1e-150, 1e150, 1e300)}
 
 
+@pytest.mark.filterwarnings("ignore:.*did not converge")  # where weights of 1e30 hide a diagonal of 1 from a float32
 @REAL
 @EVERY
 def test_every_scale(case, dtype, device):

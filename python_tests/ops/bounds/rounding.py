@@ -81,7 +81,7 @@ class Softmax:
     log_normalizer: Tensor
     log_error: Tensor
     sum_error: float  # relative error of a sum over the softmax beyond that of its terms
-    tiny: float  # probabilities below it may be flushed to 0: terms below the smallest normal number, over a sum of 1 or more
+    tiny: float  # probabilities below it may be flushed to 0
 
     @property
     def error(self) -> Tensor:
@@ -95,6 +95,9 @@ def softmax(logits: Tensor, error: Tensor, rounding: Rounding) -> Softmax:
     (each u·|w_j − m|), and EXP roundings. A raised maximum multiplies what was summed by another exponential; the
     raises add up to at most the range of the logits, and there is one per 32 slots at most. The normaliser is a mean of
     the terms' errors, weighted by the probabilities, and a sum of K terms.
+
+    A term may be flushed to 0 three times, over a sum of 1 or more: as an exponential, below e^-87.3 or e^-708, which is
+    up to 1.5 times the smallest normal number, as a product with a raised maximum, and as a product with 1 / sum.
     """
     slots = logits.shape[-1]
     finite = torch.where(logits.isfinite(), logits, torch.nan)
