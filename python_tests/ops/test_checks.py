@@ -153,8 +153,10 @@ def test_choices_are_named(value):
 
 
 def test_tensors_that_are_not_dense():
-    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
-    for value in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(3).to_mkldnn(), nested):
+    parts = [torch.ones(2, 3), torch.ones(1, 3)]
+    nested = [torch.nested.nested_tensor(parts, layout=layout) for layout in (torch.jagged, torch.strided)]
+    for value in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(3).to_mkldnn(), *nested):
+        assert not check.is_matrix(value)
         assert not check.fits(value, (3, 3), torch.float32, torch.device("cpu"))
         with pytest.raises(TypeError, match=r"^x must be a dense tensor"):
             check.check_tensor("x", value, "[n, d]", 2)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import threading
 import types
@@ -240,6 +241,34 @@ def test_bad_input(case, change, error, message):
     with pytest.raises(error, match=message):
         case.run(ops, inputs | change(inputs))
     assert all(inputs[name].equal(value) for name, value in before.items())
+
+
+def wrong_kinds(value):
+    """What an argument with this value cannot be."""
+    if isinstance(value, str):
+        return "x", 1, None, [], object()
+    if not isinstance(value, torch.Tensor):
+        return "x", 1j, None, [0.5], {}, object(), torch.zeros(2)
+    nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    return "x", 1, 0.5, [0.5], {}, object(), value.numpy(), value.unsqueeze(0), value.to(torch.complex64), value.to_sparse(), nested
+
+
+@EVERY
+def test_arguments_of_the_wrong_kind(case):
+    """For every argument: a TypeError or ValueError that names it, and nothing is written."""
+    inputs = case.draw(case.sizes[case.bad_size], torch.float32)
+    inputs |= {name: value for name, value in case.numbers.items() if name not in inputs}
+    op = getattr(ops, case.name.removeprefix("merge_"))
+    arguments = {name: value for name, value in inputs.items() if name in inspect.signature(op).parameters}
+    before = {name: arguments[name].clone() for name in case.tensors(arguments)}
+    assert before
+    for name, value in arguments.items():
+        for wrong in wrong_kinds(value):
+            if (name, wrong) == ("alpha", None):
+                continue  # weighs all pairs by 1
+            with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+                op(**arguments | {name: wrong})
+    assert all(arguments[name].equal(value) for name, value in before.items())
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ CALLS = {
     "pair_ranking_loss": "ops.pair_ranking_loss(rows(200000, 64), labels(200000))",
     "similarity_moments": "ops.similarity_moments(rows(12000, 4096), labels(12000))",
     "aggregate": "ops.aggregate(rows(20000, 64), rows(200000, 64), labels(200000), 10)",
+    "laplacian_solve": "ops.laplacian_solve(*path(200000), rhs=rows(200000, 100), rtol=1e-12, max_iter=1000000)",
 }
 CHILD = """
 import torch
@@ -23,6 +24,10 @@ def rows(n, d):
     return torch.randn(n, d)
 def labels(n):
     return torch.randint(10, (n,))
+def path(n):
+    starts = torch.arange(n + 1).mul(2).sub(1).clamp(0, 2 * n - 2)
+    col = torch.stack([torch.arange(n) - 1, torch.arange(n) + 1], 1).flatten()[1:-1]
+    return starts, col, torch.ones(2 * n - 2), None, torch.full((n,), 1e-9)
 network = rows(128, 16), rows(1, 128)[0], rows(1, 128)[0], torch.tensor(0.5)
 def answer():
     return ops.aggregate(torch.eye(3), torch.eye(3), torch.arange(3), 3)

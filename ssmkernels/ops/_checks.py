@@ -8,7 +8,7 @@ import numbers
 import operator
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -43,11 +43,17 @@ def fixed(value: Tensor) -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
+def is_matrix(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a dense tensor of two dimensions."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested and value.ndim == 2
+
+
 def fits(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks below."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
+        and not value.is_nested
         and value.shape == shape
         and value.dtype == dtype
         and value.device == device

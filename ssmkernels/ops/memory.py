@@ -314,7 +314,7 @@ def _sizes(partial: InstanceMatchingPartial) -> list[list[int]]:
 
 
 def _check_bank(name: str, query: Tensor, bank: Tensor, bank_labels: Tensor) -> None:
-    if isinstance(bank, Tensor) and bank.ndim == 2 and bank.dtype in check.FLOATING and isinstance(query, Tensor) and query.ndim == 2:
+    if check.is_matrix(bank) and bank.dtype in check.FLOATING and check.is_matrix(query):
         slots, dim = bank.shape
         good_query = check.fits(query, (query.shape[0], dim), bank.dtype, bank.device)
         if good_query and check.fits(bank_labels, (slots,), torch.int64, bank.device):

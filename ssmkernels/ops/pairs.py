@@ -102,7 +102,7 @@ def pair_focal_loss(
         TypeError, ValueError: as :func:`pair_logits`.
     """
     for name, labels, rows, size in (("x_labels", x_labels, x, "n of x"), ("y_labels", y_labels, y, "m of y")):
-        if isinstance(rows, Tensor) and rows.ndim == 2 and check.fits(labels, rows.shape[:1], torch.int64, x.device):
+        if check.is_matrix(rows) and check.fits(labels, rows.shape[:1], torch.int64, rows.device):
             continue
         check.check_tensor(name, labels, "[n]" if name == "x_labels" else "[m]", 1)
         check.check_int64(name, labels)
@@ -146,9 +146,7 @@ def _network(
 
 
 def _is_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str) -> bool:
-    if not (isinstance(x, Tensor) and x.ndim == 2 and x.dtype in check.FLOATING and isinstance(y, Tensor) and y.ndim == 2):
-        return False
-    if not (isinstance(w1, Tensor) and w1.ndim == 2):
+    if not (check.is_matrix(x) and x.dtype in check.FLOATING and check.is_matrix(y) and check.is_matrix(w1)):
         return False
     dim, hidden, dtype, device = x.shape[1], w1.shape[0], x.dtype, x.device
     return (
