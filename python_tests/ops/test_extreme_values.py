@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -52,6 +54,29 @@ def test_logits_past_any_finite_stand_in_for_log_zero(device: str) -> None:
     probs = torch.tensor([[0.0, 1.0], [0.0, 0.5]], device=device)
     unfolded = ops.unfold(query, bank, torch.tensor([0, 1, 1], device=device), probs)
     assert unfolded.tolist() == [[0.0, 1.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("logit", [3e3, 3e4, 3e5])
+def test_parts_of_a_bank_merge_at_large_logits(logit: float, dtype: torch.dtype, device: str) -> None:
+    """Eight slots share the largest logit, and their labels are equally likely: the loss is log 8."""
+    dim = 16
+    query = torch.nn.functional.normalize(draw(1, dim, dtype=dtype), dim=1).repeat(5, 1).to(device)
+    bank, bank_labels = torch.cat([query[:1].repeat(8, 1), -query[:1].repeat(8, 1)]), labels(16, 8).to(device)
+    probs, temperature = torch.full((5, 8), 1 / 8, dtype=dtype, device=device), 1 / logit
+    options = {"temperature_weak": temperature, "temperature_strong": temperature}
+    first, *others = (
+        ops.instance_matching_partial(query, query, bank[part], bank_labels[part], probs, **options)
+        for part in (slice(0, 3), slice(3, 5), slice(5, 16))
+    )
+    for other in others:
+        first = ops.merge_instance_matching(first, other)
+    loss = ops.finish_instance_matching(first, query, probs, temperature_strong=temperature).loss
+    # A difference of two logits, each with the rounding of a product of dim terms, of its scale and of three mixtures.
+    allowed = 2 * (dim + 8) * torch.finfo(dtype).eps / 2 * logit
+    assert (loss - math.log(8)).abs().max() <= allowed
+    merged_probs, one_pass = first.aggregated, ops.aggregate(query, bank, bank_labels, 8, temperature=temperature)
+    torch.testing.assert_close(merged_probs, one_pass, rtol=2 * allowed, atol=0)
 
 
 @pytest.mark.parametrize("listed", [False, True])
