@@ -298,40 +298,6 @@ def test_gradient_of_the_right_side_alone(device):
     torch.testing.assert_close(grad, expected.solution, rtol=1e-8, atol=1e-9)
 
 
-def _ring(nodes, degree, columns, dtype=torch.float32, device="cpu"):
-    """A ring in which every node is linked to ``degree`` others around it."""
-    offsets = torch.cat([torch.arange(-degree // 2, 0), torch.arange(1, degree // 2 + 1)])
-    col = ((torch.arange(nodes)[:, None] + offsets) % nodes).sort(dim=1).values
-    crow = torch.arange(nodes + 1) * degree
-    keys = torch.arange(nodes).repeat_interleave(degree) * nodes + col.flatten()
-    reverse = torch.searchsorted(keys, col.flatten() * nodes + torch.arange(nodes).repeat_interleave(degree))
-    problem = object.__new__(Problem)
-    problem.crow, problem.col, problem.reverse = crow.to(device), col.flatten().int().to(device), reverse.to(device)
-    draw = torch.Generator().manual_seed(0)
-    problem.weight = torch.ones(nodes * degree, dtype=dtype, device=device)
-    problem.propagated = torch.randn(nodes, columns, generator=draw).to(device, dtype) / degree
-    problem.grad_edges = torch.ones(nodes * degree, dtype=torch.float64, device=device)
-    return problem
-
-
-@pytest.mark.gpu
-def test_beyond_2_31_elements():
-    """N·C of 2³¹ and more: offsets are 64 bits wide."""
-    problem = _ring(2**21 + 5, 4, 1025, device="cuda")
-    out = ops.leave_one_edge_out(problem.crow, problem.col, problem.reverse, problem.weight, problem.propagated)
-    last = torch.arange(len(out) - 40, len(out), device="cuda")
-    rows = last // 4
-    keep = torch.unique(torch.cat([problem.col[problem.crow[r] : problem.crow[r + 1]].long() for r in rows.unique()] + [rows]))
-    propagated = torch.zeros(len(problem.crow) - 1, 2, device="cuda")
-    propagated[keep] = problem.propagated[keep, :2]  # the same nodes alone, with the classes that are compared
-    assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1
-    logits = 4.0 * (4 * problem.propagated[rows] - problem.propagated[problem.col[last].long()]).double()
-    back = 4.0 * (4 * problem.propagated[problem.col[last].long()] - problem.propagated[rows]).double()
-    z, y = logits.softmax(1), back.softmax(1)
-    omega = [1 + (p * p.log()).sum(1) / torch.log(torch.tensor(1025.0, dtype=torch.float64)) for p in (z, y)]
-    torch.testing.assert_close(out[last].double(), omega[0] * omega[1] * (1 - (z * y).sum(1)), rtol=1e-3, atol=1e-6)
-
-
 def test_nan_stays_where_it_is(device):
     """The checks that read values aside: a NaN in F reaches the edges of its node, and no others."""
     problem = Problem(40, 5, torch.float32, device)

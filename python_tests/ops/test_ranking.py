@@ -174,23 +174,6 @@ def test_backward_under_another_instruction_set():
         _C.set_isa(chosen)
 
 
-@pytest.mark.gpu
-def test_beyond_2_31_elements():
-    """More than 2³¹ pairs, and as many elements of a float16 matrix."""
-    rows = torch.zeros(65536, 3, device="cuda")
-    rows[-1] = 1
-    rows.requires_grad_()
-    loss = ops.pair_ranking_loss(rows, torch.zeros(65536, dtype=torch.int64, device="cuda"), reduction="sum")
-    loss.backward()
-    torch.testing.assert_close(loss, 2 * 65535 * torch.tensor(3.0, device="cuda").sqrt(), rtol=1e-5, atol=0)
-    assert rows.grad[-1].all() and rows.grad[0].all()
-    long = torch.zeros(70_000, 32768, device="cuda", dtype=torch.float16)
-    long[-1, -1] = long[0, -1] = 2
-    labels = torch.arange(70_000, device="cuda")
-    labels[-1] = 0
-    assert ops.pair_ranking_loss(long, labels, negative_margin=0.0) == 0
-
-
 def test_operators_below_the_checks_do_not_read_out_of_bounds():
     problem = Problem(40, 6, torch.float32, references=20)
     rows, order, labels, references, reference_order, reference_labels = _direct(problem)
@@ -205,7 +188,7 @@ def test_operators_below_the_checks_do_not_read_out_of_bounds():
         torch.ops.ssmkernels.pair_ranking_loss_backward(torch.tensor(1.0), rows, order, labels, *[None] * 3, 0.0, 0.5, weights, active)
 
 
-def test_nan_input_gives_nan_output(device):
+def test_nan_at_every_margin(device):
     for dtype in (torch.float64, torch.float32):
         for place in (0, 33):
             problem = Problem(50, 6, dtype, device)
