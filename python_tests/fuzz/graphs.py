@@ -19,6 +19,7 @@ from ssmkernels import ops, reference
 RTOL = Number((1e-6, 1e-4, 1e-3), least=0, above=True)
 MAX_ITER = Number((1000, 2000), least=1, integer=True)
 SCALE = Number((4.0, 1, 0.5), least=0, above=True)
+EDGES = ("col", "reverse", "weight", "dissimilarity")
 STRUCTURE = ("crow", "col", "reverse", "weight", "dissimilarity")
 
 
@@ -121,6 +122,7 @@ TARGETS = {
         gradient=("rhs",),
         undefined=STRUCTURE,
         case="laplacian_solve",
+        lists=EDGES,
     ),
     "ops.leave_one_edge_out": Target(
         _draw_leave_one_out,
@@ -130,5 +132,6 @@ TARGETS = {
         gradient=("weight", "propagated"),
         undefined=STRUCTURE,
         case="leave_one_edge_out",
+        lists=EDGES,
     ),
 }

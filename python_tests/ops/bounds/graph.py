@@ -82,10 +82,12 @@ def leave_one_edge_out(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict
     """out = ω ω' (1 − z·z') of the two directions of an edge, ω = 1 − H/log C, H the entropy of z = softmax(λ(D_ii F_i
     − w F_j)).
 
-    A logit has an error of γ(row + 3) of its two terms. H moves by Σ_c z_c |log z_c + H| times the errors of the
-    logits, and rounds as log s − Σ e a/s, a being the logits less their maximum. With G = g_e + g_e', the gradient of a
-    logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows to F_i times λ D_ii, to F_j times −λ w,
-    to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as λ F_i.
+    A logit has an error of γ(row + 3) of its two terms. Where z becomes z(1 + ρ), with Σ_c z_c ρ_c = 0, H moves by
+    −Σ_c z_c ρ_c (log z_c + H) − KL(z(1 + ρ) ‖ z), and the divergence is at most Σ_c z_c ρ_c²: all of it where z is
+    uniform, as at a self-loop, whose logits cancel. H rounds as log s − Σ e a/s, a being the logits less their maximum.
+    With G = g_e + g_e', the gradient of a logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows to
+    F_i times λ D_ii, to F_j times −λ w, to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as
+    λ F_i.
     """
     edges = _Edges(inputs)
     bounds = {"dissimilarity": edges.value_error}
@@ -118,6 +120,7 @@ class _Edges:
         self.entropy = -(z.probs * self.log_z.clamp_min(-750)).sum(1)
         # z.relative holds the errors of the logits and of e^a; the rounding of Σ e a and of log s comes on top.
         moved = (z.probs * (self.log_z + self.entropy[:, None]).abs() * z.relative.clamp_max(1)).sum(1)
+        moved = moved + (z.probs * z.relative.square()).nan_to_num(nan=0.0).sum(1)  # 0·∞ where z vanishes
         rounded = (z.sum_error + self.rounding.gamma(self.classes + 4)) * ((z.probs * away).sum(1) + 1)
         self.log_classes = math.log(self.classes)
         self.entropy_error = moved + rounded + unit * EXP * self.log_classes
