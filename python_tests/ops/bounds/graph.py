@@ -191,14 +191,14 @@ class _Edges:
             other * z.relative[reverse] + self.cross_error[:, None] + unit * (other + self.cross[:, None])
         )
         # Where rounding takes ω or 1 − z·z' below 0 it is cut off, and its gradient with it: there the whole term is in
-        # doubt.
+        # doubt, in the reference as in the op.
         cut, cross_cut = (self.omega <= self.omega_error)[:, None], (self.apart <= self.apart_error)[:, None]
         slope = sign * (entropy_factor[:, None] * to_entropy - cross_factor[:, None] * to_cross)
         error = (
             entropy_error[:, None] * (to_entropy.abs() + to_entropy_error)
-            + entropy_factor[:, None] * torch.where(cut, to_entropy.abs() + to_entropy_error, to_entropy_error)
+            + entropy_factor[:, None] * torch.where(cut, 2 * to_entropy.abs() + to_entropy_error, to_entropy_error)
             + cross_error[:, None] * (to_cross.abs() + to_cross_error)
-            + cross_factor[:, None] * torch.where(cross_cut, to_cross.abs() + to_cross_error, to_cross_error)
+            + cross_factor[:, None] * torch.where(cross_cut, 2 * to_cross.abs() + to_cross_error, to_cross_error)
             + self.rounding.gamma(6) * (entropy_factor[:, None] * to_entropy.abs() + cross_factor[:, None] * to_cross.abs())
         )
         return slope, error
