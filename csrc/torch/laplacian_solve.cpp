@@ -22,6 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
                                                               int64_t max_iter, bool jacobi) {
   const GraphTensors graph(crow, col, rhs_in);
   STD_TORCH_CHECK(rhs_in.dim() == 2, "rhs must be [N, C]");
+  STD_TORCH_CHECK(rtol >= 0, "rtol must be at least 0");  // nothing is below a NaN: the iterations would not end
   const int64_t columns = rhs_in.size(1);
   const Tensor rhs = check_matrix(rhs_in, "rhs", graph.nodes(), columns, rhs_in);
   const Tensor weight = check_vector(weight_in, "weight", graph.edges(), rhs);

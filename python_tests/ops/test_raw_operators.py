@@ -229,3 +229,13 @@ def test_arguments_that_no_checked_call_has(operator: str) -> None:
 def test_every_operator_is_drawn() -> None:
     assert ssmkernels.__version__
     assert len(operators()) >= 15
+
+
+def test_a_tolerance_that_is_no_number_is_refused() -> None:
+    """Nothing is below it: as many iterations as there may be would be made."""
+    arguments = Arguments(random.Random(0))
+    names = [argument.name for argument in torch.ops.ssmkernels.laplacian_solve.default._schema.arguments]
+    good = {name: arguments.of("laplacian_solve", name) for name in names[:-3]}
+    for rtol in (float("nan"), -1.0):
+        with pytest.raises(RuntimeError, match="rtol must be at least 0"):
+            torch.ops.ssmkernels.laplacian_solve(*good.values(), rtol, 2**62, True)
