@@ -17,7 +17,7 @@ CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu registers asan docs fuzz format lint setup clean
+.PHONY: help demo test cpptest bench gpu registers asan docs examples fuzz format lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,11 @@ fuzz: setup  ## 50,000 random calls of the ops, right and wrong ones, against fl
 
 docs: setup  ## run the examples of README.md and docs/, check that every op has its entry
 	$(BIN)/python docs/check.py
+
+examples: setup  ## run examples/ as a user does; stops at the first that fails
+	@for each in examples/*.py; do \
+	  echo "== $$each"; $(BIN)/python "$$each" || { echo "make examples: $$each failed" >&2; exit 1; }; \
+	done
 
 format: setup  ## format C++ and Python
 	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
