@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH_OUT ?= build/bench/cpu.json
-GPU_BENCH_OUT ?= bench/results/gpu
 
 # For the devices that are here, or to see that it compiles. `pip install .` builds for every architecture.
 DEVICES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
@@ -17,10 +16,10 @@ CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu registers asan docs examples fuzz format lint setup clean
+.PHONY: help demo test cpptest bench gpu gpu-bundle registers asan docs examples fuzz format lint setup clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: setup  ## train on real images for a few minutes; report in runs/demo/
 	$(BIN)/python -m ssmkernels demo
@@ -91,20 +90,25 @@ $(VENV)/built: $(VENV)/packages $(VENV)/kernels
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
-# No network and no virtual environment: what the machine has, built for the device that is there. Each step has its time.
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --error-exitcode 1 --target-processes all
-
-gpu: export PATH := $(PATH):/usr/local/cuda/bin
-gpu:  ## build, test, sanitise and time on this machine's GPU, with its own torch
+# No network and no virtual environment: the machine's own Python and torch, and the bundle where there is one. Every step has its
+# time box; all of them together nine minutes. STEPS=smoke,speed runs those.
+gpu:  ## build, check and measure on this machine's GPU, with its own torch; results in build/gpu/
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device' % torch.__version__)"
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
-	  $(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m ssmkernels info
-	timeout 200 $(PYTHON) -m pytest python_tests -m gpu
-	timeout --preserve-status -s INT 120 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --dtype bfloat16 --out $(GPU_BENCH_OUT)-bfloat16.json
-	timeout --preserve-status -s INT 120 $(PYTHON) -m ssmkernels bench --device cuda --seconds 1 --out $(GPU_BENCH_OUT)-float32.json
-	$(SANITIZE) --tool memcheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
-	$(SANITIZE) --tool racecheck $(PYTHON) -m pytest python_tests -m "gpu and sanitizer" -x -q
+	@$(PYTHON) -m bench.gpu $(if $(STEPS),--steps $(STEPS))
+
+# For a GPU machine without a network, which has Python, torch and nvcc of its own. The oldest torch that is supported gives the headers.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_WHEELS = pytorch-metric-learning pytest-xdist execnet hypothesis sortedcontainers
+gpu-bundle: export TORCH_CUDA_ARCH_LIST := 9.0
+gpu-bundle:  ## build/gpu-bundle/: _C for the GPU machine (GPU_PYTHON, GPU_TORCH, sm_90), and wheels of what it may lack
+	$(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --no-deps torch==$(GPU_TORCH)
+	.venv-gpu/bin/python -m pip install -q -c constraints.txt cmake ninja pybind11 setuptools wheel
+	rm -rf build/gpu-bundle
+	FORCE_CUDA=1 .venv-gpu/bin/python setup.py build_ext --build-lib build/gpu-bundle
+	.venv-gpu/bin/python -m pip download -q --no-deps -c constraints.txt --dest build/gpu-bundle/wheels $(GPU_WHEELS)
+	.venv-gpu/bin/python -m bench.gpu.bundle
 
 # All of it anew: ptxas reports what it compiles. Instructions are counted where there is cuobjdump.
 registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills

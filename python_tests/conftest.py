@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,18 @@ def pytest_report_header() -> list[str]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A process of pytest-xdist whose CUDA context a test has lost ends, and another takes its place."""
+    result = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,10 @@ import torch
 from ssmkernels.bench.measure import Function, Rates, Timing, peak_extra_bytes, time_alternating
 
 
+def _label(op: str, phase: str, size: Mapping[str, int], dtype: str) -> str:
+    return " ".join([op, phase, *(f"{key}={value:,}" for key, value in size.items()), dtype])
+
+
 @dataclass(frozen=True)
 class Case:
     """One op at one size: ours, its peers, and the least work there is."""
@@ -31,6 +35,9 @@ class Case:
     """Bytes that must move: each input read once per pass the algorithm needs, each output written once."""
     peer_scale: Mapping[str, float] = field(default_factory=dict)
     """By how much the time of a peer is multiplied that does a part of the work, such as some columns of many."""
+
+    def label(self) -> str:
+        return _label(self.op, self.phase, self.size, str(self.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,7 @@ class Result:
         return cls(**(dict(values) | {"ours": Timing(**values["ours"]), "peers": peers, "products": products}))
 
     def label(self) -> str:
-        size = " ".join(f"{key}={value:,}" for key, value in self.size.items())
-        return f"{self.op} {self.phase} {size} {self.dtype}"
+        return _label(self.op, self.phase, self.size, self.dtype)
 
     def ratio(self, peer: str) -> float:
         """How many times longer the peer takes."""

@@ -20,7 +20,7 @@ SIZES = [(64, 128), (128, 128), (64, 512), (128, 512), (1024, 128), (1024, 512),
 LISTED = [(128, 512, 512), (1024, 512, 65_536), (4096, 128, 4_000_000)]  # n = m, h, p
 INTERACTION_SIZES = [(128, 128), (1024, 128)]
 QUICK_SIZES, QUICK_LISTED, QUICK_INTERACTION_SIZES = [(64, 128), (256, 128)], [(128, 128, 512)], [(64, 64)]
-PEER_ELEMENTS = 2**28  # of the hidden units that the peers store: 1 GiB each, of which they hold several
+PEER_ELEMENTS = {"cpu": 2**28, "cuda": 2**32}  # of the hidden units that the peers store, of which they hold several
 
 
 def split_focal_loss(
@@ -78,7 +78,7 @@ def case_of_size(interaction: str, nodes: int, hidden: int, listed: int | None, 
     count = nodes * nodes if listed is None else listed
     size = {"n": nodes, "m": nodes, "d": DIM, "h": hidden} | ({} if listed is None else {"p": listed})
     peers: dict[str, Function] = {}
-    if count * max(hidden, wide) <= PEER_ELEMENTS:
+    if count * max(hidden, wide) <= PEER_ELEMENTS[x.device.type]:
         peers = {
             "eager": step(reference.pair_focal_loss),
             "torch.compile": step(torch.compile(reference.pair_focal_loss, dynamic=False)),
