@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOTAL_SECONDS = 540  # of all time boxes; a machine is lent for ten minutes a call
+TOTAL_SECONDS = 540  # of all time boxes
 
 
 @dataclass(frozen=True)
