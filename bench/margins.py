@@ -42,6 +42,18 @@ MODES = {
 }
 
 
+def has_lanes_only() -> bool:
+    """Whether the avx512 of this build is its lanes in AVX instructions (CMake's SSM_AVX512_LANES)."""
+    return any("lanes" in isa for isa in info.collect()["build"]["instruction_sets"])
+
+
+def columns() -> dict[str, dict[str, str]]:
+    """Their environments. Of a build with the lanes of AVX-512 alone, those: the rest is measured with the other build."""
+    isas = ["avx512"] if has_lanes_only() else _library.library().available_isas()
+    kernels: dict[str, dict[str, str]] = {f"{isa} × {threads}": {} for isa in isas for threads in (1, 2)}
+    return kernels if has_lanes_only() else kernels | modes()
+
+
 def modes() -> dict[str, dict[str, str]]:
     """Those that this processor and this torch have."""
     wide = "avx512" in _library.library().available_isas()
@@ -82,12 +94,11 @@ def measure(path: str, column: str) -> dict[str, float]:
 
 def collect(seeds: int) -> dict[str, dict[str, float]]:
     """Margins of every column, each measured in a process of its own."""
-    columns = {f"{isa} × {threads}": {} for isa in _library.library().available_isas() for threads in (1, 2)} | modes()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "problems.pt")
         torch.save(list(problems(seeds)), path)
-        for column, environment in columns.items():
+        for column, environment in columns().items():
             command = [sys.executable, __file__, "--measure", path, "--column", column]
             done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
             found[column] = json.loads(done.stdout)
@@ -104,7 +115,7 @@ def section(found: dict[str, dict[str, float]], seeds: int) -> str:
         values = [found[column][key] for column in found]
         rows[op, result] = [max(pair) for pair in zip(values, rows.get((op, result), values), strict=True)]
     cells = [[f"`{op}`", result, *(f"{value:.2g}" for value in values)] for (op, result), values in rows.items()]
-    model = info.collect()["cpu"]["model"]
+    model = info.collect()["cpu"]["model"] + (", the lanes of AVX-512 in AVX instructions" if has_lanes_only() else "")
     said = f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(found)} columns, the largest"
     said += f" over float64, float32, bfloat16 and float16: {max(max(each.values()) for each in found.values()):.2f}"
     return f"## {model}\n\n{said}\n\n{markdown_table(['op', 'result', *found], cells)}\n"
