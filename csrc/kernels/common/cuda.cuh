@@ -6,7 +6,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "dtype.h"
 
@@ -31,17 +34,54 @@ inline const char* message(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
+// Static shared memory of a kernel: SSM_SHARED(sums, Real[kWarps][32]) declares `sums` of that type. The emulator of the tests, which
+// counts it, has its own.
+#ifndef SSM_SHARED
+#define SSM_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
+#endif
+
+// 1 where there is no device: what comes next fails there anyway.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+// Lets a kernel have as much dynamic shared memory as the device has beside its static: beyond 48 KiB, both counted, it has to ask. Once
+// per kernel and device and to the most there is, so that calls of different sizes in several threads do not take it from each other.
+inline const char* allow_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  if (const char* error = message(cudaGetDevice(&device))) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.contains({kernel, device})) return nullptr;
+  cudaFuncAttributes attributes{};
+  if (const char* error = message(cudaFuncGetAttributes(&attributes, kernel))) return error;
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(attributes.sharedSizeBytes);
+  if (const char* error = message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))) return error;
+  allowed.insert({kernel, device});
+  return nullptr;
+}
+
+// How many blocks of a kernel run at once on this device; 0 where it cannot launch.
+template <class... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
+  int blocks = 0;
+  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+  if (message(status)) return 0;
+  return int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
 // Launches a one-dimensional grid. Nothing is launched for no blocks. The blocks of a cooperative grid all run at once, or it fails.
 template <bool kCooperative = false, class... Parameters>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
                    std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 thread blocks";
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) return message(status);
-  }
+  if (shared_bytes > 0)
+    if (const char* error = allow_shared_memory(reinterpret_cast<const void*>(kernel))) return error;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
@@ -53,14 +93,6 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   config.attrs = &cooperative;
   config.numAttrs = kCooperative;
   return message(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
-// 1 where there is no device: what comes next fails there anyway.
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
 }
 
 // Cuts one piece of device memory into arrays. Over a null pointer it only adds up the bytes.
@@ -143,15 +175,19 @@ __device__ Real block_sum(Real x, Real* scratch) {
   for (int warp = 0; warp < kWarps; ++warp) sum += scratch[warp];
   return sum;
 }
-template <int kWarps, class Real>
-__device__ Real block_max(Real x, Real* scratch) {
+template <class Real>
+__device__ Real block_max(Real x, Real* scratch, int warps) {
   x = warp_max(x);
   __syncthreads();
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
   __syncthreads();
   Real top = scratch[0];
-  for (int warp = 1; warp < kWarps; ++warp) top = max(top, scratch[warp]);
+  for (int warp = 1; warp < warps; ++warp) top = max(top, scratch[warp]);
   return top;
+}
+template <int kWarps, class Real>
+__device__ Real block_max(Real x, Real* scratch) {
+  return block_max(x, scratch, kWarps);
 }
 
 // Barrier of `blocks` blocks of a cooperative grid; what they wrote before it they all read after it. `arrivals` starts at 0 and only

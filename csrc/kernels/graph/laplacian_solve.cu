@@ -10,14 +10,14 @@
 namespace ssmkernels::cuda {
 namespace {
 
-inline constexpr int kWarps = 20;  // with 96 registers a thread: one block fills a multiprocessor
-inline constexpr int kThreads = 32 * kWarps;
+inline constexpr int kMostWarps = 20;   // of a block: with 96 registers a thread one fills a multiprocessor
 inline constexpr int kRowsPerWarp = 8;  // with fewer than that, several tiles are solved at a time
 inline constexpr int kRowCost = 8;      // of a row, in entries
 inline constexpr int kUnroll = 4;       // rows of neighbours under way
 
 struct Plan {
   int width;  // columns per pack
+  int warps;  // of a block: fewer where the device lets no block of kMostWarps run, under a profiler or a sanitizer
   int packs;  // per row of a tile
   int lanes;  // for a row of a tile, so that 32/lanes neighbours are added at a time
   int64_t tiles;
@@ -27,20 +27,13 @@ struct Plan {
   __host__ __device__ int pitch() const {
     return packs * width;
   }
+  __host__ __device__ int threads() const {
+    return 32 * warps;
+  }
+  int64_t shared_bytes(size_t real_bytes) const {
+    return max<int64_t>(2 * pitch() * real_bytes, sizeof(double)) * warps;
+  }
 };
-
-inline Plan plan_of(int64_t nodes, int64_t columns, int widest) {
-  Plan plan;
-  plan.width = columns == 1 ? 1 : columns == 2 ? 2 : widest;
-  const int64_t packs = ceil_div<int64_t>(columns, plan.width);
-  const int64_t blocks = device_attribute(cudaDevAttrMultiProcessorCount);  // they wait for each other, so all must run at once
-  plan.tiles = ceil_div<int64_t>(packs, 32);
-  plan.packs = static_cast<int>(ceil_div(packs, max<int64_t>(plan.tiles, 1)));
-  plan.lanes = lanes_for(plan.packs, 32);
-  plan.teams = min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, kWarps * kRowsPerWarp), 1), 1), plan.tiles);
-  plan.parts = min(max<int64_t>(ceil_div<int64_t>(nodes, kWarps), 1), blocks / max<int64_t>(plan.teams, 1));
-  return plan;
-}
 
 template <class Real>
 struct Column {
@@ -121,7 +114,7 @@ class Solver {
 
   // Cuts the rows into one range per warp of the team, of equal cost.
   __device__ __noinline__ void find_rows() {
-    const int64_t warps = plan_.parts * kWarps, warp = part_ * kWarps + warp_;
+    const int64_t warps = plan_.parts * plan_.warps, warp = part_ * plan_.warps + warp_;
     const int64_t each = ceil_div(in_.graph.edges + kRowCost * in_.graph.nodes, warps);
     rows_ = {first_row(each * warp), first_row(each * (warp + 1))};
   }
@@ -137,7 +130,7 @@ class Solver {
   // then all of it times a power of two that makes the largest diagonal entry about 1.
   __device__ __noinline__ void scale_matrix() {
     const Csr& graph = in_.graph;
-    const int64_t warps = int64_t{gridDim.x} * kWarps, first = int64_t{blockIdx.x} * kWarps + warp_;
+    const int64_t warps = int64_t{gridDim.x} * plan_.warps, first = int64_t{blockIdx.x} * plan_.warps + warp_;
     double least = 1, largest = 0;
     for (int64_t i = first; i < graph.nodes; i += warps) {
       const Range entries = entries_of(graph, i);
@@ -163,19 +156,19 @@ class Solver {
       }
     }
     double* scratch = reinterpret_cast<double*>(dynamic_shared());
-    least = -block_max<kWarps>(-least, scratch);
-    largest = block_max<kWarps>(largest, scratch);
+    least = -block_max(-least, scratch, plan_.warps);
+    largest = block_max(largest, scratch, plan_.warps);
     if (threadIdx.x == 0) {
       solve_.extremes[2 * blockIdx.x] = least;
       solve_.extremes[2 * blockIdx.x + 1] = largest;
     }
     barrier(solve_.arrivals, gridDim.x);
-    for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
+    for (int64_t block = threadIdx.x; block < gridDim.x; block += plan_.threads()) {
       least = min(least, solve_.extremes[2 * block]);
       largest = max(largest, solve_.extremes[2 * block + 1]);
     }
-    least_ = static_cast<Real>(-block_max<kWarps>(-least, scratch));
-    largest = block_max<kWarps>(largest, scratch);
+    least_ = static_cast<Real>(-block_max(-least, scratch, plan_.warps));
+    largest = block_max(largest, scratch, plan_.warps);
     is_finite_ = largest < INFINITY;
     exponent_ = exponent_of(largest);
     const PowerOf2 shrink(-exponent_);
@@ -301,7 +294,7 @@ class Solver {
   __device__ void for_rows(const F& body) const {
     const int64_t nodes = in_.graph.nodes, end = nodes * (part_ + 1) / plan_.parts;
     if (!holds_) return;
-    for (int64_t i = nodes * part_ / plan_.parts + warp_ * groups_ + group_; i < end; i += kWarps * groups_)
+    for (int64_t i = nodes * part_ / plan_.parts + warp_ * groups_ + group_; i < end; i += plan_.warps * groups_)
       body(i, i * plan_.pitch() + at_);
   }
 
@@ -321,13 +314,13 @@ class Solver {
     }
     __syncthreads();
     double* partials = solve_.partials + team_ * 2 * pitch * plan_.parts;
-    for (int at = threadIdx.x; at < 2 * pitch; at += kThreads) {
+    for (int at = threadIdx.x; at < 2 * pitch; at += plan_.threads()) {
       double sum = shared[at];
-      for (int warp = 1; warp < kWarps; ++warp) sum = combine(sum, shared[warp * 2 * pitch + at]);
+      for (int warp = 1; warp < plan_.warps; ++warp) sum = combine(sum, shared[warp * 2 * pitch + at]);
       partials[(at % pitch * 2 + at / pitch) * plan_.parts + part_] = sum;
     }
     wait_for_team();
-    for (int64_t column = part_ + plan_.parts * warp_; column < pitch; column += plan_.parts * kWarps) {
+    for (int64_t column = part_ + plan_.parts * warp_; column < pitch; column += plan_.parts * plan_.warps) {
       const double* of_column = partials + column * 2 * plan_.parts;
       double a = 0, b = 0;  // magnitudes, where it is the maximum that is taken
       for (int64_t part = lane_; part < plan_.parts; part += 32) {
@@ -534,7 +527,7 @@ class Solver {
         solve_.out.solution[out] = of.state.is_finite() ? value : static_cast<Real>(NAN);
       }
     });
-    for (int64_t column = threadIdx.x; column < plan_.pitch() && part_ == 0; column += kThreads) {
+    for (int64_t column = threadIdx.x; column < plan_.pitch() && part_ == 0; column += plan_.threads()) {
       const Convergence& state = columns_[column].state;
       const int64_t out = first_ + column;
       if (out >= in_.columns) break;
@@ -565,14 +558,41 @@ class Solver {
 };
 
 template <class Real, int kWidth>
-__global__ void __launch_bounds__(kThreads, 1) solve_laplacian(const __grid_constant__ Solve<Real> solve) {
+__global__ void __launch_bounds__(32 * kMostWarps, 1) solve_laplacian(const __grid_constant__ Solve<Real> solve) {
   Solver<Real, kWidth>(solve).run();
+}
+
+template <class Real>
+auto solver_of(const Plan& plan) {
+  return plan.width == 1 ? solve_laplacian<Real, 1> : plan.width == 2 ? solve_laplacian<Real, 2> : solve_laplacian<Real, kWidest<Real>>;
+}
+
+template <class Real>
+Plan plan_of(int64_t nodes, int64_t columns) {
+  Plan plan;
+  plan.width = columns == 1 ? 1 : columns == 2 ? 2 : kWidest<Real>;
+  const int64_t packs = ceil_div<int64_t>(columns, plan.width);
+  plan.tiles = ceil_div<int64_t>(packs, 32);
+  plan.packs = static_cast<int>(ceil_div(packs, max<int64_t>(plan.tiles, 1)));
+  plan.lanes = lanes_for(plan.packs, 32);
+  plan.warps = kMostWarps;
+  const auto resident = [&] { return resident_blocks(solver_of<Real>(plan), plan.threads(), plan.shared_bytes(sizeof(Real))); };
+  int64_t blocks = resident();  // they wait for each other, so all must run at once
+  while (blocks == 0 && plan.warps > 1) {
+    plan.warps /= 2;
+    blocks = resident();
+  }
+  // One fills a multiprocessor; without any the launch says what is wrong.
+  blocks = max<int64_t>(min<int64_t>(blocks, device_attribute(cudaDevAttrMultiProcessorCount)), 1);
+  plan.teams = min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, plan.warps * kRowsPerWarp), 1), 1), plan.tiles);
+  plan.parts = min(max<int64_t>(ceil_div<int64_t>(nodes, plan.warps), 1), blocks / max<int64_t>(plan.teams, 1));
+  return plan;
 }
 
 template <class Real>
 Solve<Real> take_solve(const LaplacianSolve<Real>& in, Workspace& workspace) {
   Solve<Real> solve{};
-  const Plan plan = plan_of(in.graph.nodes, in.columns, kWidest<Real>);
+  const Plan plan = plan_of<Real>(in.graph.nodes, in.columns);
   solve.in = in;
   solve.plan = plan;
   solve.arrivals = workspace.take<unsigned long long>(1 + plan.teams);
@@ -651,11 +671,7 @@ const char* laplacian_solve(const LaplacianSolve<Real>& in, const LaplacianSolut
   solve.out = out;
   const Plan& plan = solve.plan;
   if (const char* error = message(cudaMemsetAsync(solve.arrivals, 0, (1 + plan.teams) * sizeof *solve.arrivals, stream))) return error;
-  const auto kernel = plan.width == 1   ? solve_laplacian<Real, 1>
-                      : plan.width == 2 ? solve_laplacian<Real, 2>
-                                        : solve_laplacian<Real, kWidest<Real>>;
-  return launch<true>(kernel, plan.teams * plan.parts, kThreads, max<int64_t>(2 * plan.pitch() * sizeof(Real), sizeof(double)) * kWarps,
-                      stream, solve);
+  return launch<true>(solver_of<Real>(plan), plan.teams * plan.parts, plan.threads(), plan.shared_bytes(sizeof(Real)), stream, solve);
 }
 
 template <class Real>

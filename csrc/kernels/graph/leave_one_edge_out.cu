@@ -153,7 +153,7 @@ inline constexpr Real kModerate = 8;
 template <class Real, bool kPadded, bool kBackward>
 __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant__ Problem<Real> problem, int lanes) {
   constexpr int kWidth = kWidest<Real>;
-  __shared__ Pair<Real> all_pairs[kWarps][kStretch];
+  SSM_SHARED(all_pairs, Pair<Real>[kWarps][kStretch]);
   const int lane = threadIdx.x % 32, groups = 32 / lanes, group = lane / lanes, first_pack = lane % lanes;
   const int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * kStretch, classes = problem.in.classes;
   if (first >= problem.in.graph.edges) return;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
 }
 
 template <class Real>
-Problem<Real> take_problem(const LeaveOneEdgeOut<Real>& in, Workspace& workspace) {
+Problem<Real> take_problem(const LeaveOneEdgeOut<Real>& in, bool with_gradients, Workspace& workspace) {
   Problem<Real> problem{};
   problem.in = in;
   problem.packs = ceil_div<int64_t>(in.classes, kWidest<Real>);
@@ -357,7 +357,7 @@ Problem<Real> take_problem(const LeaveOneEdgeOut<Real>& in, Workspace& workspace
   problem.rows = workspace.take<int32_t>(in.graph.edges);
   problem.nodes = workspace.take<Node<Real>>(in.graph.nodes);
   problem.f = workspace.take<Real>(in.graph.nodes * problem.packs * kWidest<Real>);
-  problem.softmaxes = workspace.take<Softmax<Real>>(in.graph.edges);
+  if (with_gradients) problem.softmaxes = workspace.take<Softmax<Real>>(in.graph.edges);
   return problem;
 }
 
@@ -383,9 +383,9 @@ const char* launch_gather(const Problem<Real>& problem, const LeaveOneEdgeOutBac
 }  // namespace
 
 template <class Real>
-int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>& in) {
+int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>& in, bool with_gradients) {
   Workspace workspace(nullptr);
-  take_problem(in, workspace);
+  take_problem(in, with_gradients, workspace);
   return workspace.bytes();
 }
 
@@ -393,7 +393,7 @@ template <class Real>
 const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, void* memory, CudaStream stream) {
   if (in.graph.edges == 0) return nullptr;
   Workspace workspace(memory);
-  Problem<Real> problem = take_problem(in, workspace);
+  Problem<Real> problem = take_problem(in, false, workspace);
   problem.dissimilarity = dissimilarity;
   // Entries whose pair has no owner stay 0.
   if (const char* error = message(cudaMemsetAsync(dissimilarity, 0, in.graph.edges * sizeof(Real), stream))) return error;
@@ -405,7 +405,7 @@ const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const L
                                         CudaStream stream) {
   if (in.graph.nodes == 0) return nullptr;
   Workspace workspace(memory);
-  const Problem<Real> problem = take_problem(in, workspace);
+  const Problem<Real> problem = take_problem(in, true, workspace);
   if (const char* error = message(cudaMemsetAsync(problem.softmaxes, 0, in.graph.edges * sizeof *problem.softmaxes, stream))) return error;
   if (const char* error = launch_pairs<true>(problem, stream)) return error;
   return problem.packs == 1    ? launch_gather<1>(problem, out, stream)
@@ -414,7 +414,7 @@ const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const L
 }
 
 #define SSM_INSTANTIATE(Real)                                                                      \
-  template int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&);                     \
+  template int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&, bool);               \
   template const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, void*, CudaStream); \
   template const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, void*, CudaStream);
 SSM_INSTANTIATE(float)

@@ -45,7 +45,7 @@ SSM_PER_ISA(template <class Real> void leave_one_edge_out(const LeaveOneEdgeOut<
 namespace ssmkernels::cuda {
 
 template <class Real>
-int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&);  // bytes, forward and backward
+int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&, bool with_gradients);  // bytes
 template <class Real>
 const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real* dissimilarity, void* workspace, CudaStream);
 template <class Real>

@@ -143,7 +143,8 @@ class Backward {
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
     slope_table(const Real* grad, const Real* aggregated, int64_t rows, int64_t classes, Real* table, Real* row_scale) {
-  __shared__ Real shift[kTableRows], scale[kTableRows];
+  SSM_SHARED(shift, Real[kTableRows]);
+  SSM_SHARED(scale, Real[kTableRows]);
   const int64_t first_row = int64_t{blockIdx.x} * kTableRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = first_row + warp;
@@ -191,7 +192,7 @@ struct Merge {
 template <class Real, bool kBackward>
 __global__ void __launch_bounds__(32 * kMergeWarps) merge_aggregate(const __grid_constant__ Merge<Real> in) {
   constexpr int kThreads = 32 * kMergeWarps;
-  __shared__ Real scratch[kMergeWarps];
+  SSM_SHARED(scratch, Real[kMergeWarps]);
   const int64_t row = blockIdx.x;
   Real top = kLowest<Real>, sum = 0;
   for (int64_t s = threadIdx.x; s < in.splits; s += kThreads) top = max(top, in.rows[s * in.padded_rows + row].reference);

@@ -45,7 +45,7 @@ struct OrderPass {
 
 // counts[chunk][bin]
 static __global__ void __launch_bounds__(kChunk) count_digits(OrderPass pass) {
-  __shared__ uint32_t count[kBins];
+  SSM_SHARED(count, uint32_t[kBins]);
   for (int bin = threadIdx.x; bin < pass.bins; bin += kChunk) count[bin] = 0;
   __syncthreads();
   const int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x;
@@ -56,7 +56,7 @@ static __global__ void __launch_bounds__(kChunk) count_digits(OrderPass pass) {
 
 // counts[chunk][bin] becomes the sum over the chunks before it, totals[bin] the sum over all.
 static __global__ void __launch_bounds__(kScanBins* kScanParts) scan_chunks(OrderPass pass) {
-  __shared__ uint32_t sums[kScanParts][kScanBins];
+  SSM_SHARED(sums, uint32_t[kScanParts][kScanBins]);
   const int part = threadIdx.x / kScanBins, lane = threadIdx.x % kScanBins;
   const int bin = blockIdx.x * kScanBins + lane;
   const int64_t size = ceil_div<int64_t>(pass.chunks, kScanParts);
@@ -81,9 +81,9 @@ static __global__ void __launch_bounds__(kScanBins* kScanParts) scan_chunks(Orde
 // Each slot goes behind those of smaller digits, those of its digit in earlier chunks, and those of its digit before it in this chunk.
 static __global__ void __launch_bounds__(kChunk) place_slots(OrderPass pass) {
   constexpr int kBinsEach = kBins / kChunk;
-  __shared__ uint32_t bases[kBins];
-  __shared__ uint32_t warp_sums[kChunk / 32];
-  __shared__ int digits[kChunk];
+  SSM_SHARED(bases, uint32_t[kBins]);
+  SSM_SHARED(warp_sums, uint32_t[kChunk / 32]);
+  SSM_SHARED(digits, int[kChunk]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x;
   const Slot slot = at < pass.slots ? pass.slot(at) : Slot{};
@@ -118,19 +118,20 @@ static __global__ void __launch_bounds__(kChunk) place_slots(OrderPass pass) {
   if (at < pass.slots) pass.to[int64_t{bases[digit]} + pass.counts[int64_t{blockIdx.x} * pass.bins + digit] + rank] = slot;
 }
 
-static __global__ void find_starts(ClassOrder order, int64_t slots, int64_t classes) {
-  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (at >= slots) return;
-  const int64_t label = order.slots[at].label, previous = at > 0 ? order.slots[at - 1].label : -1;
-  for (int64_t c = previous + 1; c <= label; ++c) {
-    order.starts[c] = at;
-    order.present[c] = c == label;
+// A thread a class: a binary search. The work is the same wherever the labels of the bank end.
+static __global__ void __launch_bounds__(256) find_starts(ClassOrder order, int64_t slots, int64_t classes) {
+  const int64_t c = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (c > classes + 1) return;
+  int64_t start = 0, end = slots;  // labels before `start` are smaller, from `end` on they are not
+  while (start < end) {
+    const int64_t middle = start + (end - start) / 2;
+    if (order.slots[middle].label < c)
+      start = middle + 1;
+    else
+      end = middle;
   }
-  if (at == slots - 1)
-    for (int64_t c = label + 1; c <= classes + 1; ++c) {
-      order.starts[c] = slots;
-      if (c <= classes) order.present[c] = 0;
-    }
+  order.starts[c] = start;
+  if (c <= classes) order.present[c] = start < slots && order.slots[start].label == c;
 }
 
 inline int order_digits(int64_t classes) {
@@ -174,7 +175,7 @@ const char* sort_by_class(const Bank<Storage>& bank, const ClassOrder& order, cu
     pass.labels = nullptr;
     pass.from = pass.to;
   }
-  return launch(find_starts, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, order, bank.slots, bank.classes);
+  return launch(find_starts, ceil_div<int64_t>(bank.classes + 2, 256), 256, 0, stream, order, bank.slots, bank.classes);
 }
 
 }  // namespace ssmkernels::cuda

@@ -24,7 +24,7 @@ inline int64_t table_blocks(const Cut& cut) {
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
     log_probs_table(const Real* probs, const unsigned char* present, int64_t rows, int64_t classes, Real* table, unsigned char* known) {
-  __shared__ bool any[kTableRows];
+  SSM_SHARED(any, bool[kTableRows]);
   const int64_t first_row = int64_t{blockIdx.x} * kTableRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = first_row + warp;

@@ -167,7 +167,7 @@ struct Merge {
 template <class Real>
 __global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) merge_matching(const __grid_constant__ Merge<Real> in) {
   constexpr int kThreads = 32 * kMergeWarps;
-  __shared__ Real scratch[kMergeWarps];
+  SSM_SHARED(scratch, Real[kMergeWarps]);
   const int64_t row = blockIdx.x, splits = in.splits;
   Real* target_share = reinterpret_cast<Real*>(dynamic_shared());  // [splits]: what a split's sums count, of the whole
   Real* strong_share = target_share + splits;

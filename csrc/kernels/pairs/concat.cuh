@@ -140,8 +140,8 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
 
 template <class Real, bool kGradients>
 __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4) sweep_concat(const __grid_constant__ ConcatSweep<Real> in) {
-  __shared__ ConcatTile<Real> tile;
-  __shared__ double scratch[kConcatWarps];
+  SSM_SHARED(tile, ConcatTile<Real>);
+  SSM_SHARED(scratch, double[kConcatWarps]);
   const TileGrid& grid = in.grid;
   const int64_t row_part = blockIdx.x / grid.column_parts, column_part = blockIdx.x % grid.column_parts;
   const int64_t row_begin = row_part * grid.tiles_down, row_end = min(row_begin + grid.tiles_down, grid.row_tiles);
@@ -193,8 +193,8 @@ struct ConcatList {
 template <class Real>
 __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_constant__ ConcatList<Real> in) {
   constexpr int kWidth = kVector<Real>;
-  __shared__ PairSums place_sums[kListWarps][kListBatch];  // of this place in all batches
-  __shared__ double scratch[kListWarps];
+  SSM_SHARED(place_sums, PairSums[kListWarps][kListBatch]);  // of this place in all batches
+  SSM_SHARED(scratch, double[kListWarps]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Real bias = *in.b2;
   if (lane < kListBatch) place_sums[warp][lane] = {};

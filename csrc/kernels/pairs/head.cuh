@@ -69,7 +69,7 @@ struct PairSums {
 // Σ over the blocks, in their order: the total and ∂b2.
 template <class Real>
 __global__ void __launch_bounds__(256) finish_sums(const PairSums* sums, int64_t blocks, const double* scale, Real* total, Real* grad_b2) {
-  __shared__ double scratch[8];
+  SSM_SHARED(scratch, double[8]);
   double values = 0, slopes = 0;
   for (int64_t block = threadIdx.x; block < blocks; block += 256) {
     values += sums[block].values;

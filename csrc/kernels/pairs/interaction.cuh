@@ -463,7 +463,7 @@ template <class Engine, bool kGradients>
 __global__ void __launch_bounds__(kInteractionThreads, 2)
     sweep_interaction(const __grid_constant__ InteractionSweep<typename Engine::Storage> in) {
   using Real = typename Engine::Real;
-  __shared__ InteractionTile<Engine> tile;
+  SSM_SHARED(tile, InteractionTile<Engine>);
   const InteractionMemory<Engine> memory;
   const PairNetwork<typename Engine::Storage>& network = in.network;
   uint32_t* masks = kGradients ? in.masks + blockIdx.x * in.words() * kTilePairs : nullptr;
@@ -522,7 +522,7 @@ __global__ void __launch_bounds__(32 * kPartGroups)
     finish_weights(PairNetwork<Storage> network, const Compute<Storage>* weights, const Compute<Storage>* biases, int64_t parts,
                    PairGradients<Compute<Storage>> out) {
   using Real = Compute<Storage>;
-  __shared__ Real scratch[kPartGroups];
+  SSM_SHARED(scratch, Real[kPartGroups]);
   const int64_t h = blockIdx.x, features = network.features, pitch = weight_pitch(features);
   const int lane = threadIdx.x % 32;
   const Real weight = network.w2[h];

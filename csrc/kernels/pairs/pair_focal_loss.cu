@@ -16,7 +16,7 @@ struct CountInput {
 };
 
 __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, PairCount out) {
-  __shared__ int64_t scratch[kCountWarps];
+  SSM_SHARED(scratch, int64_t[kCountWarps]);
   const int64_t first = int64_t{blockIdx.x} * kCountThreads + threadIdx.x, step = int64_t{gridDim.x} * kCountThreads;
   int64_t left = 0, right = 0;
   if (in.pairs) {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, Pair
 
 __global__ void __launch_bounds__(PairCount::kBlocks) finish_count(PairCount count, int64_t blocks, bool listed) {
   constexpr int kWarps = PairCount::kBlocks / 32;
-  __shared__ int64_t scratch[kWarps];
+  SSM_SHARED(scratch, int64_t[kWarps]);
   const bool mine = threadIdx.x < blocks;
   const int64_t left = block_sum<kWarps>(mine ? count.parts[2 * threadIdx.x] : int64_t{0}, scratch);
   const int64_t right = block_sum<kWarps>(mine ? count.parts[2 * threadIdx.x + 1] : int64_t{0}, scratch);

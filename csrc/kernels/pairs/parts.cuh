@@ -178,7 +178,7 @@ inline constexpr int kPartGroups = 8;  // warps, each with the sum of every eigh
 // Σ over parts of 32 columns, by a block of kPartGroups warps; the sum is the first warp's.
 template <class Real>
 __device__ Real sum_parts(const Real* parts, int64_t count, int64_t width, int64_t column, bool inside) {
-  __shared__ Real sums[kPartGroups][32];
+  SSM_SHARED(sums, Real[kPartGroups][32]);
   const int group = threadIdx.x / 32, lane = threadIdx.x % 32;
   Real sum = 0;
   if (inside) {

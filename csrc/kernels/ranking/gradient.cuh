@@ -121,7 +121,7 @@ class GradientBlock {
   }
 
   __device__ void add_tile(int64_t column) {
-    __shared__ bool has_close[kTileWarps];
+    SSM_SHARED(has_close, bool[kTileWarps]);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const WarpTile tile(row_, column);
     Products k{};
@@ -231,7 +231,7 @@ class GradientBlock {
   }
 
   __device__ void store_row_weights() {
-    __shared__ Real sums[2][kSide];
+    SSM_SHARED(sums, Real[2][kSide]);
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r) {

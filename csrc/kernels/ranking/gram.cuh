@@ -49,7 +49,7 @@ inline Gram take_gram(const PackedRows<double>& rows, int64_t dim, Workspace& wo
 
 // A block: 32 columns of every kMeanParts-th run of 8 rows.
 static __global__ void __launch_bounds__(kGramThreads) sum_columns(const __grid_constant__ Gram gram) {
-  __shared__ double sums[kGramWarps][32];
+  SSM_SHARED(sums, double[kGramWarps][32]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t part = blockIdx.x % kMeanParts, column = blockIdx.x / kMeanParts * 32 + lane;
   double sum = 0;
@@ -65,7 +65,7 @@ static __global__ void __launch_bounds__(kGramThreads) sum_columns(const __grid_
 }
 
 static __global__ void __launch_bounds__(kGramThreads) finish_mean(const __grid_constant__ Gram gram) {
-  __shared__ double scratch[kGramWarps];
+  SSM_SHARED(scratch, double[kGramWarps]);
   double norm = 0;
   for (int64_t column = threadIdx.x; column < gram.rows.pitch; column += kGramThreads) {
     double sum = 0;
@@ -79,7 +79,7 @@ static __global__ void __launch_bounds__(kGramThreads) finish_mean(const __grid_
 }
 
 static __global__ void __launch_bounds__(kGramThreads) sum_rows(const __grid_constant__ Gram gram) {
-  __shared__ double scratch[kGramWarps];
+  SSM_SHARED(scratch, double[kGramWarps]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const double mean_norm = *gram.mean_norm;
   RowSums sums{};
@@ -105,12 +105,12 @@ static __global__ void __launch_bounds__(kGramThreads) sum_rows(const __grid_con
 
 // A block: 64 × 64 elements of H over a part of the rows, 4 × 4 to a thread.
 static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const __grid_constant__ Gram gram) {
-  constexpr int kPitch = kSide + 2;
-  alignas(16) __shared__ double left[kGramRows][kPitch];
-  alignas(16) __shared__ double right[kGramRows][kPitch];
   struct alignas(16) Two {
     double values[2];
   };
+  constexpr int kPitch = kSide / 2 + 1;
+  SSM_SHARED(left, Two[kGramRows][kPitch]);
+  SSM_SHARED(right, Two[kGramRows][kPitch]);
   const int64_t part = blockIdx.x % gram.parts, t = blockIdx.x / gram.parts, pitch = gram.rows.pitch;
   const TileAt tile = upper_tile(t);
   const int64_t each = ceil_div(gram.rows.count, gram.parts), begin = part * each, end = min(begin + each, gram.rows.count);
@@ -124,8 +124,8 @@ static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const 
 #pragma unroll
     for (int r = first_row; r < kGramRows; r += kGramThreads / kSide) {
       const double* row = gram.rows.values + (i + r) * pitch;
-      left[r][copied] = i + r < end && left_column < pitch ? row[left_column] - left_mean : 0;
-      right[r][copied] = i + r < end && right_column < pitch ? row[right_column] - right_mean : 0;
+      left[r][copied / 2].values[copied % 2] = i + r < end && left_column < pitch ? row[left_column] - left_mean : 0;
+      right[r][copied / 2].values[copied % 2] = i + r < end && right_column < pitch ? row[right_column] - right_mean : 0;
     }
     __syncthreads();
 #pragma unroll 4
@@ -133,8 +133,8 @@ static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const 
       Two a[2], b[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        a[half] = *reinterpret_cast<const Two*>(&left[r][y + 2 * half]);
-        b[half] = *reinterpret_cast<const Two*>(&right[r][x + 2 * half]);
+        a[half] = left[r][y / 2 + half];
+        b[half] = right[r][x / 2 + half];
       }
 #pragma unroll
       for (int p = 0; p < 4; ++p)
@@ -151,7 +151,7 @@ static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const 
 
 // A block: a row of H.
 static __global__ void __launch_bounds__(kGramThreads) finish_gram(const __grid_constant__ Gram gram) {
-  __shared__ double scratch[kGramWarps];
+  SSM_SHARED(scratch, double[kGramWarps]);
   const int64_t i = blockIdx.x;
   double squares = 0;
   for (int64_t j = threadIdx.x; j < gram.h.pitch; j += kGramThreads) {

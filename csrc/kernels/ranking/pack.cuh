@@ -12,7 +12,7 @@ inline constexpr int kCenterRows = 256;
 // About the middle of the rows: the mean of at most kCenterRows of them. Where a column has no finite mean, 0.
 template <class Real>
 __global__ void __launch_bounds__(kPackThreads) find_center(const Real* rows, int64_t count, int64_t dim, Real* center) {
-  __shared__ Real sums[kPackWarps][32];
+  SSM_SHARED(sums, Real[kPackWarps][32]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = int64_t{blockIdx.x} * 32 + lane, taken = min<int64_t>(count, kCenterRows);
   Real sum = 0;

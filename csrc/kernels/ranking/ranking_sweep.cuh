@@ -311,8 +311,8 @@ class LossTile {
   }
 
   __device__ LossPart part() const {
-    __shared__ double sums[kTileWarps];
-    __shared__ int64_t counts[kTileWarps];
+    SSM_SHARED(sums, double[kTileWarps]);
+    SSM_SHARED(counts, int64_t[kTileWarps]);
     LossPart out;
 #pragma unroll
     for (int kind = 0; kind < 2; ++kind) {
@@ -375,8 +375,8 @@ inline constexpr int kFinishWarps = 8, kFinishThreads = 32 * kFinishWarps;
 // `times`: how often a pair that was looked at counts.
 template <class Real>
 __global__ void __launch_bounds__(kFinishThreads) finish_loss(const LossPart* parts, int64_t blocks, int times, RankingLoss<Real> out) {
-  __shared__ double sums[kFinishWarps];
-  __shared__ int64_t counts[kFinishWarps];
+  SSM_SHARED(sums, double[kFinishWarps]);
+  SSM_SHARED(counts, int64_t[kFinishWarps]);
   LossPart all{};
   for (int64_t i = threadIdx.x; i < blocks; i += kFinishThreads)
     for (int kind = 0; kind < 2; ++kind) {

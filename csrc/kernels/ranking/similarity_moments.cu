@@ -75,7 +75,7 @@ struct MomentInput {
 // A block has every parts-th tile right of the diagonal.
 __global__ void __launch_bounds__(kTileThreads) sweep_moments(const __grid_constant__ MomentInput in) {
   using Products = Engine::Products;
-  __shared__ Moments scratch[kTileWarps];
+  SSM_SHARED(scratch, Moments[kTileWarps]);
   double* ring = reinterpret_cast<double*>(dynamic_shared());
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x / in.parts * kSide, count = in.rows.count;
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kTileThreads) sweep_moments(const __grid_const
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads)
     finish_moments(const PairMoments* parts, int64_t blocks, const __grid_constant__ Gram gram, int64_t row_blocks, Real* out) {
-  __shared__ Moments scratch[kReduceWarps];
-  __shared__ double sums[kReduceWarps];
+  SSM_SHARED(scratch, Moments[kReduceWarps]);
+  SSM_SHARED(sums, double[kReduceWarps]);
   PairMoments all;
   for (int64_t i = threadIdx.x; i < blocks; i += kReduceThreads)
     all = {merged(all.positive, parts[i].positive), merged(all.negative, parts[i].negative)};
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kReduceThreads)
 
 // Positives, i < j, of a block of rows.
 __global__ void __launch_bounds__(kReduceThreads) count_positives(const int64_t* labels, int64_t count, int64_t* out) {
-  __shared__ int64_t scratch[kReduceWarps];
+  SSM_SHARED(scratch, int64_t[kReduceWarps]);
   int64_t before = 0;
   for (int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kReduceThreads) {
     int64_t low = 0, high = i;  // the first row of this label
@@ -179,7 +179,7 @@ struct Slopes {
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads)
     find_slopes(const int64_t* counts, int64_t blocks, int64_t count, const Real* moments, const Real* grad_moments, Slopes* out) {
-  __shared__ int64_t scratch[kReduceWarps];
+  SSM_SHARED(scratch, int64_t[kReduceWarps]);
   const int64_t half = block_sum<kReduceWarps>(threadIdx.x < blocks ? counts[threadIdx.x] : int64_t{0}, scratch);
   if (threadIdx.x > 0) return;
   const double positives = 2.0 * static_cast<double>(half);

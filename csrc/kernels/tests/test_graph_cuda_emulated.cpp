@@ -367,10 +367,10 @@ void test_solve(const System& system, const char* what) {
     }
     check(std::sqrt(error) <= 100 * system.rtol * std::sqrt(size), "solution", std::sqrt(error / size));
   }
-  const unsigned phase = emulator::first_phase;
-  emulator::first_phase ^= 1;  // another order of warps and blocks
+  const unsigned phase = emulator::seed;
+  emulator::seed ^= 1;  // another order of warps and blocks
   const Solved<Real> again(system);
-  emulator::first_phase = phase;
+  emulator::seed = phase;
   check(again.same_bits(solved), "bits");
 }
 
@@ -516,6 +516,11 @@ void test_solves(std::mt19937& random) {
     emulator::multiprocessor_count = columns == 300 ? 2 : 5;
     test_solve<Real>(make_system<Real>(make_graph<Real>(250, 6, random), columns, random), "several blocks");
   }
+  for (const int most : {160, 32}) {  // a multiprocessor that has no registers left for 640 threads, as under a sanitizer
+    emulator::most_resident_threads = most;
+    test_solve<Real>(make_system<Real>(make_graph<Real>(123, 6, random), 10, random), "smaller blocks");
+  }
+  emulator::most_resident_threads = 2048;
 
   test_solve_scales<Real>(random);
   test_solve_nan<Real>(random);
@@ -707,13 +712,14 @@ struct LeftOut {
     const DeviceGraph device(graph);
     const Guarded<Real> weight(graph.weight), propagated(f), grad_dissimilarity(grad);
     const LeaveOneEdgeOut<Real> problem{device.view(), device.reverse.data(), weight.data(), propagated.data(), classes, scale};
-    const int64_t bytes = cuda::leave_one_edge_out_workspace(problem);
+    const int64_t bytes = cuda::leave_one_edge_out_workspace(problem, false), both = cuda::leave_one_edge_out_workspace(problem, true);
+    check(both - bytes >= static_cast<int64_t>(4 * sizeof(Real) * graph.edges()), "the forward reserves nothing for a backward");
     {
       const Guarded<unsigned char> workspace(bytes);
       const char* error = cuda::leave_one_edge_out(problem, value.data(), workspace.data(), nullptr);
       check(!error, error ? error : "leave_one_edge_out");
     }
-    const Guarded<unsigned char> workspace(bytes);
+    const Guarded<unsigned char> workspace(both);
     const char* error = cuda::leave_one_edge_out_backward(problem, {grad_dissimilarity.data(), grad_weight.data(), grad_propagated.data()},
                                                           workspace.data(), nullptr);
     check(!error, error ? error : "leave_one_edge_out_backward");

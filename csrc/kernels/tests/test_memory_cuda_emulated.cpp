@@ -297,10 +297,10 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
     check(!error, error ? error : "aggregate");
     compare(aggregated, e.aggregated, exact, "aggregate");
     compare(log_normalizer, e.log_weak, exact, "log_normalizer");
-    emulator::first_phase = 1;
+    emulator::seed = 1;
     Guarded<char> other_workspace(cuda::aggregate_workspace(aggregation));
     cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr);
-    emulator::first_phase = 0;
+    emulator::seed = 0;
     check(std::memcmp(aggregated.data(), again.data(), aggregated.size() * sizeof(Real)) == 0, "the same bits in another order of warps");
 
     Guarded<char> backward_workspace(cuda::aggregate_workspace(aggregation));

@@ -333,9 +333,9 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
     out.run(problem, reduction, grad);
     if (!shape.brief) {
       const Output<Storage> again(problem);
-      emulator::first_phase = 1;
+      emulator::seed = 1;
       again.run(problem, reduction, grad);
-      emulator::first_phase = 0;
+      emulator::seed = 0;
       check(out.same_bits(again), "the same bits in another order of warps");
     }
 
@@ -537,9 +537,9 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
     Guarded<char> workspace(cuda::similarity_moments_workspace(in, false));
     succeeds(cuda::similarity_moments(in, moments.data(), workspace.data(), nullptr));
     Guarded<char> other(cuda::similarity_moments_workspace(in, false));
-    emulator::first_phase = 1;
+    emulator::seed = 1;
     succeeds(cuda::similarity_moments(in, again.data(), other.data(), nullptr));
-    emulator::first_phase = 0;
+    emulator::seed = 0;
   }
   check(moments.same_bits(again), "the same bits in another order of warps");
   for (int k = 0; k < 4; ++k) {
@@ -557,9 +557,9 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
     Guarded<char> workspace(cuda::similarity_moments_workspace(in, true));
     succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr));
     Guarded<char> other(cuda::similarity_moments_workspace(in, true));
-    emulator::first_phase = 1;
+    emulator::seed = 1;
     succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(), nullptr));
-    emulator::first_phase = 0;
+    emulator::seed = 0;
   }
   check(gradient.same_bits(gradient_again), "the same bits of the gradient in another order of warps");
   Values slope(n * d), expected_gradient(n * d);

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that switch at barriers
 // and at the instructions of a warp; blocks run one after the other, or, in a cooperative launch, by turns: one runs until it waits for
-// others. What a GPU leaves undefined is made to show: shared memory starts as
-// NaN, an asynchronous copy lands only when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared
-// memory ends at an unmapped page, and warps take their turns in an order that changes from barrier to barrier.
+// others. What a GPU leaves undefined is made to show: shared memory starts as NaN of one of two kinds, an asynchronous copy lands only
+// when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared memory ends at an unmapped page, and
+// warps and lanes take their turns in an order that `seed` and every barrier change. What a GPU refuses is refused: the limits of sm_90,
+// shared memory beyond 48 KiB, static and dynamic together, that a kernel was not allowed, cooperative grids that do not fit, addresses
+// that are not aligned. test_cuda_emulator.cpp plants such faults and checks that each is reported.
 #pragma once
 
 #define SSM_CUDA_EMULATOR
@@ -26,11 +28,11 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __noinline__
 #define __builtin_assume(...)
+#define SSM_SHARED(name, ...) auto& name = emulator::static_shared<__VA_ARGS__>([] {})  // a lambda's type is of its place alone
 
 struct dim3 {
   unsigned x, y, z;
@@ -51,11 +53,18 @@ using std::sqrt;
 namespace emulator {
 
 inline int multiprocessor_count = 3;
-inline int shared_limit = 227 * 1024;  // bytes a block may have
-inline unsigned first_phase = 0;       // odd: warps take their turns the other way round
+inline int shared_limit = 227 * 1024;     // bytes a block may have
+inline int most_resident_threads = 2048;  // of a multiprocessor: fewer where registers run out
+inline unsigned seed = 0;                 // of the order of warps and lanes, and of what shared memory starts as
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
 inline constexpr size_t kMaxShared = 227 * 1024;
+inline constexpr size_t kUnasked = 48 * 1024;       // shared memory that a kernel has without asking
+inline constexpr size_t kSharedOfAll = 228 * 1024;  // of a multiprocessor
+inline constexpr size_t kSharedOfSystem = 1024;     // of each block
+inline constexpr int kMaxResidentBlocks = 32;
+inline constexpr size_t kGap = 64;  // behind a variable in static shared memory: nobody writes there
+inline constexpr unsigned char kUnwritten = 0xa5;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda emulator: %s (block %u, thread %u)\n", what, blockIdx.x, threadIdx.x);
@@ -90,10 +99,30 @@ struct Block {
   Thread threads[kMaxThreads];
   Exchange exchanges[kMaxThreads / 32][2];
   unsigned char* shared_page = nullptr;
-  unsigned char* shared = nullptr;
+  unsigned char* shared = nullptr;  // dynamic
+  size_t shared_bytes = 0;
+  alignas(64) unsigned char static_shared[kUnasked + 128 * kGap];
+  std::vector<unsigned char*> variables;  // in static shared memory, by number; null where the block has not met it yet
+  std::vector<unsigned char*> gaps;       // behind them
+  size_t static_bytes = 0, static_end = 0;
   unsigned index = 0;
-  unsigned phase = 0;  // odd: warps take their turns the other way round
+  unsigned phase = 0;  // barriers so far
 };
+
+// A number that looks random.
+inline unsigned mix(unsigned a, unsigned b) {
+  unsigned x = a * 0x9e3779b1u ^ (b + 0x7f4a7c15u) * 0x85ebca6bu;
+  x = (x ^ x >> 16) * 0x45d9f3bu;
+  x = (x ^ x >> 16) * 0x45d9f3bu;
+  return x ^ x >> 16;
+}
+
+// NaN in every storage type, but not the same bits for every seed.
+inline void poison(void* memory, size_t bytes) {
+  const unsigned char low = 0xff, high = mix(seed, 1) % 2 ? 0x7f : 0xff;
+  unsigned char* to = static_cast<unsigned char*>(memory);
+  for (size_t i = 0; i < bytes; ++i) to[i] = i % 2 ? high : low;
+}
 
 struct Machine {
   std::vector<Block*> blocks;  // more than one in a cooperative launch only
@@ -101,6 +130,12 @@ struct Machine {
   jmp_buf scheduler;
   int current = 0;  // thread
   std::function<void()> body;
+  const void* kernel = nullptr;
+  size_t allowed_shared = kUnasked;              // static and dynamic
+  std::map<const void*, size_t> static_bytes;    // of the kernels that have run
+  std::map<const void*, size_t> dynamic_limits;  // that kernels asked for
+  int variables = 0;
+  unsigned launches = 0;
 };
 
 inline Machine& machine() {
@@ -110,6 +145,37 @@ inline Machine& machine() {
 
 inline Thread& this_thread() {
   return machine().block->threads[machine().current];
+}
+
+// A variable in static shared memory.
+template <class T, class Place>
+T& static_shared(Place) {
+  static const int number = machine().variables++;
+  Block& block = *machine().block;
+  if (block.variables.size() <= static_cast<size_t>(number)) block.variables.resize(number + 1);
+  unsigned char*& at = block.variables[number];
+  if (!at) {
+    const size_t alignment = alignof(T) > 16 ? alignof(T) : 16;
+    block.static_end = (block.static_end + alignment - 1) / alignment * alignment;
+    block.static_bytes = (block.static_bytes + alignof(T) - 1) / alignof(T) * alignof(T) + sizeof(T);
+    if (block.static_bytes > kUnasked) fail("more than 48 KiB of static shared memory");
+    if (block.static_bytes + block.shared_bytes > machine().allowed_shared)
+      fail("static and dynamic shared memory together are more than the kernel may have");
+    at = block.static_shared + block.static_end;
+    poison(at, sizeof(T));
+    block.static_end += sizeof(T);
+    block.gaps.push_back(block.static_shared + block.static_end);
+    std::memset(block.gaps.back(), kUnwritten, kGap);
+    block.static_end += kGap;
+  }
+  return *reinterpret_cast<T*>(at);
+}
+
+inline bool is_shared(const void* at, size_t bytes) {
+  const Block& block = *machine().block;
+  const unsigned char* p = static_cast<const unsigned char*>(at);
+  const auto within = [&](const unsigned char* begin, size_t size) { return p >= begin && p + bytes <= begin + size; };
+  return within(block.shared, block.shared_bytes) || within(block.static_shared, block.static_end);
 }
 
 inline void pause(State state, const char* at) {
@@ -145,12 +211,13 @@ inline void resume(int thread) {
   setcontext(&t.start);
 }
 
-// Runs a warp until each of its threads waits for more than the warp, or is done.
-inline void run_warp(int warp, int lanes) {
+// Runs a warp until each of its threads waits for more than the warp, or is done. Its lanes go up or down.
+inline void run_warp(int warp, int lanes, bool down) {
   Thread* threads = machine().block->threads + warp * 32;
-  for (;;) {
+  for (;; down = !down) {
     int waiting = 0;
-    for (int lane = 0; lane < lanes; ++lane) {
+    for (int i = 0; i < lanes; ++i) {
+      const int lane = down ? lanes - 1 - i : i;
       if (threads[lane].state == State::ready) resume(warp * 32 + lane);
       waiting += threads[lane].state == State::at_warp;
     }
@@ -173,12 +240,36 @@ inline void start_block(Block& block, unsigned index, int threads, size_t shared
     mprotect(block.shared_page + room, page, PROT_NONE);
   }
   block.shared = block.shared_page + room - (shared_bytes + 15) / 16 * 16;
-  std::memset(block.shared, 0xff, (shared_bytes + 15) / 16 * 16);  // NaN in every storage type
+  block.shared_bytes = shared_bytes;
+  poison(block.shared, (shared_bytes + 15) / 16 * 16);
+  block.variables.assign(block.variables.size(), nullptr);
+  block.gaps.clear();
+  block.static_bytes = block.static_end = 0;
   block.index = index;
-  block.phase = first_phase + index;
+  block.phase = 0;
   for (int t = 0; t < threads; ++t) {
     block.threads[t].state = State::ready;
     block.threads[t].turn = 0;
+  }
+}
+
+// The end of a block: what it must not leave behind.
+inline void check_end(Block& block, int threads) {
+  for (int t = 0; t < threads; ++t)
+    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty()) fail("a thread ended with copies under way");
+  for (const unsigned char* gap : block.gaps)
+    for (size_t i = 0; i < kGap; ++i)
+      if (gap[i] != kUnwritten) fail("static shared memory is written past its end");
+  size_t& most = machine().static_bytes[machine().kernel];
+  most = block.static_bytes > most ? block.static_bytes : most;
+}
+
+// In which order the warps take their turns between two barriers.
+inline void shuffle(int (&order)[kMaxThreads / 32], int warps, unsigned random) {
+  for (int i = 0; i < warps; ++i) {
+    const int other = static_cast<int>(mix(random, i) % (i + 1));
+    order[i] = order[other];
+    order[other] = i;
   }
 }
 
@@ -193,9 +284,12 @@ inline Progress run_block(Block& block, int threads) {
   for (int t = 0; t < threads; ++t)
     if (block.threads[t].state == State::at_grid) block.threads[t].state = State::ready;
   for (Progress progress = Progress::none;; progress = Progress::some) {
+    const unsigned random = mix(seed + machine().launches, block.index + 977 * block.phase);
+    int order[kMaxThreads / 32];
+    shuffle(order, warps, random);
     for (int i = 0; i < warps; ++i) {
-      const int warp = block.phase % 2 ? warps - 1 - i : i;
-      run_warp(warp, threads - warp * 32 < 32 ? threads - warp * 32 : 32);
+      const int warp = order[i];
+      run_warp(warp, threads - warp * 32 < 32 ? threads - warp * 32 : 32, random >> 31);
     }
     int at_block = 0, at_grid = 0, done = 0;
     for (int t = 0; t < threads; ++t) {
@@ -210,8 +304,7 @@ inline Progress run_block(Block& block, int threads) {
       if (block.threads[t].state == State::at_block) block.threads[t].state = State::ready;
     ++block.phase;
   }
-  for (int t = 0; t < threads; ++t)
-    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty()) fail("a thread ended with copies under way");
+  check_end(block, threads);
   return Progress::done;
 }
 
@@ -232,7 +325,7 @@ inline void run_grid(unsigned blocks, int threads, size_t shared_bytes) {
 inline void run_cooperative_grid(unsigned blocks, int threads, size_t shared_bytes) {
   std::vector<bool> done(blocks);
   for (unsigned i = 0; i < blocks; ++i) start_block(block_at(i), i, threads, shared_bytes);
-  for (unsigned left = blocks, round = first_phase, stuck = 0; left > 0; ++round) {
+  for (unsigned left = blocks, round = mix(seed, machine().launches), stuck = 0; left > 0; ++round) {
     bool any = false;
     for (unsigned i = 0; i < blocks; ++i) {
       const unsigned block = round % 2 ? blocks - 1 - i : i;
@@ -317,11 +410,19 @@ inline float __uint_as_float(unsigned bits) {
 }
 
 // The host side. Device memory is host memory.
-typedef int cudaError_t;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchOutOfResources = 701,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 typedef struct CUstream_st* cudaStream_t;
-inline constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -337,8 +438,17 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) {
-  return "invalid argument";
+inline const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorLaunchOutOfResources:
+      return "too many resources requested for launch";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
+    default:
+      return "invalid argument";
+  }
 }
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
@@ -356,33 +466,58 @@ inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream
   return cudaSuccess;
 }
 
-namespace emulator {
-inline std::map<const void*, size_t>& shared_limits() {
-  static std::map<const void*, size_t> limits;
-  return limits;
+// Static shared memory of a kernel is known once it has run.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  attributes->sharedSizeBytes = emulator::machine().static_bytes[kernel];
+  return cudaSuccess;
 }
-}  // namespace emulator
-
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > emulator::shared_limit) return cudaErrorInvalidValue;
-  emulator::shared_limits()[kernel] = bytes;
+  if (bytes < 0 || bytes + emulator::machine().static_bytes[kernel] > static_cast<size_t>(emulator::shared_limit))
+    return cudaErrorInvalidValue;
+  emulator::machine().dynamic_limits[kernel] = bytes;
+  return cudaSuccess;
+}
+
+// As many as sm_90 has threads and shared memory for.
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...), int threads, size_t dynamic_bytes) {
+  using namespace emulator;
+  if (threads < 1) return cudaErrorInvalidValue;
+  const void* key = reinterpret_cast<const void*>(kernel);
+  const size_t shared = machine().static_bytes[key] + dynamic_bytes;
+  const int by_threads = most_resident_threads / ((threads + 31) / 32 * 32), by_shared = kSharedOfAll / (shared + kSharedOfSystem);
+  *blocks = by_threads < by_shared ? by_threads : by_shared;
+  if (*blocks > kMaxResidentBlocks) *blocks = kMaxResidentBlocks;
+  if (threads > kMaxThreads || shared > static_cast<size_t>(shared_limit)) *blocks = 0;
   return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  const auto limit = emulator::shared_limits().find(reinterpret_cast<const void*>(kernel));
-  if (config->dynamicSmemBytes > (limit == emulator::shared_limits().end() ? 48 * 1024 : limit->second)) return cudaErrorInvalidValue;
+  using namespace emulator;
+  Machine& m = machine();
+  const void* key = reinterpret_cast<const void*>(kernel);
+  const unsigned blocks = config->gridDim.x;
   const int threads = config->blockDim.x;
-  if (threads < 1 || threads > emulator::kMaxThreads || config->gridDim.x < 1) return cudaErrorInvalidValue;
+  if (threads < 1 || threads > kMaxThreads || blocks < 1 || blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const auto limit = m.dynamic_limits.find(key);
+  const bool asked = limit != m.dynamic_limits.end();
+  if (config->dynamicSmemBytes > (asked ? limit->second : kUnasked)) return cudaErrorInvalidValue;
+  if (m.static_bytes[key] + config->dynamicSmemBytes > static_cast<size_t>(shared_limit)) return cudaErrorInvalidValue;
+  int resident = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, config->dynamicSmemBytes);
+  if (resident == 0) return cudaErrorLaunchOutOfResources;
+  const bool cooperative = config->numAttrs > 0;
+  if (cooperative && blocks > static_cast<unsigned>(resident * multiprocessor_count)) return cudaErrorCooperativeLaunchTooLarge;
+  m.kernel = key;
+  m.allowed_shared = asked ? shared_limit : kUnasked;
+  ++m.launches;
   blockDim = config->blockDim;
   gridDim = config->gridDim;
-  emulator::machine().body = [&] { kernel(arguments...); };
-  if (config->numAttrs == 0) {
-    emulator::run_grid(gridDim.x, threads, config->dynamicSmemBytes);
-  } else {
-    if (gridDim.x * threads > 1024u * emulator::multiprocessor_count) return cudaErrorInvalidValue;  // not all can run at once
-    emulator::run_cooperative_grid(gridDim.x, threads, config->dynamicSmemBytes);
-  }
+  m.body = [&] { kernel(arguments...); };
+  if (cooperative)
+    run_cooperative_grid(blocks, threads, config->dynamicSmemBytes);
+  else
+    run_grid(blocks, threads, config->dynamicSmemBytes);
   return cudaSuccess;
 }
