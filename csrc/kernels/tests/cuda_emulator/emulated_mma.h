@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include "../half_types.h"
+
 namespace ssmkernels::cuda {
 
 inline unsigned char* dynamic_shared() {
@@ -60,38 +62,9 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   }
 }
 
-inline float half_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-inline uint16_t float_to_half(float x) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const float magnitude = std::fabs(x);
-  if (std::isnan(x)) return 0x7fff;
-  if (magnitude >= 65520.0f) return sign | 0x7c00;
-  int exponent;
-  std::frexp(magnitude, &exponent);
-  if (exponent < -13 || magnitude == 0) exponent = -13;
-  const int fraction =
-      static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // of 2^(exponent − 11); 1024 … 2048 if normal
-  return static_cast<uint16_t>(sign | (fraction + ((exponent + 13) << 10)));
-}
-inline float bfloat_to_float(uint16_t bits) {
-  return __uint_as_float(uint32_t{bits} << 16);
-}
-inline uint16_t float_to_bfloat(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (std::isnan(x)) return 0x7fff;
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 template <class Storage>
 float half_value(uint16_t bits) {
-  return std::is_same_v<Storage, bfloat16> ? bfloat_to_float(bits) : half_to_float(bits);
+  return std::is_same_v<Storage, bfloat16> ? host::bfloat_to_float(bits) : host::half_to_float(bits);
 }
 
 // m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1 (2t + 8…, g).
@@ -139,12 +112,14 @@ inline uint32_t to_tf32(float x) {
 
 template <class Storage>
 uint32_t pack(float low, float high) {
-  const auto round = [](float x) -> uint32_t { return std::is_same_v<Storage, bfloat16> ? float_to_bfloat(x) : float_to_half(x); };
+  const auto round = [](float x) -> uint32_t {
+    return std::is_same_v<Storage, bfloat16> ? host::float_to_bfloat(x) : host::float_to_half(x);
+  };
   return round(low) | round(high) << 16;
 }
 
 inline float to_real(float16 x) {
-  return half_to_float(x.bits);
+  return host::half_to_float(x.bits);
 }
 
 inline float relu(float x) {

@@ -1,79 +1,20 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the ranking family against loops over pairs in double precision, run by the emulator in cuda_emulator/. Inputs,
-// outputs and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
-#include <cuda_runtime.h>
-
+// The CUDA kernels of the ranking family against loops over pairs in double precision. Inputs, outputs and workspace start as NaN,
+// so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
-#include <cstdio>
 #include <limits>
 #include <numeric>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "../common/mma.cuh"
 #include "../ranking/mined_pair_ranking_loss.h"
 #include "../ranking/pair_ranking_loss.h"
 #include "../ranking/similarity_moments.h"
+#include "cuda_harness.h"
 
 namespace {
 
 using namespace ssmkernels;
-
-int passed = 0, failed = 0;
-std::string context;
-
-void check(bool good, const char* what, double figure = 0) {
-  good ? ++passed : ++failed;
-  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
-}
-
-void succeeds(const char* error) {
-  check(!error, error ? error : "");
-}
-
-using Values = std::vector<double>;
-
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(size_t count) : count_(count) {
-    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
-    room_ = (bytes + page - 1) / page * page + page;
-    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory_ + room_ - page, page, PROT_NONE);
-    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() {
-    munmap(memory_, room_);
-  }
-  T* data() const {
-    return data_;
-  }
-  size_t size() const {
-    return count_;
-  }
-  T& operator[](size_t i) const {
-    return data_[i];
-  }
-  bool same_bits(const Guarded& other) const {
-    return count_ == other.count_ && std::memcmp(data_, other.data_, count_ * sizeof(T)) == 0;
-  }
-
- private:
-  size_t count_, room_;
-  unsigned char* memory_;
-  T* data_;
-};
-
-double norm(const Values& x) {
-  double sum = 0;
-  for (double v : x) sum += v * v;
-  return std::sqrt(sum);
-}
+using namespace ssmkernels::test;
 
 template <class Real>
 void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
@@ -111,7 +52,7 @@ template <class Storage>
 void fill(const Guarded<Storage>& out, int64_t rows, int64_t dim, Spread spread, std::mt19937& random) {
   using Real = Compute<Storage>;
   std::normal_distribution<double> normal;
-  const auto put = [&](int64_t i, int64_t c, double x) { out[i * dim + c] = cuda::from_real<Storage>(static_cast<Real>(x)); };
+  const auto put = [&](int64_t i, int64_t c, double x) { out[i * dim + c] = host::from_real<Storage>(static_cast<Real>(x)); };
   const double scale = 1 / std::sqrt(static_cast<double>(dim));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < dim; ++c) {
@@ -141,7 +82,7 @@ struct Labels {
 
 template <class Storage>
 double value(const Guarded<Storage>& matrix, int64_t at) {
-  return cuda::to_real(matrix[at]);
+  return host::to_real(matrix[at]);
 }
 
 template <class Storage>
@@ -304,14 +245,15 @@ struct Output {
            references.same_bits(other.references) && active.same_bits(other.active);
   }
   void run(const Problem<Storage>& in, Reduction reduction, const Guarded<Real>& grad) const {
-    Guarded<char> workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, false));
-    succeeds(in.loss({reduction, loss.data(), weights.data(), active.data()}, workspace.data()));
+    const Workspace workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, false));
+    succeeds(in.loss({reduction, loss.data(), weights.data(), active.data()}, workspace.data()), "loss");
     backward(in, grad);
   }
   void backward(const Problem<Storage>& in, const Guarded<Real>& grad) const {
-    Guarded<char> workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, true));
+    const Workspace workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, true));
     succeeds(in.backward({grad.data(), weights.data(), active.data(), rows.data(), in.with_references ? references.data() : nullptr},
-                         workspace.data()));
+                         workspace.data()),
+             "backward");
   }
 };
 
@@ -333,9 +275,9 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
     out.run(problem, reduction, grad);
     if (!shape.brief) {
       const Output<Storage> again(problem);
-      emulator::seed = 1;
+      set_seed(1);
       again.run(problem, reduction, grad);
-      emulator::seed = 0;
+      set_seed(0);
       check(out.same_bits(again), "the same bits in another order of warps");
     }
 
@@ -406,6 +348,8 @@ void test_losses(const Setup& setup) {
     shape.brief = true;
     test(shape);
   }
+  test({5, -1, 0, 2});  // all rows are the same point
+  test({5, 3, 0, 2});
   test({0, -1, 5, 1});
   test({0, 5, 5, 1});
   test({5, 0, 5, 1});
@@ -430,7 +374,7 @@ void test_not_finite(const Setup& setup) {
     shape.basis_dim = basis_dim;
     shape.positive_threshold = shape.negative_threshold = 0;
     Problem<Storage> problem(shape, random);
-    problem.rows[40 * 9 + 3] = cuda::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+    problem.rows[40 * 9 + 3] = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
     Guarded<Real> grad(1);
     grad[0] = 1;
     for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
@@ -462,7 +406,7 @@ void test_scales(const Setup& setup) {
     scaled.negative_margin = std::ldexp(shape.negative_margin, exponent);
     const Problem<Storage> problem(scaled, again);
     for (size_t k = 0; k < problem.rows.size(); ++k)
-      problem.rows[k] = cuda::from_real<Storage>(static_cast<Real>(std::ldexp(cuda::to_real(plain.rows[k]), exponent)));
+      problem.rows[k] = host::from_real<Storage>(static_cast<Real>(std::ldexp(host::to_real(plain.rows[k]), exponent)));
     const Output<Storage> out(problem);
     out.run(problem, Reduction::mean_nonzero, grad);
     const double loss = std::ldexp(double{out.loss[0]}, -exponent);
@@ -482,7 +426,7 @@ void test_whole_numbers(const Setup& setup) {
   shape.positive_threshold = shape.negative_threshold = 0;
   const Problem<Storage> problem(shape, random);
   for (size_t k = 0; k < problem.basis.size(); ++k)
-    problem.basis[k] = cuda::from_real<Storage>(static_cast<Real>(static_cast<int>(random() % 5) - 2));
+    problem.basis[k] = host::from_real<Storage>(static_cast<Real>(static_cast<int>(random() % 5) - 2));
   const Reference<Storage> reference(problem);
   Guarded<Real> grad(1);
   grad[0] = 1;
@@ -534,12 +478,12 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
 
   Guarded<Real> moments(4), again(4);
   {
-    Guarded<char> workspace(cuda::similarity_moments_workspace(in, false));
-    succeeds(cuda::similarity_moments(in, moments.data(), workspace.data(), nullptr));
-    Guarded<char> other(cuda::similarity_moments_workspace(in, false));
-    emulator::seed = 1;
-    succeeds(cuda::similarity_moments(in, again.data(), other.data(), nullptr));
-    emulator::seed = 0;
+    const Workspace workspace(cuda::similarity_moments_workspace(in, false));
+    succeeds(cuda::similarity_moments(in, moments.data(), workspace.data(), nullptr), "similarity_moments");
+    const Workspace other(cuda::similarity_moments_workspace(in, false));
+    set_seed(1);
+    succeeds(cuda::similarity_moments(in, again.data(), other.data(), nullptr), "similarity_moments");
+    set_seed(0);
   }
   check(moments.same_bits(again), "the same bits in another order of warps");
   for (int k = 0; k < 4; ++k) {
@@ -554,12 +498,14 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
   const double given[4] = {1.5, -2, 0.75, 3};
   for (int k = 0; k < 4; ++k) grads[k] = static_cast<Real>(given[k]);
   {
-    Guarded<char> workspace(cuda::similarity_moments_workspace(in, true));
-    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr));
-    Guarded<char> other(cuda::similarity_moments_workspace(in, true));
-    emulator::seed = 1;
-    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(), nullptr));
-    emulator::seed = 0;
+    const Workspace workspace(cuda::similarity_moments_workspace(in, true));
+    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr),
+             "similarity_moments_backward");
+    const Workspace other(cuda::similarity_moments_workspace(in, true));
+    set_seed(1);
+    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(), nullptr),
+             "similarity_moments_backward");
+    set_seed(0);
   }
   check(gradient.same_bits(gradient_again), "the same bits of the gradient in another order of warps");
   Values slope(n * d), expected_gradient(n * d);
@@ -582,6 +528,7 @@ void test_all_moments(const Setup& setup) {
   const auto test = [&](int64_t n, int64_t d, int64_t classes, Spread spread = Spread::wide) {
     test_moments<Storage>(setup, n, d, classes, spread, random);
   };
+  test(5, 0, 2);
   test(0, 3, 1);
   test(1, 3, 1);
   test(3, 1, 2);
@@ -611,11 +558,11 @@ void test_all(const Setup& setup) {
 }  // namespace
 
 int main() {
-  emulator::shared_limit = 99 * 1024;  // sm_86, sm_89
-  test_all<float>({"float32", 2e-6, 5e-6, 1e-6});
-  test_all<double>({"float64", 1e-13, 1e-12, 1e-12});
-  test_all<bfloat16>({"bfloat16", 2e-6, 5e-4, 1e-6});
-  test_all<float16>({"float16", 2e-6, 5e-4, 1e-6});
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed != 0;
+  return run_tests([] {
+    set_shared_limit(99 * 1024);  // sm_86, sm_89
+    test_all<float>({"float32", 2e-6, 5e-6, 1e-6});
+    test_all<double>({"float64", 1e-13, 1e-12, 1e-12});
+    test_all<bfloat16>({"bfloat16", 2e-6, 5e-4, 1e-6});
+    test_all<float16>({"float16", 2e-6, 5e-4, 1e-6});
+  });
 }

@@ -1,65 +1,21 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the memory family against the equations in double precision, run by the emulator in cuda_emulator/. Inputs, outputs
-// and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element shows.
-#include <cuda_runtime.h>
-
+// The CUDA kernels of the memory family against the equations in double precision. Inputs, outputs and workspace start as NaN,
+// so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
-#include <cstdio>
 #include <limits>
 #include <random>
-#include <string>
 #include <type_traits>
-#include <vector>
 
-#include "../common/mma.cuh"
 #include "../memory/aggregate.h"
 #include "../memory/instance_matching.h"
 #include "../memory/memory_update.h"
 #include "../memory/unfold.h"
+#include "cuda_harness.h"
 
 namespace {
 
 using namespace ssmkernels;
-
-int passed = 0, failed = 0;
-std::string context;
-
-void check(bool good, const char* what, double figure = 0) {
-  good ? ++passed : ++failed;
-  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
-}
-
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(size_t count) : count_(count) {
-    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
-    room_ = (bytes + page - 1) / page * page + page;
-    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory_ + room_ - page, page, PROT_NONE);
-    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() {
-    munmap(memory_, room_);
-  }
-  T* data() const {
-    return data_;
-  }
-  size_t size() const {
-    return count_;
-  }
-  T& operator[](size_t i) const {
-    return data_[i];
-  }
-
- private:
-  size_t count_, room_;
-  unsigned char* memory_;
-  T* data_;
-};
+using namespace ssmkernels::test;
 
 struct Setup {
   const char* name;
@@ -76,14 +32,6 @@ struct Shape {
   double temperature = 0.1;
   bool wild_labels = false;
 };
-
-using Values = std::vector<double>;
-
-double norm(const Values& x) {
-  double sum = 0;
-  for (double v : x) sum += v * v;
-  return std::sqrt(sum);
-}
 
 template <class Real>
 void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
@@ -119,8 +67,8 @@ struct Problem {
         for (double& x : row) x = normal(random);
         const double length = norm(row);
         for (int64_t d = 0; d < s.dim; ++d) {
-          at(i, d) = cuda::from_real<Storage>(static_cast<Real>(row[d] / length));
-          all.push_back(cuda::to_real(at(i, d)));
+          at(i, d) = host::from_real<Storage>(static_cast<Real>(row[d] / length));
+          all.push_back(host::to_real(at(i, d)));
         }
       }
       return all;
@@ -254,17 +202,17 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
                                            s.temperature,
                                            setup.tf32};
   for (const bool with_gradient : {true, false}) {
-    Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_gradient));
+    const Workspace workspace(cuda::instance_matching_workspace(matching, with_gradient));
     Guarded<Real> pseudo_probs(s.rows * s.classes), loss(s.rows), gradient(s.rows * s.dim);
     const char* error = cuda::instance_matching(
         matching, {pseudo_probs.data(), loss.data(), with_gradient ? gradient.data() : nullptr, kAlpha}, workspace.data(), nullptr);
-    check(!error, error ? error : "instance_matching");
+    succeeds(error, "instance_matching");
     compare(pseudo_probs, e.pseudo_probs, exact, "pseudo_probs");
     compare(loss, e.loss, exact, "loss", norm(e.log_strong));
     if (with_gradient) compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
   }
   for (const bool with_means : {true, false}) {
-    Guarded<char> workspace(cuda::instance_matching_workspace(matching, with_means));
+    const Workspace workspace(cuda::instance_matching_workspace(matching, with_means));
     Guarded<Real> log_weak(s.rows), log_target(s.rows), log_strong(s.rows), aggregated(s.rows * s.classes), target_logit(s.rows),
         target_mean(s.rows * s.dim), strong_mean(s.rows * s.dim);
     const char* error =
@@ -272,7 +220,7 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
                                         {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
                                          with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
                                         workspace.data(), nullptr);
-    check(!error, error ? error : "instance_matching_partial");
+    succeeds(error, "instance_matching_partial");
     compare(log_weak, e.log_weak, exact, "log_weak");
     compare(log_strong, e.log_strong, exact, "log_strong");
     Values finite_target, finite_found;
@@ -291,31 +239,31 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
 
   const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), s.rows, s.temperature, setup.tf32};
   {
-    Guarded<char> workspace(cuda::aggregate_workspace(aggregation));
+    const Workspace workspace(cuda::aggregate_workspace(aggregation));
     Guarded<Real> aggregated(s.rows * s.classes), log_normalizer(s.rows), again(s.rows * s.classes), grad_query(s.rows * s.dim);
     const char* error = cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr);
-    check(!error, error ? error : "aggregate");
+    succeeds(error, "aggregate");
     compare(aggregated, e.aggregated, exact, "aggregate");
     compare(log_normalizer, e.log_weak, exact, "log_normalizer");
-    emulator::seed = 1;
-    Guarded<char> other_workspace(cuda::aggregate_workspace(aggregation));
-    cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr);
-    emulator::seed = 0;
+    set_seed(1);
+    const Workspace other_workspace(cuda::aggregate_workspace(aggregation));
+    succeeds(cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr), "aggregate");
+    set_seed(0);
     check(std::memcmp(aggregated.data(), again.data(), aggregated.size() * sizeof(Real)) == 0, "the same bits in another order of warps");
 
-    Guarded<char> backward_workspace(cuda::aggregate_workspace(aggregation));
+    const Workspace backward_workspace(cuda::aggregate_workspace(aggregation));
     error = cuda::aggregate_backward(aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
                                      backward_workspace.data(), nullptr);
-    check(!error, error ? error : "aggregate_backward");
+    succeeds(error, "aggregate_backward");
     compare(grad_query, e.grad_query, mean, "grad_query", 1e-3 * norm(e.strong_mean) / s.temperature);
   }
   {
     Guarded<Real> unfolded(s.rows * s.slots);
     const Unfold<Storage> unfolding{
         problem.query_weak.data(), problem.probs.data(), problem.view(), s.rows, s.temperature, setup.tf32, unfolded.data()};
-    Guarded<char> workspace(cuda::unfold_workspace(unfolding));
+    const Workspace workspace(cuda::unfold_workspace(unfolding));
     const char* error = cuda::unfold(unfolding, workspace.data(), nullptr);
-    check(!error, error ? error : "unfold");
+    succeeds(error, "unfold");
     compare(unfolded, e.unfolded, exact, "unfolded");
   }
 }
@@ -327,12 +275,12 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   const Problem<Storage> problem({3, 0, 5, 4}, random);
   const InstanceMatching<Storage> matching{
       problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), 3, 0.1, 0.1, setup.tf32};
-  Guarded<char> workspace(cuda::instance_matching_workspace(matching, true));
+  const Workspace workspace(cuda::instance_matching_workspace(matching, true));
   Guarded<Real> logs(9), aggregated(12), logit(3), target_mean(15), strong_mean(15);
   const InstanceMatchingPartial<Real> partial{logs.data(),  logs.data() + 3,    logs.data() + 6,   aggregated.data(),
                                               logit.data(), target_mean.data(), strong_mean.data()};
   const char* error = cuda::instance_matching_partial(matching, partial, workspace.data(), nullptr);
-  check(!error, error ? error : "instance_matching_partial");
+  succeeds(error, "instance_matching_partial");
   for (size_t i = 0; i < logs.size(); ++i) check(std::isinf(logs[i]) && logs[i] < 0, "log-normaliser", logs[i]);
   compare(aggregated, Values(12), 0, "aggregated");
   compare(logit, Values(3), 0, "target_logit");
@@ -342,7 +290,7 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   const Problem<Storage> no_rows({0, 7, 5, 4}, random);
   const InstanceMatching<Storage> none{
       no_rows.query_weak.data(), no_rows.query_strong.data(), no_rows.probs.data(), no_rows.view(), 0, 0.1, 0.1, setup.tf32};
-  check(!cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
+  succeeds(cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
 }
 
 template <class Storage>
@@ -354,8 +302,8 @@ void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, b
   Guarded<Storage> bank(slots * dim), added(rows * dim);
   Guarded<int64_t> labels(slots * kLabelStride), index(rows), new_labels(rows);
   std::normal_distribution<double> normal;
-  for (size_t i = 0; i < bank.size(); ++i) bank[i] = cuda::from_real<Storage>(static_cast<Real>(normal(random)));
-  for (size_t i = 0; i < added.size(); ++i) added[i] = cuda::from_real<Storage>(static_cast<Real>(normal(random)));
+  for (size_t i = 0; i < bank.size(); ++i) bank[i] = host::from_real<Storage>(static_cast<Real>(normal(random)));
+  for (size_t i = 0; i < added.size(); ++i) added[i] = host::from_real<Storage>(static_cast<Real>(normal(random)));
   for (size_t i = 0; i < labels.size(); ++i) labels[i] = -7;
   for (int64_t i = 0; i < rows; ++i) {
     index[i] = i % 11 == 7 ? (i % 2 ? -1 : slots + i) : static_cast<int64_t>(random() % slots);
@@ -368,36 +316,104 @@ void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, b
     if (index[i] < 0 || index[i] >= slots) continue;
     Values x(dim);
     for (int64_t d = 0; d < dim; ++d)
-      x[d] = kMomentum * cuda::to_real(expected[index[i] * row_stride + d * column_stride]) +
-             (1 - kMomentum) * cuda::to_real(added[i * dim + d]);
+      x[d] = kMomentum * host::to_real(expected[index[i] * row_stride + d * column_stride]) +
+             (1 - kMomentum) * host::to_real(added[i * dim + d]);
     const double length = std::max(norm(x), 1e-12);
     for (int64_t d = 0; d < dim; ++d)
-      expected[index[i] * row_stride + d * column_stride] = cuda::from_real<Storage>(static_cast<Real>(x[d] / length));
+      expected[index[i] * row_stride + d * column_stride] = host::from_real<Storage>(static_cast<Real>(x[d] / length));
     expected_labels[index[i] * kLabelStride] = i;
   }
   const char* error = cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots, dim,
                                                     rows, row_stride, column_stride, kLabelStride, kMomentum},
                                                    nullptr);
-  check(!error, error ? error : "memory_update");
+  succeeds(error, "memory_update");
   double error_squares = 0;
-  for (size_t i = 0; i < bank.size(); ++i) error_squares += std::pow(double{cuda::to_real(bank[i])} - cuda::to_real(expected[i]), 2);
+  for (size_t i = 0; i < bank.size(); ++i) error_squares += std::pow(double{host::to_real(bank[i])} - host::to_real(expected[i]), 2);
   const double step = sizeof(Storage) == 8 ? 1e-14 : sizeof(Storage) == 4 ? 1e-6 : std::is_same_v<Storage, bfloat16> ? 4e-3 : 5e-4;
   check(std::sqrt(error_squares) <= step * std::sqrt(slots), "features", std::sqrt(error_squares));
   check(std::memcmp(labels.data(), expected_labels.data(), labels.size() * sizeof(int64_t)) == 0, "labels");
 }
 
+// NaN in a query shows in that row alone; NaN in a slot in every row.
+template <class Storage>
+void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  constexpr int64_t kRows = 5, kSlots = 70, kDim = 17, kClasses = 4, kRow = 2;
+  context = std::string(setup.name) + (in_slot ? " NaN in a slot" : " NaN in a query");
+  const Problem<Storage> problem({kRows, kSlots, kDim, kClasses}, random);
+  const Storage nan = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+  if (in_slot) {
+    problem.bank[40 * kDim + 3] = nan;
+  } else {
+    problem.query_weak[kRow * kDim + 3] = problem.query_strong[kRow * kDim + 3] = nan;
+  }
+  const auto check_rows = [&](const Guarded<Real>& out, const char* what) {
+    const int64_t width = static_cast<int64_t>(out.size()) / kRows;
+    bool right = true;
+    for (int64_t i = 0; i < kRows * width; ++i) right &= std::isnan(out[i]) == (in_slot || i / width == kRow);
+    check(right, what);
+  };
+  const InstanceMatching<Storage> matching{
+      problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), kRows, 0.1, 0.1, setup.tf32};
+  {
+    const Workspace workspace(cuda::instance_matching_workspace(matching, true));
+    const Guarded<Real> pseudo_probs(kRows * kClasses), loss(kRows), gradient(kRows * kDim);
+    succeeds(cuda::instance_matching(matching, {pseudo_probs.data(), loss.data(), gradient.data(), kAlpha}, workspace.data(), nullptr),
+             "instance_matching");
+    check_rows(pseudo_probs, "pseudo_probs");
+    check_rows(loss, "loss");
+    check_rows(gradient, "gradient");
+  }
+  {
+    const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), kRows, 0.1, setup.tf32};
+    const Workspace workspace(cuda::aggregate_workspace(aggregation)), backward_workspace(cuda::aggregate_workspace(aggregation));
+    const Guarded<Real> aggregated(kRows * kClasses), log_normalizer(kRows), grad_query(kRows * kDim);
+    succeeds(cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr), "aggregate");
+    succeeds(cuda::aggregate_backward(aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
+                                      backward_workspace.data(), nullptr),
+             "aggregate_backward");
+    check_rows(aggregated, "aggregated");
+    check_rows(log_normalizer, "log_normalizer");
+    check_rows(grad_query, "grad_query");
+  }
+  const Guarded<Real> unfolded(kRows * kSlots);
+  const Unfold<Storage> unfolding{problem.query_weak.data(), problem.probs.data(), problem.view(), kRows, 0.1, setup.tf32, unfolded.data()};
+  const Workspace workspace(cuda::unfold_workspace(unfolding));
+  succeeds(cuda::unfold(unfolding, workspace.data(), nullptr), "unfold");
+  check_rows(unfolded, "unfolded");
+}
+
+// NaN in a new feature makes its slot NaN, and no other.
+template <class Storage>
+void test_update_not_finite(const Setup& setup) {
+  using Real = Compute<Storage>;
+  constexpr int64_t kSlots = 4, kDim = 37;
+  context = std::string(setup.name) + " update with NaN";
+  const Guarded<Storage> bank(kSlots * kDim), added(2 * kDim);
+  const Guarded<int64_t> labels(kSlots), index(std::vector<int64_t>{2, 1}), new_labels(std::vector<int64_t>{0, 1});
+  for (size_t i = 0; i < bank.size(); ++i) bank[i] = host::from_real<Storage>(Real(1));
+  for (size_t i = 0; i < added.size(); ++i) added[i] = host::from_real<Storage>(Real(1));
+  added[5] = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+  succeeds(cuda::memory_update<Storage>(
+               {bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), kSlots, kDim, 2, kDim, 1, 1, 0.7}, nullptr),
+           "memory_update");
+  bool right = true;
+  for (int64_t i = 0; i < kSlots * kDim; ++i) right &= std::isnan(host::to_real(bank[i])) == (i / kDim == 2);
+  check(right, "features");
+}
+
 template <class Storage>
 void test_all(const Setup& setup) {
   std::mt19937 random(1234);
-  const int64_t all_rows[] = {1, 3, 17, 70}, all_slots[] = {1, 17, 123, 507}, all_dims[] = {1, 3, 17, 64, 128, 200, 512},
+  const int64_t all_rows[] = {1, 3, 17, 70}, all_slots[] = {1, 17, 123, 507}, all_dims[] = {0, 1, 3, 17, 64, 128, 200, 512},
                 all_classes[] = {1, 3, 10, 300};
   // Each pair of sizes meets; wide and long ones are not combined, to keep the time short.
   int turn = 0;
   for (const int64_t dim : all_dims)
     for (const int64_t slots : all_slots) {
       const int64_t rows = all_rows[dim * slots > 30000 ? turn % 3 : turn % 4];
-      emulator::multiprocessor_count = turn % 3 + 1;
-      emulator::shared_limit = (turn % 4 == 1 ? 99 : 227) * 1024;  // sm_89, sm_90
+      set_multiprocessors(turn % 3 + 1);
+      set_shared_limit((turn % 4 == 1 ? 99 : 227) * 1024);  // sm_89, sm_90
       Shape shape{rows, slots, dim, all_classes[(turn / 4 + turn) % 4]};
       shape.sorted = turn % 2 == 0;
       shape.transposed = turn % 5 == 3;
@@ -406,13 +422,15 @@ void test_all(const Setup& setup) {
       test_products<Storage>(setup, shape, random);
       ++turn;
     }
-  emulator::multiprocessor_count = 2;
-  emulator::shared_limit = 227 * 1024;
+  set_multiprocessors(2);
+  set_shared_limit(227 * 1024);
   test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 1e-4}, random);  // logits to ±1e4
   test_products<Storage>(setup, {3, 507, 8, 3, true, false, 8, 1e-4, true}, random);
   test_products<Storage>(setup, {3, 1100, 16, 5000, false}, random);  // two digits of classes
   test_empty<Storage>(setup, random);
-  for (const int64_t dim : {1, 3, 17, 128, 200}) {
+  for (const bool in_slot : {false, true}) test_not_finite<Storage>(setup, in_slot, random);
+  test_update_not_finite<Storage>(setup);
+  for (const int64_t dim : {0, 1, 3, 17, 128, 200}) {
     test_update<Storage>(setup, 70, 50, dim, false, random);
     test_update<Storage>(setup, 17, 2, dim, true, random);
   }
@@ -421,11 +439,11 @@ void test_all(const Setup& setup) {
 }  // namespace
 
 int main() {
-  test_all<float>({"float32", 3e-5, 3e-5, false});
-  test_all<float>({"tf32", 5e-3, 5e-3, true});
-  test_all<double>({"float64", 1e-11, 1e-11, false});
-  test_all<bfloat16>({"bfloat16", 3e-5, 1e-2, false});
-  test_all<float16>({"float16", 3e-5, 2e-3, false});
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed != 0;
+  return run_tests([] {
+    test_all<float>({"float32", 3e-5, 3e-5, false});
+    test_all<float>({"tf32", 5e-3, 5e-3, true});
+    test_all<double>({"float64", 1e-11, 1e-11, false});
+    test_all<bfloat16>({"bfloat16", 3e-5, 1e-2, false});
+    test_all<float16>({"float16", 3e-5, 2e-3, false});
+  });
 }

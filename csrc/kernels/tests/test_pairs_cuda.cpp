@@ -1,75 +1,19 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the pairs family against a double loop over pairs and hidden units in double precision, run by the emulator in
-// cuda_emulator/. Inputs, outputs and workspace end at unmapped pages and start as NaN, so that a stray access or an unwritten element
-// shows.
-#include <cuda_runtime.h>
-
+// The CUDA kernels of the pairs family against a double loop over pairs and hidden units in double precision. Inputs, outputs and workspace
+// start as NaN, so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
-#include <cstdio>
 #include <limits>
 #include <random>
-#include <string>
 #include <type_traits>
-#include <vector>
 
-#include "../common/mma.cuh"
 #include "../pairs/pair_focal_loss.h"
 #include "../pairs/pair_logits.h"
+#include "cuda_harness.h"
 
 namespace {
 
 using namespace ssmkernels;
-
-int passed = 0, failed = 0;
-std::string context;
-
-void check(bool good, const char* what, double figure = 0) {
-  good ? ++passed : ++failed;
-  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
-}
-
-using Values = std::vector<double>;
-
-template <class T>
-class Guarded {
- public:
-  explicit Guarded(size_t count) : count_(count) {
-    const size_t page = sysconf(_SC_PAGESIZE), bytes = (count * sizeof(T) + 15) / 16 * 16;
-    room_ = (bytes + page - 1) / page * page + page;
-    memory_ = static_cast<unsigned char*>(mmap(nullptr, room_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory_ + room_ - page, page, PROT_NONE);
-    data_ = reinterpret_cast<T*>(memory_ + room_ - page - bytes);
-    std::memset(static_cast<void*>(data_), 0xff, bytes);
-  }
-  Guarded(const Guarded&) = delete;
-  Guarded& operator=(const Guarded&) = delete;
-  ~Guarded() {
-    munmap(memory_, room_);
-  }
-  T* data() const {
-    return data_;
-  }
-  size_t size() const {
-    return count_;
-  }
-  T& operator[](size_t i) const {
-    return data_[i];
-  }
-  bool same_bits(const Guarded& other) const {
-    return count_ == other.count_ && std::memcmp(data_, other.data_, count_ * sizeof(T)) == 0;
-  }
-
- private:
-  size_t count_, room_;
-  unsigned char* memory_;
-  T* data_;
-};
-
-double norm(const Values& x) {
-  double sum = 0;
-  for (double v : x) sum += v * v;
-  return std::sqrt(sum);
-}
+using namespace ssmkernels::test;
 
 template <class Real>
 void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
@@ -122,7 +66,7 @@ struct Problem {
     std::normal_distribution<double> normal;
     const auto fill = [&](auto& out, double scale) {
       using Element = std::remove_reference_t<decltype(out[0])>;
-      for (size_t i = 0; i < out.size(); ++i) out[i] = cuda::from_real<Element>(static_cast<Compute<Element>>(scale * normal(random)));
+      for (size_t i = 0; i < out.size(); ++i) out[i] = host::from_real<Element>(static_cast<Compute<Element>>(scale * normal(random)));
     };
     fill(x, 1);
     fill(y, 1);
@@ -220,7 +164,7 @@ class Reference {
         }
         out.b1[h] += u;
         for (int64_t c = 0; c < d; ++c) {
-          const double a = cuda::to_real(in.x[i * d + c]), b = cuda::to_real(in.y[j * d + c]), w = cuda::to_real(in.w1[h * d + c]);
+          const double a = host::to_real(in.x[i * d + c]), b = host::to_real(in.y[j * d + c]), w = host::to_real(in.w1[h * d + c]);
           const bool product = in.shape.interaction == Interaction::product;
           out.w1[h * d + c] += u * phi(a, b);
           out.x[i * d + c] += u * w * (product ? b : a > b ? 1 : a < b ? -1 : 0);
@@ -240,14 +184,14 @@ class Reference {
   // Half types: rounded, as what decides which units are active.
   double phi(double a, double b) const {
     const double exact = in.shape.interaction == Interaction::product ? a * b : std::fabs(a - b);
-    return cuda::to_real(cuda::from_real<Storage>(static_cast<Compute<Storage>>(exact)));
+    return host::to_real(host::from_real<Storage>(static_cast<Compute<Storage>>(exact)));
   }
   double unit(int64_t i, int64_t j, int64_t h) const {
     const int64_t d = in.width;
-    if (in.is_concat()) return double{cuda::to_real(in.x[i * d + h])} + cuda::to_real(in.y[j * d + h]);
+    if (in.is_concat()) return double{host::to_real(in.x[i * d + h])} + host::to_real(in.y[j * d + h]);
     double z = in.b1[h];
     for (int64_t c = 0; c < d; ++c)
-      z += cuda::to_real(in.w1[h * d + c]) * phi(cuda::to_real(in.x[i * d + c]), cuda::to_real(in.y[j * d + c]));
+      z += host::to_real(in.w1[h * d + c]) * phi(host::to_real(in.x[i * d + c]), host::to_real(in.y[j * d + c]));
     return z;
   }
 };
@@ -290,7 +234,6 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
   const Reference<Storage> reference(problem);
   const PairNetwork<Storage> network = problem.view();
   const FocalLoss focal = problem.focal();
-  const auto succeeds = [](const char* error) { check(!error, error ? error : ""); };
   const auto workspace_bytes = [&](bool with_gradients) { return cuda::pair_workspace(network, with_gradients); };
 
   {
@@ -299,49 +242,51 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
     for (double& slope : g) slope *= scale;
     const Output<Storage> out(problem), again(problem);
     for (const Output<Storage>* each : {&out, &again}) {
-      Guarded<char> workspace(workspace_bytes(true));
+      const Workspace workspace(workspace_bytes(true));
       Guarded<Real> loss(1);
       const PairGradients<Real> gradients = each->view();
-      succeeds(cuda::pair_focal_loss_sum(network, focal, {true, loss.data(), &gradients}, workspace.data(), nullptr));
+      succeeds(cuda::pair_focal_loss_sum(network, focal, {true, loss.data(), &gradients}, workspace.data(), nullptr),
+               "pair_focal_loss_sum");
       compare(loss, Values{reference.total * scale}, setup.logits, "mean loss");
-      emulator::seed = 1;
+      set_seed(1);
     }
-    emulator::seed = 0;
+    set_seed(0);
     out.check_against(reference.gradients(g), g, setup.gradients, "mean loss");
     check(out.same_bits(again), "the same bits in another order of warps");
   }
   if (shape.brief) return;
   for (const bool mean : {false, true}) {
-    Guarded<char> workspace(workspace_bytes(false));
+    const Workspace workspace(workspace_bytes(false));
     Guarded<Real> loss(1);
-    succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr));
+    succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr), "pair_focal_loss_sum");
     compare(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total}, setup.logits, "loss alone");
   }
   {
-    Guarded<char> workspace(workspace_bytes(false));
+    const Workspace workspace(workspace_bytes(false));
     Guarded<Real> logits(problem.count);
-    succeeds(cuda::pair_logits(network, logits.data(), workspace.data(), nullptr));
+    succeeds(cuda::pair_logits(network, logits.data(), workspace.data(), nullptr), "pair_logits");
     compare(logits, reference.logits, setup.logits, "logits");
   }
   {
-    Guarded<char> workspace(workspace_bytes(false));
+    const Workspace workspace(workspace_bytes(false));
     Guarded<Real> losses(problem.count);
-    succeeds(cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr));
+    succeeds(cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr), "pair_focal_loss");
     compare(losses, reference.losses, setup.logits, "losses");
   }
   Values g(problem.grad.data(), problem.grad.data() + problem.count);
   {
-    Guarded<char> workspace(workspace_bytes(true));
+    const Workspace workspace(workspace_bytes(true));
     const Output<Storage> out(problem);
-    succeeds(cuda::pair_logits_backward(network, problem.grad.data(), out.view(), workspace.data(), nullptr));
+    succeeds(cuda::pair_logits_backward(network, problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
     for (int64_t k = 0, i, j; k < problem.count; ++k)
       if (!problem.pair(k, i, j)) g[k] = 0;
     out.check_against(reference.gradients(g), g, setup.gradients, "logits");
   }
   {
-    Guarded<char> workspace(workspace_bytes(true));
+    const Workspace workspace(workspace_bytes(true));
     const Output<Storage> out(problem);
-    succeeds(cuda::pair_focal_loss_backward(network, focal, problem.grad.data(), out.view(), workspace.data(), nullptr));
+    succeeds(cuda::pair_focal_loss_backward(network, focal, problem.grad.data(), out.view(), workspace.data(), nullptr),
+             "pair_focal_loss_backward");
     for (int64_t k = 0; k < problem.count; ++k) g[k] *= reference.slopes[k];
     out.check_against(reference.gradients(g), g, setup.gradients, "losses");
   }
@@ -379,8 +324,8 @@ void test_saturated(const char* name, double tolerance) {
                                       1,
                                       1,
                                       n * m};
-      Guarded<char> workspace(cuda::pair_workspace(network, true));
-      check(!cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr), "pair_focal_loss");
+      const Workspace workspace(cuda::pair_workspace(network, true));
+      succeeds(cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr), "pair_focal_loss");
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < m; ++j) {
           const bool same = x_labels[i] == y_labels[j];
@@ -392,10 +337,10 @@ void test_saturated(const char* name, double tolerance) {
           check(std::fabs(losses[i * m + j] - loss) <= tolerance * loss + least, "loss", losses[i * m + j] / loss);
           // The slope alone, as ∂b2.
           for (int64_t k = 0; k < n * m; ++k) grad[k] = k == i * m + j;
-          check(!cuda::pair_focal_loss_backward(network, focal, grad.data(),
-                                                {grad_a.data(), grad_b.data(), nullptr, nullptr, grad_w2.data(), grad_b2.data()},
-                                                workspace.data(), nullptr),
-                "pair_focal_loss_backward");
+          succeeds(cuda::pair_focal_loss_backward(network, focal, grad.data(),
+                                                  {grad_a.data(), grad_b.data(), nullptr, nullptr, grad_w2.data(), grad_b2.data()},
+                                                  workspace.data(), nullptr),
+                   "pair_focal_loss_backward");
           check(std::fabs(grad_b2[0] - slope) <= tolerance * std::fabs(slope) + least, "slope", grad_b2[0] / slope);
           for (int64_t k = 0; k < n; ++k) check(std::isfinite(grad_a[k]), "∂A is finite");
         }
@@ -412,13 +357,13 @@ void test_range(const Setup& setup) {
   std::mt19937 random(5);
   test_problem<Storage>(setup, shape, random);
   Problem<Storage> problem(shape, random);
-  for (size_t i = 0; i < problem.x.size(); ++i) problem.x[i] = cuda::from_real<Storage>(i % 2 ? 300.0f : -300.0f);
-  for (size_t i = 0; i < problem.y.size(); ++i) problem.y[i] = cuda::from_real<Storage>(300.0f);
-  Guarded<char> workspace(cuda::pair_workspace(problem.view(), true));
+  for (size_t i = 0; i < problem.x.size(); ++i) problem.x[i] = host::from_real<Storage>(i % 2 ? 300.0f : -300.0f);
+  for (size_t i = 0; i < problem.y.size(); ++i) problem.y[i] = host::from_real<Storage>(300.0f);
+  const Workspace workspace(cuda::pair_workspace(problem.view(), true));
   const Output<Storage> out(problem);
   Guarded<float> loss(1);
   const PairGradients<float> gradients = out.view();
-  check(!cuda::pair_focal_loss_sum(problem.view(), problem.focal(), {true, loss.data(), &gradients}, workspace.data(), nullptr), "sum");
+  succeeds(cuda::pair_focal_loss_sum(problem.view(), problem.focal(), {true, loss.data(), &gradients}, workspace.data(), nullptr), "sum");
   bool finite = std::isfinite(loss[0]);
   for (const auto* each : {&out.x, &out.y, &out.w1, &out.b1, &out.w2, &out.b2})
     for (size_t i = 0; i < each->size(); ++i) finite &= static_cast<bool>(std::isfinite((*each)[i]));
@@ -437,10 +382,10 @@ void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed
   const Problem<Storage> problem(shape, random);
   constexpr int64_t kRow = 2;
   for (int64_t c = 0; c < problem.width; ++c)
-    problem.x[kRow * problem.width + c] = cuda::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
-  Guarded<char> workspace(cuda::pair_workspace(problem.view(), true));
+    problem.x[kRow * problem.width + c] = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+  const Workspace workspace(cuda::pair_workspace(problem.view(), true));
   Guarded<Real> logits(problem.count);
-  check(!cuda::pair_logits(problem.view(), logits.data(), workspace.data(), nullptr), "pair_logits");
+  succeeds(cuda::pair_logits(problem.view(), logits.data(), workspace.data(), nullptr), "pair_logits");
   bool right = true;
   for (int64_t k = 0; k < problem.count; ++k) {
     int64_t i, j;
@@ -448,7 +393,7 @@ void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed
   }
   check(right, "logits");
   const Output<Storage> out(problem);
-  check(!cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
+  succeeds(cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
   bool finite = true;
   for (size_t k = 0; k < out.x.size(); ++k) finite &= static_cast<bool>(std::isfinite(out.x[k])) || k / problem.width == kRow;
   check(finite, "∂x of the other rows");
@@ -515,18 +460,18 @@ void test_interactions(const Setup& setup) {
 }  // namespace
 
 int main() {
-  emulator::shared_limit = 99 * 1024;  // sm_86, sm_89
-  test_concat<float>({"float32", 1e-5, 2e-5});
-  test_concat<double>({"float64", 1e-12, 1e-11});
-  test_saturated<float>("float32", 2e-5);
-  test_saturated<double>("float64", 1e-12);
-  test_interactions<float>({"float32", 1e-5, 2e-5});
-  test_interactions<double>({"float64", 1e-12, 1e-11});
-  const Setup bfloat{"bfloat16", 1e-2, 2e-2}, half{"float16", 2e-3, 3e-3};
-  test_interactions<bfloat16>(bfloat);
-  test_interactions<float16>(half);
-  test_range<bfloat16>(bfloat);
-  test_range<float16>(half);
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed != 0;
+  return run_tests([] {
+    set_shared_limit(99 * 1024);  // sm_86, sm_89
+    test_concat<float>({"float32", 1e-5, 2e-5});
+    test_concat<double>({"float64", 1e-12, 1e-11});
+    test_saturated<float>("float32", 2e-5);
+    test_saturated<double>("float64", 1e-12);
+    test_interactions<float>({"float32", 1e-5, 2e-5});
+    test_interactions<double>({"float64", 1e-12, 1e-11});
+    const Setup bfloat{"bfloat16", 1e-2, 2e-2}, half{"float16", 2e-3, 3e-3};
+    test_interactions<bfloat16>(bfloat);
+    test_interactions<float16>(half);
+    test_range<bfloat16>(bfloat);
+    test_range<float16>(half);
+  });
 }

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What the tests of the CUDA kernels share: memory, checks, and the choice of where the kernels run. The same sources are compiled against
+// cuda_emulator/, where arrays end at unmapped pages and the order of warps can be changed, and against the CUDA runtime, for a device and
+// compute-sanitizer: there arrays are managed memory, and workspace is device memory that nobody has written.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#ifdef SSM_CUDA_EMULATOR
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "half_types.h"
+
+namespace ssmkernels::test {
+
+using Values = std::vector<double>;
+
+inline int passed = 0, failed = 0;
+inline std::string context;
+
+inline void check(bool good, const char* what, double figure = 0) {
+  good ? ++passed : ++failed;
+  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
+}
+
+inline double norm(const Values& x) {
+  double sum = 0;
+  for (double v : x) sum += v * v;
+  return std::sqrt(sum);
+}
+
+#ifdef SSM_CUDA_EMULATOR
+
+inline void set_seed(unsigned seed) {
+  emulator::seed = seed;
+}
+inline void set_multiprocessors(int count) {
+  emulator::multiprocessor_count = count;
+}
+inline void set_shared_limit(int bytes) {
+  emulator::shared_limit = bytes;
+}
+inline void set_resident_threads(int most) {
+  emulator::most_resident_threads = most;
+}
+inline bool has_device() {
+  return true;
+}
+inline const char* wait() {
+  return nullptr;
+}
+
+class Memory {
+ public:
+  Memory(size_t bytes, bool) {
+    const size_t page = sysconf(_SC_PAGESIZE), whole = (bytes + 15) / 16 * 16;
+    mapped_ = (whole + page - 1) / page * page + page;
+    start_ = static_cast<unsigned char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (start_ == MAP_FAILED) std::abort();
+    mprotect(start_ + mapped_ - page, page, PROT_NONE);
+    data_ = start_ + mapped_ - page - whole;
+    std::memset(data_, 0xff, whole);
+  }
+  ~Memory() {
+    munmap(start_, mapped_);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* data() const {
+    return data_;
+  }
+
+ private:
+  size_t mapped_;
+  unsigned char *start_, *data_;
+};
+
+#else
+
+inline void set_seed(unsigned) {}
+inline void set_multiprocessors(int) {}
+inline void set_shared_limit(int) {}
+inline void set_resident_threads(int) {}
+
+inline const char* said(cudaError_t status) {
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+inline bool has_device() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+// Until the device has done what it was given; what went wrong there.
+inline const char* wait() {
+  return said(cudaDeviceSynchronize());
+}
+
+class Memory {
+ public:
+  Memory(size_t bytes, bool for_host) {
+    const size_t size = bytes > 0 ? bytes : 1;
+    const char* error = said(for_host ? cudaMallocManaged(&data_, size) : cudaMalloc(&data_, size));
+    if (error) {
+      std::fprintf(stderr, "no memory: %s\n", error);
+      std::abort();
+    }
+    if (for_host) std::memset(data_, 0xff, size);
+  }
+  ~Memory() {
+    cudaFree(data_);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  void* data() const {
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+#endif
+
+// An array that the host and the kernels see, of NaN to begin with.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(size_t count) : count_(count), memory_(count * sizeof(T), true) {}
+  template <class U>
+  explicit Guarded(const std::vector<U>& values) : Guarded(values.size()) {
+    for (size_t i = 0; i < count_; ++i) data()[i] = static_cast<T>(values[i]);
+  }
+  T* data() const {
+    return static_cast<T*>(memory_.data());
+  }
+  size_t size() const {
+    return count_;
+  }
+  T& operator[](size_t i) const {
+    return data()[i];
+  }
+  bool same_bits(const Guarded& other) const {
+    return count_ == other.count_ && std::memcmp(data(), other.data(), count_ * sizeof(T)) == 0;
+  }
+
+ private:
+  size_t count_;
+  Memory memory_;
+};
+
+// What only the kernels see.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : memory_(static_cast<size_t>(bytes), false) {}
+  void* data() const {
+    return memory_.data();
+  }
+
+ private:
+  Memory memory_;
+};
+
+// A call succeeded, and so did what it launched.
+inline void succeeds(const char* error, const char* what) {
+  if (!error) error = wait();
+  if (error) std::printf("FAILED %s: %s\n", context.c_str(), error);
+  check(!error, what);
+}
+
+inline constexpr int kSkipped = 77;  // CTest's SKIP_RETURN_CODE
+
+// What main returns. Without a device nothing has passed.
+template <class F>
+int run_tests(F all) {
+  if (!has_device()) {
+    std::printf("no CUDA device: nothing was run\n");
+    return kSkipped;
+  }
+  all();
+  std::printf("%d passed, %d failed\n", passed, failed);
+  return failed > 0;
+}
+
+}  // namespace ssmkernels::test
