@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ssmkernels import graph
 from ssmkernels.experiments import feature_sets
-from ssmkernels.experiments.propagation import draw_labels
-from ssmkernels.experiments.report import markdown_table, mean_and_interval
+from ssmkernels.experiments.analyses.propagation import draw_labels
+from ssmkernels.experiments.report import markdown_table
+from ssmkernels.experiments.statistics import mean_and_interval
 
 HEADER = ["set", "graph", "w̄", "label propagation", "mixed, β W_dis beside W", "mixed, β w̄ W_dis beside W"]
 MEDIAN = 0.056

@@ -1,73 +1,279 @@
 # SPDX-License-Identifier: BSD-3-Clause
-import dataclasses
+"""``ssmkernels reproduce``: every table, what of it is run, and what is left behind."""
 
+import dataclasses
+import json
+import re
+
+import numpy as np
 import pytest
 
-from ssmkernels.experiments.cli import EXPERIMENTS, main
-from ssmkernels.experiments.experiment import BUDGETS, Experiment
-from ssmkernels.trainers.cli import parse_config
-from ssmkernels.trainers.loop import RunResult
+from ssmkernels.experiments import cli, run, spec
+from ssmkernels.experiments.cli import main
+from ssmkernels.experiments.record import read_record
+from ssmkernels.experiments.run import Request, configure, find_cells
+from ssmkernels.experiments.sources import Source
+from ssmkernels.experiments.spec import BUDGETS, PAPERS, Figure, load_tables
+from ssmkernels.trainers.cli import METHODS
+
+TABLES = load_tables()
+FEW = ("--set", "steps=4", "--set", "run.eval_every=4", "--set", "run.log_every=4")
 
 
-def test_list_names_every_experiment(capsys):
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """No look at the machine."""
+    monkeypatch.setattr(run, "machine", lambda: "2 x processor, no GPU")
+
+
+def change(name, monkeypatch, **values):
+    monkeypatch.setattr(cli, "load_tables", lambda: {**TABLES, name: dataclasses.replace(TABLES[name], **values)})
+
+
+def test_every_table_and_figure_of_the_papers_is_listed(capsys):
     assert main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    for name in (*(f"simmatch-table{n}" for n in (1, 2, 3, 5)), "simmatch-figure4", "simmatch-figure5"):
-        assert name in listed
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(TABLES)
+    assert {paper: sorted(name for name, each in TABLES.items() if each.paper == paper) for paper in PAPERS} == {
+        "SimMatch": [f"simmatch-{each}" for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")],
+        "Mixed label propagation": [
+            "mixed-lp-cifar10-small",
+            *(f"mixed-lp-figure{number}" for number in (2, 3, 4, 5)),
+            "mixed-lp-flowers17",
+            *(f"mixed-lp-table{number}" for number in (1, 2, 3)),
+        ],
+        "MLSN": [f"mlsn-{each}" for each in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")],
+        "SLADE": [
+            *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
+            *(f"slade-{each}" for each in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),
+        ],
+    }
 
 
-@pytest.mark.parametrize("name", [name for name, each in EXPERIMENTS.items() if isinstance(each, Experiment)])
-def test_every_cell_and_every_budget_parses(name):
-    experiment = EXPERIMENTS[name]
-    assert set(experiment.budgets) == set(BUDGETS)
-    for cell in experiment.cells:
-        assert len(cell.paper) == len(experiment.figures)
-        parse_config(experiment.method, [*cell.arguments, *experiment.offline])
-    for budget in experiment.budgets.values():
-        parse_config(experiment.method, [*experiment.cells[-1].arguments, *budget.arguments, *experiment.offline])
-    assert experiment.budgets["paper"].seeds >= 1
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_agree_with_themselves(name):
+    for table in (TABLES[name], *(TABLES[name].variant(kind) for kind in ("embedded", "classes"))):
+        assert set(table.budgets) == set(BUDGETS)
+        assert all(table.budget(budget).seeds >= 1 for budget in BUDGETS)
+        hooks = [table.hook(key) for key in ("cells", "after")]
+        if hooks[0] is None or table.rows:
+            assert set(table.swav) <= set(table.columns)
+        if hooks[0] is None:
+            assert {row for claim in table.claims for row in claim} <= set(table.rows)
+            for column, rows in TABLES[name].numbers.items():
+                assert column in TABLES[name].columns and set(rows) <= set(TABLES[name].rows)
+                assert all(len(numbers) == len(TABLES[name].figures) for numbers in rows.values())
 
 
-def test_the_papers_numbers_of_table_1():
-    paper = {(cell.row, cell.column): cell.paper[0] for cell in EXPERIMENTS["simmatch-table1"].cells}
-    assert paper["SimMatch", "cifar10-40"] == "94.40 ± 1.37"
-    assert paper["FixMatch", "cifar100-10000"] == "77.40 ± 0.12"
-    assert len(paper) == 18
+def test_a_wrong_key_of_a_table_is_named():
+    with pytest.raises(ValueError, match="table 'x' has colums, which is unknown"):
+        spec._table({"name": "x", "paper": "y", "title": "z", "colums": {}})
 
 
-def test_smoke_runs_offline_and_says_so(tmp_path, capsys, monkeypatch):
-    table = EXPERIMENTS["simmatch-table5"]
-    monkeypatch.setitem(EXPERIMENTS, "simmatch-table5", dataclasses.replace(table, offline=(*table.offline, "--steps", "8")))
-    assert main(["simmatch-table5", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("name", ["simmatch-table1", "mixed-lp-table1", "mlsn-table2", "slade-cub200-nabirds"])
+def test_cells_parse(name, tmp_path):
+    request = Request("paper", Source(str(tmp_path)), tmp_path, check=False)
+    for column in TABLES[name].columns:
+        for arguments in [each for each in TABLES[name].rows.values() if "{swav" not in each]:
+            config, needs = configure(TABLES[name], request, column, arguments)
+            assert config.data.root == str(tmp_path) and needs == ()
+
+
+def test_the_papers_numbers():
+    assert TABLES["simmatch-table1"].numbers["cifar10-40"]["SimMatch"] == ["94.40 ± 1.37"]
+    assert TABLES["simmatch-table1"].numbers["cifar100-10000"]["FixMatch"] == ["77.40 ± 0.12"]
+    assert TABLES["mixed-lp-table1"].numbers["cub200"]["Ours"] == ["57.780"]
+    assert TABLES["mixed-lp-table2"].numbers["cub200"]["Ours"][1] == "49.9 ± 1.3"
+    assert TABLES["mlsn-table1"].numbers["svhn-250-tuned"]["MT + Similarity"] == ["15.2 ± 0.82", "-"]
+    assert TABLES["mlsn-table2"].numbers["cifar10-1000"]["Π model"] == ["-", "27.36 ± 1.20"]
+    cub = TABLES["slade-cub200-nabirds"].numbers["cub200-nabirds"]
+    assert cub["SLADE, S2 (SwAV)"] == ["33.59", "44.01", "73.19"] and len(cub) == 8
+    assert TABLES["slade-ablation3"].numbers["CUB-200"]["SD"] == cub["SLADE, S2 (SwAV)"]
+    assert TABLES["slade-ablation4"].numbers["CUB-200"]["k = 400"] == cub["SLADE, S2 (SwAV)"]
+    assert TABLES["slade-ablation2"].numbers["CUB-200"]["+ Basis + Mining"][0] == "33.59"
+
+
+def test_a_record_says_what_the_report_says_and_what_is_done_is_kept(tmp_path, capsys):
+    command = ["simmatch-table5", "--out", str(tmp_path), *FEW]
+    assert main([*command, "--rows", "standard", "--seeds", "2"]) == 0
+    (folder,) = tmp_path.glob("simmatch-table5-smoke*")
+    first = read_record(folder)
+    assert {entry.row: entry.seeds for entry in first.entries} == {"without p̂": (), "without q̂": (), "standard": (2,)}
+    assert first.command == (
+        "ssmkernels reproduce simmatch-table5 --data embedded --budget smoke --rows standard --seeds 2 "
+        "--set steps=4 --set run.eval_every=4 --set run.log_every=4"
+    )
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("jobs/*/checkpoint.pt")}
+    assert len(written) == 1
+    capsys.readouterr()
+    assert main([*command, "--seeds", "2", "--shard", "1/2"]) == main([*command, "--seeds", "2", "--shard", "2/2"]) == 0
     printed = capsys.readouterr().out
-    assert "No folder of images was given" in printed
-    assert "61.7" in printed
-    report = (tmp_path / "simmatch-table5-smoke" / "report.md").read_text()
-    assert report in printed
-    assert report.count("| imagenet-1 ") == 3
+    record = read_record(folder)
+    assert (record.name, record.paper, record.budget, record.seeds) == ("simmatch-table5", "SimMatch", "smoke", (2,))
+    assert all(len(entry.values) == 1 and 0 < entry.values[0] < 100 and entry.unit == "%" for entry in record.entries)
+    assert all(entry.paper == "-" for entry in record.entries)  # these are not the paper's images
+    assert all(f"{entry.values[0]:.2f}" in printed for entry in record.entries)
+    assert record.seconds > 0 and record.versions["torch"] and "digits" in record.data
+    assert "No folder of images was given" in printed and "61.7" not in printed
+    assert (folder / "report.md").read_text() in printed
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert main([*command, "--seeds", "2", "--dry-run"]) == 0
+    assert "0 of 3 jobs are to run" in capsys.readouterr().out
 
 
-def test_a_second_call_goes_on_from_the_runs_there_are(tmp_path, monkeypatch):
-    small = dataclasses.replace(EXPERIMENTS["simmatch-table1"], cells=EXPERIMENTS["simmatch-table1"].cells[1:2])
-    monkeypatch.setitem(EXPERIMENTS, "simmatch-table1", small)
-    assert main(["simmatch-table1", "--out", str(tmp_path)]) == 0
-    first = (tmp_path / "simmatch-table1-smoke" / "report.md").read_text()
-    checkpoint = next(tmp_path.rglob("checkpoint.pt"))
-    written = checkpoint.stat().st_mtime_ns
-    assert main(["simmatch-table1", "--out", str(tmp_path)]) == 0
-    assert checkpoint.stat().st_mtime_ns == written
-    assert (tmp_path / "simmatch-table1-smoke" / "report.md").read_text() == first
+def test_cells_are_listed_and_nothing_is_run(tmp_path, capsys):
+    command = ["simmatch-table1", "--budget", "paper", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--list-cells"]) == 0
+    listed = capsys.readouterr().out.splitlines()[2:]
+    assert len(listed) == 5 and all(re.match(r"\| SimMatch +\| cifar10-40 +\| [1-5] +\| simmatch-cifar10-40-seed", line) for line in listed)
+    assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--dry-run"]) == 0
+    assert "1,048,576" in capsys.readouterr().out  # steps
+    assert not (tmp_path / "out").exists()
 
 
-def test_larger_budgets_need_data(tmp_path, capsys):
-    assert main(["simmatch-table1", "--budget", "paper", "--out", str(tmp_path)]) == 1
-    assert "--data is missing" in capsys.readouterr().err
+def test_wrong_arguments(tmp_path, capsys):
+    for arguments, words in {
+        ("simmatch-tabel1",): "there is no experiment 'simmatch-tabel1'; did you mean simmatch-table1",
+        ("simmatch-table1", "--budget", "tiny"): "invalid choice: 'tiny'",
+        ("simmatch-table1", "--shard", "3/2"): "it should be I/N",
+        ("simmatch-table1", "--seeds", "a"): "it should be numbers",
+        ("simmatch-table1", "--set", "steps"): "it should be KEY=VALUE",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+    for arguments, words in {
+        ("--budget", "short"): "--data is missing; the short budget needs the folder of the paper's images",
+        ("--rows", "standart"): "--rows has 'standart'; did you mean standard?",
+        ("--columns", "nothing"): "--columns has 'nothing'; it should be one of imagenet-1",
+    }.items():
+        assert main(["simmatch-table5", *arguments, "--out", str(tmp_path)]) == 1
+        assert words in capsys.readouterr().err
 
 
-def test_figures_are_medians_or_last_values_over_seeds():
-    figure = EXPERIMENTS["simmatch-table1"].figures[0]
-    runs = [RunResult(True, 3, [{"step": k, "ema_accuracy": base + k / 100} for k in range(3)]) for base in (0.5, 0.7)]
-    assert figure.of(runs) == "61.00 ± 14.14"
-    assert figure.values(runs) == [pytest.approx(51), pytest.approx(71)]
-    assert dataclasses.replace(figure, median=False).of(runs) == "62.00 ± 14.14"
-    assert dataclasses.replace(figure, name="student_top5").of(runs) == "-"
+def test_a_stopped_call_says_so(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_table", stopped)
+    assert main(["simmatch-table5", "--out", str(tmp_path)]) == 130
+    assert "The same command goes on" in capsys.readouterr().out
+
+
+def test_images_of_a_file_serve_the_set_that_it_is_named_after(tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    content = {f"{part}_x": draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for part, count in (("train", 60), ("test", 20))}
+    place = tmp_path / "cifar10.npz"
+    np.savez(place, **content, train_y=np.arange(60) % 10, test_y=np.arange(20) % 10)
+    command = ["simmatch-table1", "--budget", "short", "--data", str(place), "--out", str(tmp_path / "out")]
+    few = ["model=convnet-small", "steps=2", "batch_size=4", "mu=1", "run.eval_every=2", "run.workers=0", "first_epoch_steps=1"]
+    settings = [each for setting in few for each in ("--set", setting)]
+    assert main([*command, *settings, "--rows", "SimMatch", "--columns", "cifar10-40"]) == 0
+    assert "Left out: cifar100-400: --data is" in capsys.readouterr().out
+    record = read_record(next((tmp_path / "out").glob("simmatch-table1-short*")))
+    assert record.data == "cifar10.npz" and {entry.column for entry in record.entries} == {"cifar10-40", "cifar10-250", "cifar10-4000"}
+    assert "arrays of a file" in record.deviations[0] and all(entry.paper == "-" for entry in record.entries)
+    (done,) = (entry for entry in record.entries if entry.values)
+    assert (done.row, done.column) == ("SimMatch", "cifar10-40")
+    place.rename(tmp_path / "images.npz")
+    assert main([*command[:4], str(tmp_path / "images.npz"), *command[5:]]) == 1
+    assert "the images of images by its name; this needs cifar10" in capsys.readouterr().err
+
+
+def test_a_failed_cell_is_reported_and_tried_again(tmp_path, monkeypatch, capsys):
+    train = METHODS["simmatch"].train
+    broken = True
+
+    def sometimes(config, **rest):
+        if broken and config.alpha == 1:
+            raise FloatingPointError("loss is nan at step 3")
+        return train(config, **rest)
+
+    monkeypatch.setitem(METHODS, "simmatch", METHODS["simmatch"]._replace(train=sometimes))
+    command = ["simmatch-table5", "--out", str(tmp_path), *FEW]
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert "**Failed: without p̂, imagenet-1.** FloatingPointError: loss is nan at step 3" in captured.out
+    assert "some cells failed" in captured.err
+    (folder,) = tmp_path.glob("simmatch-table5-smoke*")
+    entries = {entry.row: entry for entry in read_record(folder).entries}
+    assert entries["without p̂"].failed == ("FloatingPointError: loss is nan at step 3",) and entries["without p̂"].values == ()
+    assert len(entries["standard"].values) == len(entries["without q̂"].values) == 1
+    broken = False
+    assert main(command) == 0
+    again = {entry.row: entry for entry in read_record(folder).entries}
+    assert again["standard"] == entries["standard"] and len(again["without p̂"].values) == 1 and again["without p̂"].failed == ()
+
+
+def test_images_that_are_not_there_are_one_message(tmp_path, capsys):
+    for name, words in {
+        "simmatch-table5": ["imagenet: looked for the folder", "image-net.org"],
+        "simmatch-table3": ["imagenet: looked for the folder", "image-net.org"],
+        "mixed-lp-table2": ["cub200: looked for CUB_200_2011/images.txt", "data.caltech.edu"],
+        "mlsn-figure2": ["cifar10: looked for"],
+        "slade-similarities": ["cub200: looked for", "folder: "],
+        "mixed-lp-table3": ["at least one of cifar10.npz", "cub200"],
+    }.items():
+        empty = tmp_path / name
+        empty.mkdir()
+        out = tmp_path / "out"
+        assert main([name, "--data", str(empty), "--budget", "short", "--out", str(out)]) == 1
+        said = capsys.readouterr().err
+        assert all(word in said for word in words) and str(empty) in said, said
+        assert said.startswith(f"ssmkernels reproduce {name}: ") and "Traceback" not in said
+        assert not out.exists()
+
+
+def test_all_runs_everything_whatever_fails(tmp_path, monkeypatch, capsys):
+    def one(table, request):
+        if table.name == "simmatch-table1":
+            raise RuntimeError("a bug")
+        return run_table(table, request)
+
+    run_table = cli.run_table
+    monkeypatch.setattr(cli, "run_table", one)
+    monkeypatch.setattr(cli, "load_tables", lambda: {name: TABLES[name] for name in ("simmatch-table1", "simmatch-table5")})
+    assert main(["all", "--out", str(tmp_path), *FEW]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 experiments are done. Failed: simmatch-table1." in captured.out
+    assert "ssmkernels reproduce simmatch-table1: a bug" in captured.err
+
+
+def test_figures_come_with_their_plot(tmp_path, monkeypatch):
+    rows = {row: TABLES["simmatch-figure5"].rows[row] for row in ("t = 0.05", "t = 0.1", "α = 0.9")}
+    change("simmatch-figure5", monkeypatch, rows=rows)
+    assert main(["simmatch-figure5", "--out", str(tmp_path), *FEW]) == 0
+    (folder,) = tmp_path.glob("simmatch-figure5-smoke*")
+    (plot,) = read_record(folder).plots
+    assert (folder / plot.file).read_bytes().startswith(b"\x89PNG") and f"({plot.file})" in (folder / "report.md").read_text()
+    assert len(list(tmp_path.glob("jobs/*/checkpoint.pt"))) == 2  # the usual setting is trained once
+
+
+def test_tables_share_their_runs(tmp_path):
+    request = Request("paper", Source(None), tmp_path, check=False)
+    names = {
+        name: {cell.job(1).name for cell in find_cells(dataclasses.replace(TABLES[name], offline=""), request).cells}
+        for name in ("mixed-lp-figure2", "mixed-lp-figure3", "mixed-lp-table2")
+    }
+    assert names["mixed-lp-figure2"] == names["mixed-lp-figure3"] > names["mixed-lp-table2"]
+
+
+def test_figures_of_runs():
+    runs = [{"history": [{"step": k, "a": base + k / 100} for k in range(3)]} for base in (0.5, 0.7)]
+    assert [Figure("top-1", "a").of(each) for each in runs] == [pytest.approx(51), pytest.approx(71)]
+    assert Figure("top-1", "a", last=1).of(runs[0]) == pytest.approx(52) and Figure("top-5", "b").of(runs[0]) is None
+    history = [{"step": s, "v": p, "n": n} for s, p, n in ((1, 0.5, 0.7), (2, 0.9, 0.6), (3, 0.8, 0.8))]
+    assert Figure("NMI", "n", best="v").of({"history": history}) == pytest.approx(60)
+    assert Figure("share", "x", unit="").of({"x": 0.5}) == 0.5 and Figure("MAP@R", "x", unit="").of(12.5) == 12.5
+
+
+def test_costs_are_those_of_jobs_that_are_alike(tmp_path, capsys):
+    command = ["simmatch-table5", "--out", str(tmp_path), "--rows", "standard", *FEW]
+    assert main(command) == 0
+    state = json.loads(next(tmp_path.glob("jobs/*/job.json")).read_text())
+    capsys.readouterr()
+    assert main([*command, "--seeds", "5", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {state['seconds'] / 4:.3g} " in printed and "| 4 " in printed and "| 320 " in printed  # 4 steps of 16 · (1 + 4) images
+    assert "1 of 1 jobs are to run; 1 of them" in printed

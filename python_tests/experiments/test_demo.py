@@ -1,57 +1,42 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import pytest
+
 from ssmkernels.experiments import demo
-from ssmkernels.trainers import RunResult
+from ssmkernels.experiments.record import read_record
+from ssmkernels.experiments.run import Request, configure
+from ssmkernels.experiments.sources import Source
+from ssmkernels.experiments.spec import read_tables
+
+TABLES = read_tables("Demo", "demo")
 
 
-def test_demo_leaves_a_report_and_plots(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "SEEDS", (1,))
-    monkeypatch.setattr(demo, "STEPS", 40)
-    monkeypatch.setattr(demo, "SETS", ("digits",))
+def test_demo_leaves_records_and_their_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "SEEDS", {"demo-simmatch": 1})
     monkeypatch.setattr(demo, "OP_SECONDS", 0.1)
-    monkeypatch.setattr(demo, "EMBEDDINGS", (*demo.EMBEDDINGS, "--labeled_epochs", "1", "--epochs", "1"))
-    few = ("--teacher_steps", "4", "--warm_up_steps", "2", "--student_steps", "4")
-    monkeypatch.setattr(demo, "SLADE", (*demo.SLADE, *few))
-    assert demo.main(["--out", str(tmp_path), "--budget-minutes", "0.8"]) == 0
-    printed = capsys.readouterr().out
-    report = (tmp_path / "report.md").read_text()
-    assert report in printed
-    for words in ("supervised only", "FixMatch", "SimMatch", "accuracy of confident pseudo-labels", "instance_matching", "peak extra MiB"):
+    assert demo.main(["--out", str(tmp_path), "--budget-minutes", "0.1"]) == 0
+    printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    assert report in printed and (tmp_path / "report.html").exists()
+    for words in ("supervised only", "FixMatch", "SimMatch above FixMatch", "instance_matching", "peak extra MiB", "curves.png"):
         assert words in report
-    for words in ("2 draws of five labels per class", "shuffled W_dis", "What does not", "proxies only", "mixed LP"):
-        assert words in report
-    for words in ("components of the student", "+ Basis + Mining", "4 steps of the teacher, 2 of W_a, 4 of the student"):
-        assert words in report
-    assert (tmp_path / "figure4.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "report.md") in printed
+    (folder,) = tmp_path.glob("demo-simmatch-short*")
+    assert all(len(entry.values) == 1 for entry in read_record(folder).entries)
 
 
-def test_methods_have_identical_budgets():
-    from ssmkernels.trainers.cli import parse_config
-
-    configs = [parse_config("simmatch", ["--config", "digits", *arguments])[0] for arguments in demo.METHODS.values()]
-    for name in ("data", "model", "steps", "batch_size", "mu", "learning_rate", "weight_decay", "ema_decay", "threshold"):
-        assert len({repr(getattr(config, name)) for config in configs}) == 1
-
-
-def test_a_stopped_demo_reports_what_is_done(tmp_path, capsys, monkeypatch):
-    history = [{"step": 1, "ema_accuracy": 0.9, "pseudo_label_accuracy": 0.8}]
-    results = iter([RunResult(True, 1, history), RunResult(False, 0)])
-    monkeypatch.setattr(demo, "train_simmatch", lambda config: next(results))
-    assert demo.main(["--out", str(tmp_path)]) == 0
-    report = (tmp_path / "report.md").read_text()
-    assert "Stopped early" in report
-    assert "10.0" in report
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_have_identical_budgets(name, tmp_path):
+    assert name in demo.SEEDS
+    table = TABLES[name]
+    request = Request("short", Source(None), tmp_path)
+    rows = {row: each for row, each in table.rows.items() if "learning_rate" not in each and "steps" not in each}
+    configs = [configure(table, request, "digits", arguments)[0] for arguments in rows.values()]
+    for setting in ("data", "model", "backbone", "batch_size", "mu", "learning_rate", "weight_decay", "ema_decay", "student_steps"):
+        assert len({repr(getattr(config, setting, None)) for config in configs}) == 1
 
 
-def test_seeds_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
-    seeds = []
+def test_a_stopped_demo_says_so(tmp_path, capsys, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
 
-    def train(config):
-        seeds.append(config.seed)
-        return RunResult(True, 1, [{"step": 1, "ema_accuracy": 0.9}])
-
-    monkeypatch.setattr(demo, "train_simmatch", train)
-    runs, stopped = demo.train_methods(40, deadline=0.0)
-    assert seeds == [1, 1, 1]
-    assert not stopped
-    assert all(len(results) == 1 for results in runs.values())
+    monkeypatch.setattr(demo, "run_table", stopped)
+    assert demo.main(["--out", str(tmp_path)]) == 130
+    assert "The same command goes on" in capsys.readouterr().out

@@ -9,59 +9,39 @@ import pytest
 import torch
 from PIL import Image
 
-from ssmkernels.experiments import feature_sets, propagation
-from ssmkernels.experiments.cli import EXPERIMENTS, main
+from ssmkernels.experiments import feature_sets
+from ssmkernels.experiments.analyses import propagation
+from ssmkernels.experiments.cli import main
 from ssmkernels.experiments.record import read_record
-from ssmkernels.experiments.report import half_width, mean_and_interval
-from ssmkernels.trainers.loop import RunResult
 
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(propagation.run_draws, "__kwdefaults__", {**propagation.run_draws.__kwdefaults__, "draws": 2})
-    monkeypatch.setattr(propagation, "DRAWS", 2)
     monkeypatch.setattr(feature_sets, "SOURCES", {"digits": feature_sets.SOURCES["digits"]})
 
 
 def test_table_3(few, tmp_path, capsys):
-    assert main(["mixed-lp-table3", "--out", str(tmp_path)]) == 0
+    assert main(["mixed-lp-table3", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
     out = tmp_path / "mixed-lp-table3-smoke"
     report = (out / "report.md").read_text()
     assert report in capsys.readouterr().out
-    for words in (*propagation.METHODS, "5 per class", "2 to 8 per class", "What holds", "What does not"):
+    for words in (*propagation.METHODS, "5 per class", "2 to 8 per class", "ours above shuffled W_dis"):
         assert words in report
-    kept = [json.loads(path.read_text())["value"] for path in (out / "jobs").glob("digits-*/job.json")]
+    kept = [json.loads(path.read_text())["value"] for path in tmp_path.glob("jobs/mixed-lp-table3-digits-*/job.json")]
     assert len(kept) == 4 and all(set(draw) == set(propagation.METHODS) for draw in kept)
     assert all(0.05 < value < 1 for draw in kept for value in draw.values())
     record = read_record(out)
-    assert len(record.entries) == 2 * len(propagation.METHODS) and all(len(entry.values) == 2 for entry in record.entries)
-    assert record.seeds == (1, 2) and record.seconds > 0 and "shuffled W_dis" in record.notes
+    assert len(record.entries) == 2 * len(propagation.METHODS) and all(entry.seeds == (1, 2) for entry in record.entries)
+    assert record.seeds == (1, 2) and record.seconds > 0
 
 
-def test_a_second_run_goes_on_where_the_first_stopped(few, tmp_path, monkeypatch):
-    calls = []
-
-    def predict(affinity, labels):
-        calls.append(int((labels >= 0).sum()))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return {"all zeros": torch.zeros_like(labels)}
-
-    for _ in range(2):
-        try:
-            drawn = propagation.run_draws("digits", out=tmp_path, folder=None, predict=predict)
-        except KeyboardInterrupt:
-            continue
-    assert calls == [50, 50, 50] and len(drawn.of("all zeros")) == 2
-
-
-def test_figures_4_and_5(few, tmp_path, capsys, monkeypatch):
+def test_figures_4_and_5(few, tmp_path, monkeypatch):
     monkeypatch.setattr(propagation, "FRACTIONS", (0.1, 1.0))
-    assert main(["mixed-lp-figure4", "--out", str(tmp_path)]) == 0
-    assert main(["mixed-lp-figure5", "--out", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    for words in ("LPDR's system indefinite", "ours, random edges", "100 %", "sensitivity to β and λ", "| λ "):
-        assert words in printed
+    assert main(["mixed-lp-figure4", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
+    assert main(["mixed-lp-figure5", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
+    rows = [{entry.row for entry in read_record(tmp_path / f"mixed-lp-figure{number}-smoke").entries} for number in (4, 5)]
+    assert {"without dissimilar edges", "LPDR's system indefinite, 10 %", "ours, random edges, 100 % of the edges"} <= rows[0]
+    assert {"β = 0.01", "λ = 128"} <= rows[1]
     for name in ("mixed-lp-figure4-smoke/figure4.png", "mixed-lp-figure5-smoke/figure5a.png", "mixed-lp-figure5-smoke/figure5b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -73,13 +53,6 @@ def test_draws_are_seeded_and_counted():
         assert first.equal(again) and not first.equal(other)
         assert ((first == classes) | (first == -1)).all()
         assert sorted(torch.bincount(first[first >= 0]).tolist()) == sorted((counts * 7)[:7])
-
-
-def test_intervals():
-    """Student's t with 9 degrees of freedom, by hand."""
-    values = [float(i) for i in range(10)]
-    assert half_width(values) == pytest.approx(2.262157 * np.std(values, ddof=1) / 10**0.5, rel=1e-6)
-    assert mean_and_interval([0.5]) == "0.500" and mean_and_interval([0.5, 0.5]) == "0.500 ± 0.000"
 
 
 def packed(folder, count=6):
@@ -126,7 +99,6 @@ def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
     for file, values in {"images.txt": [path for _, path in paths], "image_class_labels.txt": [label for label, _ in paths]}.items():
         (tmp_path / "CUB_200_2011" / file).write_text("".join(f"{number} {value}\n" for number, value in enumerate(values, 1)))
     monkeypatch.setattr(feature_sets, "SOURCES", {name: feature_sets.SOURCES[name] for name in ("cub200", "pets")})
-    monkeypatch.setattr(propagation.run_draws, "__kwdefaults__", {**propagation.run_draws.__kwdefaults__, "draws": 2})
 
     def extract(model, batches, device):
         assert [images.shape[2:] for images, _ in batches] == [(224, 224)]
@@ -135,23 +107,10 @@ def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
         return torch.nn.functional.one_hot(labels, 12).float() + 0.3 * torch.rand(60, 12, generator=draw)
 
     monkeypatch.setattr(feature_sets.models, "extract_features", extract)
-    out = tmp_path / "out" / "table3"
-    found = propagation.table3(budget="smoke", data=str(tmp_path), out=out)
-    papers = {entry.row: entry.paper for entry in found.entries if entry.column == "cub, 5 per class"}
+    assert main(["mixed-lp-table3", "--data", str(tmp_path), "--seeds", "1,2", "--out", str(tmp_path / "out")]) == 0
+    record = read_record(tmp_path / "out" / "mixed-lp-table3-smoke")
+    papers = {entry.row: entry.paper for entry in record.entries if entry.column == "cub, 5 per class"}
     assert papers["ours"] == "0.468 ± 0.003" and papers["LGC"] == "0.441 ± 0.005" and papers["(12)"] == "-"
-    assert all(len(entry.values) == 2 and entry.values[0] > 0.2 for entry in found.entries if "5 per class" in entry.column)
+    assert all(len(entry.values) == 2 and entry.values[0] > 0.2 for entry in record.entries if ", 5 per class" in entry.column)
     assert (tmp_path / "out" / "features" / "cub200-efficientnet-lite0.npz").exists()
-    assert any("in place of BN-Inception" in each for each in found.deviations)
-    assert len(propagation.PAPER_3) == 10
-
-
-def test_figures_are_read_at_the_best_evaluation():
-    figure = EXPERIMENTS["mixed-lp-table1"].figures[0]
-    history = [{"step": s, "validation_P@8": p, "test_NMI": n} for s, p, n in ((1, 0.5, 0.7), (2, 0.9, 0.6), (3, 0.8, 0.8))]
-    assert figure.of([RunResult(True, 3, history)]) == "60.00"
-
-
-def test_the_papers_numbers():
-    paper = {(cell.row, cell.column): cell.paper for cell in EXPERIMENTS["mixed-lp-table1"].cells}
-    assert paper["Ours", "cub200"] == ("57.780",) and paper["DSSML", "pets"] == ("74.867",) and len(paper) == 18
-    assert EXPERIMENTS["mixed-lp-table2"].cells[0].paper[1] == "49.9 ± 1.3"
+    assert any("in place of BN-Inception" in each for each in record.deviations)

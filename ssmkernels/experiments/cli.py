@@ -4,63 +4,65 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmkernels.experiments import mixed_lp, mlsn, simmatch, slade
-from ssmkernels.experiments.experiment import BUDGETS, EMBEDDED, Experiment, Study, reproduce
 from ssmkernels.experiments.jobs import EXPECTED, this_rank
+from ssmkernels.experiments.report import duration, markdown_table
+from ssmkernels.experiments.report_page import record_page
+from ssmkernels.experiments.run import Cost, Request, choose, costs, find_cells, run_table, seeds_of, unknown
+from ssmkernels.experiments.sources import EMBEDDED, Source
+from ssmkernels.experiments.spec import BUDGETS, load_tables
 
-PAPERS: dict[str, dict[str, Experiment | Study]] = {
-    "SimMatch": simmatch.EXPERIMENTS,
-    "Mixed label propagation": mixed_lp.EXPERIMENTS,
-    "MLSN": mlsn.EXPERIMENTS,
-    "SLADE": slade.EXPERIMENTS,
-}
-EXPERIMENTS = {name: experiment for experiments in PAPERS.values() for name, experiment in experiments.items()}
 ALL = "all"
 
 _EPILOG = (
-    "A call goes on from what earlier ones with the same --out left: finished cells are kept, failed ones tried again. Under torchrun the "
-    "cells are dealt out to the ranks, each with a device of its own."
+    "A call goes on from what earlier ones with the same --out left: finished cells are kept, failed ones tried again. What is not "
+    "asked for is not run, but stands in the report if it is there. Under torchrun all ranks train a cell together."
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 where everything asked for came to an end or was stopped, 1 where something failed, 2 where the arguments are wrong."""
-    parser = argparse.ArgumentParser(prog="ssmkernels reproduce", description=__doc__, epilog=_EPILOG)
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"the experiment, or {ALL}; --list shows them")
-    parser.add_argument("--list", action="store_true", help="list the experiments")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        help=f"folder of the paper's images; or a .npz file of images in their place; or {EMBEDDED} for images inside packages, as smoke "
-        "has them by default",
-    )
-    parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/reproduce"), help="folder for checkpoints and reports (default: %(default)s)"
-    )
+    """Returns 0 where everything asked for came to an end, 1 where something failed, 2 where the arguments are wrong, 130 where it was
+    stopped."""
+    parser = _parser()
     options = parser.parse_args(argv)
+    tables = load_tables()
     if options.list or options.name is None:
-        width = max(map(len, EXPERIMENTS))
-        print("\n".join(f"{name:<{width}}  {experiment.title}" for name, experiment in EXPERIMENTS.items()))
+        width = max(map(len, tables))
+        print("\n".join(f"{name:<{width}}  {table.title}" for name, table in tables.items()))
         return 0 if options.list else 2
-    if options.name != ALL and options.name not in EXPERIMENTS:
-        parser.error(_unknown(options.name))
-    folder = None if options.data == EMBEDDED else options.data
-    names = list(EXPERIMENTS) if options.name == ALL else [options.name]
+    if options.name != ALL and options.name not in tables:
+        parser.error(unknown(f"there is no experiment {options.name!r}", options.name, [*tables, ALL]))
+    request = Request(
+        budget=options.budget,
+        source=Source(None if options.data == EMBEDDED else options.data),
+        out=options.out,
+        rows=tuple(options.rows or ()),
+        columns=tuple(options.columns or ()),
+        seeds=options.seeds,
+        settings=tuple(each for pair in options.set or () for each in pair),
+        shard=options.shard,
+        check=not (options.list_cells or options.dry_run),
+    )
+    act = _list_cells if options.list_cells else _estimate if options.dry_run else _reproduce
+    names = list(tables) if options.name == ALL else [options.name]
     complete = {}
     for name in names:
         try:
-            complete[name] = _reproduce(name, options.budget, folder, options.out)
+            complete[name] = act(name, request)
         except KeyboardInterrupt:
             if this_rank()[0] == 0:
                 print(f"Stopped. The same command goes on from what is in {options.out}.")
-            return 0
+            return 130
+        except Exception as error:
+            complete[name] = False
+            if not isinstance(error, EXPECTED):
+                traceback.print_exc()
+            if this_rank()[0] == 0:
+                print(f"ssmkernels reproduce {name}: {error}", file=sys.stderr)
     if len(names) > 1 and this_rank()[0] == 0:
         failed = [name for name, each in complete.items() if not each]
         print(f"{len(names) - len(failed)} of {len(names)} experiments are done. " + (f"Failed: {', '.join(failed)}." if failed else ""))
@@ -68,20 +70,66 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(complete.values()) or this_rank()[0] > 0 else 1
 
 
-def _reproduce(name: str, budget: str, folder: str | None, out: Path) -> bool:
-    """Runs an experiment, prints its report, and returns whether all of it came to an end."""
-    paper = next(paper for paper, experiments in PAPERS.items() if name in experiments)
-    place = out / f"{name}-{budget}"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ssmkernels reproduce", description=__doc__.replace("``", ""), epilog=_EPILOG)
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"the experiment, or {ALL}; --list shows them")
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        default=EMBEDDED,
+        help="folder of the paper's images; or a .npz file of images, named after the set that it holds, such as cifar10.npz; or "
+        f"{EMBEDDED} for images inside packages (default). Cells whose images are not there are left out",
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce"),
+        help="folder for checkpoints and reports (default: %(default)s)",
+    )
+    parser.add_argument("--rows", action="append", metavar="ROW", help="run this row alone; may be given several times")
+    parser.add_argument("--columns", action="append", metavar="COLUMN", help="run this column alone; may be given several times")
+    parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2", help="run these seeds alone (default: those of the budget)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="a setting of ssmkernels train, such as precision=bf16-mixed",
+    )
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the jobs, I from 1")
+    parser.add_argument("--list-cells", action="store_true", help="list the cells and their jobs, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing")
+    return parser
+
+
+def _seeds(text: str) -> tuple[int, ...]:
     try:
-        report, complete = reproduce(name, EXPERIMENTS[name], paper=paper, budget=budget, folder=folder, out=place)
-    except Exception as error:
-        if not isinstance(error, EXPECTED):
-            traceback.print_exc()
-        if this_rank()[0] == 0:
-            print(f"ssmkernels reproduce {name}: {error}", file=sys.stderr)
-        return False
+        return tuple(int(each) for each in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it should be numbers with commas between them") from error
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"is {text!r}; it should be KEY=VALUE, such as precision=bf16-mixed")
+    return f"--{key}", value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, count = text.partition("/")
+    if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise argparse.ArgumentTypeError(f"is {text!r}; it should be I/N with 1 <= I <= N")
+    return int(first) - 1, int(count)
+
+
+def _reproduce(name: str, request: Request) -> bool:
+    """Runs an experiment, prints its report, and returns whether all of it came to an end."""
+    record, complete = run_table(load_tables()[name], request)
     if this_rank()[0] == 0:
-        print(f"\n{report}\nThe report is in {place}.")
+        print(f"\n{record_page(record)}\nThe report is in {request.place(name)}.")
         if not complete:
             print(
                 f"ssmkernels reproduce {name}: some cells failed; the report says which, and the same command tries them again",
@@ -90,7 +138,30 @@ def _reproduce(name: str, budget: str, folder: str | None, out: Path) -> bool:
     return complete
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, EXPERIMENTS, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"there is no experiment {name!r}{hint} --list shows all of them, and {ALL} runs them one after another"
+def _list_cells(name: str, request: Request) -> bool:
+    found = find_cells(load_tables()[name], request)
+    jobs = {(cell, seed): cell.job(seed) for cell in found.cells for seed in seeds_of(found.table, request)}
+    chosen = set(choose(jobs, request))
+    rows = [[cell.row, cell.column, str(seed), job.name] for (cell, seed), job in jobs.items() if job.name in chosen]
+    print(markdown_table(["row", "column", "seed", "job"], rows))
+    return True
+
+
+def _estimate(name: str, request: Request) -> bool:
+    found = costs(load_tables()[name], request)
+    print(markdown_table(["job", "state", "steps", "images", "s a step", "time"], [_cost(each) for each in found]))
+    left = [each for each in found if each.state != "finished"]
+    known = [each.seconds for each in left if each.seconds is not None]
+    print(
+        f"{len(left)} of {len(found)} jobs are to run; {len(known)} of them, whose like have been timed here, take {duration(sum(known))}."
+    )
+    return True
+
+
+def _cost(cost: Cost) -> list[str]:
+    numbers = [f"{each:,}" if each is not None else "-" for each in (cost.steps, cost.images)]
+    times = [
+        "-" if cost.seconds_per_step is None else f"{cost.seconds_per_step:.3g}",
+        "-" if cost.seconds is None else duration(cost.seconds),
+    ]
+    return [cost.title, cost.state, *numbers, *times]

@@ -104,7 +104,11 @@ def _collection_features(source: Source, backbone: str, folder: Path, kept: Path
     views = data.retrieval_views(collection, models.preprocessing(backbone), size=source.size)
     batches = data.evaluation_batches(collection.images, 128, mean=views.mean, std=views.std, transform=views.evaluation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    _keep(kept, models.extract_features(network.to(memory_format=torch.channels_last), batches, device=device), collection.labels)
+    _keep(
+        kept,
+        models.extract_features(network.to(memory_format=torch.channels_last), batches, device=device),
+        collection.labels,
+    )
     return _kept(kept)
 
 

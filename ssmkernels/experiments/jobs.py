@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Jobs: cells of experiments with one seed, that is one method on one data set with its labels, each in a folder of its own.
+"""Jobs: one method on one data set with its labels and a seed, or what is made of that, each in a folder of its own.
 
 ``job.json`` in the folder says how the job ended. Finished jobs are not run again; stopped and failed ones are gone on with. Under
-``torchrun`` whole jobs are dealt out to the ranks, each of which runs its own ones alone, on a device of its own.
+``torchrun`` all ranks train together; what is no training is done by the first rank alone.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from ssmkernels.experiments.record import write_atomically
@@ -34,7 +32,7 @@ FILE = "job.json"
 FOLDER = "jobs"
 EXPECTED = (ValueError, FileNotFoundError, ImportError, FloatingPointError)
 """Errors whose message says all."""
-POLL = 0.2  # seconds between looks at what other ranks have finished
+POLL = 0.2  # seconds between looks at what the first rank has finished
 _OF_TORCHRUN = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
 
 
@@ -45,88 +43,78 @@ class Job(NamedTuple):
     """Of the folder."""
     title: str
     run: Callable[[Path], Any]
+    needs: tuple[Job, ...] = ()
+    """Jobs that are finished before this one is begun."""
+    config: Any = None
+    """Of a training, which all ranks take part in."""
+
+    @property
+    def like(self) -> str | None:
+        """What trainings have in common whose steps take as long, on one machine."""
+        if self.config is None:
+            return None
+        settings = asdict(self.config)
+        kept = {name: settings.get(name) for name in ("model", "backbone", "batch_size", "mu", "precision", "hidden_features")}
+        return json.dumps([self.name.split("-seed")[0], settings["data"].get("image_size"), kept], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: with a ``value`` or with the message of an ``error``."""
+    """How a job ended: with a ``value`` or with the message of an ``error``; with neither where it has not been run."""
 
     name: str
-    value: Any
+    value: Any = None
     error: str | None = None
     seconds: float = 0.0
     """Wall time, over all calls."""
 
     @property
-    def result(self) -> RunResult:
-        """The value of a :func:`training_job`.
-
-        Raises:
-            RuntimeError: the job failed.
-        """
-        if self.error is not None:
-            raise RuntimeError(self.error)
-        return RunResult(**self.value)
+    def finished(self) -> bool:
+        return self.value is not None
 
 
-def results_of(outcomes: Sequence[Outcome]) -> list[RunResult]:
-    """Of the training jobs that finished."""
-    return [each.result for each in outcomes if each.error is None]
-
-
-def failures_of(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
-    """The messages of the jobs that failed."""
-    return tuple(each.error for each in outcomes if each.error is not None)
-
-
-def seconds_of(outcomes: Mapping[Any, Sequence[Outcome]]) -> float:
-    """Wall time of all jobs of some rows, each counted once."""
-    return sum({each.name: each.seconds for row in outcomes.values() for each in row}.values())
-
-
-def pairs_of(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[tuple[RunResult, RunResult]]:
-    """The results of two rows, seed by seed, where both finished."""
-    return [(a.result, b.result) for a, b in zip(first, second, strict=True) if a.error is None and b.error is None]
-
-
-def run_jobs(folder: Path, jobs: Sequence[Job]) -> dict[str, Outcome]:
-    """Runs what is not finished of ``jobs``, each in ``folder/name``, and returns how they ended, by name and in their order.
-
-    Rank r of W runs the jobs r, r + W, …, and waits for the others. An exception in a job does not stop the others.
+def run_jobs(folder: Path, jobs: Iterable[Job], *, chosen: Callable[[Job], bool] = lambda job: True) -> dict[str, Outcome]:
+    """Runs what is not finished of the ``chosen`` ones of ``jobs`` and of what they need, each in ``folder/name``, and returns how they
+    ended, by name and in their order. An exception in a job does not stop the others, but those that need it.
 
     Raises:
-        KeyboardInterrupt: a job, or the waiting for one, was stopped. What is finished is kept.
+        KeyboardInterrupt: a job was stopped. What is finished is kept.
     """
-    rank, ranks = this_rank()
-    distinct = list({job.name: job for job in jobs}.values())
-    for number, job in enumerate(distinct):
-        if number % ranks == rank and not _is_over(_read(folder / job.name)):
-            print(f"[{number + 1}/{len(distinct)}] {job.title}", flush=True)
+    distinct = {job.name: job for job in jobs}
+    work = with_needs(job for job in distinct.values() if chosen(job))
+    for number, job in enumerate(work.values(), start=1):
+        if _is_over(_read(folder / job.name)):
+            continue
+        if failed := [each for each in job.needs if (_read(folder / each.name) or {}).get("status") != "finished"]:
+            print(f"{job.title} is left out: {failed[0].title} is not finished", file=sys.stderr, flush=True)
+            continue
+        if this_rank()[0] == 0:
+            print(f"[{number}/{len(work)}] {job.title}", flush=True)
+        if job.config is not None or this_rank()[0] == 0:
             _run(job, folder / job.name)
-    for number, job in enumerate(distinct):
-        if number % ranks != rank:
-            _await(job, folder / job.name, number % ranks)
-    found = {job.name: _read(folder / job.name) for job in distinct}
-    return {name: Outcome(name, each.get("value"), each.get("error"), each["seconds"]) for name, each in found.items()}
+        _await(job, folder / job.name)
+    return {name: outcome_of(folder, name, job) for name, job in {**work, **distinct}.items()}
 
 
-def run_rows(out: Path | None, jobs: Mapping[tuple[str, int], Job]) -> dict[str, list[Outcome]]:
-    """The outcomes of ``jobs``, a job by row and seed, as lists by row.
-
-    Args:
-        out: the folder of an experiment, beside which jobs are kept that experiments share; nothing is kept without.
-    """
-    if out is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            return run_rows(Path(scratch) / "experiment", jobs)
-    outcomes = run_jobs(out.parent / FOLDER, list(jobs.values()))
-    rows: dict[str, list[Outcome]] = {row: [] for row, _ in jobs}
-    for (row, _), job in jobs.items():
-        rows[row].append(outcomes[job.name])
-    return rows
+def with_needs(jobs: Iterable[Job]) -> dict[str, Job]:
+    """Jobs by name, each behind those that it needs."""
+    found: dict[str, Job] = {}
+    for job in jobs:
+        found |= {name: each for name, each in with_needs(job.needs).items() if name not in found}
+        found.setdefault(job.name, job)
+    return found
 
 
-def training_job(method: str, config: Any, train: Callable[..., RunResult], title: str) -> Job:
+def outcome_of(folder: Path, name: str, job: Job) -> Outcome:
+    """How a job ended, or the first that it needs and that failed."""
+    state = _read(folder / name)
+    if state is None or state["status"] == "stopped":
+        earlier = [outcome_of(folder, each.name, each) for each in job.needs]
+        return Outcome(name, error=next((each.error for each in earlier if each.error is not None), None))
+    return Outcome(name, state.get("value"), state.get("error"), state["seconds"])
+
+
+def training_job(method: str, config: Any, train: Callable[..., RunResult], title: str, needs: tuple[Job, ...] = ()) -> Job:
     """The job that trains as ``config`` says.
 
     What determines the run is in its name, so that experiments share their jobs.
@@ -143,7 +131,7 @@ def training_job(method: str, config: Any, train: Callable[..., RunResult], titl
             raise KeyboardInterrupt
         return asdict(result)
 
-    return Job(training_name(method, config), title, run)
+    return Job(training_name(method, config), title, run, needs, config)
 
 
 def training_name(method: str, config: Any) -> str:
@@ -164,16 +152,8 @@ def this_rank() -> tuple[int, int]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it a trainer takes this process for the only one, with the device ``LOCAL_RANK`` for its own."""
-    if this_rank()[1] == 1:
-        yield
-        return
+    """Within it a trainer takes this process for the only one."""
     before = dict(os.environ)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
-    visible = visible or [str(each) for each in range(torch.cuda.device_count())]
-    if visible:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)]
     for name in before:
         if _OF_TORCHRUN.fullmatch(name):
             del os.environ[name]
@@ -190,19 +170,31 @@ def _run(job: Job, folder: Path) -> None:
     begin = time.perf_counter()
 
     def leave(status: str, **rest: Any) -> None:
+        if this_rank()[0] > 0:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         seconds = earlier + time.perf_counter() - begin
-        state = {"title": job.title, "status": status, "seconds": seconds, "launch": _launch(), **rest}
+        state = {
+            "title": job.title,
+            "status": status,
+            "seconds": seconds,
+            "launch": _launch(),
+            "like": job.like,
+            **rest,
+        }
         write_atomically(folder / FILE, json.dumps(state, indent=1) + "\n")
 
     try:
-        with alone():
+        with nullcontext() if job.config is not None else alone():
             value = job.run(folder)
     except Exception as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exc()
-        print(f"{job.title} failed: {error}", file=sys.stderr, flush=True)
+        if this_rank()[0] == 0:
+            print(f"{job.title} failed: {error}", file=sys.stderr, flush=True)
         leave("failed", error=f"{type(error).__name__}: {error}")
+        if this_rank()[1] > 1 and not isinstance(error, EXPECTED):
+            raise  # the other ranks may be in the middle of a step: torchrun ends them
     except BaseException:
         leave("stopped")
         raise
@@ -210,17 +202,14 @@ def _run(job: Job, folder: Path) -> None:
         leave("finished", value=value)
 
 
-def _await(job: Job, folder: Path, rank: int) -> None:
-    """Waits until another rank is through with a job."""
-    said = False
+def _await(job: Job, folder: Path) -> None:
+    """Waits until the first rank has left how a job ended."""
+    if this_rank()[0] == 0:
+        return
     with StopSignals() as stop:
         while not _is_over(state := _read(folder)):
             if stop.requested or (state is not None and state["status"] == "stopped" and state["launch"] == _launch()):
-                print(f"rank {rank} did not finish {job.title!r}: it was stopped, or it died and left the reason above", file=sys.stderr)
                 raise KeyboardInterrupt
-            if not said:
-                print(f"Waiting for rank {rank}: {job.title}", flush=True)
-                said = True
             time.sleep(POLL)
 
 

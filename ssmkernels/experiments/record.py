@@ -30,6 +30,21 @@ class Entry:
     """Ours, one per finished seed; empty if none finished."""
     failed: tuple[str, ...] = ()
     """One message per failed seed."""
+    seeds: tuple[int, ...] = ()
+    """Of the values; empty in records of before they were kept."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one row is better than another: the report computes in which settings it holds."""
+
+    better: str
+    worse: str
+    """Rows."""
+    figure: str
+    """That is compared."""
+    lower: bool = False
+    """Whether lower is better."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,8 @@ class Record:
     """Such as "2 x AMD EPYC 7763, no GPU"."""
     versions: dict[str, str]
     """Of the packages that matter: name -> version."""
+    claims: tuple[Claim, ...] = ()
+    """In the order in which the report has them."""
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -120,7 +137,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 
 def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = {dict: "an object", list: "a list", str: "a text", int: "an integer", (int, float): "a number"}
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", (int, float): "a number"}
         raise ValueError(f"{where} is {value!r:.80}; it should be {kinds[kind]}")
     return value

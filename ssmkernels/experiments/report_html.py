@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 from ssmkernels.experiments.notes_html import html_of_markdown, scrolling_table
 from ssmkernels.experiments.record import FILE, Entry, Plot, Record
-from ssmkernels.experiments.report import by_setting, difference, duration, facts, failures, ours, progress, titled
+from ssmkernels.experiments.report import (
+    by_setting,
+    difference,
+    duration,
+    facts,
+    failures,
+    ours,
+    progress,
+    titled,
+    verdicts,
+)
 
 TITLE = "Reproduced tables and figures"
 INTRODUCTION = (
@@ -81,7 +91,15 @@ def _section(section: Section) -> str:
         return _figure(section.folder, plots.get(file, Plot(alt, file)))
 
     notes = html_of_markdown(record.notes, picture, label=f"{record.title}, notes", level=5)
-    parts = [f'<section aria-labelledby="{section.anchor}">\n<h3 id="{section.anchor}">{escape(section.title)}</h3>\n', _facts(record)]
+    parts = [
+        f'<section aria-labelledby="{section.anchor}">\n<h3 id="{section.anchor}">{escape(section.title)}</h3>\n',
+        _facts(record),
+    ]
+    if claims := verdicts(record):
+        rows = "".join(f"<tr>{_claim(each)}</tr>\n" for each in claims)
+        header = _header(("claim", "setting", "difference", "verdict"))
+        caption = "Differences paired by seed, with their 95 % intervals"
+        parts.append(scrolling_table(f"{header}<tbody>{rows}</tbody>\n", f"{record.title}, claims", caption))
     if record.entries:
         parts.append(_entries(record))
     for cell, messages in failures(record).items():
@@ -93,6 +111,11 @@ def _section(section: Section) -> str:
     if notes:
         parts.append(f"<h4>Notes</h4>\n{notes}")
     return "".join((*parts, "</section>\n"))
+
+
+def _claim(verdict: Sequence[str]) -> str:
+    name, *rest = verdict
+    return f'<th scope="row">{escape(name)}</th>' + "".join(f'<td class="wide">{escape(each)}</td>' for each in rest)
 
 
 def _facts(record: Record) -> str:

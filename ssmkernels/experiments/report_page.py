@@ -14,7 +14,18 @@ from urllib.parse import quote
 
 from ssmkernels.experiments.notes_html import IMAGE, shift_headings
 from ssmkernels.experiments.record import FILE, Plot, Record, read_record, write_atomically
-from ssmkernels.experiments.report import by_setting, difference, duration, facts, failures, markdown_table, ours, progress, titled
+from ssmkernels.experiments.report import (
+    by_setting,
+    difference,
+    duration,
+    facts,
+    failures,
+    markdown_table,
+    ours,
+    progress,
+    titled,
+    verdicts,
+)
 from ssmkernels.experiments.report_html import INTRODUCTION, TITLE, Section, html_page
 
 _BUDGETS = ("paper", "short", "smoke")  # the one that says most first
@@ -54,7 +65,14 @@ def arranged(found: Sequence[tuple[Path, Record]], order: Mapping[str, Iterable[
 
     def place(each: tuple[Path, Record]) -> tuple[object, ...]:
         folder, record = each
-        return _index(first, record.paper), record.paper, _index(names, record.name), record.name, _index(_BUDGETS, record.budget), folder
+        return (
+            _index(first, record.paper),
+            record.paper,
+            _index(names, record.name),
+            record.name,
+            _index(_BUDGETS, record.budget),
+            folder,
+        )
 
     papers: dict[str, list[Section]] = {}
     titles = Counter((record.paper, _title(record)) for _, record in found)
@@ -97,18 +115,31 @@ def markdown_page(papers: Mapping[str, Sequence[Section]], base: Path) -> str:
 
 
 def _section(section: Section, base: Path) -> str:
-    record = section.record
+    heading = f'<a id="{section.anchor}"></a>\n\n### {_plain(section.title)}'
+    return f"{heading}\n\n{_content(section.record, section.folder, base)}"
+
+
+def record_page(record: Record) -> str:
+    """A record alone in Markdown, for a file beside it."""
+    return f"# {_plain(record.title)}\n\n{_content(record, Path(), Path())}\n"
+
+
+def _content(record: Record, folder: Path, base: Path) -> str:
+    """A record without its heading; pictures in ``folder`` are referred to from ``base``."""
 
     def picture(plot: Plot) -> str:
-        path = quote(Path(os.path.relpath(section.folder / plot.file, base)).as_posix())
+        path = quote(Path(os.path.relpath(folder / plot.file, base)).as_posix())
         return f"![{_plain(plot.title)}]({path})" + (f"\n\nIn the paper: {_plain(plot.paper)}" if plot.paper else "")
 
     plots = {each.file: each for each in record.plots}
     notes = IMAGE.sub(lambda found: picture(plots.get(found[2], Plot(found[1], found[2]))), shift_headings(record.notes, 4))
     shown = {file for _, file in IMAGE.findall(record.notes)}
-    parts = [f'<a id="{section.anchor}"></a>', f"### {_plain(section.title)}"]
-    parts.append("\n".join(f"- {name}: {_plain(text)}" for name, text in facts(record).items()))
+    parts = ["\n".join(f"- {name}: {_plain(text)}" for name, text in facts(record).items())]
     parts.append(f"```sh\n{record.command}\n```")
+    if claims := verdicts(record):
+        rows = [[_plain(text) for text in claim] for claim in claims]
+        table = markdown_table(["claim", "setting", "difference", "verdict"], rows)
+        parts.append(f"Differences paired by seed, with their 95 % intervals:\n\n{table}")
     if record.entries:
         parts.append(_entries(record))
     parts += [f"**Failed: {_plain(cell)}.** {_plain(each)}" for cell, messages in failures(record).items() for each in messages]
@@ -120,7 +151,11 @@ def _section(section: Section, base: Path) -> str:
 
 def _entries(record: Record) -> str:
     rows = [
-        [*map(_plain, (column, entry.row, titled(entry), entry.paper)), ours(entry, len(record.seeds)), difference(entry)]
+        [
+            *map(_plain, (column, entry.row, titled(entry), entry.paper)),
+            ours(entry, len(record.seeds)),
+            difference(entry),
+        ]
         for column, entries in by_setting(record).items()
         for entry in entries
     ]
@@ -133,17 +168,20 @@ def _plain(text: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    from ssmkernels.experiments.cli import PAPERS  # needs the packages to train with; the page does not
+    from ssmkernels.experiments.spec import load_tables  # needs the packages to train with; the page does not
 
     parser = argparse.ArgumentParser(prog="ssmkernels report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that `ssmkernels reproduce` wrote to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML page; the Markdown lies beside it (default: DIR/report.html)")
     options = parser.parse_args(argv)
     out = options.folder / "report.html" if options.out is None else options.out
+    order: dict[str, list[str]] = {}
+    for name, table in load_tables().items():
+        order.setdefault(table.paper, []).append(name)
     try:
         if out.suffix != ".html":
             raise ValueError(f"--out is {str(out)!r}; it should end in .html")
-        write_report(options.folder, out, PAPERS)
+        write_report(options.folder, out, order)
     except (ValueError, OSError) as error:
         print(f"ssmkernels report: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Figures 2 and 3 of MLSN (Wu, Feng and Zhou, 2020): features of trained networks, drawn by t-SNE and in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkernels import data as images
+from ssmkernels.experiments.plots import panels_of, save
+from ssmkernels.experiments.record import Entry, Plot
+from ssmkernels.experiments.run import Request, Result, Values
+from ssmkernels.experiments.spec import Cell, Table
+from ssmkernels.nn import draw_class_centers
+from ssmkernels.trainers import MLSN, MLSNConfig
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.loop import make_fabric
+from ssmkernels.trainers.mlsn import MLSNNetwork
+
+Cloud = tuple[np.ndarray, Any, float, str]  # places [N, 2], a colour or classes [N], size of the points, what they are
+Panels = dict[str, list[Cloud]]
+
+POINTS = 1500  # t-SNE of many more takes minutes
+CENTER_DRAWS = 10
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
+    """Figure 2: where labelled images lie, and where those with the most confident pseudo-labels of either kind do."""
+    entries, plots, notes = [], [], []
+    for cell, trainer in finished(request, cells, values).items():
+        panels, found = confident(trainer)
+        for (kind, share), (accuracy, distance) in found.items():
+            row = f"{kind}, most confident {100 * share:.0f} %"
+            entries.append(Entry(row, cell.column, "accuracy of the pseudo-labels", "%", "-", (accuracy,), (), (1,)))
+            entries.append(Entry(row, cell.column, "distance", "", "-", (distance,), (), (1,)))
+        plot_clouds(request.place(table.name) / "figure2.png", panels)
+        plots.append(
+            Plot(
+                "MLSN, Figure 2",
+                "figure2.png",
+                "Confident pseudo-labels of either kind beside the labelled images, by t-SNE.",
+            )
+        )
+        notes.append(
+            "Averaged weights. Unlabelled images get pseudo-labels from the classifier (self-training) and from the similarity network "
+            f"(y_sc, the mean of {CENTER_DRAWS} draws of centers). The paper says that those of the similarity network lie further from "
+            "the labelled images; the mean cosine distance to the nearest labelled image measures that for equally many of both, as the "
+            "two confidences have different scales."
+        )
+    return Result(tuple(entries), tuple(plots), "\n\n".join(notes))
+
+
+def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[float, float]]]:
+    """Figure 2's panels; and by kind of pseudo-label and share of the most confident ones their accuracy, in percent, and distance."""
+    train = trainer.splits.train
+    unlabeled_index = np.setdiff1d(np.arange(len(train)), trainer.labeled_index)
+    unlabeled_index = np.random.default_rng(0).permutation(unlabeled_index)[:POINTS]
+    _, labeled, labels = averaged_features(trainer, train, trainer.labeled_index)
+    logits, unlabeled, truth = averaged_features(trainer, train, unlabeled_index)
+    similarity = similarity_probs(trainer, unlabeled, labeled, labels)
+    nearest = 1 - (F.normalize(unlabeled) @ F.normalize(labeled).t()).max(dim=1).values
+
+    found, chosen = {}, {}
+    for kind, probs in (("self-training", logits.softmax(dim=1)), ("similarity", similarity)):
+        confidence, guesses = probs.max(dim=1)
+        order = confidence.argsort(descending=True, stable=True)
+        correct = (guesses == truth).float()
+        for share in SHARES:
+            top = order[: max(1, round(share * len(order)))]
+            found[kind, share] = (100 * float(correct[top].mean()), float(nearest[top].mean()))
+        chosen[kind] = order[: len(order) // 2].cpu().numpy()
+    places = tsne(torch.cat([labeled, unlabeled]))
+    known, others = places[: len(labeled)], places[len(labeled) :]
+    ground: Cloud = (places, "gainsboro", 2.0, "all images")
+    marked: Cloud = (known, "tab:red", 10.0, "labelled")
+    panels: Panels = {
+        f"(a) the {len(labeled)} labelled images": [ground, (known, labels.cpu().numpy(), 14.0, "labelled, by class")],
+        "(b) self-training, confident half": [
+            ground,
+            (others[chosen["self-training"]], "black", 4.0, "confident"),
+            marked,
+        ],
+        "(c) similarity, confident half": [
+            ground,
+            (others[chosen["similarity"]], "tab:blue", 4.0, "confident"),
+            marked,
+        ],
+    }
+    return panels, found
+
+
+def separation(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
+    """Figure 3: features of test images, and how far apart the classes lie."""
+    from sklearn.metrics import silhouette_score  # slow to import
+
+    entries: list[Entry] = []
+    panels: Panels = {}
+    for cell, trainer in finished(request, cells, values).items():
+        test = trainer.splits.test
+        index = np.random.default_rng(0).permutation(len(test))[:POINTS]
+        _, features, labels = averaged_features(trainer, test, index)
+        score = silhouette_score(features.cpu().numpy(), labels.cpu().numpy(), metric="cosine")
+        entries.append(Entry(cell.row, cell.column, "silhouette", "", "-", (float(score),), (), (1,)))
+        panels[cell.row] = [(tsne(features), labels.cpu().numpy(), 4.0, "test images, by class")]
+    if not panels:
+        return Result()
+    plot_clouds(request.place(table.name) / "figure3.png", panels)
+    words = "All labels beside 1000 labels with all weak labels, by t-SNE: the latter is said to be more separable."
+    notes = (
+        "Averaged weights. The silhouette is that of the true classes by cosine distance: 1 for tight classes far apart, 0 for touching "
+        "ones. The paper shows all labels beside 1000 labels with all weak labels, and gives an error of 5.3 % for the latter."
+    )
+    return Result(tuple(entries), (Plot("MLSN, Figure 3", "figure3.png", words),), notes)
+
+
+def finished(request: Request, cells: Sequence[Cell], values: Values) -> dict[Cell, MLSN]:
+    """The trainers of the cells whose first seed is finished, at its end."""
+    done = {cell: values[cell, 1] for cell in cells if (cell, 1) in values and values[cell, 1].finished}
+    return {cell: trained(cell.config, request.jobs / outcome.name) for cell, outcome in done.items()}
+
+
+def trained(config: MLSNConfig, folder: Path) -> MLSN:
+    """A trainer at the end of a finished run, from the checkpoint in ``folder``."""
+    splits = images.load_dataset(config.data.name, config.data.root)
+    trainer = MLSN(config, splits, make_fabric(precision=config.precision, accelerator=config.run.accelerator))
+    trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt")["trainer"])
+    return trainer
+
+
+def averaged_features(trainer: MLSN, dataset: images.ImageDataset, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, K], features h [N, d] and true labels [N] of the images ``index``, by the averaged weights."""
+    splits = trainer.splits
+    batches = images.evaluation_batches(
+        images.ImageSubset(dataset, index, dataset.labels[index], dataset.num_classes),
+        256,
+        mean=splits.mean,
+        std=splits.std,
+        transform=trainer.transforms.evaluation,
+    )
+    logits, features, labels = embed(trainer.teacher.model, batches, device=trainer.fabric.device)
+    return logits.float(), features.float(), labels
+
+
+@torch.no_grad()
+def similarity_probs(trainer: MLSN, features: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
+    """y_sc [n, K] of features [n, d] by the averaged similarity network, the mean over draws of centers among the labelled features."""
+    network = trainer.teacher.model
+    assert isinstance(network, MLSNNetwork) and network.similarity is not None
+    draw = torch.Generator().manual_seed(0)
+    centers = [draw_class_centers(labeled, labels, trainer.splits.num_classes, generator=draw).features for _ in range(CENTER_DRAWS)]
+    probs = torch.stack([network.similarity.class_probabilities(features, each) for each in centers])
+    return F.normalize(probs, p=1, dim=2).mean(dim=0)
+
+
+def tsne(features: Tensor) -> np.ndarray:
+    """[N, d] -> [N, 2], the same for the same features."""
+    from sklearn.manifold import TSNE  # slow to import
+
+    return TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=0).fit_transform(features.cpu().numpy())
+
+
+def plot_clouds(path: Path, panels: Panels) -> None:
+    """One panel per entry, its clouds over one another."""
+    figure, axes_of = panels_of(len(panels), width=4.0, height=4.2)
+    for axes, (title, clouds) in zip(axes_of, panels.items(), strict=True):
+        for places, colour, size, label in clouds:
+            cmap = None if isinstance(colour, str) else "tab10"
+            axes.scatter(places[:, 0], places[:, 1], c=colour, s=size, cmap=cmap, linewidths=0, label=label)
+        axes.set(title=title, xticks=[], yticks=[], xlabel="t-SNE, 1st dimension", ylabel="2nd dimension")
+        axes.legend(fontsize="x-small", loc="lower right")
+    save(figure, path)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What of SLADE (Duan et al., CVPR 2021) is read from trained networks: similarities of pairs, and retrieval among unlabelled classes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssmkernels import data as images
+from ssmkernels import metrics, models
+from ssmkernels.experiments.jobs import Job, training_name
+from ssmkernels.experiments.plots import panels_of, save
+from ssmkernels.experiments.record import Plot
+from ssmkernels.experiments.run import Cells, Request, Result, Values, configure, training_cells
+from ssmkernels.experiments.spec import Cell, Figure, Table
+from ssmkernels.trainers import Slade, SladeConfig
+from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.loop import fit, make_fabric
+from ssmkernels.trainers.slade import build_network
+from ssmkernels.trainers.slade_data import load_images, make_views, split_images
+
+POINTS = 2000  # images at most whose pairs are looked at
+BINS = 50
+STAGES = ("before", "after")
+
+
+def on_unlabeled_classes(table: Table, request: Request) -> Cells:
+    """The rows of the table, and the same networks among the unlabelled images themselves, by their true labels: these classes are seen in
+    training, without labels, as many of the paper's test species are in NABirds."""
+    found = training_cells(table, request)
+    figure = Figure("MAP@R, unlabelled classes", "MAP@R", unit="")
+    more = [replace(cell, figures=(figure,), paper=("-",), job=functools.partial(_unlabeled_job, cell, request)) for cell in found.cells]
+    return found._replace(cells=(*found.cells, *more))
+
+
+def _unlabeled_job(cell: Cell, request: Request, seed: int) -> Job:
+    training = cell.job(seed)
+    run = functools.partial(_unlabeled_map, training, request)
+    return Job(f"unlabeled-{training.name}", f"{training.title}, among the unlabelled classes", run, (training,))
+
+
+def _unlabeled_map(training: Job, request: Request, folder: Path) -> float:
+    return unlabeled_map(training.config, request.jobs / training.name / "best.pt")
+
+
+@torch.no_grad()
+def unlabeled_map(config: SladeConfig, best: Path) -> float:
+    """MAP@R in percent, among the unlabelled images of a finished run, of its best network."""
+    labeled, _ = load_images(config.data)
+    unlabeled = split_images(config.data, labeled, None, seed=config.seed).unlabeled
+    assert unlabeled is not None
+    network = build_network(replace(config, weights=None), labeled)
+    network.load_state_dict(load_checkpoint(best)["model"])
+    device = make_fabric(accelerator=config.run.accelerator).device
+    _, embeddings, labels = embed(network.to(device), _evaluation_batches(config, unlabeled), device=device)
+    return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())["MAP@R"]
+
+
+def _evaluation_batches(config: SladeConfig, collection: images.ImageCollection) -> Iterable[tuple[Tensor, Tensor]]:
+    views = make_views(config.data, collection, models.preprocessing(config.backbone))
+    return images.evaluation_batches(collection.images, 256, mean=views.mean, std=views.std, transform=views.evaluation)
+
+
+class Similarities(NamedTuple):
+    """The pairs of unlabelled images, by their true labels."""
+
+    positives: np.ndarray
+    """s_ij of the pairs of one class, float32."""
+    negatives: np.ndarray
+    """s_ij of the others."""
+    mined: np.ndarray
+    """Share of the pairs with s ≥ T1 that are of one class, and of those with s ≤ T2 that are not."""
+    clustered: np.ndarray
+    """Share of the pairs within a cluster that are of one class, and of the other pairs that are not."""
+
+    @property
+    def ranking(self) -> float:
+        """The probability that a positive pair has the higher similarity, half of it where both are equal."""
+        order = np.sort(self.negatives)
+        below = np.searchsorted(order, self.positives, "left") + np.searchsorted(order, self.positives, "right")
+        return float(below.mean() / 2 / len(order))
+
+
+FIGURES = (
+    "mean of positives",
+    "mean of negatives",
+    "variance of positives",
+    "variance of negatives",
+    "P",
+    "right positives",
+    "right negatives",
+    "right positives by clusters",
+    "right negatives by clusters",
+)
+
+
+def before_and_after(table: Table, request: Request) -> Cells:
+    """s_ij after the warm-up of W_a and at the end of the training, in every column."""
+    cells: list[Cell] = []
+    problems = {}
+    for column in table.columns:
+        config, _ = configure(table, request, column, "--student mining")
+        if request.check and (problem := request.source.problem("slade", config.data.name, config.data)):
+            problems[column] = problem
+            continue
+        job = functools.partial(_stages_job, config, f"{table.title}; {column}")
+        for stage in STAGES:
+            figures = tuple(Figure(name, f"{stage}, {name}", unit="") for name in FIGURES)
+            cells.append(Cell(stage, column, figures, ("-",) * len(figures), job, config))
+    if not cells:
+        raise next(iter(problems.values()))
+    return Cells(table, tuple(cells), tuple(f"{column}: {problem}" for column, problem in problems.items()))
+
+
+def _stages_job(config: SladeConfig, title: str, seed: int) -> Job:
+    config = replace(config, seed=seed)
+    return Job(f"pairs-{training_name('slade', config)}", title, functools.partial(_look, config))
+
+
+def _look(config: SladeConfig, folder: Path) -> dict[str, float]:
+    """The figures of both stages, as "stage, figure"."""
+    config.run.out = str(folder)
+    found = {}
+    for stage, pairs in look_before_and_after(config).items():
+        moments = (pairs.positives.mean(), pairs.negatives.mean(), pairs.positives.var(), pairs.negatives.var())
+        for name, value in zip(FIGURES, (*moments, pairs.ranking, *pairs.mined, *pairs.clustered), strict=True):
+            found[f"{stage}, {name}"] = float(value)
+    return found
+
+
+def histograms(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
+    """The similarities of every column whose job is finished."""
+    plots = {}
+    for (cell, _), outcome in values.items():
+        if outcome.finished and cell.column not in plots:
+            file = f"similarities_{re.sub(r'[^a-z0-9]+', '_', cell.column.lower()).strip('_')}.png"
+            plot_similarities(request.place(table.name) / file, read_stages(request.jobs / outcome.name), title=cell.column)
+            words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
+            plots[cell.column] = Plot(f"{cell.column}: similarities", file, words)
+    return Result(plots=tuple(plots.values()))
+
+
+def read_stages(folder: Path) -> dict[str, Similarities]:
+    """What :func:`look_before_and_after` has left in ``folder``."""
+    stages = {}
+    for stage in STAGES:
+        with np.load(folder / f"{stage}.npz") as arrays:
+            stages[stage] = Similarities(**arrays)
+    return stages
+
+
+def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
+    """Trains as ``config`` says and looks after the warm-up of W_a and at the end; from where an earlier call stopped.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped; its checkpoint is kept.
+    """
+    assert config.run.out is not None
+    place = Path(config.run.out)
+    labeled, unlabeled = load_images(config.data)
+    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
+    settings = asdict(config)
+    del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
+    for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
+        kept = place / f"{stage}.npz"
+        if not kept.exists():
+            done = fit(
+                trainer,
+                fabric=fabric,
+                steps=steps,
+                run=config.run,
+                config=settings,
+                resume=True,
+                epoch_ends=trainer.epoch_ends(),
+            )
+            if not done.finished:
+                raise KeyboardInterrupt
+            trainer.load_state_dict(load_checkpoint(place / "checkpoint.pt")["trainer"])
+            unfinished = kept.with_name(f"unfinished-{os.getpid()}.npz")
+            np.savez(unfinished, **pair_similarities(trainer)._asdict())
+            unfinished.replace(kept)
+    return read_stages(place)
+
+
+@torch.no_grad()
+def pair_similarities(trainer: Slade) -> Similarities:
+    """The similarities of the pairs i < j of unlabelled images, or of a sample of the images."""
+    unlabeled = trainer.unlabeled
+    index = np.sort(np.random.default_rng(0).permutation(len(unlabeled))[:POINTS])
+    sample = images.ImageSubset(unlabeled.images, index, unlabeled.labels[index], unlabeled.num_classes)
+    batches = _evaluation_batches(trainer.config, replace(unlabeled, images=sample))
+    _, embeddings, labels = embed(trainer.model, batches, device=trainer.fabric.device)
+    cosines: Tensor = trainer.basis.similarities(embeddings)
+    clusters = trainer.pseudo_labels[torch.as_tensor(index, device=labels.device)]
+    pairs = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
+    same, together = labels[:, None] == labels, clusters[:, None] == clusters
+    likely, unlikely = cosines >= trainer.similarity.positive_mean, cosines <= trainer.similarity.negative_mean
+
+    def right(positives: Tensor, negatives: Tensor) -> np.ndarray:
+        return torch.stack([same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()]).cpu().numpy()
+
+    return Similarities(
+        positives=cosines[pairs & same].cpu().numpy(),
+        negatives=cosines[pairs & ~same].cpu().numpy(),
+        mined=right(likely, unlikely),
+        clustered=right(together, ~together),
+    )
+
+
+def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: str) -> None:
+    """A panel for each stage with the two histograms, and their means as dashed lines."""
+    figure, axes_of = panels_of(len(stages), width=4.2, sharey=True)
+    for axes, (stage, pairs) in zip(axes_of, stages.items(), strict=True):
+        for name, values, colour in (
+            ("positive pairs", pairs.positives, "tab:blue"),
+            ("negative pairs", pairs.negatives, "tab:red"),
+        ):
+            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour, label=name)
+            axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
+        axes.set(title=stage, xlabel="$s_{ij}$", xticks=(-1, -0.5, 0, 0.5, 1))
+        axes.legend(fontsize="small")
+    axes_of[0].set_ylabel("density")
+    figure.suptitle(title)
+    save(figure, path)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Means, their spread, and differences paired by seed: the one place where numbers of several runs become one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+def mean_and_std(values: Sequence[float], *, digits: int = 2) -> str:
+    """``mean ± std`` (of the sample); the value alone where there is one."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def mean_and_interval(values: Sequence[float], *, digits: int = 3) -> str:
+    """``mean ± half-width`` of the 95 % confidence interval (Student's t); the value alone where there is one."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {half_width(values):.{digits}f}"
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean; 0 for one value."""
+    if len(values) == 1:
+        return 0.0
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+class Difference(NamedTuple):
+    """What a row has more than another, over the seeds that both have."""
+
+    mean: float
+    half_width: float
+    """Of the 95 % confidence interval; 0 for one seed."""
+    wins: int
+    """Seeds in which the first row is higher."""
+    seeds: int
+
+    @property
+    def sign(self) -> int:
+        """1 where the interval lies above 0, −1 where it lies below, else 0; 0 for one seed, which has no interval."""
+        return 0 if self.seeds == 1 else (self.mean > self.half_width) - (self.mean < -self.half_width)
+
+    def text(self, digits: int) -> str:
+        mean = f"{self.mean:+.{digits}f}"
+        return mean if self.seeds == 1 else f"{mean} ± {self.half_width:.{digits}f}"
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference | None:
+    """``first`` minus ``second``, seed by seed; None where there is no seed."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if not differences:
+        return None
+    wins = sum(each > 0 for each in differences)
+    return Difference(statistics.fmean(differences), half_width(differences), wins, len(differences))
