@@ -6,8 +6,8 @@ every group of nodes that only weak edges join to the rest, as the two halves of
 the constants of such groups, and an iteration in floating point loses them. They are solved for directly:
 
 1. With c = Σ B/Σ A 1 for each component and column, the right side B − A 1 c of the deviation from c sums to 0.
-2. With P the indicators of groups, (Pᵀ A P) Y = Pᵀ (B − A 1 c) gives their constants; conjugate gradients give the deviation from those, in
-   the dtype of the graph first and then in float64; what they leave of the constants is taken off by the same projection.
+2. With P the indicators of groups, (Pᵀ A P) Y = Pᵀ (B − A 1 c) gives their constants; conjugate gradients in float64 give the deviation
+   from those; what they leave of the constants is taken off by the same projection.
 3. What is left of the component's own constant, (1ᵀ A X)/(1ᵀ A 1), is taken off.
 
 No sum that has to cancel is taken over strong edges: A P Y has differences along weak ones only.
@@ -24,7 +24,6 @@ from torch import Tensor
 from ssmkernels import ops
 from ssmkernels.graph.structure import Graph
 
-FIRST_RTOL = 1e-4  # of conjugate gradients in float32
 WEAK = (1e-3, 1e-6, 1e-9, 1e-12)  # an edge is weak that is less than this share of the strongest edge of either end
 MOST_GROUPS = 512  # beyond the components; their matrix is dense
 ENTRIES_AT_ONCE = 2**22  # of a product along weak edges
@@ -68,11 +67,10 @@ def solve(
     terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * coarse.abs().amax(dim=0)
     rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
     values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
-    stages = [*dict.fromkeys((graph.dtype, torch.float64))]
-    if len(groups.joined):
-        stages.append(torch.float64)  # what the projection changed in the last one is checked, and seldom takes an iteration
-    for dtype in stages:
-        values, steps, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, values, dtype, rtol, max_iter)
+    # In float64 throughout: started anew from float32's solution, the same iterations take as long again.
+    # What the projection changed is checked by the second, which seldom takes an iteration.
+    for _ in range(2 if len(groups.joined) else 1):
+        values, steps, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, values, rtol, max_iter)
         iterations += steps
         if len(groups.joined):
             values += groups.solve(rest - groups.product(values))
@@ -82,29 +80,20 @@ def solve(
 
 
 def _conjugate_gradients(
-    graph: Graph,
-    diagonal: Tensor,
-    dissimilarity: Tensor | None,
-    rhs: Tensor,
-    start: Tensor,
-    dtype: torch.dtype,
-    rtol: float,
-    max_iter: int,
+    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, start: Tensor, rtol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solution [N, C] as float64, iterations [C] and residual [C], computed in ``dtype``; in float32 no further than that goes."""
+    """Solution [N, C], iterations [C] and residual [C], in float64."""
     solution, iterations, residual, _ = ops.graph.solve_with_curvature(
         graph.crow,
         graph.col,
-        graph.weight.to(dtype),
-        None if dissimilarity is None else dissimilarity.to(dtype),
-        diagonal.to(dtype),
-        rhs.to(dtype),
-        initial=start.to(dtype),
-        rtol=rtol if dtype == torch.float64 else max(rtol, FIRST_RTOL),
+        graph.weight.double(),
+        None if dissimilarity is None else dissimilarity.double(),
+        diagonal,
+        rhs,
+        initial=start,
+        rtol=rtol,
         max_iter=max_iter,
     )
-    if dtype != torch.float64:
-        solution = torch.where(residual.isfinite(), solution, 0).double()
     return solution, iterations, residual
 
 
