@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 
+import pair_batches
 import pytest
 import torch
 from pair_batches import LABELS, assert_same, make
@@ -145,29 +146,16 @@ def test_inside_their_self_supervised_loss(losses, ours, symmetric):
     assert_same(*(loss(embeddings, view) for loss in wrapped), embeddings, view)
 
 
-def on_one_rank(rank, ours, file, efficient, results):
-    from pytorch_metric_learning import losses
-    from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
-
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    embeddings, labels = make(7, seed=rank)
-    for loss in (ours(), theirs_of(losses, ours)()):
-        value = DistributedLossWrapper(loss, efficient=efficient)(embeddings, labels)
-        (gradient,) = torch.autograd.grad(value, embeddings)
-        results[rank, isinstance(loss, ours)] = (value.item(), gradient)
-    torch.distributed.destroy_process_group()
-
-
-@BOTH
-@pytest.mark.parametrize("efficient", [False, True])
-def test_inside_their_distributed_loss_wrapper(losses, ours, efficient, tmp_path):
+def test_inside_their_distributed_loss_wrapper(losses, tmp_path):
     with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(on_one_rank, (ours, tmp_path / "store", efficient, results), nprocs=2)
-        results = dict(results)
-    for rank in (0, 1):
-        assert results[rank, True][0] == pytest.approx(results[rank, False][0], rel=1e-10)
-        torch.testing.assert_close(results[rank, True][1], results[rank, False][1], rtol=1e-9, atol=1e-11)
+        shared, ours = manager.dict(), (ContrastiveLoss, MultiSimilarityLoss)
+        torch.multiprocessing.spawn(pair_batches.on_one_rank, (ours, tmp_path / "store", shared), nprocs=2)
+        results = dict(shared)
+    assert len(results) == 2 * 2 * 2 * 2  # ranks, losses, efficient or not, ours or theirs
+    for (*place, _), (value, gradient) in results.items():
+        expected, expected_gradient = results[(*place, False)]
+        assert value == pytest.approx(expected, rel=1e-10)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-11)
 
 
 @BOTH
