@@ -24,6 +24,8 @@ try:
 except ImportError as error:
     raise ImportError("ssmkernels.estimators needs scikit-learn 1.6 or newer: pip install scikit-learn, or 'ssmkernels[train]'") from error
 
+__all__ = ["LabelPropagation", "MixedLabelPropagation"]
+
 # Similarities in memory at a time in a prediction; 64 MiB of float64.
 _CHUNK_ENTRIES = 2**23
 # Cosines as close as this are rounded differently in one matrix product and the next: they count as equal.
@@ -174,8 +176,10 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
             k = min(int(self.n_neighbors), weight.shape[1])
             last = weight.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
             weight = torch.where((weight >= last - _TIE) & (weight > _TIE), weight, 0.0) ** self.gamma
+        largest = weight.amax(dim=1, keepdim=True)
+        weight = weight / torch.where(largest > 0, largest, 1)  # so that the sum neither overflows nor vanishes
         total = weight.sum(dim=1, keepdim=True)
-        return torch.where(total > 0, weight @ distributions / total.clamp_min(torch.finfo(total.dtype).tiny), prior).numpy()
+        return torch.where(total > 0, weight @ distributions / total.clamp_min(1), prior).numpy()
 
     def predict(self, X: Any) -> np.ndarray:
         """[M] the most probable class of points X [M, d]: of :meth:`predict_proba`."""

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["nmi", "nmi_of_clusters", "retrieval"]
+
 # Distances in memory at a time; 64 MiB of float64.
 _CHUNK_ENTRIES = 2**23
 
@@ -254,7 +256,7 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(value))
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor or an array, got {type(value).__name__}")
-    return value
+    return value.resolve_neg()  # numpy does not know the negative bit
 
 
 def _ranks(name: str, ranks: Any) -> list[int]:
@@ -267,8 +269,9 @@ def _ranks(name: str, ranks: Any) -> list[int]:
 
 
 def _integer(name: str, value: Any) -> int:
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if is_bool else operator.index(value)
     except TypeError:
         number = None
     if number is None:

@@ -77,7 +77,7 @@ def mutual_neighbour_dissimilarity(graph: Graph) -> Tensor:
     Raises:
         ValueError: the graph does not know its mutual neighbours.
     """
-    if graph.mutual is None:
+    if check_graph(graph).mutual is None:
         raise ValueError("graph.mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)")
     return (~graph.mutual).to(graph.dtype)
 
@@ -122,6 +122,7 @@ def oracle_dissimilarity(
         labels: [N], −1 where unlabelled: edges between two labelled nodes are left out, as their labels say it already.
         generator: of the draw, on the CPU.
     """
+    check_graph(graph)
     fraction = check.check_fraction("fraction", fraction)
     true_labels = node_labels("true_labels", graph, true_labels)
     rows, col = graph.rows, graph.col.long()
@@ -138,7 +139,7 @@ def oracle_dissimilarity(
 
 def shuffled_dissimilarity(graph: Graph, dissimilarity: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """The same weights on other edges: the values of the undirected edges permuted. If W_dis chose its edges well, this costs accuracy."""
-    dissimilarity = check_dissimilarity(graph, dissimilarity)
+    dissimilarity = check_dissimilarity(check_graph(graph), dissimilarity)
     entries = (graph.rows <= graph.col).nonzero()[:, 0]
     values = dissimilarity[entries[torch.randperm(len(entries), generator=generator).to(entries.device)]]
     out = torch.empty_like(dissimilarity)

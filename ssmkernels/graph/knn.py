@@ -95,7 +95,7 @@ def _checked(features: Tensor | np.ndarray | Any, backend: str) -> Tensor | Any:
         raise TypeError(f"features must be floating point, got {features.dtype}")
     if backend == "faiss" and features.device.type != "cpu":
         raise ValueError(f"backend is 'faiss', which is for the CPU here, but features are on {features.device}; take 'torch'")
-    features = features.detach()
+    features = features.detach().resolve_neg()  # numpy, which faiss takes, does not know the negative bit
     if not bool(torch.isfinite(features).all()):
         raise ValueError("features must be finite; they have NaN or infinite values")
     return features if features.dtype == torch.float64 else features.float()

@@ -177,6 +177,8 @@ def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0)
 
 def confidence_of(probs: Tensor) -> Tensor:
     """[N] ω = 1 − H/log C of rows [N, C] that sum to 1, equation (21); 0 for a row of zeros, and 1 or 0 where C = 1."""
+    check.check_tensor("probs", probs, "[N, C]", 2)
+    check.check_floating("probs", probs)
     classes = probs.shape[1]
     if classes == 1:
         return probs[:, 0]

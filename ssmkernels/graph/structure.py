@@ -44,7 +44,7 @@ class Graph:
 
     def __init__(self, crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | None = None, *, mutual: Tensor | None = None) -> None:
         _check_arrays(crow, col, weight, reverse, mutual)
-        crow, col = crow.long().contiguous(), col.long()
+        crow, col = _plain(crow.long()), _plain(col.long())
         nodes, rows = len(crow) - 1, _rows(crow)
         _check_rows(rows, col, nodes)
         found = _reverse(crow, rows, col)
@@ -58,7 +58,7 @@ class Graph:
         if mutual is not None and not mutual.equal(mutual[found]):
             entry = int((mutual != mutual[found]).nonzero()[0])
             raise ValueError(f"mutual must be symmetric; the entry ({int(rows[entry])}, {int(col[entry])}) differs from its mirror")
-        self._set(crow, col.int(), weight.detach().contiguous(), found, mutual)
+        self._set(crow, col.int(), _plain(weight.detach()), found, mutual)
 
     @classmethod
     def _trusted(cls, crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor, mutual: Tensor | None) -> Graph:
@@ -144,7 +144,7 @@ class Graph:
         """The same edges with other weights [E], finite, ≥ 0 and symmetric."""
         _check_arrays(self.crow, self.col, weight, None, None)
         _check_weight(weight, self.reverse, self.rows, self.col)
-        return Graph._trusted(self.crow, self.col, weight.detach().contiguous(), self.reverse, self.mutual)
+        return Graph._trusted(self.crow, self.col, _plain(weight.detach()), self.reverse, self.mutual)
 
     def normalized(self) -> Graph:
         """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there are none."""
@@ -256,6 +256,11 @@ class Graph:
 
     def __repr__(self) -> str:
         return f"Graph(num_nodes={self.num_nodes}, num_edges={self.num_edges}, dtype={self.dtype}, device='{self.device}')"
+
+
+def _plain(value: Tensor) -> Tensor:
+    """Contiguous, and without the negative bit, which numpy does not know."""
+    return value.resolve_neg().contiguous()
 
 
 def _rows(crow: Tensor) -> Tensor:

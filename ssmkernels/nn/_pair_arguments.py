@@ -44,7 +44,7 @@ def _integers(name: str, value: Tensor, like: Tensor) -> Tensor:
     check.check_tensor(name, value, "of one dimension", 1)
     if value.is_floating_point() or value.is_complex():
         raise TypeError(f"{name} must be integers, got {value.dtype}")
-    return value.to(like.device, torch.int64)
+    return value.to(like.device, torch.int64).resolve_neg()  # torch's indexing ignores the negative bit of an index
 
 
 def _labels(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:

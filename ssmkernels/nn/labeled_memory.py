@@ -121,6 +121,7 @@ class LabeledMemory(nn.Module):
         if check.values_are_checked(slots):
             check.check_range("slots", slots, self.bank.shape[0], "the slots of the memory")
             check.check_range("labels", labels, self.num_classes, "the number of classes")
+        slots = slots.resolve_neg()  # torch's indexing ignores the negative bit of an index
         slots, embeddings, labels = (all_gather_rows(each) for each in (slots, embeddings.to(self.bank.dtype), labels))
         ops.memory_update_(self.bank, self.labels, self.rows[slots], embeddings, labels, momentum=self.momentum)
 

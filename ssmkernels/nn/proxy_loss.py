@@ -80,6 +80,7 @@ class ProxyLoss(nn.Module):
             cosines = embeddings.to(dtype) @ F.normalize(self.proxies.to(dtype)).t()
             own = labels[:, None] == torch.arange(classes, device=labels.device)
             margins = torch.where(own, cosines - self.margin, -cosines - self.margin)
+            margins = torch.where(labels[:, None] >= 0, margins, 0)  # no gradient, whatever the confidence
             losses = -F.logsigmoid(self.epsilon * margins).sum(dim=1)  # (28), (29); softplus(x) = −log sigmoid(−x)
             if confidence is not None:
                 losses = confidence.detach().to(dtype) * losses  # (27)

@@ -109,6 +109,9 @@ class SimilarityNetwork(nn.Module):
         check.check_tensor("centers", centers, "[K, d]", 2)
         check.check_floating("centers", centers)
         check.check_size("centers", centers, 1, self.in_features, "in_features")
+        check.check_same_device("centers", centers, "the weights", self.w1)
+        if not check.autocast_is_enabled(centers.device):
+            check.check_same_dtype("centers", centers, "the weights", self.w1)
         probs = self(x, centers).sigmoid()
         return (probs + self(centers, x).sigmoid().t()) / 2 if self.interaction == "concat" else probs
 
