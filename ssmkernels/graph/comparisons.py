@@ -77,9 +77,10 @@ def mutual_neighbour_dissimilarity(graph: Graph) -> Tensor:
     Raises:
         ValueError: the graph does not know its mutual neighbours.
     """
-    if check_graph(graph).mutual is None:
+    mutual = check_graph(graph).mutual
+    if mutual is None:
         raise ValueError("graph.mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)")
-    return (~graph.mutual).to(graph.dtype)
+    return (~mutual).to(graph.dtype)
 
 
 def control_dissimilarity(
