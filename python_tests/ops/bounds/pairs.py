@@ -20,7 +20,9 @@ class _Network:
 
     a is a sum of d or 2d products and the bias, in any order (for "concat" w1·x and w1·y apart), so its error is γ_{2d
     + 4} of the sum of their magnitudes; |x − y| and x∘y round once more, to the half type where tensor cores take them
-    so. A hidden unit within its error of 0 may be on or off. A logit is a sum of h products and the bias.
+    so. A hidden unit within its error of 0 may be on or off. A logit is a sum of h products and the bias; for "concat",
+    where a = A_i + B_j, it may be taken as Σ w2 max(A, −B) + (Σ w2 B + b2), so in the magnitudes of A and B, of units
+    that are off too.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
@@ -45,8 +47,17 @@ class _Network:
         units = hidden.relu()
         self.logits = units @ self.w2 + self.b2
         terms = (error * self.possible) @ self.w2.abs()
-        sums = units @ self.w2.abs() + self.b2.abs()
+        sums = self._summed(units) @ self.w2.abs() + self.b2.abs()
         self.error = terms + rounding.gamma(len(self.w2) + 3) * (sums + terms) + rounding.tiny
+
+    def _summed(self, units: Tensor) -> Tensor:
+        """What w2 is multiplied with in a sum, by magnitude."""
+        if self.interaction != "concat":
+            return units
+        dim = self.x.shape[1]
+        left = self.phi[..., :dim] @ self.w1[:, :dim].mT + self.b1
+        right = self.phi[..., dim:] @ self.w1[:, dim:].mT
+        return torch.maximum(left, -right).abs() + right.abs()
 
     def gradients(self, grad: Tensor, grad_error: Tensor) -> dict[str, Tensor]:
         """Of all six arguments, from the gradients of the logits and their errors.
