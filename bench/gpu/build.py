@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The compiled library, out of the bundle or built here, and the Python packages that the bundle brought."""
+"""The compiled library, out of the bundle or built here, the packages that the bundle brought, and the C++ tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu import bundle
+from bench.gpu import bundle, sanitizers
 from bench.gpu.rows import Rows, arguments
 from bench.gpu.runner import SITE
 from bench.gpu.steps import ROOT
@@ -59,10 +59,14 @@ def take(brought: Path, package: Path) -> str | None:
     return None
 
 
+def capability(between: str = "") -> str:
+    """Of the device that is here, like 90."""
+    return between.join(map(str, torch.cuda.get_device_capability()))
+
+
 def compile_here() -> None:
     """For the device that is here."""
-    architecture = "{}.{}".format(*torch.cuda.get_device_capability())
-    environment = os.environ | {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
+    environment = os.environ | {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability(".")}
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environment, check=True)
     subprocess.run(LOADS, cwd=ROOT, check=True)
 
@@ -74,6 +78,15 @@ def library(brought: Path, package: Path, build: Callable[[], None]) -> dict[str
     print(f"built here: {reason}", flush=True)
     build()
     return {"from": "a build", "because": reason}
+
+
+def device_tests(architecture: str) -> dict[str, Any]:
+    """Compiles the C++ tests for the sanitizers: too large for the bundle, with the kernels in each of them."""
+    configure = ["cmake", "--preset", "device-tests", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}-real"]
+    build = ["cmake", "--build", "--preset", "device-tests", "--parallel", str(os.cpu_count())]
+    for command in (configure, build):
+        subprocess.run(command, cwd=ROOT, check=True)
+    return {"programs": [program.name for program in sanitizers.programs()]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             lambda: library(bundle.BUNDLE, ROOT / "ssmkernels", compile_here),
             lambda row: f"from {row['from']}",
         )
+        rows.run("C++ tests", lambda: device_tests(capability()), lambda row: ", ".join(row["programs"]))
     else:  # the library that is there stays
         rows.run("packages", lambda: {"installed": [wheel.name for wheel in lacking(bundle.BUNDLE / "wheels")]})
         rows.run(

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What ``make gpu-bundle`` prepares for a GPU machine without a network, and whether it is still that of these sources.
 
-``build/gpu-bundle`` holds ``ssmkernels/_C.*.so`` for one Python with its _build_info.json, ``wheels/``,
-``device-tests/`` where those were built, and ``bundle.json`` with the hash of the sources.
+``build/gpu-bundle`` holds ``ssmkernels/_C.*.so`` for one Python with its _build_info.json, ``wheels/``
+and ``bundle.json`` with the hash of the sources.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 from bench.gpu.steps import ROOT
 
 BUNDLE = ROOT / "build" / "gpu-bundle"
-DEVICE_TESTS = ROOT / "build" / "device-tests"
 LARGEST = 40 * 10**6  # bytes
 
 
@@ -43,19 +41,12 @@ def problem(bundle: Path = BUNDLE, root: Path = ROOT) -> str | None:
     return None
 
 
-def seal(bundle: Path = BUNDLE, root: Path = ROOT, device_tests: Path = DEVICE_TESTS) -> int:
+def seal(bundle: Path = BUNDLE, root: Path = ROOT) -> int:
     """Writes bundle.json. Returns the bundle's size in bytes.
 
     Raises:
         SystemExit: it is too large to be carried.
     """
-    if device_tests.is_dir():
-        shutil.copytree(
-            device_tests,
-            bundle / "device-tests",
-            ignore=lambda _, names: [n for n in names if not n.startswith("test_")],
-            dirs_exist_ok=True,
-        )
     (bundle / "bundle.json").write_text(json.dumps({"sources": source_hash(root)}) + "\n")
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     if size > LARGEST:

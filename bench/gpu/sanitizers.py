@@ -17,15 +17,11 @@ from bench.gpu.steps import ROOT
 
 ROW_SECONDS = 40
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-FOLDERS = (ROOT / "build" / "device-tests", ROOT / "build" / "gpu-bundle" / "device-tests")  # built here, or brought
+FOLDER = ROOT / "build" / "device-tests"  # of the CMake preset of that name
 
 
-def programs(folders: tuple[Path, ...] = FOLDERS) -> list[Path]:
-    """Of the first folder that has some."""
-    for folder in folders:
-        if found := sorted(path for path in folder.glob("test_*") if path.is_file() and os.access(path, os.X_OK)):
-            return found
-    return []
+def programs() -> list[Path]:
+    return sorted(path for path in FOLDER.glob("test_*") if path.is_file() and os.access(path, os.X_OK))
 
 
 def check(program: Path, tool: str, device: str) -> dict[str, Any]:
@@ -44,8 +40,7 @@ def check(program: Path, tool: str, device: str) -> dict[str, Any]:
 
 
 def missing() -> dict[str, Any]:
-    places = " or ".join(str(folder.relative_to(ROOT)) for folder in FOLDERS)
-    raise FileNotFoundError(f"the C++ tests for a device are missing: no test_* in {places}")
+    raise FileNotFoundError(f"the C++ tests for a device are missing: no test_* in {FOLDER.relative_to(ROOT)}")
 
 
 def main(argv: list[str] | None = None) -> int:

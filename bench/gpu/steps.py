@@ -44,12 +44,12 @@ _PAST_2_31 = "python_tests/ops/test_past_2_31.py"
 
 STEPS = (
     _script("build", 75),
-    Step("info", 15, _info, (*_info, "--json"), "info.log"),
+    Step("info", 25, _info, (*_info, "--json"), "info.log"),
     _script("smoke", 75),
     _pytest("tests", 100, "python_tests/ops", "python_tests/nn", "python_tests/graph", f"--ignore={_PAST_2_31}"),
     _script("speed", 60),
-    _script("peers", 65),
-    _script("sanitizers", 60),
+    _script("peers", 60),
+    _script("sanitizers", 55),
     _script("counters", 45),
     _pytest("large", 25, "--numprocesses=0", _PAST_2_31),
     _script("gradients", 20),

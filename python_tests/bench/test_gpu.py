@@ -279,6 +279,19 @@ def test_cold_time_is_what_a_call_adds_to_the_reads(gpu):
     assert found == gpu.device.CallTime(warm=2.0**-13, cold=2.0**-12)
 
 
+def test_the_device_tests_are_compiled_for_the_device(gpu, tmp_path, monkeypatch, source_tree):
+    (tmp_path / "cmake").write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\n")
+    (tmp_path / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    gpu.build.device_tests("90")
+    configure, build = (tmp_path / "calls").read_text().splitlines()
+    assert configure == "--preset device-tests -DCMAKE_CUDA_ARCHITECTURES=90-real"
+    assert build.startswith("--build --preset device-tests --parallel ")
+    presets = json.loads((source_tree / "CMakePresets.json").read_text())
+    for kind in ("configurePresets", "buildPresets"):
+        assert "device-tests" in {each["name"] for each in presets[kind]}
+
+
 def test_dry_run_of_sanitizers(gpu, tmp_path, monkeypatch):
     folder = tmp_path / "programs"
     folder.mkdir()
@@ -301,11 +314,10 @@ def test_dry_run_of_sanitizers(gpu, tmp_path, monkeypatch):
 
 
 def test_missing_device_tests_are_named(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.sanitizers, "programs", list)
+    monkeypatch.setattr(gpu.sanitizers, "FOLDER", gpu.steps.ROOT / "build" / "no-device-tests")
     code, rows = dry_run(gpu.sanitizers, tmp_path / "rows.json")
-    message = "the C++ tests for a device are missing: no test_* in build/device-tests"
+    message = "the C++ tests for a device are missing: no test_* in build/no-device-tests"
     assert code == gpu.rows.FAILED and message in rows["programs"]["error"]
-    assert importlib.reload(gpu.sanitizers).programs((tmp_path,)) == []
 
 
 def test_dry_run_of_counters(few, tmp_path):
@@ -377,7 +389,7 @@ def test_a_bundle_is_of_its_sources(gpu, sources, tmp_path):
     bundle = tmp_path / "bundle"
     assert gpu.bundle.problem(bundle, sources) == "there is no bundle"
     (bundle / "ssmkernels").mkdir(parents=True)
-    gpu.bundle.seal(bundle, sources, tmp_path / "no-tests")
+    gpu.bundle.seal(bundle, sources)
     assert gpu.bundle.problem(bundle, sources).startswith("the bundle has no _C.")
     (bundle / "ssmkernels" / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_text("")
     assert gpu.bundle.problem(bundle, sources) is None
@@ -390,7 +402,7 @@ def test_a_bundle_is_of_its_sources(gpu, sources, tmp_path):
 def test_a_bundle_that_is_too_large(gpu, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.bundle, "LARGEST", 10)
     with pytest.raises(SystemExit, match="and should have at most 0"):
-        gpu.bundle.seal(tmp_path, sources, tmp_path / "no-tests")
+        gpu.bundle.seal(tmp_path, sources)
 
 
 @pytest.mark.parametrize(("loads", "origin"), [("pass", "the bundle"), ("raise ImportError('wrong torch')", "a build")])
