@@ -26,7 +26,7 @@ from ssmkernels.experiments.run import Request, run_table
 from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import load_tables, read_tables
 
-MINUTES = 4.0  # what the numbers below fit into on two cores, with a minute to spare
+MINUTES = 4.0  # what the numbers below took on two fast cores; other budgets take a share of them
 STEPS = {"demo-simmatch": 500, "demo-mlsn": 400}
 SEEDS = {"demo-simmatch": 3, "demo-mixed-lp": 3, "mixed-lp-table3": 10, "demo-mlsn": 3, "demo-slade": 3}
 OP_SECONDS = 6.0
