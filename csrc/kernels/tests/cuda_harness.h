@@ -158,6 +158,15 @@ class Guarded {
   Memory memory_;
 };
 
+// Within a relative error in the norm, or of `scale` where that is larger.
+template <class Real>
+void compare_norms(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
+  Values difference(expected.size());
+  for (size_t i = 0; i < expected.size() && i < out.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
+  const double error = norm(difference), size = std::max(norm(expected), scale);
+  check(out.size() == expected.size() && error <= tolerance * size + 1e-40, what, error / size);
+}
+
 // What only the kernels see.
 class Workspace {
  public:

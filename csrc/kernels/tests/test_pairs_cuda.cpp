@@ -15,14 +15,6 @@ namespace {
 using namespace ssmkernels;
 using namespace ssmkernels::test;
 
-template <class Real>
-void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
-  Values difference(expected.size());
-  for (size_t i = 0; i < expected.size() && i < out.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
-  const double error = norm(difference), size = std::max(norm(expected), scale);
-  check(out.size() == expected.size() && error <= tolerance * size + 1e-40, what, error / size);
-}
-
 struct Setup {
   const char* name;
   double logits;     // relative error of logits, in the norm
@@ -210,12 +202,12 @@ struct Output {
   // Sums that cancel are compared with what they sum.
   void check_against(const Gradients& expected, const Values& g, double tolerance, const char* what) const {
     const auto name = [&](const char* of) { return std::string(what) + " " + of; };
-    compare(x, expected.x, tolerance, name("∂x").c_str());
-    compare(y, expected.y, tolerance, name("∂y").c_str());
-    compare(w1, expected.w1, tolerance, name("∂w1").c_str());
-    compare(b1, expected.b1, tolerance, name("∂b1").c_str());
-    compare(w2, expected.w2, tolerance, name("∂w2").c_str(), norm(expected.w1));
-    compare(b2, expected.b2, tolerance, name("∂b2").c_str(), norm(g));
+    compare_norms(x, expected.x, tolerance, name("∂x").c_str());
+    compare_norms(y, expected.y, tolerance, name("∂y").c_str());
+    compare_norms(w1, expected.w1, tolerance, name("∂w1").c_str());
+    compare_norms(b1, expected.b1, tolerance, name("∂b1").c_str());
+    compare_norms(w2, expected.w2, tolerance, name("∂w2").c_str(), norm(expected.w1));
+    compare_norms(b2, expected.b2, tolerance, name("∂b2").c_str(), norm(g));
   }
   bool same_bits(const Output& other) const {
     return x.same_bits(other.x) && y.same_bits(other.y) && w1.same_bits(other.w1) && b1.same_bits(other.b1) && w2.same_bits(other.w2) &&
@@ -247,7 +239,7 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
       const PairGradients<Real> gradients = each->view();
       succeeds(cuda::pair_focal_loss_sum(network, focal, {true, loss.data(), &gradients}, workspace.data(), nullptr),
                "pair_focal_loss_sum");
-      compare(loss, Values{reference.total * scale}, setup.logits, "mean loss");
+      compare_norms(loss, Values{reference.total * scale}, setup.logits, "mean loss");
       set_seed(1);
     }
     set_seed(0);
@@ -259,19 +251,20 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> loss(1);
     succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr), "pair_focal_loss_sum");
-    compare(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total}, setup.logits, "loss alone");
+    compare_norms(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total}, setup.logits,
+                  "loss alone");
   }
   {
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> logits(problem.count);
     succeeds(cuda::pair_logits(network, logits.data(), workspace.data(), nullptr), "pair_logits");
-    compare(logits, reference.logits, setup.logits, "logits");
+    compare_norms(logits, reference.logits, setup.logits, "logits");
   }
   {
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> losses(problem.count);
     succeeds(cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr), "pair_focal_loss");
-    compare(losses, reference.losses, setup.logits, "losses");
+    compare_norms(losses, reference.losses, setup.logits, "losses");
   }
   Values g(problem.grad.data(), problem.grad.data() + problem.count);
   {

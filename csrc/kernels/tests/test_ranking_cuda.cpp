@@ -16,14 +16,6 @@ namespace {
 using namespace ssmkernels;
 using namespace ssmkernels::test;
 
-template <class Real>
-void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
-  Values difference(expected.size());
-  for (size_t i = 0; i < expected.size() && i < out.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
-  const double error = norm(difference), size = std::max(norm(expected), scale);
-  check(out.size() == expected.size() && error <= tolerance * size + 1e-40, what, error / size);
-}
-
 struct Setup {
   const char* name;
   double loss;       // relative error
@@ -281,7 +273,7 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
       check(out.same_bits(again), "the same bits in another order of warps");
     }
 
-    compare(out.loss, {reference.loss(reduction)}, setup.loss, "loss");
+    compare_norms(out.loss, {reference.loss(reduction)}, setup.loss, "loss");
     for (int kind = 0; kind < 2; ++kind) {
       const double weight = reference.weight(reduction, kind);
       check(std::fabs(out.weights[kind] - weight) <= 1e-7 * weight, "weight", out.weights[kind] / weight);
@@ -289,8 +281,8 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
     Values rows, references;
     const double terms = reference.gradients(problem, reduction, grad[0], rows, references);
     const double scale = shape.dim == 1 ? terms : 0;  // in one dimension they cancel
-    compare(out.rows, rows, setup.gradients, "∂rows", scale);
-    if (problem.with_references) compare(out.references, references, setup.gradients, "∂references", scale);
+    compare_norms(out.rows, rows, setup.gradients, "∂rows", scale);
+    if (problem.with_references) compare_norms(out.references, references, setup.gradients, "∂references", scale);
 
     const int64_t across = (problem.others + 31) / 32;
     std::vector<uint8_t> tiles(out.active.size());
@@ -411,7 +403,7 @@ void test_scales(const Setup& setup) {
     out.run(problem, Reduction::mean_nonzero, grad);
     const double loss = std::ldexp(double{out.loss[0]}, -exponent);
     check(std::fabs(loss - expected.loss[0]) <= 2 * setup.loss * expected.loss[0], "loss", loss / expected.loss[0]);
-    compare(out.rows, gradients, 2 * setup.gradients, "gradients");
+    compare_norms(out.rows, gradients, 2 * setup.gradients, "gradients");
   }
 }
 
@@ -518,8 +510,8 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
     for (int64_t c = 0; c < d; ++c) along += slope[i * d + c] * unit[i * d + c];
     for (int64_t c = 0; c < d; ++c) expected_gradient[i * d + c] = (slope[i * d + c] - along * unit[i * d + c]) / norms[i];
   }
-  compare(gradient, expected_gradient, (spread == Spread::point ? 1e4 : 20) * setup.moments, "∂features",
-          d == 1 ? 1 : 0);  // there is none in one dimension
+  compare_norms(gradient, expected_gradient, (spread == Spread::point ? 1e4 : 20) * setup.moments, "∂features",
+                d == 1 ? 1 : 0);  // there is none in one dimension
 }
 
 template <class Storage>
