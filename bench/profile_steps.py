@@ -98,7 +98,7 @@ class Watch:
 
 def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:
     """The last stage of a short run."""
-    room, arguments = RUNS[method]
+    algorithm, arguments = RUNS[method]
     watches: list[Watch] = []
 
     def fit(trainer: Any, **options: Any) -> Any:
@@ -107,7 +107,7 @@ def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tu
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(room, "fit", fit))
+        stack.enter_context(mock.patch.object(algorithm, "fit", fit))
         for name, formula in EAGER.items() if eager else ():
             stack.enter_context(mock.patch.object(ops, name, formula))
         limit = {"slade": "--student_steps", "mixed-lp": None}.get(method, "--steps")

@@ -146,8 +146,8 @@ def smallest(values: Tensor, k: int) -> Tensor:
     candidates = kept.nonzero()
     if len(candidates) > k * len(values):  # more columns as far as the k-th: the first of them by index
         below, tied = values < largest, values == largest
-        room = k - below.sum(dim=1, keepdim=True)
-        candidates = (below | (tied & (tied.cumsum(dim=1) <= room))).nonzero()
+        remaining = k - below.sum(dim=1, keepdim=True)
+        candidates = (below | (tied & (tied.cumsum(dim=1) <= remaining))).nonzero()
     columns = candidates[:, 1].view(-1, k)
     order = values.gather(1, columns).sort(dim=1, stable=True).indices
     return columns.gather(1, order)

@@ -56,16 +56,16 @@ class Problem:
         other.__dict__ = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()}
         return other
 
-    def leave_one_edge_out(self, room, **options):
+    def leave_one_edge_out(self, package, **options):
         """The weights, and the gradients of weight and propagated."""
         weight, propagated = (x.detach().clone().requires_grad_() for x in (self.weight, self.propagated))
-        out = room.leave_one_edge_out(self.crow, self.col, self.reverse, weight, propagated, **options)
+        out = package.leave_one_edge_out(self.crow, self.col, self.reverse, weight, propagated, **options)
         return out.detach(), *torch.autograd.grad(out, (weight, propagated), self.grad_edges.to(out.dtype))
 
-    def laplacian_solve(self, room, **options):
+    def laplacian_solve(self, package, **options):
         """The solution, and the gradients of weight, dissimilarity, diagonal and rhs."""
         given = [x.detach().clone().requires_grad_() for x in (self.weight, self.dissimilarity, self.diagonal, self.rhs)]
-        out = room.laplacian_solve(self.crow, self.col, *given, **options).solution
+        out = package.laplacian_solve(self.crow, self.col, *given, **options).solution
         return out.detach(), *torch.autograd.grad(out, given, self.grad_matrix.to(out.dtype))
 
 
@@ -225,7 +225,7 @@ def test_complete_graph_with_loops(nodes, device):
     crow, col, reverse, weight = (x.to(device) for x in sparse(matrix + matrix.t()))
     propagated = torch.randn(nodes, 5, generator=draw, dtype=torch.float64).to(device) / nodes
     given = [x.requires_grad_() for x in (weight, propagated)]
-    ours, expected = (room.leave_one_edge_out(crow, col, reverse, *given) for room in (ops, reference))
+    ours, expected = (package.leave_one_edge_out(crow, col, reverse, *given) for package in (ops, reference))
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn(nodes * nodes, generator=draw, dtype=torch.float64).to(device)
     for a, b in zip(torch.autograd.grad(ours, given, grad), torch.autograd.grad(expected, given, grad), strict=True):
@@ -233,8 +233,8 @@ def test_complete_graph_with_loops(nodes, device):
     diagonal = torch.ones(nodes, dtype=torch.float64, device=device)
     for dissimilarity in (None, ours.detach()):
         ours_x, expected_x = (
-            room.laplacian_solve(crow, col, weight, dissimilarity, diagonal, propagated, **options)
-            for room, options in ((ops, {"rtol": 1e-13}), (reference, {}))
+            package.laplacian_solve(crow, col, weight, dissimilarity, diagonal, propagated, **options)
+            for package, options in ((ops, {"rtol": 1e-13}), (reference, {}))
         )
         torch.testing.assert_close(ours_x.solution, expected_x.solution, rtol=1e-9, atol=1e-11)
 

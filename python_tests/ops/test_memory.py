@@ -38,21 +38,21 @@ class Problem:
         other.__dict__ = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()}
         return other
 
-    def matching(self, room, **options):
+    def matching(self, package, **options):
         """pseudo_probs, loss and the gradient of query_strong."""
         query = self.query_strong.detach().clone().requires_grad_()
-        out = room.instance_matching(self.query_weak, query, self.bank, self.labels, self.probs, **options)
+        out = package.instance_matching(self.query_weak, query, self.bank, self.labels, self.probs, **options)
         (grad,) = torch.autograd.grad(out.loss, query, self.grad_loss.to(out.loss.dtype))
         return out.pseudo_probs, out.loss.detach(), grad
 
-    def aggregate(self, room, **options):
+    def aggregate(self, package, **options):
         query = self.query_weak.detach().clone().requires_grad_()
-        out = room.aggregate(query, self.bank, self.labels, self.num_classes, **options)
+        out = package.aggregate(query, self.bank, self.labels, self.num_classes, **options)
         (grad,) = torch.autograd.grad(out, query, self.grad_classes.to(out.dtype))
         return out.detach(), grad
 
-    def unfold(self, room, **options):
-        return (room.unfold(self.query_weak, self.bank, self.labels, self.probs, **options),)
+    def unfold(self, package, **options):
+        return (package.unfold(self.query_weak, self.bank, self.labels, self.probs, **options),)
 
 
 def test_a_class_without_probability(device):
@@ -77,7 +77,7 @@ def test_probabilities_far_below_float32_epsilon(device):
     problem.labels[:] = torch.tensor([0, 1, 1, 1, 1, 1])
     problem.query_weak[:] = problem.bank[0]
     problem.probs[:] = torch.tensor([1e-40, 1.0])
-    ours, exact = (p.unfold(room, temperature=0.005)[0] for p, room in ((problem, ops), (problem.double(), reference)))
+    ours, exact = (p.unfold(package, temperature=0.005)[0] for p, package in ((problem, ops), (problem.double(), reference)))
     torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=1e-6)  # 1e-40 itself has 16 bits
 
 

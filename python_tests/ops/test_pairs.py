@@ -38,18 +38,18 @@ class Problem:
         other.__dict__ = self.__dict__ | {"network": [value.double() for value in self.network]}
         return other
 
-    def logits(self, room):
+    def logits(self, package):
         """The logits, and the gradients of the network."""
         network = [value.detach().clone().requires_grad_() for value in self.network]
-        out = room.pair_logits(*network, interaction=self.interaction, pairs=self.pairs)
+        out = package.pair_logits(*network, interaction=self.interaction, pairs=self.pairs)
         return out.detach(), *torch.autograd.grad(out, network, self.grad.to(out.dtype))
 
-    def loss(self, room, **options):
+    def loss(self, package, **options):
         """The focal loss, and the gradients of the network."""
         network = [value.detach().clone().requires_grad_() for value in self.network]
         x, y, *weights = network
         settings = {"interaction": self.interaction, "pairs": self.pairs} | options
-        out = room.pair_focal_loss(x, y, self.x_labels, self.y_labels, *weights, **settings)
+        out = package.pair_focal_loss(x, y, self.x_labels, self.y_labels, *weights, **settings)
         grad = self.grad if out.ndim else self.grad.new_ones(())
         return out.detach(), *torch.autograd.grad(out, network, grad.to(out.dtype))
 
@@ -124,10 +124,10 @@ def test_the_same_rows_on_both_sides(device):
     for interaction in INTERACTIONS:
         problem = Problem(30, 30, 6, 12, device=device, interaction=interaction)
         grads = []
-        for room in (ops, reference):
+        for package in (ops, reference):
             x = problem.network[0].clone().requires_grad_()
             labels = problem.x_labels
-            loss = room.pair_focal_loss(x, x, labels, labels, *problem.network[2:], interaction=interaction)
+            loss = package.pair_focal_loss(x, x, labels, labels, *problem.network[2:], interaction=interaction)
             grads += torch.autograd.grad(loss, x)
         torch.testing.assert_close(grads[0], grads[1], rtol=1e-10, atol=1e-13)
 

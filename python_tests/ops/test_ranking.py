@@ -47,22 +47,22 @@ class Problem:
         }
         return other
 
-    def loss(self, room, **options):
+    def loss(self, package, **options):
         """The loss by labels, and its gradients."""
         rows = [value.detach().clone().requires_grad_() for value in (self.embeddings, self.references) if value is not None]
         if self.references is not None:
             options |= {"references": rows[1], "reference_labels": self.reference_labels}
-        out = room.pair_ranking_loss(rows[0], self.labels, **options)
+        out = package.pair_ranking_loss(rows[0], self.labels, **options)
         return out.detach(), *torch.autograd.grad(out, rows)
 
-    def mined(self, room, **options):
+    def mined(self, package, **options):
         rows = self.embeddings.detach().clone().requires_grad_()
-        out = room.mined_pair_ranking_loss(rows, self.basis, **(THRESHOLDS | options))
+        out = package.mined_pair_ranking_loss(rows, self.basis, **(THRESHOLDS | options))
         return out.detach(), *torch.autograd.grad(out, rows)
 
-    def moments(self, room):
+    def moments(self, package):
         rows = self.embeddings.detach().clone().requires_grad_()
-        out = torch.stack(room.similarity_moments(rows, self.labels))
+        out = torch.stack(package.similarity_moments(rows, self.labels))
         return out.detach(), *torch.autograd.grad(out, rows, out.new_tensor(MOMENT_GRADS))
 
 

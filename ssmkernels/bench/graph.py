@@ -140,9 +140,9 @@ def edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool 
     weight, labels = graph.weight.clone().requires_grad_(backward), propagated.clone().requires_grad_(backward)
     grad = torch.ones_like(weight)
 
-    def call(room: Callable[..., Tensor]) -> Callable[[], object]:
+    def call(package: Callable[..., Tensor]) -> Callable[[], object]:
         def run() -> object:
-            out = room(graph.crow, graph.col, graph.reverse, weight, labels)
+            out = package(graph.crow, graph.col, graph.reverse, weight, labels)
             return torch.autograd.grad(out, (weight, labels), grad) if backward else out
 
         return run

@@ -36,7 +36,7 @@ def official_block(
     return pseudo_probs, -(target * strong.log()).sum(dim=1)
 
 
-Room = Callable[..., Any]  # an op, or what stands in its place
+Op = Callable[..., Any]  # an op, or what stands in its place
 
 
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
@@ -61,8 +61,8 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
     products: dict[str, Function] = {"score": functools.partial(torch.mm, query_weak, bank.t()), "mean": _mean_product(rows, bank)}
     item = bank.element_size()
 
-    def matching(room: Room, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(room(*inputs)[1].mean(), inputs[1])
+    def matching(op: Op, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(op(*inputs)[1].mean(), inputs[1])
 
     yield Case(
         op="instance_matching",
@@ -81,8 +81,8 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         bytes=item * (slots + 3 * rows) * DIM + 8 * slots + 8 * rows * classes,
     )
 
-    def aggregate(room: Room, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(room(*inputs), inputs[0], grad)
+    def aggregate(op: Op, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(op(*inputs), inputs[0], grad)
 
     yield Case(
         op="aggregate",
@@ -100,8 +100,8 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         bytes=item * (2 * slots + 3 * rows) * DIM + 16 * slots + 16 * rows * classes,
     )
 
-    def unfold(room: Room, inputs: Any = (query_weak, bank, labels, probs)) -> Callable[[], object]:
-        return lambda: room(*inputs)
+    def unfold(op: Op, inputs: Any = (query_weak, bank, labels, probs)) -> Callable[[], object]:
+        return lambda: op(*inputs)
 
     yield Case(
         op="unfold",
@@ -121,8 +121,8 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
 
     writable = (bank.clone(), labels.clone(), index, features, labels[index])
 
-    def update(room: Room, inputs: Any = writable) -> Callable[[], object]:
-        return lambda: room(*inputs)
+    def update(op: Op, inputs: Any = writable) -> Callable[[], object]:
+        return lambda: op(*inputs)
 
     yield Case(
         op="memory_update_",

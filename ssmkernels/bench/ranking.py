@@ -60,8 +60,8 @@ def loss_case(count: int, dim: int, margin: float, phase: str, device: str, dtyp
     def step(loss: Callable[[], Tensor]) -> Function:
         return lambda: torch.autograd.grad(loss(), rows)
 
-    def through(room: Any) -> Function:
-        return step(lambda: room(rows, labels, negative_margin=margin))
+    def through(package: Any) -> Function:
+        return step(lambda: package(rows, labels, negative_margin=margin))
 
     peers = {}
     products = _pair_products(rows)
@@ -120,8 +120,8 @@ def mined_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
 def moments_case(count: int, dim: int, device: str, dtype: torch.dtype) -> Case:
     rows, labels = _rows(count, dim, device, dtype)
 
-    def step(room: Any) -> Function:
-        return lambda: torch.autograd.grad(sum(room(rows, labels)), rows)
+    def step(package: Any) -> Function:
+        return lambda: torch.autograd.grad(sum(package(rows, labels)), rows)
 
     detached = rows.detach()
     if count <= dim:  # from the cosines of pairs; with more rows from RᵀR and its product with them
