@@ -44,7 +44,9 @@ def max_jobs(environment: Mapping[str, str]) -> int:
     """MAX_JOBS, or as many compilers as there are processors for this process and GiB of available memory."""
     if wanted := environment.get("MAX_JOBS"):
         if not wanted.isdigit() or int(wanted) == 0:
-            raise BuildError(f"MAX_JOBS is {wanted!r}; it should be a number of parallel compilations", f"MAX_JOBS=2 {INSTALL}")
+            raise BuildError(
+                f"MAX_JOBS is {wanted!r}; it should be a number of parallel compilations", f"MAX_JOBS=2 {INSTALL}"
+            )
         return int(wanted)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(processors, available_gib() // GIB_PER_JOB))
@@ -61,7 +63,9 @@ def find_nvcc(environment: Mapping[str, str]) -> Path | None:
     """The CUDA compiler to build with, or None for a build without CUDA."""
     force = environment.get("FORCE_CUDA")
     if force not in (None, "", "0", "1"):
-        raise BuildError(f"FORCE_CUDA is {force!r}; it should be 0 (CPU only) or 1 (CUDA or fail)", f"FORCE_CUDA=1 {INSTALL}")
+        raise BuildError(
+            f"FORCE_CUDA is {force!r}; it should be 0 (CPU only) or 1 (CUDA or fail)", f"FORCE_CUDA=1 {INSTALL}"
+        )
     if force == "0":
         return None
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -102,7 +106,8 @@ def cmake_architectures(wanted: str | None, supported: set[str]) -> str:
             if (plus and ptx != "PTX") or not re.fullmatch(r"\d+\.\d[af]?", capability) or number not in supported:
                 known = " ".join(sorted(supported, key=lambda number: (int(number.rstrip("af")), number)))
                 raise BuildError(
-                    f"TORCH_CUDA_ARCH_LIST has {entry!r}; an entry should be like 9.0, 9.0+PTX or Hopper, and this nvcc knows {known}",
+                    f"TORCH_CUDA_ARCH_LIST has {entry!r}; an entry should be like 9.0, 9.0+PTX or Hopper, and this nvcc"
+                    f" knows {known}",
                     f'TORCH_CUDA_ARCH_LIST="9.0+PTX" {INSTALL}',
                 )
             if int(number.rstrip("af")) < 80:
@@ -139,7 +144,9 @@ def pybind11_directory() -> str:
     try:
         import pybind11
     except ModuleNotFoundError:
-        raise BuildError("pybind11 is not installed", f"pip install cmake ninja pybind11 setuptools wheel && {INSTALL}") from None
+        raise BuildError(
+            "pybind11 is not installed", f"pip install cmake ninja pybind11 setuptools wheel && {INSTALL}"
+        ) from None
     return pybind11.get_cmake_dir()
 
 
@@ -151,8 +158,12 @@ def require_cxx20() -> str:
         raise BuildError("there is no C++ compiler" + (f": CXX is {command!r}" if command else ""), mend)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <span>\ntemplate <class T> concept Sized = sizeof(T) > 1;\nstatic_assert(Sized<int>);\n")
-        result = subprocess.run([command, "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, check=False)
+        source.write_text(
+            "#include <span>\ntemplate <class T> concept Sized = sizeof(T) > 1;\nstatic_assert(Sized<int>);\n"
+        )
+        result = subprocess.run(
+            [command, "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, check=False
+        )
     if result.returncode:
         raise BuildError(f"{command} does not compile C++20 ({result.stderr.strip().splitlines()[0]})", mend)
     return command
@@ -168,7 +179,9 @@ def cuda_options(nvcc: Path) -> list[str]:
             f"{nvcc} is CUDA {release[1]}.{release[2]}" if release else f"{nvcc} does not tell its version",
             f"CUDA_HOME=/path/to/cuda-12-or-newer {INSTALL}   # or, for the CPU kernels alone: FORCE_CUDA=0 {INSTALL}",
         )
-    supported = set(re.findall(r"compute_(\d+[af]?)", ask("--list-gpu-arch"))) | set(re.findall(r"sm_(\d+[af]?)", ask("--list-gpu-code")))
+    supported = set(re.findall(r"compute_(\d+[af]?)", ask("--list-gpu-arch"))) | set(
+        re.findall(r"sm_(\d+[af]?)", ask("--list-gpu-code"))
+    )
     architectures = cmake_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), supported)
     return ["-DSSM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
 

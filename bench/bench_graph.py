@@ -9,7 +9,11 @@ import pytest
 from ssmkernels.bench import graph
 
 CASES = [
-    pytest.param(case, name, id=f"{case.op}-{case.phase.replace(' ', '-')}-N{case.size['N']}-C{case.size['C']}-{case.dtype}-{name}")
+    pytest.param(
+        case,
+        name,
+        id=f"{case.op}-{case.phase.replace(' ', '-')}-N{case.size['N']}-C{case.size['C']}-{case.dtype}-{name}",
+    )
     for case in graph.cases(quick=True)
     for name in ("ours", *case.peers)
 ]

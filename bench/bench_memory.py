@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The memory family under pytest-benchmark: ``pytest bench/bench_memory.py --benchmark-group-by=param:case``.
 
-The cases are those of ``ssmkernels bench memory``, which also measures memory and floors and alternates ours with its peers.
+The cases are those of ``ssmkernels bench memory``, which also measures memory and floors and alternates ours with its
+peers.
 """
 
 import pytest

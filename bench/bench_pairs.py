@@ -9,7 +9,11 @@ import pytest
 from ssmkernels.bench import pairs
 
 CASES = [
-    pytest.param(case, name, id=f"{case.phase.replace(' ', '-')}-n{case.size['n']}-h{case.size['h']}-p{case.size.get('p', 'all')}-{name}")
+    pytest.param(
+        case,
+        name,
+        id=f"{case.phase.replace(' ', '-')}-n{case.size['n']}-h{case.size['h']}-p{case.size.get('p', 'all')}-{name}",
+    )
     for case in pairs.cases(quick=True)
     for name in ("ours", *case.peers)
 ]

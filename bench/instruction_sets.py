@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CPU kernels gain from wider vectors: each op with every instruction set that this processor runs, in turn in one process.
+"""What the CPU kernels gain from wider vectors: each op with every instruction set that this processor runs, in turn in
+one process.
 
 python bench/instruction_sets.py [--seconds 4] [--out bench/results/cpu-instruction-sets.md]
 """
@@ -56,12 +57,24 @@ def main() -> None:
         timings = time_alternating({name: under(name, case.ours) for name in names}, seconds=args.seconds)
         best = timings[names[-1]].median
         size = " ".join(f"{key}={value:,}" for key, value in case.size.items())
-        rows.append([f"`{case.op}`", case.phase, size, f"{1e3 * best:.2f}", *(f"{timings[name].median / best:.2f}" for name in names[:-1])])
+        rows.append(
+            [
+                f"`{case.op}`",
+                case.phase,
+                size,
+                f"{1e3 * best:.2f}",
+                *(f"{timings[name].median / best:.2f}" for name in names[:-1]),
+            ]
+        )
         print(*rows[-1], sep="  ", flush=True)
     machine = info.collect()
     said = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
-    said += f"`python bench/instruction_sets.py --seconds {args.seconds:g}`; medians, times of the narrower sets over that of the widest"
-    text = f"{said}\n\n{markdown_table(['op', 'phase', 'size', f'{names[-1]}, ms', *(f'{name}, ×' for name in names[:-1])], rows)}\n"
+    said += (
+        f"`python bench/instruction_sets.py --seconds {args.seconds:g}`; medians, times of the narrower sets over that"
+        " of the widest"
+    )
+    titles = ["op", "phase", "size", f"{names[-1]}, ms", *(f"{name}, ×" for name in names[:-1])]
+    text = f"{said}\n\n{markdown_table(titles, rows)}\n"
     print(text)
     if args.out:
         args.out.write_text(text)

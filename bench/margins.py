@@ -3,8 +3,9 @@
 
 python bench/margins.py [--seeds 20] [--out docs/margins.md]
 
-Under every instruction set of the kernels with one and two threads, and under the modes of the libraries that torch's own products come
-from, each in a process of its own. A processor has its own section in the file that is written; those of others stay.
+Under every instruction set of the kernels with one and two threads, and under the modes of the libraries that torch's
+own products come from, each in a process of its own. A processor has its own section in the file that is written; those
+of others stay.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def has_lanes_only() -> bool:
 
 
 def columns() -> dict[str, dict[str, str]]:
-    """Their environments. Of a build with the lanes of AVX-512 alone, those: the rest is measured with the other build."""
+    """Their environments. Of a build with the lanes of AVX-512 alone, those: the rest is measured with the other
+    build.
+    """
     isas = ["avx512"] if has_lanes_only() else _library.library().available_isas()
     kernels: dict[str, dict[str, str]] = {f"{isa} × {threads}": {} for isa in isas for threads in (1, 2)}
     return kernels if has_lanes_only() else kernels | modes()
@@ -116,7 +119,10 @@ def section(found: dict[str, dict[str, float]], seeds: int) -> str:
         rows[op, result] = [max(pair) for pair in zip(values, rows.get((op, result), values), strict=True)]
     cells = [[f"`{op}`", result, *(f"{value:.2g}" for value in values)] for (op, result), values in rows.items()]
     model = info.collect()["cpu"]["model"] + (", the lanes of AVX-512 in AVX instructions" if has_lanes_only() else "")
-    said = f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(found)} columns, the largest"
+    said = (
+        f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(found)}"
+        " columns, the largest"
+    )
     said += f" over float64, float32, bfloat16 and float16: {max(max(each.values()) for each in found.values()):.2f}"
     return f"## {model}\n\n{said}\n\n{markdown_table(['op', 'result', *found], cells)}\n"
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whole training steps of the four methods: what they take with the ops and with the same formulas in eager PyTorch, and where it goes.
+"""Whole training steps of the four methods: what they take with the ops and with the same formulas in eager PyTorch,
+and where it goes.
 
     python bench/profile_steps.py [--steps 20] [--out bench/results/cpu-steps.md]
 
-Each method trains on images from packages with its shipped small configuration, alternating between the two; medians of the steps after
-the first ones. The share of the ops is that of the library's operators, forward and backward, in torch.profiler; "waiting" is what the
-loop spends in getting its next batch; "reads" counts the values that the host reads from tensors in a step.
+Each method trains on images from packages with its shipped small configuration, alternating between the two; medians of
+the steps after the first ones. The share of the ops is that of the library's operators, forward and backward, in
+torch.profiler; "waiting" is what the loop spends in getting its next batch; "reads" counts the values that the host
+reads from tensors in a step.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ from ssmkernels.trainers import loop, mixed_lp, mlsn, simmatch, slade
 from ssmkernels.trainers.cli import METHODS, parse_config
 
 WARM_UP = 5
-# The heavy sizes of each method on images small enough for a CPU: the larger bank, batch or graph, not the larger network.
+# The heavy sizes of each method on images small enough for a CPU: the larger bank, batch or graph, not the larger
+# network.
 RUNS: dict[str, tuple[Any, list[str]]] = {
-    "simmatch": (simmatch, ["--config", "mnist5k", "--data.labels", "4000", "--batch_size", "64", "--first_epoch_steps", "1"]),
+    "simmatch": (
+        simmatch,
+        ["--config", "mnist5k", "--data.labels", "4000", "--batch_size", "64", "--first_epoch_steps", "1"],
+    ),
     "mlsn": (mlsn, ["--config", "mnist5k", "--batch_size", "100"]),
     "mixed-lp": (mixed_lp, ["--config", "digits", "--labeled_epochs", "1", "--epochs", "12"]),
     "slade": (slade, ["--config", "mnist5k", "--batch_size", "240", "--teacher_steps", "2", "--warm_up_steps", "2"]),
@@ -112,7 +118,14 @@ def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tu
             stack.enter_context(mock.patch.object(ops, name, formula))
         limit = {"slade": "--student_steps", "mixed-lp": None}.get(method, "--steps")
         more = [limit, str(steps)] if limit else []
-        quiet = ["--run.bar", "false", "--run.eval_every", "100000", "--run.workers", "0" if method in ("mixed-lp", "slade") else "1"]
+        quiet = [
+            "--run.bar",
+            "false",
+            "--run.eval_every",
+            "100000",
+            "--run.workers",
+            "0" if method in ("mixed-lp", "slade") else "1",
+        ]
         config, _ = parse_config(method, [*arguments, *more, *quiet, "--run.out", folder])
         profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU])) if profiled else None
         METHODS[method].train(config)
@@ -160,10 +173,21 @@ def main() -> None:
             ]
         )
         print(rows[-1], flush=True)
-    titles = ["method", "ms a step", "with eager formulas", "the ops' share", "its share in eager", "waiting for data", "reads a step"]
+    titles = [
+        "method",
+        "ms a step",
+        "with eager formulas",
+        "the ops' share",
+        "its share in eager",
+        "waiting for data",
+        "reads a step",
+    ]
     machine = info.collect()
     cpu = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}"
-    text = f"{cpu}; `python bench/profile_steps.py --steps {args.steps} --rounds {args.rounds}`\n\n{markdown_table(titles, rows)}\n"
+    text = (
+        f"{cpu}; `python bench/profile_steps.py --steps {args.steps} --rounds"
+        f" {args.rounds}`\n\n{markdown_table(titles, rows)}\n"
+    )
     print(text)
     if args.out:
         args.out.write_text(text)

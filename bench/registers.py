@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CUDA kernels take of a multiprocessor, as ptxas reports it, and how many instructions of some kinds they have; fails where one
-spills registers on sm_90. `make registers` builds and runs it:
+"""What the CUDA kernels take of a multiprocessor, as ptxas reports it, and how many instructions of some kinds they
+have; fails where one spills registers on sm_90. `make registers` builds and runs it:
 
     cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90
     cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1
-    python bench/registers.py build/registers/ptxas.log [--objects build/registers] [--out bench/results/sm_90-registers.md]
+    python bench/registers.py build/registers/ptxas.log [--objects build/registers] [--out
+    bench/results/sm_90-registers.md]
 
-Spilled bytes are stores/loads; shared memory is what is not given at launch. The counts are of the machine code as it stands, not of what
-runs: a loop's body counts once. They take cuobjdump.
+Spilled bytes are stores/loads; shared memory is what is not given at launch. The counts are of the machine code as it
+stands, not of what runs: a loop's body counts once. They take cuobjdump.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-INSTRUCTIONS = {"HMMA": "HMMA", "LDSM": "LDSM", "LDGSTS": "cp.async", "FFMA": "FFMA", "DFMA": "DFMA", "LDL": "LDL", "STL": "STL"}
+INSTRUCTIONS = {
+    "HMMA": "HMMA",
+    "LDSM": "LDSM",
+    "LDGSTS": "cp.async",
+    "FFMA": "FFMA",
+    "DFMA": "DFMA",
+    "LDL": "LDL",
+    "STL": "STL",
+}
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "Tf32Engine": "tf32", "double": "float64", "float": "float32"}
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -72,7 +81,9 @@ def instruction_counts(folder: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def demangled(symbols: list[str]) -> list[str]:
-    names = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(symbols), check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return [re.sub(r"\(anonymous namespace\)::|\w+::|(?<=>) (?=>)", "", name) for name in names]
 
 
@@ -111,7 +122,9 @@ def main() -> int:
     text = markdown_table(titles, [[f"`{key[0]}`", *key[1:], *columns] for key, columns in table.items()])
     print(text)
     if args.out:
-        version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[-2]
+        version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[
+            -2
+        ]
         args.out.write_text(f"{version}; `python bench/registers.py {' '.join(sys.argv[1:])}`\n\n{text}\n")
     print("\n".join(spilling) or f"{len(table)} kernels, none spills on sm_90", file=sys.stderr)
     return 1 if spilling else 0

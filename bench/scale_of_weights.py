@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Mixed label propagation with β W_dis beside W, and with β w̄ W_dis (what it takes), on kNN graphs of several scales: accuracies.
+"""Mixed label propagation with β W_dis beside W, and with β w̄ W_dis (what it takes), on kNN graphs of several scales:
+accuracies.
 
-python bench/scale_of_weights.py [--data DIR] [--sets digits mnist5k flowers17 cifar10-test] [--draws 10] [--out FILE.md]
+python bench/scale_of_weights.py [--data DIR] [--sets digits mnist5k flowers17 cifar10-test] [--draws 10] [--out
+FILE.md]
 
-Mean and 95 % interval over draws of 5 labels per class. The graphs: the cosines of 50 nearest neighbours to the power 3, the same a
-hundred times smaller, and exp(−‖v_i − v_j‖²/2σ²) on the same edges with σ such that the median is 0.056.
+Mean and 95 % interval over draws of 5 labels per class. The graphs: the cosines of 50 nearest neighbours to the power
+3, the same a hundred times smaller, and exp(−‖v_i − v_j‖²/2σ²) on the same edges with σ such that the median is 0.056.
 """
 
 from __future__ import annotations

@@ -31,10 +31,21 @@ Target = tuple[str, float]
 def cases() -> Iterator[tuple[str, Case, list[Target]]]:
     cpu, real = "cpu", torch.float32
     split = [("split, torch.compile", 6.0), ("torch.compile", 6.0), ("eager", 100.0)]
-    yield "pair_focal_loss, concat, n = m = 1,024, h = 128", pairs.case_of_size("concat", 1024, 128, None, cpu, real), split
+    yield (
+        "pair_focal_loss, concat, n = m = 1,024, h = 128",
+        pairs.case_of_size("concat", 1024, 128, None, cpu, real),
+        split,
+    )
     small = [("split, torch.compile", 4.0), ("torch.compile", 4.0)]
-    yield "pair_focal_loss, concat, n = m = 128, h = 128", pairs.case_of_size("concat", 128, 128, None, cpu, real), small
-    for classes, targets in ((100, [("eager", 100.0), ("torch.compile", 12.0)]), (10, [("eager", 60.0), ("torch.compile", 8.0)])):
+    yield (
+        "pair_focal_loss, concat, n = m = 128, h = 128",
+        pairs.case_of_size("concat", 128, 128, None, cpu, real),
+        small,
+    )
+    for classes, targets in (
+        (100, [("eager", 100.0), ("torch.compile", 12.0)]),
+        (10, [("eager", 60.0), ("torch.compile", 8.0)]),
+    ):
         points = graph.clustered(10_000, classes)
         propagated = label_propagation(points.graph, points.labels).to(real)
         case = graph.edges_case(points.graph.to(real), propagated, backward=False)
@@ -45,7 +56,11 @@ def cases() -> Iterator[tuple[str, Case, list[Target]]]:
         for margin, which in ((ranking.MARGIN, "few pairs active"), (ranking.ALL_ACTIVE_MARGIN, "all pairs active")):
             case = ranking.loss_case(rows, dim, margin, "forward + backward", cpu, real)
             yield f"pair_ranking_loss, n = {rows:,}, d = {dim}, {which}", case, [(PML, least), (PRODUCTS, 1.25)]
-    yield "pair_ranking_loss, n = 256, d = 128", ranking.loss_case(256, 128, ranking.MARGIN, "", cpu, real), [(PML, 3.0)]
+    yield (
+        "pair_ranking_loss, n = 256, d = 128",
+        ranking.loss_case(256, 128, ranking.MARGIN, "", cpu, real),
+        [(PML, 3.0)],
+    )
 
 
 def figure(result: Result, which: str) -> float:
@@ -70,7 +85,9 @@ def main() -> None:
         torch.compiler.reset()
         wanted = {name for name, _ in targets}
         case = dataclasses.replace(case, peers={name: peer for name, peer in case.peers.items() if name in wanted})
-        measure = functools.partial(run, case, device="cpu", rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True))
+        measure = functools.partial(
+            run, case, device="cpu", rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True)
+        )
         results = [measure() for _ in range(args.runs)]
         for which, bar in targets:
             values = [figure(each, which) for each in results]

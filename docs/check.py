@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks README.md and docs/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has its entry."""
+"""Checks README.md and docs/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has its
+entry.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def run_blocks(page: Path, text: str) -> list[str]:
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    return [f"{page.name}: the link to {target} leads nowhere" for target in LINK.findall(text) if not (page.parent / target).exists()]
+    return [
+        f"{page.name}: the link to {target} leads nowhere"
+        for target in LINK.findall(text)
+        if not (page.parent / target).exists()
+    ]
 
 
 def missing_ops(texts: list[str]) -> list[str]:

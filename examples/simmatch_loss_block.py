@@ -59,8 +59,8 @@ def main() -> None:
 
     # Against float64. A sum of k terms in float32 may be off by k·2⁻²⁴ of their size, whatever their order: a logit by
     # D·2⁻²⁴/t (rows have length 1), so a softmax over K slots by (2 D/t + K)·2⁻²⁴ of itself, and what is summed up
-    # under one by K·2⁻²⁴ more. Twice that share is allowed: of p̂; of the loss's terms, logits of at most 1/t; and of the
-    # gradient's, two rows of the bank over t·B.
+    # under one by K·2⁻²⁴ more. Twice that share is allowed: of p̂; of the loss's terms, logits of at most 1/t; and of
+    # the gradient's, two rows of the bank over t·B.
     allowed = (4 * dim / 0.1 + 4 * args.slots) * 2**-24
     exact = step(before, torch.float64)
     sizes = (exact[0], 1 / 0.1, 2 * float(bank.abs().max()) / (0.1 * args.rows))

@@ -13,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What stands above the ops needs more than torch. Where that is missing (`make gpu` with torch alone) it is left out, and
-# the header says so.
+# What stands above the ops needs more than torch. Where that is missing (`make gpu` with torch alone) it is left out,
+# and the header says so.
 TRAIN_PACKAGES = ("jsonargparse", "lightning_fabric", "PIL", "sklearn", "torchvision", "tqdm", "yaml")
 missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
 collect_ignore = ["data", "experiments", "models", "trainers"] if missing else []

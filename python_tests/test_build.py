@@ -58,7 +58,9 @@ def test_default_architectures_stop_where_the_toolkit_does(build):
 
 @pytest.mark.parametrize("wanted", ["9", "sm_90", "9.0+ptx", "9.9", "Volta", "8.0;nine"])
 def test_unknown_architecture(build, wanted):
-    with pytest.raises(build.BuildError, match=r"has .* should be like 9\.0, 9\.0\+PTX or Hopper, and this nvcc knows 75 80"):
+    with pytest.raises(
+        build.BuildError, match=r"has .* should be like 9\.0, 9\.0\+PTX or Hopper, and this nvcc knows 75 80"
+    ):
         build.cmake_architectures(wanted, SUPPORTED)
 
 
@@ -90,7 +92,11 @@ def test_max_jobs_must_be_a_number(build, wanted):
 
 def test_nvcc_is_looked_for_in_cuda_home_then_cuda_path_then_path(build, nvcc_at, tmp_path):
     home, other, on_path = nvcc_at("home", "bin"), nvcc_at("other", "bin"), nvcc_at("scripts")
-    environment = {"CUDA_HOME": str(tmp_path / "home"), "CUDA_PATH": str(tmp_path / "other"), "PATH": str(tmp_path / "scripts")}
+    environment = {
+        "CUDA_HOME": str(tmp_path / "home"),
+        "CUDA_PATH": str(tmp_path / "other"),
+        "PATH": str(tmp_path / "scripts"),
+    }
     assert build.find_nvcc(environment) == home
     del environment["CUDA_HOME"]
     assert build.find_nvcc(environment) == other
@@ -106,7 +112,10 @@ def test_force_cuda_0_is_a_cpu_build(build, nvcc_at, tmp_path):
 def test_force_cuda_1_fails_without_nvcc(build, monkeypatch):
     monkeypatch.setattr(build.Path, "is_file", lambda _: False)
     assert build.find_nvcc({"PATH": ""}) is None
-    with pytest.raises(build.BuildError, match=r"(?s)FORCE_CUDA=1, but nvcc is neither.*CUDA_HOME=/path/to/cuda FORCE_CUDA=1 pip install"):
+    with pytest.raises(
+        build.BuildError,
+        match=r"(?s)FORCE_CUDA=1, but nvcc is neither.*CUDA_HOME=/path/to/cuda FORCE_CUDA=1 pip install",
+    ):
         build.find_nvcc({"FORCE_CUDA": "1", "PATH": ""})
 
 
@@ -125,14 +134,19 @@ def test_missing_torch_is_said_with_the_command(build, monkeypatch):
         raise build.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(build.metadata, "version", missing)
-    with pytest.raises(build.BuildError, match=r"(?s)torch is not installed in .*pip install torch && pip install --no-build-isolation \."):
+    with pytest.raises(
+        build.BuildError,
+        match=r"(?s)torch is not installed in .*pip install torch && pip install --no-build-isolation \.",
+    ):
         build.require_torch()
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cu117", "2.9"])
 def test_old_torch(build, monkeypatch, version):
     monkeypatch.setattr(build.metadata, "version", lambda _: version)
-    with pytest.raises(build.BuildError, match=r"(?s)and 2\.11 or newer is needed.*pip install --upgrade \"torch>=2\.11\""):
+    with pytest.raises(
+        build.BuildError, match=r"(?s)and 2\.11 or newer is needed.*pip install --upgrade \"torch>=2\.11\""
+    ):
         build.require_torch()
 
 
@@ -151,7 +165,9 @@ def test_missing_tool(build, monkeypatch):
 
 def test_missing_compiler(build, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match=r"(?s)there is no C\+\+ compiler: CXX is 'no-such-compiler'.*apt-get install g\+\+"):
+    with pytest.raises(
+        build.BuildError, match=r"(?s)there is no C\+\+ compiler: CXX is 'no-such-compiler'.*apt-get install g\+\+"
+    ):
         build.require_cxx20()
 
 

@@ -23,11 +23,15 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from ssmkernels import estimators, graph
 from ssmkernels.estimators import LabelPropagation, MixedLabelPropagation
 
-BOTH = pytest.mark.parametrize("estimator", [LabelPropagation(), MixedLabelPropagation()], ids=lambda estimator: type(estimator).__name__)
+BOTH = pytest.mark.parametrize(
+    "estimator", [LabelPropagation(), MixedLabelPropagation()], ids=lambda estimator: type(estimator).__name__
+)
 
 
 def expected_failures(estimator):
-    """scikit-learn spares its own semi-supervised estimators this check, by their names: LabelPropagation is one of them."""
+    """scikit-learn spares its own semi-supervised estimators this check, by their names: LabelPropagation is one of
+    them.
+    """
     if isinstance(estimator, MixedLabelPropagation):
         return {"check_classifiers_classes": "it takes -1 for a class, which is the mark of unlabelled points here"}
     return {}
@@ -55,7 +59,9 @@ def fitted(request, digits):
 
 
 def arcs(seed=0):
-    """Three classes in the directions of the axes: 60 points, one label each for classes 0 and 1, none near the third axis."""
+    """Three classes in the directions of the axes: 60 points, one label each for classes 0 and 1, none near the third
+    axis.
+    """
     generator = np.random.default_rng(seed)
     truth = np.arange(60) % 3
     points = np.eye(3)[truth]
@@ -83,7 +89,15 @@ def test_label_propagation_is_that_of_graph(digits):
 
 def test_mixed_label_propagation_is_that_of_graph(digits):
     pixels, _, labels = digits
-    settings = {"beta": 0.5, "logit_scale": 2.0, "mu": 0.02, "mu_unlabeled": 0.001, "balance": False, "rtol": 1e-8, "max_iter": 500}
+    settings = {
+        "beta": 0.5,
+        "logit_scale": 2.0,
+        "mu": 0.02,
+        "mu_unlabeled": 0.001,
+        "balance": False,
+        "rtol": 1e-8,
+        "max_iter": 500,
+    }
     affinity = graph.knn_graph(torch.from_numpy(pixels), 20, gamma=2.0)
     expected = graph.mixed_label_propagation(affinity, torch.from_numpy(labels), **settings)
     found = MixedLabelPropagation(20, gamma=2.0, **settings).fit(pixels, labels)
@@ -134,7 +148,9 @@ def test_missing_labels_are_unlabelled(estimator, digits):
 @BOTH
 @pytest.mark.parametrize("make", [np.array, sparse.csr_array, sparse.csc_matrix, sparse.coo_array])
 def test_precomputed_affinity(estimator, make, digits):
-    """The graph of the cosines gives what the cosines give, in any order of the entries; and new points are judged by their weights."""
+    """The graph of the cosines gives what the cosines give, in any order of the entries; and new points are judged by
+    their weights.
+    """
     pixels, truth, labels = digits
     expected = clone(estimator).set_params(n_neighbors=20).fit(pixels, labels)
     weights = graph.knn_graph(pixels, 20).to_scipy().toarray()
@@ -188,16 +204,25 @@ def test_unconverged_fit_warns_once_as_scikit_learn_does(estimator, digits):
         clone(estimator).set_params(max_iter=2).fit(pixels, labels)
     assert len(caught) == 1 and caught[0].filename == __file__
     message = str(caught[0].message)
-    assert message.startswith(f"{type(estimator).__name__} did not converge to rtol = 1e-08") and "float64" not in message
+    assert (
+        message.startswith(f"{type(estimator).__name__} did not converge to rtol = 1e-08") and "float64" not in message
+    )
 
 
 @BOTH
 def test_numpy_scalars(estimator):
     points, _, labels = arcs()
     plain = clone(estimator).set_params(n_neighbors=5, gamma=2, mu=0.5, mu_unlabeled=0.25, rtol=0.0625, max_iter=50)
-    numpy = {"n_neighbors": np.int64(5), "gamma": np.float32(2), "mu": np.float32(0.5), "mu_unlabeled": np.float64(0.25)}
+    numpy = {
+        "n_neighbors": np.int64(5),
+        "gamma": np.float32(2),
+        "mu": np.float32(0.5),
+        "mu_unlabeled": np.float64(0.25),
+    }
     found = clone(estimator).set_params(**numpy, rtol=np.float32(0.0625), max_iter=np.int16(50))
-    np.testing.assert_array_equal(found.fit(points, labels).label_distributions_, plain.fit(points, labels).label_distributions_)
+    np.testing.assert_array_equal(
+        found.fit(points, labels).label_distributions_, plain.fit(points, labels).label_distributions_
+    )
 
 
 @BOTH
@@ -213,16 +238,22 @@ def test_points_that_no_label_reaches(estimator):
     points, truth, labels = arcs()
     found = clone(estimator).set_params(n_neighbors=5).fit(points, labels)
     np.testing.assert_array_equal(found.transduction_[truth < 2], truth[truth < 2])
-    np.testing.assert_allclose(found.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1)))  # two labels of 0, one of 1
+    np.testing.assert_allclose(
+        found.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1))
+    )  # two labels of 0, one of 1
     np.testing.assert_array_equal(found.transduction_[truth == 2], 0)
     np.testing.assert_array_equal(found.confidence_[truth == 2], 0)
-    np.testing.assert_allclose(found.predict_proba([[0, 0, 3.0], [0, 0, 0], [-1, -1, -1]]), np.tile([2 / 3, 1 / 3], (3, 1)))
+    np.testing.assert_allclose(
+        found.predict_proba([[0, 0, 3.0], [0, 0, 0], [-1, -1, -1]]), np.tile([2 / 3, 1 / 3], (3, 1))
+    )
 
 
 def test_prediction_is_the_weighted_mean_over_the_nearest(fitted, digits):
     pixels = digits[0]
     new = np.random.default_rng(1).permutation(pixels.ravel())[: 23 * 64].reshape(23, 64)
-    cosine = (new / np.linalg.norm(new, axis=1, keepdims=True)) @ (pixels / np.linalg.norm(pixels, axis=1, keepdims=True)).T
+    cosine = (new / np.linalg.norm(new, axis=1, keepdims=True)) @ (
+        pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
+    ).T
     for i, row in enumerate(cosine):
         nearest = np.argsort(-row)[:50]
         expected = np.average(fitted.label_distributions_[nearest], axis=0, weights=row[nearest] ** 3)
@@ -237,7 +268,9 @@ def test_chunks_change_no_prediction(fitted, digits, monkeypatch):
 
 @BOTH
 def test_equally_near_points_all_count(estimator):
-    """Four times each point; a product of matrices rounds their cosines differently, and which of them were first must not matter."""
+    """Four times each point; a product of matrices rounds their cosines differently, and which of them were first must
+    not matter.
+    """
     points, _, labels = arcs(seed=3)
     points, labels = np.tile(points, (4, 1)), np.concatenate([labels, np.full(180, -1)])
     found = clone(estimator).set_params(n_neighbors=7).fit(points, labels)
@@ -309,7 +342,10 @@ def test_parameters_of_mixed_label_propagation_refused(message, parameters):
         ("Unknown label type", [0.5, 1.25, -1, 2]),
         ("y is of strings and holds '-1'", ["a", -1, "b", "a"]),  # an array of strings, to numpy
         ("y is of strings and holds '-1'", np.array(["a", "-1", "b", -1], dtype=object)),
-        ("y should have labels that are all strings or all numbers, got both", np.array(["a", 1, -1, "b"], dtype=object)),
+        (
+            "y should have labels that are all strings or all numbers, got both",
+            np.array(["a", 1, -1, "b"], dtype=object),
+        ),
         ("inconsistent numbers of samples", [0, 1]),
     ],
 )

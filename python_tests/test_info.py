@@ -72,7 +72,9 @@ class Installation:
     def run(self, *arguments, **environment):
         command = [sys.executable, "-S", "-m", "ssmkernels", *arguments]
         environment = {"PATH": "/usr/bin:/bin", **environment}
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.root, env=environment, timeout=300)
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=self.root, env=environment, timeout=300
+        )
 
     def problems(self, **environment):
         result = self.run("info", "--json", **environment)
@@ -120,7 +122,8 @@ def test_torch_too_old(installation):
 
 
 @pytest.mark.parametrize(
-    ("code", "said"), [("raise OSError('libcudart.so.9: missing')", "so.9: missing"), ("import os; os.abort()", "signal 6")]
+    ("code", "said"),
+    [("raise OSError('libcudart.so.9: missing')", "so.9: missing"), ("import os; os.abort()", "signal 6")],
 )
 def test_torch_broken(installation, code, said):
     installation.write("torch.py", code)
@@ -184,7 +187,10 @@ def test_unknown_instruction_set(installation):
     installation.add_torch()
     installation.add_library()
     (entry,) = installation.problems(SSMKERNELS_ISA="avx1024")
-    assert entry == {"problem": "SSMKERNELS_ISA is 'avx1024', and this processor runs baseline, avx2", "mend": "unset SSMKERNELS_ISA"}
+    assert entry == {
+        "problem": "SSMKERNELS_ISA is 'avx1024', and this processor runs baseline, avx2",
+        "mend": "unset SSMKERNELS_ISA",
+    }
 
 
 @pytest.mark.parametrize(
@@ -207,9 +213,12 @@ def test_covers(architectures, capability, expected):
 
 def test_package_imports_without_torch(installation):
     code = (
-        "import sys, ssmkernels; assert ssmkernels.info.collect()['torch'] is None and 'torch' not in sys.modules; print(dir(ssmkernels))"
+        "import sys, ssmkernels; assert ssmkernels.info.collect()['torch'] is None and 'torch' not in sys.modules;"
+        " print(dir(ssmkernels))"
     )
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=installation.root)
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=installation.root
+    )
     assert result.returncode == 0, result.stderr
     assert "'ops'" in result.stdout
 
@@ -244,14 +253,19 @@ def test_op_without_library_raises_what_keeps_it_from_loading(monkeypatch):
     monkeypatch.setattr(_library, "_C", None)
     monkeypatch.setattr(_library, "_error", ImportError("undefined symbol: aoti_torch_something"))
     assert not _library.load()
-    with pytest.raises(RuntimeError, match=r"(?s)did not load: ImportError: undefined symbol.*\nbuilt: .*\nhere:  .*") as raised:
+    with pytest.raises(
+        RuntimeError, match=r"(?s)did not load: ImportError: undefined symbol.*\nbuilt: .*\nhere:  .*"
+    ) as raised:
         _library.require(SimpleNamespace(is_cuda=False))
     assert isinstance(raised.value.__cause__, ImportError)
 
 
 def test_cuda_tensor_given_to_a_cpu_build(monkeypatch):
     monkeypatch.setattr(_library, "_cuda_built", False)
-    message = r"(?s)a CUDA tensor was given to a build without CUDA\nbuilt: .*\nhere:  .*\nmend:  .*FORCE_CUDA=1 .*pip install"
+    message = (
+        r"(?s)a CUDA tensor was given to a build without CUDA\nbuilt: .*\nhere:  .*\nmend:  .*FORCE_CUDA=1 .*pip"
+        r" install"
+    )
     with pytest.raises(RuntimeError, match=message):
         _library.require(SimpleNamespace(is_cuda=True))
 

@@ -59,7 +59,9 @@ def test_separate_references_agree_with_a_full_ranking():
     embeddings, labels = random_set(61, 5, 9, seed=0)
     references, reference_labels = random_set(203, 5, 7, seed=1)  # classes 7 and 8 have no reference
     found = metrics.retrieval(embeddings, labels, references=references, reference_labels=reference_labels)
-    expected = by_hand(embeddings.double().numpy(), labels.numpy(), references.double().numpy(), reference_labels.numpy())
+    expected = by_hand(
+        embeddings.double().numpy(), labels.numpy(), references.double().numpy(), reference_labels.numpy()
+    )
     assert found == pytest.approx(expected)
     assert found["P@1"] > found["R@1"]  # the queries without a reference of their class count in R@1 only
 
@@ -80,11 +82,15 @@ def test_agrees_with_pytorch_metric_learning(k, separate, source, request):
     if separate == "references include the query":
         cut = len(labels) // 3
         theirs = calculator.get_accuracy(embeddings[:cut], labels[:cut], embeddings, labels, ref_includes_query=True)
-        ours = metrics.retrieval(embeddings[:cut], labels[:cut], references=embeddings, reference_labels=labels, ref_includes_query=True)
+        ours = metrics.retrieval(
+            embeddings[:cut], labels[:cut], references=embeddings, reference_labels=labels, ref_includes_query=True
+        )
     elif separate:
         cut = len(labels) // 3
         theirs = calculator.get_accuracy(embeddings[:cut], labels[:cut], embeddings[cut:], labels[cut:])
-        ours = metrics.retrieval(embeddings[:cut], labels[:cut], references=embeddings[cut:], reference_labels=labels[cut:])
+        ours = metrics.retrieval(
+            embeddings[:cut], labels[:cut], references=embeddings[cut:], reference_labels=labels[cut:]
+        )
     else:
         theirs = calculator.get_accuracy(embeddings, labels)
         ours = metrics.retrieval(embeddings, labels)
@@ -92,7 +98,9 @@ def test_agrees_with_pytorch_metric_learning(k, separate, source, request):
 
 
 def test_equal_distances_rank_by_index():
-    """Copies of one reference, enough for the edge of a matrix product to round them differently, and equal distances in pairs."""
+    """Copies of one reference, enough for the edge of a matrix product to round them differently, and equal distances
+    in pairs.
+    """
     generator = torch.Generator().manual_seed(5)
     prototypes = torch.randn(3, 33, generator=generator)
     references = prototypes[torch.arange(1003) % 3]
@@ -102,7 +110,9 @@ def test_equal_distances_rank_by_index():
     arrays = [value.double().numpy() if value.is_floating_point() else value.numpy() for value in (queries, labels)]
     assert found == pytest.approx(by_hand(*arrays, references.double().numpy(), reference_labels.numpy()))
 
-    whole = torch.randint(0, 3, (203, 4), generator=generator).float()  # whole numbers: their distances are exact, and many are equal
+    whole = torch.randint(
+        0, 3, (203, 4), generator=generator
+    ).float()  # whole numbers: their distances are exact, and many are equal
     labels = torch.randint(0, 5, (203,), generator=generator)
     assert metrics.retrieval(whole, labels) == pytest.approx(by_hand(whole.double().numpy(), labels.numpy()))
 
@@ -120,7 +130,9 @@ def test_no_full_matrix_is_made(monkeypatch):
     monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 1003)
     sizes = []
     smallest = metrics.smallest
-    monkeypatch.setattr(metrics, "smallest", lambda distances, k: sizes.append(distances.shape) or smallest(distances, k))
+    monkeypatch.setattr(
+        metrics, "smallest", lambda distances, k: sizes.append(distances.shape) or smallest(distances, k)
+    )
     metrics.retrieval(*random_set(1003, 4, 10, seed=0))
     assert set(sizes) == {(7, 1003), (2, 1003)}
 
@@ -129,7 +141,11 @@ def test_order_of_distances_and_scale_of_embeddings():
     """Euclidean on the embeddings as given: lengths matter."""
     references, reference_labels = torch.tensor([[10.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     found = metrics.retrieval(
-        torch.tensor([[1.0, 0.1]]), torch.tensor([0]), references=references, reference_labels=reference_labels, recall_at=(1, 2)
+        torch.tensor([[1.0, 0.1]]),
+        torch.tensor([0]),
+        references=references,
+        reference_labels=reference_labels,
+        recall_at=(1, 2),
     )
     assert (found["R@1"], found["R@2"]) == (0.0, 1.0)
 
@@ -140,7 +156,9 @@ def test_ranks_asked_for_and_lists_that_are_too_short():
     assert found == {"P@1": 1.0, "R@5": 1.0, "P@4": 0.5, "RP": 1.0, "MAP@R": 1.0}
 
 
-@pytest.mark.parametrize("scalar", [int, np.int64, np.uint8, np.array, torch.tensor], ids=lambda scalar: scalar.__name__)
+@pytest.mark.parametrize(
+    "scalar", [int, np.int64, np.uint8, np.array, torch.tensor], ids=lambda scalar: scalar.__name__
+)
 def test_kinds_of_ranks(scalar):
     embeddings, labels = random_set(17, 3, 4, seed=0)
     expected = metrics.retrieval(embeddings, labels, recall_at=(2,), precision_at=(3, 1))
@@ -198,7 +216,9 @@ def test_nmi_of_clusters_agrees_with_scikit_learn(groups, clusters):
     labels = generator.integers(0, groups, 507)
     guess = np.where(generator.random(507) < 0.5, labels, generator.integers(0, clusters, 507)) % clusters
     assert metrics.nmi_of_clusters(labels, guess) == pytest.approx(peer(labels, guess), abs=1e-12)
-    assert metrics.nmi_of_clusters(torch.from_numpy(labels), torch.from_numpy(guess - 7)) == pytest.approx(peer(labels, guess), abs=1e-12)
+    assert metrics.nmi_of_clusters(torch.from_numpy(labels), torch.from_numpy(guess - 7)) == pytest.approx(
+        peer(labels, guess), abs=1e-12
+    )
 
 
 def test_nmi_of_equal_and_of_unrelated_groups():
@@ -227,7 +247,9 @@ def test_nmi_agrees_with_pytorch_metric_learning(digits):
 def test_nmi_counts_of_clusters_and_seeds(digits):
     pixels, labels = digits
     assert metrics.nmi(pixels, labels, num_clusters=1) == 0.0
-    assert metrics.nmi(pixels, labels, seed=3) == metrics.nmi(torch.from_numpy(pixels), torch.from_numpy(labels), seed=3)
+    assert metrics.nmi(pixels, labels, seed=3) == metrics.nmi(
+        torch.from_numpy(pixels), torch.from_numpy(labels), seed=3
+    )
     assert metrics.nmi(pixels, labels, num_clusters=30) != metrics.nmi(pixels, labels)
 
 
@@ -253,7 +275,11 @@ E2, L2 = torch.eye(3, 2), torch.tensor([0, 1, 0])
         (ValueError, "labels should be on cpu, the device of embeddings; got meta", {"labels": L2.to("meta")}),
         (ValueError, "references and reference_labels should be given together", {"references": E2}),
         (ValueError, "references and reference_labels should be given together", {"reference_labels": L2}),
-        (ValueError, "references should have at least 1 row, got none", {"references": E2[:0], "reference_labels": L2[:0]}),
+        (
+            ValueError,
+            "references should have at least 1 row, got none",
+            {"references": E2[:0], "reference_labels": L2[:0]},
+        ),
         (
             ValueError,
             "references should be of dimension 2, that of embeddings; got 3",
@@ -273,13 +299,26 @@ E2, L2 = torch.eye(3, 2), torch.tensor([0, 1, 0])
         (TypeError, "precision_at should be an integer, got True", {"precision_at": True}),
         (
             ValueError,
-            "references and reference_labels should begin with the 3 rows of embeddings and labels, as ref_includes_query says",
-            {"references": torch.cat([E2.flip(0), E2]), "reference_labels": torch.cat([L2, L2]), "ref_includes_query": True},
+            (
+                "references and reference_labels should begin with the 3 rows of embeddings and labels, as"
+                " ref_includes_query says"
+            ),
+            {
+                "references": torch.cat([E2.flip(0), E2]),
+                "reference_labels": torch.cat([L2, L2]),
+                "ref_includes_query": True,
+            },
         ),
         (
             ValueError,
             "references should have at least 2 rows where they include the query; got 1",
-            {"embeddings": E2[:1], "labels": L2[:1], "references": E2[:1], "reference_labels": L2[:1], "ref_includes_query": True},
+            {
+                "embeddings": E2[:1],
+                "labels": L2[:1],
+                "references": E2[:1],
+                "reference_labels": L2[:1],
+                "ref_includes_query": True,
+            },
         ),
     ],
 )

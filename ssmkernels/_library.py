@@ -36,7 +36,9 @@ def library() -> ModuleType:
         RuntimeError: it did not load; the message says what was built, what is here and the command that mends it.
     """
     if _C is None:
-        raise RuntimeError(_failure(f"its compiled library did not load: {type(_error).__name__}: {_error}")) from _error
+        raise RuntimeError(
+            _failure(f"its compiled library did not load: {type(_error).__name__}: {_error}")
+        ) from _error
     return _C
 
 
@@ -54,7 +56,9 @@ def require(tensor: torch.Tensor) -> None:
 
 def _require_cuda(tensor: torch.Tensor) -> None:
     if not _cuda_built:
-        raise RuntimeError(_failure("a CUDA tensor was given to a build without CUDA", info.install_command("FORCE_CUDA=1")))
+        raise RuntimeError(
+            _failure("a CUDA tensor was given to a build without CUDA", info.install_command("FORCE_CUDA=1"))
+        )
     if tensor.device.index in _checked_devices:
         return
     import torch
@@ -73,6 +77,6 @@ def _failure(problem: str, mend: str | None = None) -> str:
     report = info.collect()
     mend = mend or next((entry["mend"] for entry in report["problems"]), info.install_command())
     return (
-        f"ssmkernels cannot run: {problem}\nbuilt: {info.describe_build(report)}\nhere:  {info.describe_machine(report)}\n"
-        f"mend:  {mend}\nMore is told by: python -m ssmkernels info"
+        f"ssmkernels cannot run: {problem}\nbuilt: {info.describe_build(report)}\nhere: "
+        f" {info.describe_machine(report)}\nmend:  {mend}\nMore is told by: python -m ssmkernels info"
     )

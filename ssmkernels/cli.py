@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command ``ssmkernels``: each subcommand is a module's ``main(argv) -> exit status``, imported only when it is called."""
+"""The command ``ssmkernels``: each subcommand is a module's ``main(argv) -> exit status``, imported only when it is
+called.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
-    return f"usage: ssmkernels [--help] [--version] COMMAND ...\n\n{commands}\n\nssmkernels COMMAND --help tells what a command takes."
+    return (
+        f"usage: ssmkernels [--help] [--version] COMMAND ...\n\n{commands}\n\nssmkernels COMMAND --help tells what a"
+        " command takes."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The collectives that modules and trainers share. Each is the identity where ``torch.distributed`` is not initialised."""
+"""The collectives that modules and trainers share. Each is the identity where ``torch.distributed`` is not
+initialised.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,8 @@ def broadcast_buffers(module: nn.Module) -> None:
 def gather_rows(tensor: Tensor) -> Tensor:
     """As :func:`all_gather_rows`, with gradient: the rows of rank r get what all ranks together send back to them.
 
-    Where every rank computes the same loss L of the gathered rows, that is world_size · ∂L/∂rows; DDP, which takes the mean over ranks of
-    the gradients of the parameters, makes of it the gradient of one process with the whole batch.
+    Where every rank computes the same loss L of the gathered rows, that is world_size · ∂L/∂rows; DDP, which takes the
+    mean over ranks of the gradients of the parameters, makes of it the gradient of one process with the whole batch.
     """
     return _GatherRows.apply(tensor) if is_distributed() else tensor
 

@@ -22,7 +22,9 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError("ssmkernels.estimators needs scikit-learn 1.6 or newer: pip install scikit-learn, or 'ssmkernels[train]'") from error
+    raise ImportError(
+        "ssmkernels.estimators needs scikit-learn 1.6 or newer: pip install scikit-learn, or 'ssmkernels[train]'"
+    ) from error
 
 __all__ = ["LabelPropagation", "MixedLabelPropagation"]
 
@@ -35,21 +37,24 @@ _TIE = 1e-12
 class LabelPropagation(ClassifierMixin, BaseEstimator):
     """Label propagation on a kNN graph, equation (16): labels flow from few labelled points to the unlabelled ones.
 
-    The affinity of two points is the cosine of their angle to the power ``gamma``, 0 where it is negative; scale and origin of the
-    features matter accordingly, and a point at the origin is no one's neighbour. Without unlabelled points, it smooths the labels.
-    Computes in float64 on the CPU; a :class:`~sklearn.exceptions.ConvergenceWarning` says if ``max_iter`` was not enough.
+    The affinity of two points is the cosine of their angle to the power ``gamma``, 0 where it is negative; scale and
+    origin of the features matter accordingly, and a point at the origin is no one's neighbour. Without unlabelled
+    points, it smooths the labels. Computes in float64 on the CPU; a :class:`~sklearn.exceptions.ConvergenceWarning`
+    says if ``max_iter`` was not enough.
 
-    Unlabelled points have the label -1 in y. Where labels are strings, y is of dtype object and -1 the integer, or None, NaN or
-    pandas.NA stands there; the string "-1" is refused, as it might be either a class or the mark.
+    Unlabelled points have the label -1 in y. Where labels are strings, y is of dtype object and -1 the integer, or
+    None, NaN or pandas.NA stands there; the string "-1" is refused, as it might be either a class or the mark.
 
-    Points that no label reaches (in a component of the graph without labels, or without a positive score) have the shares of the
-    classes among the labels for a distribution, and so the most frequent class. So have new points without a positive affinity to a
-    training point.
+    Points that no label reaches (in a component of the graph without labels, or without a positive score) have the
+    shares of the classes among the labels for a distribution, and so the most frequent class. So have new points
+    without a positive affinity to a training point.
 
     Args:
-        n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is more.
-        affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a symmetric matrix [N, N] of
-            weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and ``gamma`` are not used then.
+        n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is
+        more. affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a
+        symmetric matrix [N, N] of
+            weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and ``gamma`` are not
+            used then.
         gamma: > 0, exponent of the affinity (15).
         mu: > 0, how strongly labelled points keep their label, in the unit of the affinities.
         mu_unlabeled: ≥ 0, how strongly unlabelled points are drawn to no label; ``mu`` for equation (12).
@@ -59,7 +64,8 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
     Attributes:
         classes_: [C] the labels there are, sorted.
-        label_distributions_: [N, C] scores of the training points, those below 0 as 0, rows summing to 1. Of label propagation, with a
+        label_distributions_: [N, C] scores of the training points, those below 0 as 0, rows summing to 1. Of label
+        propagation, with a
             ``mu`` that is small beside the degrees of the graph, they are close to uniform; their order is what counts.
         transduction_: [N] the class of each training point: the largest of its row above.
         confidence_: [N] in [0, 1], equation (21) of the distribution; 0 where no label reaches.
@@ -74,7 +80,8 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
     confidence_: np.ndarray
     n_iter_: int
     _prior: np.ndarray  # [C] shares of the classes among the labels
-    _directions: Any  # [N, d] training points, of length 1: an array, a scipy.sparse one, or None where the affinity is precomputed
+    # [N, d] training points, of length 1: an array, a scipy.sparse one, or None where the affinity is precomputed
+    _directions: Any
 
     def __init__(
         self,
@@ -98,10 +105,12 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         self.max_iter = max_iter
 
     def fit(self, X: Any, y: Any) -> LabelPropagation:
-        """Propagates the labels y [N], -1 where there is none, over the points X [N, d], dense or sparse, or the graph X [N, N].
+        """Propagates the labels y [N], -1 where there is none, over the points X [N, d], dense or sparse, or the graph
+        X [N, N].
 
         Raises:
-            ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no classes at all
+            ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no
+            classes at all
                 (numbers that are not whole), or a parameter is out of range; the message says which.
         """
         y = _with_missing_marked(y)
@@ -117,7 +126,10 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
         self._prior, self._directions = prior, None if self.affinity == "precomputed" else _unit_rows(X)
         system = propagation.LabelSystem(
-            self._graph(X), torch.from_numpy(codes), num_classes=len(self.classes_), **self._settings("mu", "mu_unlabeled", "balance")
+            self._graph(X),
+            torch.from_numpy(codes),
+            num_classes=len(self.classes_),
+            **self._settings("mu", "mu_unlabeled", "balance"),
         )
         result = self._propagate(system)
         if system.shortfall:
@@ -152,11 +164,12 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         return tags
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """[M, C] distributions over ``classes_`` of points X [M, d]: means of those of the ``n_neighbors`` nearest training points.
+        """[M, C] distributions over ``classes_`` of points X [M, d]: means of those of the ``n_neighbors`` nearest
+        training points.
 
-        Nearest by cosine; all that are as near as the last of them count. The weights are the affinities (15). A training point is its
-        own nearest neighbour here; what was found for it is in ``label_distributions_``. Where the affinity is precomputed, X [M, N] has
-        the weights of all training points.
+        Nearest by cosine; all that are as near as the last of them count. The weights are the affinities (15). A
+        training point is its own nearest neighbour here; what was found for it is in ``label_distributions_``. Where
+        the affinity is precomputed, X [M, N] has the weights of all training points.
         """
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
@@ -188,16 +201,17 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
 
 class MixedLabelPropagation(LabelPropagation):
-    """Mixed label propagation on a kNN graph, equations (19)-(24): label propagation, then once more with dissimilar edges found by it.
+    """Mixed label propagation on a kNN graph, equations (19)-(24): label propagation, then once more with dissimilar
+    edges found by it.
 
     An edge is dissimilar as far as its two ends confidently get different labels when it is taken away.
     Everything but the two parameters below is as in :class:`LabelPropagation`.
 
     Args:
         n_neighbors, affinity, gamma, balance, rtol, max_iter: as there.
-        mu, mu_unlabeled: likewise, in units of the mean affinity on the graph: the result is the same for affinities c times as large.
-        beta: ≥ 0, weight of dissimilar edges (24), in the same unit.
-        logit_scale: > 0, sharpness λ of the labels (20) that dissimilar edges are judged by.
+        mu, mu_unlabeled: likewise, in units of the mean affinity on the graph: the result is the same for affinities c
+        times as large. beta: ≥ 0, weight of dissimilar edges (24), in the same unit. logit_scale: > 0, sharpness λ of
+        the labels (20) that dissimilar edges are judged by.
     """
 
     def __init__(
@@ -235,11 +249,14 @@ class MixedLabelPropagation(LabelPropagation):
 
 
 def _with_missing_marked(y: Any) -> Any:
-    """y with the integer -1 where a label is missing, if it is of objects or strings; anything else as it is, for scikit-learn to judge.
+    """y with the integer -1 where a label is missing, if it is of objects or strings; anything else as it is, for
+    scikit-learn to judge.
 
     Of numpy or pandas; pandas has columns of strings and of integers that hold missing values and no -1.
     """
-    if hasattr(y, "isna") and getattr(y, "ndim", 0) == 1 and not isinstance(y.dtype, np.dtype):  # an extension type of pandas
+    if (
+        hasattr(y, "isna") and getattr(y, "ndim", 0) == 1 and not isinstance(y.dtype, np.dtype)
+    ):  # an extension type of pandas
         y = y.astype(object)
     labels = np.asarray(y) if hasattr(y, "dtype") and not sparse.issparse(y) else None
     if labels is None or labels.dtype != object or labels.ndim != 1:
@@ -257,7 +274,8 @@ def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes [C] of y [N], and which of them each entry is: int64 [N], -1 where it is unlabelled."""
     if y.dtype.kind in "UO" and any(isinstance(label, str) and label == "-1" for label in y):
         raise ValueError(
-            "y is of strings and holds '-1'; y should be of dtype object, with the integer -1, None or NaN where there is no label"
+            "y is of strings and holds '-1'; y should be of dtype object, with the integer -1, None or NaN where there"
+            " is no label"
         )
     if y.dtype == object:
         unlabelled = np.array([isinstance(label, numbers.Real) and label == -1 for label in y])
@@ -289,6 +307,8 @@ def _unit_rows(X: Any) -> Any:
     if sparse.issparse(X):
         largest = abs(X).max(axis=1).toarray().reshape(-1, 1)
         scaled = X.multiply(1 / np.maximum(largest, tiny)).tocsr()
-        return sparse.csr_array(scaled.multiply(1 / np.maximum(np.sqrt(scaled.power(2).sum(axis=1)).reshape(-1, 1), tiny)))
+        return sparse.csr_array(
+            scaled.multiply(1 / np.maximum(np.sqrt(scaled.power(2).sum(axis=1)).reshape(-1, 1), tiny))
+        )
     scaled = X / np.maximum(np.abs(X).max(axis=1, keepdims=True), tiny)  # squares neither overflow nor vanish
     return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), tiny)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``ssmkernels info``: what was built, what machine this is, and what is wrong, with the command that mends it.
 
-Needs the standard library only, and works where torch or the compiled library is missing or broken: both are looked at from a process of
-their own, so that even a crash of theirs is but a line of the report.
+Needs the standard library only, and works where torch or the compiled library is missing or broken: both are looked at
+from a process of their own, so that even a crash of theirs is but a line of the report.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ import json, torch
 cuda = torch.cuda.is_available()
 devices = [{"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
            for i in range(torch.cuda.device_count())] if cuda else []
-print("MARK" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": cuda, "devices": devices,
-                           "threads": torch.get_num_threads(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}))
+print("MARK" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": cuda,
+                            "devices": devices,
+                           "threads": torch.get_num_threads(),
+                            "cpu_capability": torch.backends.cpu.get_cpu_capability()}))
 """
 _PROBE_LIBRARY = """
 import json, torch
@@ -67,10 +69,11 @@ def collect() -> Report:
 
 
 def covers(architectures: Iterable[str], capability: Sequence[int]) -> bool:
-    """Whether a build for ``architectures`` (CMake's words: "80-real", "90-virtual", "90") has code for a device of ``capability``.
+    """Whether a build for ``architectures`` (CMake's words: "80-real", "90-virtual", "90") has code for a device of
+    ``capability``.
 
-    Machine code runs on devices of its major version and at least its minor one; PTX on everything not older; neither, where the name
-    ends in a, on anything but that very device.
+    Machine code runs on devices of its major version and at least its minor one; PTX on everything not older; neither,
+    where the name ends in a, on anything but that very device.
     """
     device = capability[0] * 10 + capability[1]
     for architecture in architectures:
@@ -104,7 +107,13 @@ def describe_build(report: Report) -> str:
 
 def describe_machine(report: Report) -> str:
     torch = report["torch"]
-    found = "no torch" if torch is None else "a torch that does not import" if "error" in torch else f"torch {torch['version']}"
+    found = (
+        "no torch"
+        if torch is None
+        else "a torch that does not import"
+        if "error" in torch
+        else f"torch {torch['version']}"
+    )
     devices = ", ".join(_device_name(device) for device in _devices(report)) or "no CUDA device"
     return f"{__version__}, Python {report['python']['version']}, {found}, {devices}"
 
@@ -115,14 +124,18 @@ def format_report(report: Report) -> str:
     for title, rows in _sections(report):
         width = max(len(name) for name, _ in rows)
         blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
-    problems = [line for entry in report["problems"] for line in (f"  - {entry['problem']}", f"    mend: {entry['mend']}")]
+    problems = [
+        line for entry in report["problems"] for line in (f"  - {entry['problem']}", f"    mend: {entry['mend']}")
+    ]
     blocks.append("\n".join(["problems", *(problems or ["  none"])]))
     return "\n\n".join(blocks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; 1 where there are problems, 0 otherwise."""
-    parser = argparse.ArgumentParser(prog="ssmkernels info", description="What was built, what machine this is, and what is wrong.")
+    parser = argparse.ArgumentParser(
+        prog="ssmkernels info", description="What was built, what machine this is, and what is wrong."
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     report = collect()
@@ -144,7 +157,10 @@ def _sections(report: Report) -> Iterable[tuple[str, list[tuple[str, str]]]]:
     built = [("library", library.get("file") or library.get("error") or "not built")]
     if build:
         built += [
-            ("built from", f"{build['version']} with Python {build['python']}, torch {build['torch']}, {build['compiler']}"),
+            (
+                "built from",
+                f"{build['version']} with Python {build['python']}, torch {build['torch']}, {build['compiler']}",
+            ),
             ("CUDA", f"{build['cuda']} for {_architectures(build)}" if build["cuda"] else "none: CPU only"),
             ("instruction sets", ", ".join(build["instruction_sets"])),
         ]
@@ -185,34 +201,58 @@ def _problems(report: Report) -> Iterable[tuple[str, str]]:
     elif "error" in library:
         yield f"the compiled library does not load: {library['error']}", install_command()
     elif build and build["version"] != __version__:
-        yield f"the compiled library is of version {build['version']}, the Python files of {__version__}", install_command()
+        yield (
+            f"the compiled library is of version {build['version']}, the Python files of {__version__}",
+            install_command(),
+        )
     yield from _cuda_problems(report, build, torch, devices)
     wanted = report["environment"].get("SSMKERNELS_ISA")
     if wanted and library and wanted not in library.get("available", [wanted]):
-        yield f"SSMKERNELS_ISA is {wanted!r}, and this processor runs {', '.join(library['available'])}", "unset SSMKERNELS_ISA"
+        yield (
+            f"SSMKERNELS_ISA is {wanted!r}, and this processor runs {', '.join(library['available'])}",
+            "unset SSMKERNELS_ISA",
+        )
 
 
-def _cuda_problems(report: Report, build: Report | None, torch: Report | None, devices: list[Report]) -> Iterable[tuple[str, str]]:
+def _cuda_problems(
+    report: Report, build: Report | None, torch: Report | None, devices: list[Report]
+) -> Iterable[tuple[str, str]]:
     if not devices or not torch or "error" in torch:
         return
     if torch["cuda"] and not torch["cuda_available"] and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         problem = f"torch {torch['version']} is built for CUDA {torch['cuda']} and cannot use {devices[0]['name']}"
-        yield problem, "nvidia-smi   # a driver older than that CUDA is the usual cause: install a newer one, or a torch for an older CUDA"
+        yield (
+            problem,
+            (
+                "nvidia-smi   # a driver older than that CUDA is the usual cause: install a newer one, or a torch for"
+                " an older CUDA"
+            ),
+        )
     if build is None or not torch["cuda_available"]:
         return
     if build["cuda"] is None:
-        yield f"there is {devices[0]['name']}, but the compiled library was built without CUDA", install_command("FORCE_CUDA=1")
+        yield (
+            f"there is {devices[0]['name']}, but the compiled library was built without CUDA",
+            install_command("FORCE_CUDA=1"),
+        )
         return
     for device in devices:
         if not covers(build["cuda_architectures"], device["capability"]):
-            problem = f"the compiled library has no code for {_device_name(device)}: it was built for {_architectures(build)}"
+            problem = (
+                f"the compiled library has no code for {_device_name(device)}: it was built for {_architectures(build)}"
+            )
             major, minor = device["capability"]
             newer = install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"')
             yield problem, newer if major >= 8 else "use the CPU: the CUDA kernels need compute capability 8.0 or newer"
     driver = report["cuda"]["driver"]
     if driver and driver[0] < int(build["cuda"].split(".")[0]):
-        problem = f"the driver runs CUDA {driver[0]}.{driver[1]}, and the compiled library was built with {build['cuda']}"
-        yield problem, install_command(f"CUDA_HOME=/usr/local/cuda-{driver[0]}.{driver[1]}") + "   # or install a newer driver"
+        problem = (
+            f"the driver runs CUDA {driver[0]}.{driver[1]}, and the compiled library was built with {build['cuda']}"
+        )
+        yield (
+            problem,
+            install_command(f"CUDA_HOME=/usr/local/cuda-{driver[0]}.{driver[1]}") + "   # or install a newer driver",
+        )
 
 
 def _missing_library() -> str:
@@ -230,7 +270,10 @@ def _build_info() -> Report | None:
 
 
 def _probe(code: str) -> Report:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     command = [sys.executable, "-c", code.replace("MARK", _MARK)]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
@@ -310,7 +353,10 @@ def _cpu_flags() -> list[str]:
 
 def _nvcc_version() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    places = [os.path.join(home, "bin") for home in homes if home] + [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    places = [os.path.join(home, "bin") for home in homes if home] + [
+        os.environ.get("PATH", os.defpath),
+        "/usr/local/cuda/bin",
+    ]
     nvcc = shutil.which("nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How well embeddings retrieve and cluster: recall, precision, R-precision, MAP@R and normalised mutual information.
 
-The recall, precision and NMI of Zhuang and Moulin (CVPR 2023), equations (30)-(35); R-precision and MAP@R of Musgrave et al. (ECCV
-2020), as pytorch-metric-learning's AccuracyCalculator has them.
+The recall, precision and NMI of Zhuang and Moulin (CVPR 2023), equations (30)-(35); R-precision and MAP@R of Musgrave
+et al. (ECCV 2020), as pytorch-metric-learning's AccuracyCalculator has them.
 """
 
 from __future__ import annotations
@@ -34,23 +34,25 @@ def retrieval(
 ) -> dict[str, float]:
     """Ranks the references of every query by distance, and tells how many of its own class come first.
 
-    =========  ==========================================================================================  =====================
-    key        mean over the queries of                                                                    queries
-    =========  ==========================================================================================  =====================
-    ``P@1``    whether the nearest reference is of the query's class                                       with R ≥ 1
-    ``R@k``    whether one of the k nearest is, equation (34)                                              all
-    ``P@k``    the share of the k nearest that are, equation (35)                                          all
+    =========  ==========================================================================================
+    ===================== key        mean over the queries of
+    queries =========  ==========================================================================================
+    ===================== ``P@1``    whether the nearest reference is of the query's class
+    with R ≥ 1 ``R@k``    whether one of the k nearest is, equation (34)
+    all ``P@k``    the share of the k nearest that are, equation (35)                                          all
     ``RP``     the share of the R nearest that are                                                         with R ≥ 1
     ``MAP@R``  (1/R) Σ_{j ≤ R} [the j-th is] · (share of the j nearest that are)                           with R ≥ 1
-    =========  ==========================================================================================  =====================
+    =========  ==========================================================================================
+    =====================
 
-    R is the number of references of the query's class, itself not counted. ``P@1`` is always there and always leaves out the queries
-    without any such reference, as pytorch-metric-learning does; over all queries it is ``R@1``. Where no query has one, the three are NaN.
-    Where there are fewer than k references, the missing ones count as misses.
+    R is the number of references of the query's class, itself not counted. ``P@1`` is always there and always leaves
+    out the queries without any such reference, as pytorch-metric-learning does; over all queries it is ``R@1``. Where
+    no query has one, the three are NaN. Where there are fewer than k references, the missing ones count as misses.
 
-    Distances are Euclidean between the embeddings as given (for unit vectors, the order of the cosine), in float64, exact, over all
-    references; equal distances rank by index, and equal references have equal distances. Queries are taken some at a time: the memory is
-    O((N + M)·d) and a bounded share of the N·M distances. Runs on the device of ``embeddings``.
+    Distances are Euclidean between the embeddings as given (for unit vectors, the order of the cosine), in float64,
+    exact, over all references; equal distances rank by index, and equal references have equal distances. Queries are
+    taken some at a time: the memory is O((N + M)·d) and a bounded share of the N·M distances. Runs on the device of
+    ``embeddings``.
 
     Every label is a class here, −1 too: leave out what is unlabelled.
 
@@ -73,15 +75,21 @@ def retrieval(
         raise ValueError("references and reference_labels should be given together")
     if references is None or reference_labels is None:
         if len(queries) < 2:
-            raise ValueError(f"embeddings should have at least 2 rows, or references should be given; got {len(queries)}")
+            raise ValueError(
+                f"embeddings should have at least 2 rows, or references should be given; got {len(queries)}"
+            )
         keys, key_labels = queries, labels
     else:
         keys, key_labels = _embeddings_and_labels("references", references, "reference_labels", reference_labels)
         if keys.shape[1] != queries.shape[1]:
-            raise ValueError(f"references should be of dimension {queries.shape[1]}, that of embeddings; got {keys.shape[1]}")
+            raise ValueError(
+                f"references should be of dimension {queries.shape[1]}, that of embeddings; got {keys.shape[1]}"
+            )
         if keys.device != queries.device:
             raise ValueError(f"references should be on {queries.device}, the device of embeddings; got {keys.device}")
-        if ref_includes_query and not (keys[: len(queries)].equal(queries) and key_labels[: len(queries)].equal(labels)):
+        if ref_includes_query and not (
+            keys[: len(queries)].equal(queries) and key_labels[: len(queries)].equal(labels)
+        ):
             raise ValueError(
                 f"references and reference_labels should begin with the {len(queries)} rows of embeddings and labels, "
                 "as ref_includes_query says"
@@ -124,10 +132,13 @@ def retrieval(
 
 
 class _Distances:
-    """Squared Euclidean distances to ``references`` [M, d], but for the squared norm of the query, which changes no order."""
+    """Squared Euclidean distances to ``references`` [M, d], but for the squared norm of the query, which changes no
+    order.
+    """
 
     def __init__(self, references: Tensor) -> None:
-        # A matrix product may round the same numbers differently from column to column; equal references are computed once instead.
+        # A matrix product may round the same numbers differently from column to column; equal references are computed
+        # once instead.
         distinct, self._position = torch.unique(references, dim=0, return_inverse=True)
         self._repeated = len(distinct) < len(references)
         rows = distinct if self._repeated else references
@@ -153,11 +164,14 @@ def smallest(values: Tensor, k: int) -> Tensor:
     return columns.gather(1, order)
 
 
-def nmi(embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clusters: int | None = None, seed: int = 0) -> float:
-    """Normalised mutual information 2 I/(H + H) between the classes and a k-means clustering of the embeddings: equations (30)-(33).
+def nmi(
+    embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clusters: int | None = None, seed: int = 0
+) -> float:
+    """Normalised mutual information 2 I/(H + H) between the classes and a k-means clustering of the embeddings:
+    equations (30)-(33).
 
-    Clusters with scikit-learn's k-means, on the CPU: k-means++ seeding, one run. The same seed gives the same clusters; another may give
-    others. :func:`nmi_of_clusters` rates clusters from elsewhere.
+    Clusters with scikit-learn's k-means, on the CPU: k-means++ seeding, one run. The same seed gives the same clusters;
+    another may give others. :func:`nmi_of_clusters` rates clusters from elsewhere.
 
     Args:
         embeddings: [N, d], floating point, finite.
@@ -181,7 +195,9 @@ def nmi(embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clu
         num_clusters = len(labels.unique())
     num_clusters, seed = _integer("num_clusters", num_clusters), _integer("seed", seed)
     if not 1 <= num_clusters <= len(points):
-        raise ValueError(f"num_clusters should be from 1 to {len(points)}, the number of embeddings; got {num_clusters}")
+        raise ValueError(
+            f"num_clusters should be from 1 to {len(points)}, the number of embeddings; got {num_clusters}"
+        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed should be from 0 to 2³² − 1, got {seed}")
     clusters = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(points.cpu().numpy())
@@ -191,7 +207,8 @@ def nmi(embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clu
 def nmi_of_clusters(labels: Tensor | np.ndarray, clusters: Tensor | np.ndarray) -> float:
     """Normalised mutual information 2 I/(H + H) between classes and clusters, each [N] integers: equations (30)-(33).
 
-    1 where the two agree but for the names, also where both are a single group; 0 where they tell nothing of each other.
+    1 where the two agree but for the names, also where both are a single group; 0 where they tell nothing of each
+    other.
 
     Raises:
         TypeError, ValueError: an argument is not as said above, or N is 0; the message names it.
@@ -236,7 +253,9 @@ def _embeddings_and_labels(
         raise ValueError(f"{name} should be finite, but holds NaN or infinity")
     labels = _labels(labels_name, labels)
     if len(labels) != len(embeddings):
-        raise ValueError(f"{labels_name} should have {len(embeddings)} entries, one for each row of {name}; got {len(labels)}")
+        raise ValueError(
+            f"{labels_name} should have {len(embeddings)} entries, one for each row of {name}; got {len(labels)}"
+        )
     if labels.device != embeddings.device:
         raise ValueError(f"{labels_name} should be on {embeddings.device}, the device of {name}; got {labels.device}")
     return embeddings.detach().double(), labels

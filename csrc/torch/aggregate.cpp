@@ -7,8 +7,8 @@ namespace ssmkernels::binding {
 namespace {
 
 template <class Storage>
-Aggregate<Storage> problem_of(const Tensor& query, const Tensor& bank, const Tensor& labels, int64_t classes, double temperature,
-                              bool allow_tf32) {
+Aggregate<Storage> problem_of(const Tensor& query, const Tensor& bank, const Tensor& labels, int64_t classes,
+                              double temperature, bool allow_tf32) {
   return {data<Storage>(query), bank_view<Storage>(bank, labels, classes), query.size(0), temperature, allow_tf32};
 }
 
@@ -21,10 +21,11 @@ Tensor workspace([[maybe_unused]] const Aggregate<Storage>& problem, [[maybe_unu
 #endif
 }
 
-std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank, const Tensor& bank_labels, int64_t num_classes,
-                                        double temperature, bool allow_tf32) {
+std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank, const Tensor& bank_labels,
+                                        int64_t num_classes, double temperature, bool allow_tf32) {
   const Tensor labels = check_bank(bank, bank_labels, query), rows = check_query(query, "query", bank);
-  STD_TORCH_CHECK(bank.size(0) > 0 && num_classes > 0, "bank must have at least one slot, and num_classes be at least 1");
+  STD_TORCH_CHECK(bank.size(0) > 0 && num_classes > 0,
+                  "bank must have at least one slot, and num_classes be at least 1");
   Tensor aggregated = new_tensor(bank, {query.size(0), num_classes}, compute_dtype(query));
   Tensor log_normalizer = new_tensor(bank, {query.size(0)}, compute_dtype(query));
   if (query.size(0) == 0) return {aggregated, log_normalizer};
@@ -35,7 +36,8 @@ std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank,
     const auto problem = problem_of<Storage>(rows, bank, labels, num_classes, temperature, allow_tf32);
     const AggregateResult<Real> result{data<Real>(aggregated), data<Real>(log_normalizer)};
     run_on_device(
-        bank, "aggregate", [&] { SSM_CALL_ISA(aggregate, problem, result, Threads(bank_work(1, problem.rows, problem.bank))); },
+        bank, "aggregate",
+        [&] { SSM_CALL_ISA(aggregate, problem, result, Threads(bank_work(1, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::aggregate(problem, result, data<void>(workspace(problem, bank)), stream);
@@ -45,8 +47,9 @@ std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank,
   return {aggregated, log_normalizer};
 }
 
-Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query, const Tensor& bank, const Tensor& bank_labels,
-                             const Tensor& aggregated, const Tensor& log_normalizer, double temperature, bool allow_tf32) {
+Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query, const Tensor& bank,
+                             const Tensor& bank_labels, const Tensor& aggregated, const Tensor& log_normalizer,
+                             double temperature, bool allow_tf32) {
   const Tensor labels = check_bank(bank, bank_labels, query), rows = check_query(query, "query", bank);
   const int64_t classes = aggregated.size(-1);
   STD_TORCH_CHECK(bank.size(0) > 0, "bank must have at least one slot");
@@ -64,7 +67,8 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
     using Storage = decltype(storage);
     using Real = Compute<Storage>;
     const auto problem = problem_of<Storage>(rows, bank, labels, classes, temperature, allow_tf32);
-    const AggregateBackward<Real> backward{data<Real>(grad), data<Real>(saved), data<Real>(normalizer), data<Real>(grad_query)};
+    const AggregateBackward<Real> backward{data<Real>(grad), data<Real>(saved), data<Real>(normalizer),
+                                           data<Real>(grad_query)};
     run_on_device(
         bank, "aggregate_backward",
         [&] { SSM_CALL_ISA(aggregate_backward, problem, backward, Threads(bank_work(2, problem.rows, problem.bank))); },
@@ -79,10 +83,12 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "aggregate(Tensor query, Tensor bank, Tensor bank_labels, SymInt num_classes, float temperature, bool allow_tf32) -> "
+      "aggregate(Tensor query, Tensor bank, Tensor bank_labels, SymInt num_classes, float temperature, bool "
+      "allow_tf32) -> "
       "(Tensor aggregated, Tensor log_normalizer)");
   library.def(
-      "aggregate_backward(Tensor grad_aggregated, Tensor query, Tensor bank, Tensor bank_labels, Tensor aggregated, Tensor log_normalizer, "
+      "aggregate_backward(Tensor grad_aggregated, Tensor query, Tensor bank, Tensor bank_labels, Tensor aggregated, "
+      "Tensor log_normalizer, "
       "float temperature, bool allow_tf32) -> Tensor grad_query");
 }
 SSM_REGISTER("aggregate", aggregate_op)

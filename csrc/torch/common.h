@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What every binding needs: checks, dtype dispatch, threads, streams. Users meet the checks of ssmkernels/ops first, which raise ValueError
-// and TypeError; those here keep a direct call of torch.ops.ssmkernels from reading out of bounds.
+// What every binding needs: checks, dtype dispatch, threads, streams. Users meet the checks of ssmkernels/ops first,
+// which raise ValueError and TypeError; those here keep a direct call of torch.ops.ssmkernels from reading out of
+// bounds.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -19,14 +20,17 @@
 #include "../kernels/memory/bank.h"
 #include "threads.h"
 
-// Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of torch's own error.
+// Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of
+// torch's own error.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
 #ifdef SSM_WITH_CUDA
-// Lives in libtorch_cuda: present under a CUDA build of torch, null under a CPU one, so that one binary loads under both.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+// Lives in libtorch_cuda: present under a CUDA build of torch, null under a CPU one, so that one binary loads under
+// both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 #endif
 
 namespace ssmkernels::binding {
@@ -39,7 +43,8 @@ inline ScalarType compute_dtype(const Tensor& tensor) {
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must be [", rows,
+                  ", ", columns, "]");
 }
 
 inline void check_shape(const Tensor& tensor, const char* name, int64_t size) {
@@ -55,22 +60,23 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline constexpr size_t kMaxDims = 2;  // of the tensors that the ops make
 
-// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the op up by name and box its arguments, which takes
-// longer than to allocate a small tensor.
+// A contiguous tensor on the device of `like`. torch::stable::new_empty would look the op up by name and box its
+// arguments, which takes longer than to allocate a small tensor.
 inline Tensor new_tensor(const Tensor& like, Sizes size, ScalarType dtype) {
   STD_TORCH_CHECK(size.size() <= kMaxDims, "at most ", kMaxDims, " dimensions");
   int64_t strides[kMaxDims], stride = 1;
   for (size_t dim = size.size(); dim-- > 0;) {
     strides[dim] = stride;
-    STD_TORCH_CHECK(!__builtin_mul_overflow(stride, size[dim] > 0 ? size[dim] : 1, &stride), "a result has too many elements");
+    STD_TORCH_CHECK(!__builtin_mul_overflow(stride, size[dim] > 0 ? size[dim] : 1, &stride),
+                    "a result has too many elements");
   }
   int32_t device_type, device_index;
   AtenTensorHandle tensor;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides, code, device_type, device_index, &tensor));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), strides, code,
+                                                         device_type, device_index, &tensor));
   return Tensor(tensor);
 }
 
@@ -120,7 +126,8 @@ void run_on_device(const Tensor& tensor, const char* op, const Cpu& cpu, [[maybe
 
 template <class Storage>
 Bank<Storage> bank_view(const Tensor& bank, const Tensor& labels, int64_t classes) {
-  return {data<Storage>(bank), data<int64_t>(labels), bank.size(0), bank.size(1), classes, bank.stride(0), bank.stride(1)};
+  return {data<Storage>(bank), data<int64_t>(labels), bank.size(0), bank.size(1), classes,
+          bank.stride(0),      bank.stride(1)};
 }
 
 // As many products of all rows with a bank, and the exponentials.

@@ -15,11 +15,13 @@ void dispatch_real(const Tensor& tensor, const F& f) {
   return f(double{});
 }
 
-// crow [N + 1] int64 and col [E] int32, contiguous, in the memory of the tensors; on the CPU, where reading is free, crow is checked.
+// crow [N + 1] int64 and col [E] int32, contiguous, in the memory of the tensors; on the CPU, where reading is free,
+// crow is checked.
 struct GraphTensors {
   Tensor crow, col;
 
-  GraphTensors(const Tensor& crow_in, const Tensor& col_in, const Tensor& like) : crow(as_contiguous(crow_in)), col(as_contiguous(col_in)) {
+  GraphTensors(const Tensor& crow_in, const Tensor& col_in, const Tensor& like)
+      : crow(as_contiguous(crow_in)), col(as_contiguous(col_in)) {
     STD_TORCH_CHECK(crow.dim() == 1 && crow.size(0) > 0, "crow must be [N + 1]");
     STD_TORCH_CHECK(col.dim() == 1, "col must be [E]");
     check_like(crow, "crow", ScalarType::Long, like);

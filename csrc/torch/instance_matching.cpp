@@ -12,8 +12,8 @@ struct Inputs {
   double temperature_weak, temperature_strong;
   bool allow_tf32;
 
-  Inputs(const Tensor& weak, const Tensor& strong, const Tensor& bank_, const Tensor& labels, const Tensor& probs, double t_weak,
-         double t_strong, bool tf32)
+  Inputs(const Tensor& weak, const Tensor& strong, const Tensor& bank_, const Tensor& labels, const Tensor& probs,
+         double t_weak, double t_strong, bool tf32)
       : query_weak(check_query(weak, "query_weak", bank_)),
         query_strong(check_query(strong, "query_strong", bank_)),
         bank(bank_),
@@ -52,16 +52,20 @@ struct Inputs {
 template <class Storage>
 Tensor workspace(const Inputs& in, bool with_gradient) {
 #ifdef SSM_WITH_CUDA
-  return new_tensor(in.bank, {cuda::instance_matching_workspace(in.problem<Storage>(), with_gradient)}, ScalarType::Byte);
+  return new_tensor(in.bank, {cuda::instance_matching_workspace(in.problem<Storage>(), with_gradient)},
+                    ScalarType::Byte);
 #else
   return {};
 #endif
 }
 
-std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak, const Tensor& query_strong, const Tensor& bank,
-                                                        const Tensor& bank_labels, const Tensor& probs_weak, double temperature_weak,
-                                                        double temperature_strong, double alpha, bool with_gradient, bool allow_tf32) {
-  const Inputs in(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, allow_tf32);
+std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak, const Tensor& query_strong,
+                                                        const Tensor& bank, const Tensor& bank_labels,
+                                                        const Tensor& probs_weak, double temperature_weak,
+                                                        double temperature_strong, double alpha, bool with_gradient,
+                                                        bool allow_tf32) {
+  const Inputs in(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong,
+                  allow_tf32);
   STD_TORCH_CHECK(bank.size(0) > 0, "bank must have at least one slot");
   const ScalarType dtype = compute_dtype(query_weak);
   Tensor pseudo_probs = new_tensor(bank, {in.rows, in.classes}, dtype);
@@ -72,14 +76,15 @@ std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak
   dispatch_dtype(query_weak, [&](auto storage) {
     using Storage = decltype(storage);
     using Real = Compute<Storage>;
-    const InstanceMatchingResult<Real> result{data<Real>(pseudo_probs), data<Real>(loss), with_gradient ? data<Real>(gradient) : nullptr,
-                                              alpha};
+    const InstanceMatchingResult<Real> result{data<Real>(pseudo_probs), data<Real>(loss),
+                                              with_gradient ? data<Real>(gradient) : nullptr, alpha};
     run_on_device(
         bank, "instance_matching",
         [&] { SSM_CALL_ISA(instance_matching, in.problem<Storage>(), result, in.threads<Storage>(with_gradient)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-          return cuda::instance_matching(in.problem<Storage>(), result, data<void>(workspace<Storage>(in, with_gradient)), stream);
+          return cuda::instance_matching(in.problem<Storage>(), result,
+                                         data<void>(workspace<Storage>(in, with_gradient)), stream);
 #endif
         });
   });
@@ -87,27 +92,30 @@ std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matching_partial_op(
-    const Tensor& query_weak, const Tensor& query_strong, const Tensor& bank, const Tensor& bank_labels, const Tensor& probs_weak,
-    double temperature_weak, double temperature_strong, bool allow_tf32) {
-  const Inputs in(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong, allow_tf32);
+    const Tensor& query_weak, const Tensor& query_strong, const Tensor& bank, const Tensor& bank_labels,
+    const Tensor& probs_weak, double temperature_weak, double temperature_strong, bool allow_tf32) {
+  const Inputs in(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong,
+                  allow_tf32);
   const ScalarType dtype = compute_dtype(query_weak);
   auto column = [&] { return new_tensor(bank, {in.rows}, dtype); };
   Tensor log_weak = column(), log_target = column(), log_strong = column(), target_logit = column();
   Tensor aggregated = new_tensor(bank, {in.rows, in.classes}, dtype);
-  Tensor target_mean = new_tensor(bank, {in.rows, in.dim}, dtype), strong_mean = new_tensor(bank, {in.rows, in.dim}, dtype);
+  Tensor target_mean = new_tensor(bank, {in.rows, in.dim}, dtype),
+         strong_mean = new_tensor(bank, {in.rows, in.dim}, dtype);
   if (in.rows > 0) {
     dispatch_dtype(query_weak, [&](auto storage) {
       using Storage = decltype(storage);
       using Real = Compute<Storage>;
-      const InstanceMatchingPartial<Real> partial{data<Real>(log_weak),   data<Real>(log_target),   data<Real>(log_strong),
-                                                  data<Real>(aggregated), data<Real>(target_logit), data<Real>(target_mean),
-                                                  data<Real>(strong_mean)};
+      const InstanceMatchingPartial<Real> partial{
+          data<Real>(log_weak),     data<Real>(log_target),  data<Real>(log_strong), data<Real>(aggregated),
+          data<Real>(target_logit), data<Real>(target_mean), data<Real>(strong_mean)};
       run_on_device(
           bank, "instance_matching_partial",
           [&] { SSM_CALL_ISA(instance_matching_partial, in.problem<Storage>(), partial, in.threads<Storage>(true)); },
           [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-            return cuda::instance_matching_partial(in.problem<Storage>(), partial, data<void>(workspace<Storage>(in, true)), stream);
+            return cuda::instance_matching_partial(in.problem<Storage>(), partial,
+                                                   data<void>(workspace<Storage>(in, true)), stream);
 #endif
           });
     });
@@ -117,12 +125,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matc
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "instance_matching(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, float "
+      "instance_matching(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, "
+      "float "
       "temperature_weak, "
-      "float temperature_strong, float alpha, bool with_gradient, bool allow_tf32) -> (Tensor pseudo_probs, Tensor loss, Tensor gradient)");
+      "float temperature_strong, float alpha, bool with_gradient, bool allow_tf32) -> (Tensor pseudo_probs, Tensor "
+      "loss, Tensor gradient)");
   library.def(
-      "instance_matching_partial(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor probs_weak, "
-      "float temperature_weak, float temperature_strong, bool allow_tf32) -> (Tensor log_weak, Tensor log_target, Tensor log_strong, "
+      "instance_matching_partial(Tensor query_weak, Tensor query_strong, Tensor bank, Tensor bank_labels, Tensor "
+      "probs_weak, "
+      "float temperature_weak, float temperature_strong, bool allow_tf32) -> (Tensor log_weak, Tensor log_target, "
+      "Tensor log_strong, "
       "Tensor aggregated, Tensor target_logit, Tensor target_mean, Tensor strong_mean)");
 }
 SSM_REGISTER("instance_matching", instance_matching_op)

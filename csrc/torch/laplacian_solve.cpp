@@ -16,9 +16,11 @@ Real* data_or_null(const std::optional<Tensor>& tensor) {
   return tensor ? data<Real>(*tensor) : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow, const Tensor& col, const Tensor& weight_in,
-                                                              const std::optional<Tensor>& dissimilarity_in, const Tensor& diagonal_in,
-                                                              const Tensor& rhs_in, const std::optional<Tensor>& initial_in, double rtol,
+std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow, const Tensor& col,
+                                                              const Tensor& weight_in,
+                                                              const std::optional<Tensor>& dissimilarity_in,
+                                                              const Tensor& diagonal_in, const Tensor& rhs_in,
+                                                              const std::optional<Tensor>& initial_in, double rtol,
                                                               int64_t max_iter, bool jacobi) {
   const GraphTensors graph(crow, col, rhs_in);
   STD_TORCH_CHECK(rhs_in.dim() == 2, "rhs must be [N, C]");
@@ -32,7 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
   if (initial_in) initial = check_matrix(*initial_in, "initial", graph.nodes(), columns, rhs);
   Tensor solution = new_tensor(rhs, {graph.nodes(), columns}, rhs.scalar_type());
   Tensor iterations = new_tensor(rhs, {columns}, ScalarType::Long);
-  Tensor residual = new_tensor(rhs, {columns}, rhs.scalar_type()), curvature = new_tensor(rhs, {columns}, rhs.scalar_type());
+  Tensor residual = new_tensor(rhs, {columns}, rhs.scalar_type()),
+         curvature = new_tensor(rhs, {columns}, rhs.scalar_type());
   dispatch_real(rhs, [&](auto real) {
     using Real = decltype(real);
     const LaplacianSolve<Real> problem{graph.view(),
@@ -45,9 +48,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
                                        rtol,
                                        max_iter,
                                        jacobi};
-    const LaplacianSolution<Real> result{data<Real>(solution), data<int64_t>(iterations), data<Real>(residual), data<Real>(curvature)};
+    const LaplacianSolution<Real> result{data<Real>(solution), data<int64_t>(iterations), data<Real>(residual),
+                                         data<Real>(curvature)};
     run_on_device(
-        rhs, "laplacian_solve", [&] { SSM_CALL_ISA(laplacian_solve, problem, result, graph.threads(kOperations, columns)); },
+        rhs, "laplacian_solve",
+        [&] { SSM_CALL_ISA(laplacian_solve, problem, result, graph.threads(kOperations, columns)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           const Tensor workspace = new_tensor(rhs, {cuda::laplacian_solve_workspace(problem)}, ScalarType::Byte);
@@ -58,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
   return {solution, iterations, residual, curvature};
 }
 
-std::tuple<Tensor, Tensor, Tensor> laplacian_solve_backward_op(const Tensor& crow, const Tensor& col, const Tensor& grad_rhs_in,
-                                                               const Tensor& solution_in) {
+std::tuple<Tensor, Tensor, Tensor> laplacian_solve_backward_op(const Tensor& crow, const Tensor& col,
+                                                               const Tensor& grad_rhs_in, const Tensor& solution_in) {
   const GraphTensors graph(crow, col, grad_rhs_in);
   STD_TORCH_CHECK(grad_rhs_in.dim() == 2, "grad_rhs must be [N, C]");
   const int64_t columns = grad_rhs_in.size(1);
@@ -91,8 +96,10 @@ std::tuple<Tensor, Tensor, Tensor> laplacian_solve_backward_op(const Tensor& cro
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "laplacian_solve(Tensor crow, Tensor col, Tensor weight, Tensor? dissimilarity, Tensor diagonal, Tensor rhs, Tensor? initial, "
-      "float rtol, int max_iter, bool jacobi) -> (Tensor solution, Tensor iterations, Tensor residual, Tensor curvature)");
+      "laplacian_solve(Tensor crow, Tensor col, Tensor weight, Tensor? dissimilarity, Tensor diagonal, Tensor rhs, "
+      "Tensor? initial, "
+      "float rtol, int max_iter, bool jacobi) -> (Tensor solution, Tensor iterations, Tensor residual, Tensor "
+      "curvature)");
   library.def(
       "laplacian_solve_backward(Tensor crow, Tensor col, Tensor grad_rhs, Tensor solution) -> "
       "(Tensor grad_weight, Tensor grad_dissimilarity, Tensor grad_diagonal)");

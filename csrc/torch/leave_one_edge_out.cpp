@@ -13,8 +13,8 @@ struct Inputs {
   Tensor reverse, weight, propagated;
   double logit_scale;
 
-  Inputs(const Tensor& crow, const Tensor& col, const Tensor& reverse_in, const Tensor& weight_in, const Tensor& propagated_in,
-         double scale)
+  Inputs(const Tensor& crow, const Tensor& col, const Tensor& reverse_in, const Tensor& weight_in,
+         const Tensor& propagated_in, double scale)
       : graph(crow, col, propagated_in),
         reverse(as_contiguous(reverse_in)),
         weight(check_vector(weight_in, "weight", graph.edges(), propagated_in)),
@@ -27,7 +27,8 @@ struct Inputs {
 
   template <class Real>
   LeaveOneEdgeOut<Real> problem() const {
-    return {graph.view(), data<int64_t>(reverse), data<Real>(weight), data<Real>(propagated), propagated.size(1), logit_scale};
+    return {graph.view(),           data<int64_t>(reverse), data<Real>(weight),
+            data<Real>(propagated), propagated.size(1),     logit_scale};
   }
 
   Threads threads(int operations) const {
@@ -44,8 +45,8 @@ struct Inputs {
   }
 };
 
-Tensor leave_one_edge_out_op(const Tensor& crow, const Tensor& col, const Tensor& reverse, const Tensor& weight, const Tensor& propagated,
-                             double logit_scale) {
+Tensor leave_one_edge_out_op(const Tensor& crow, const Tensor& col, const Tensor& reverse, const Tensor& weight,
+                             const Tensor& propagated, double logit_scale) {
   const Inputs in(crow, col, reverse, weight, propagated, logit_scale);
   Tensor dissimilarity = new_tensor(weight, {in.graph.edges()}, weight.scalar_type());
   if (in.graph.edges() == 0) return dissimilarity;
@@ -53,18 +54,22 @@ Tensor leave_one_edge_out_op(const Tensor& crow, const Tensor& col, const Tensor
     using Real = decltype(real);
     run_on_device(
         weight, "leave_one_edge_out",
-        [&] { SSM_CALL_ISA(leave_one_edge_out, in.problem<Real>(), data<Real>(dissimilarity), in.threads(kOperations)); },
+        [&] {
+          SSM_CALL_ISA(leave_one_edge_out, in.problem<Real>(), data<Real>(dissimilarity), in.threads(kOperations));
+        },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-          return cuda::leave_one_edge_out(in.problem<Real>(), data<Real>(dissimilarity), data<void>(in.workspace<Real>(false)), stream);
+          return cuda::leave_one_edge_out(in.problem<Real>(), data<Real>(dissimilarity),
+                                          data<void>(in.workspace<Real>(false)), stream);
 #endif
         });
   });
   return dissimilarity;
 }
 
-std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dissimilarity, const Tensor& crow, const Tensor& col,
-                                                          const Tensor& reverse, const Tensor& weight, const Tensor& propagated,
+std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dissimilarity, const Tensor& crow,
+                                                          const Tensor& col, const Tensor& reverse,
+                                                          const Tensor& weight, const Tensor& propagated,
                                                           double logit_scale) {
   const Inputs in(crow, col, reverse, weight, propagated, logit_scale);
   const Tensor grad = check_vector(grad_dissimilarity, "grad_dissimilarity", in.graph.edges(), weight);
@@ -73,13 +78,15 @@ std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dis
   if (in.graph.nodes() == 0) return {grad_weight, grad_propagated};
   dispatch_real(weight, [&](auto real) {
     using Real = decltype(real);
-    const LeaveOneEdgeOutBackward<Real> backward{data<Real>(grad), data<Real>(grad_weight), data<Real>(grad_propagated)};
+    const LeaveOneEdgeOutBackward<Real> backward{data<Real>(grad), data<Real>(grad_weight),
+                                                 data<Real>(grad_propagated)};
     run_on_device(
         weight, "leave_one_edge_out_backward",
         [&] { SSM_CALL_ISA(leave_one_edge_out_backward, in.problem<Real>(), backward, in.threads(2 * kOperations)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-          return cuda::leave_one_edge_out_backward(in.problem<Real>(), backward, data<void>(in.workspace<Real>(true)), stream);
+          return cuda::leave_one_edge_out_backward(in.problem<Real>(), backward, data<void>(in.workspace<Real>(true)),
+                                                   stream);
 #endif
         });
   });
@@ -88,10 +95,12 @@ std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dis
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "leave_one_edge_out(Tensor crow, Tensor col, Tensor reverse, Tensor weight, Tensor propagated, float logit_scale) -> Tensor "
+      "leave_one_edge_out(Tensor crow, Tensor col, Tensor reverse, Tensor weight, Tensor propagated, float "
+      "logit_scale) -> Tensor "
       "dissimilarity");
   library.def(
-      "leave_one_edge_out_backward(Tensor grad_dissimilarity, Tensor crow, Tensor col, Tensor reverse, Tensor weight, Tensor propagated, "
+      "leave_one_edge_out_backward(Tensor grad_dissimilarity, Tensor crow, Tensor col, Tensor reverse, Tensor weight, "
+      "Tensor propagated, "
       "float logit_scale) -> (Tensor grad_weight, Tensor grad_propagated)");
 }
 SSM_REGISTER("leave_one_edge_out", leave_one_edge_out_op)

@@ -44,8 +44,8 @@ void check_apart(const Tensor& tensor, const char* name) {
                   " is written, so that its elements must not share memory, as those of an expanded tensor do");
 }
 
-void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tensor& index, const Tensor& features, const Tensor& labels,
-                      double momentum) {
+void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tensor& index, const Tensor& features,
+                      const Tensor& labels, double momentum) {
   check_bank(bank, bank_labels, bank);
   Tensor rows = check_query(features, "features", bank);
   check_like(features, "features", bank.scalar_type(), bank);
@@ -69,11 +69,13 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
     detach(rows, Extent::of<Storage>(rows));
     detach(slots, Extent::of<int64_t>(slots));
     detach(classes, Extent::of<int64_t>(classes));
-    const MemoryUpdate<Storage> problem{
-        data<Storage>(bank), data<int64_t>(bank_labels), data<int64_t>(slots), data<Storage>(rows), data<int64_t>(classes), bank.size(0),
-        bank.size(1),        features.size(0),           bank.stride(0),       bank.stride(1),      bank_labels.stride(0),  momentum};
+    const MemoryUpdate<Storage> problem{data<Storage>(bank), data<int64_t>(bank_labels), data<int64_t>(slots),
+                                        data<Storage>(rows), data<int64_t>(classes),     bank.size(0),
+                                        bank.size(1),        features.size(0),           bank.stride(0),
+                                        bank.stride(1),      bank_labels.stride(0),      momentum};
     run_on_device(
-        bank, "memory_update_", [&] { SSM_CALL_ISA(memory_update, problem, Threads(64. * problem.rows * problem.dim)); },
+        bank, "memory_update_",
+        [&] { SSM_CALL_ISA(memory_update, problem, Threads(64. * problem.rows * problem.dim)); },
         [&](CudaStream stream) {
 #ifdef SSM_WITH_CUDA
           return cuda::memory_update(problem, stream);
@@ -84,7 +86,8 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "memory_update_(Tensor(a!) bank, Tensor(b!) bank_labels, Tensor index, Tensor features, Tensor labels, float momentum) -> ()");
+      "memory_update_(Tensor(a!) bank, Tensor(b!) bank_labels, Tensor index, Tensor features, Tensor labels, float "
+      "momentum) -> ()");
 }
 SSM_REGISTER("memory_update_", memory_update_op)
 

@@ -11,7 +11,8 @@ struct BasisTensors {
 
   BasisTensors(const RankingTensors& in, const Tensor& features_in, const Tensor& thresholds_in)
       : features(as_contiguous(features_in)), thresholds(as_contiguous(thresholds_in)) {
-    STD_TORCH_CHECK(features.dim() == 2 && features.size(0) == in.rows.size(0), "basis_features must be [", in.rows.size(0), ", k]");
+    STD_TORCH_CHECK(features.dim() == 2 && features.size(0) == in.rows.size(0), "basis_features must be [",
+                    in.rows.size(0), ", k]");
     check_like(features, "basis_features", in.rows.scalar_type(), in.rows);
     check_shape(thresholds, "thresholds", 2);
     check_like(thresholds, "thresholds", compute_dtype(in.rows), in.rows);
@@ -23,8 +24,9 @@ struct BasisTensors {
   }
 };
 
-RankingLossTensors mined_pair_ranking_loss_op(const Tensor& embeddings, const Tensor& basis_features, const Tensor& thresholds,
-                                              double positive_margin, double negative_margin, int64_t reduction) {
+RankingLossTensors mined_pair_ranking_loss_op(const Tensor& embeddings, const Tensor& basis_features,
+                                              const Tensor& thresholds, double positive_margin, double negative_margin,
+                                              int64_t reduction) {
   const RankingTensors in(embeddings, std::nullopt, positive_margin, negative_margin);
   const BasisTensors basis(in, basis_features, thresholds);
   const RankingLossTensors out = new_ranking_loss(in);
@@ -43,8 +45,9 @@ RankingLossTensors mined_pair_ranking_loss_op(const Tensor& embeddings, const Te
   return out;
 }
 
-Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& basis_features,
-                                           const Tensor& thresholds, double positive_margin, double negative_margin, const Tensor& weights,
+Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor& embeddings,
+                                           const Tensor& basis_features, const Tensor& thresholds,
+                                           double positive_margin, double negative_margin, const Tensor& weights,
                                            const Tensor& active) {
   const RankingTensors in(embeddings, std::nullopt, positive_margin, negative_margin);
   const BasisTensors basis(in, basis_features, thresholds);
@@ -52,11 +55,13 @@ Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor
   run_ranking(
       in, "mined_pair_ranking_loss_backward", basis_features.size(1), true,
       [&]<class Real>(const RankingPairs<Real>& pairs) {
-        SSM_CALL_ISA(mined_pair_ranking_loss_backward, pairs, basis.view<Real>(), out.view<Real>(), in.threads(basis_features.size(1)));
+        SSM_CALL_ISA(mined_pair_ranking_loss_backward, pairs, basis.view<Real>(), out.view<Real>(),
+                     in.threads(basis_features.size(1)));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-        return cuda::mined_pair_ranking_loss_backward(pairs, basis.view<Storage>(), out.view<Compute<Storage>>(), workspace, stream);
+        return cuda::mined_pair_ranking_loss_backward(pairs, basis.view<Storage>(), out.view<Compute<Storage>>(),
+                                                      workspace, stream);
 #endif
       });
   return out.rows;
@@ -64,7 +69,8 @@ Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
-      "mined_pair_ranking_loss(Tensor embeddings, Tensor basis_features, Tensor thresholds, float positive_margin, float negative_margin, "
+      "mined_pair_ranking_loss(Tensor embeddings, Tensor basis_features, Tensor thresholds, float positive_margin, "
+      "float negative_margin, "
       "int reduction) -> (Tensor loss, Tensor weights, Tensor active)");
   library.def(
       "mined_pair_ranking_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor basis_features, Tensor thresholds, "

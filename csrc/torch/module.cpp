@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The Python module _C. Importing it registers the ops: each x.cpp beside this file does that when the library is loaded.
+// The Python module _C. Importing it registers the ops: each x.cpp beside this file does that when the library is
+// loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,8 +38,8 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("name is '" + name + "'; this processor runs " + known);
 }
 
-// A Python exception on its way through C++, where pybind11 raises it again. torch's pybind11 may be of another version than this one;
-// this base class is the same in all of them.
+// A Python exception on its way through C++, where pybind11 raises it again. torch's pybind11 may be of another version
+// than this one; this base class is the same in all of them.
 class RaisedBySignal : public py::builtin_exception {
  public:
   RaisedBySignal() : builtin_exception("a signal's handler raised") {
@@ -54,14 +55,16 @@ class RaisedBySignal : public py::builtin_exception {
 
 unsigned long main_thread = 0;
 
-// Python runs the handlers of signals in its main thread, between two of its own instructions: during a long op, never but for this.
+// Python runs the handlers of signals in its main thread, between two of its own instructions: during a long op, never
+// but for this.
 void check_signals() {
   if (PyThread_get_thread_ident() != main_thread) return;
   const py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw RaisedBySignal();
 }
 
-// Checks of values: torch's own reductions take 3 µs each and more for the code they need, longer than the kernels of a small call.
+// Checks of values: torch's own reductions take 3 µs each and more for the code they need, longer than the kernels of a
+// small call.
 template <class T>
 void define_checks(py::module_& module, const std::string& dtype) {
   const py::call_guard<py::gil_scoped_release> no_gil;
@@ -81,15 +84,18 @@ void define_checks(py::module_& module, const std::string& dtype) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
-  module.doc() = "Build information and instruction-set control of ssmkernels; importing it registers torch.ops.ssmkernels.";
+  module.doc() =
+      "Build information and instruction-set control of ssmkernels; importing it registers torch.ops.ssmkernels.";
   main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   ssmkernels::binding::interrupt_check = &check_signals;
-  module.def("build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); }, "What was built, as a dict.");
+  module.def(
+      "build_info", [] { return py::module_::import("json").attr("loads")(kBuildInfo); }, "What was built, as a dict.");
   module.def("current_isa", &current_isa, "The instruction set that CPU kernels run with.");
   module.def("available_isas", &available_isas, "The instruction sets that this processor runs.");
   define_checks<float>(module, "float32");
   define_checks<double>(module, "float64");
   define_checks<int32_t>(module, "int32");
   define_checks<int64_t>(module, "int64");
-  module.def("set_isa", &set_isa, py::arg("name"), "Chooses the instruction set; ValueError if this processor does not run it.");
+  module.def("set_isa", &set_isa, py::arg("name"),
+             "Chooses the instruction set; ValueError if this processor does not run it.");
 }

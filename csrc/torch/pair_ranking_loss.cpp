@@ -10,8 +10,8 @@ namespace {
 struct LabelTensors {
   Tensor order, labels, reference_order, reference_labels;
 
-  LabelTensors(const RankingTensors& in, const Tensor& order_in, const Tensor& labels_in, const std::optional<Tensor>& reference_order_in,
-               const std::optional<Tensor>& reference_labels_in)
+  LabelTensors(const RankingTensors& in, const Tensor& order_in, const Tensor& labels_in,
+               const std::optional<Tensor>& reference_order_in, const std::optional<Tensor>& reference_labels_in)
       : order(as_contiguous(order_in)), labels(as_contiguous(labels_in)) {
     check_label_order(order, labels, "order", in.rows);
     const bool given = in.references.defined();
@@ -33,9 +33,10 @@ struct LabelTensors {
 };
 
 RankingLossTensors pair_ranking_loss_op(const Tensor& embeddings, const Tensor& order, const Tensor& labels,
-                                        const std::optional<Tensor>& references, const std::optional<Tensor>& reference_order,
-                                        const std::optional<Tensor>& reference_labels, double positive_margin, double negative_margin,
-                                        int64_t reduction) {
+                                        const std::optional<Tensor>& references,
+                                        const std::optional<Tensor>& reference_order,
+                                        const std::optional<Tensor>& reference_labels, double positive_margin,
+                                        double negative_margin, int64_t reduction) {
   const RankingTensors in(embeddings, references, positive_margin, negative_margin);
   const LabelTensors by_label(in, order, labels, reference_order, reference_labels);
   const RankingLossTensors out = new_ranking_loss(in);
@@ -46,17 +47,20 @@ RankingLossTensors pair_ranking_loss_op(const Tensor& embeddings, const Tensor& 
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-        return cuda::pair_ranking_loss(pairs, by_label.view(), ranking_loss_view<Compute<Storage>>(out, reduction), workspace, stream);
+        return cuda::pair_ranking_loss(pairs, by_label.view(), ranking_loss_view<Compute<Storage>>(out, reduction),
+                                       workspace, stream);
 #endif
       });
   return out;
 }
 
-std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& order,
-                                                         const Tensor& labels, const std::optional<Tensor>& references,
+std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor& embeddings,
+                                                         const Tensor& order, const Tensor& labels,
+                                                         const std::optional<Tensor>& references,
                                                          const std::optional<Tensor>& reference_order,
-                                                         const std::optional<Tensor>& reference_labels, double positive_margin,
-                                                         double negative_margin, const Tensor& weights, const Tensor& active) {
+                                                         const std::optional<Tensor>& reference_labels,
+                                                         double positive_margin, double negative_margin,
+                                                         const Tensor& weights, const Tensor& active) {
   const RankingTensors in(embeddings, references, positive_margin, negative_margin);
   const LabelTensors by_label(in, order, labels, reference_order, reference_labels);
   const RankingGradientTensors out(in, grad_loss, weights, active);
@@ -67,7 +71,8 @@ std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
-        return cuda::pair_ranking_loss_backward(pairs, by_label.view(), out.view<Compute<Storage>>(), workspace, stream);
+        return cuda::pair_ranking_loss_backward(pairs, by_label.view(), out.view<Compute<Storage>>(), workspace,
+                                                stream);
 #endif
       });
   return {out.rows, out.references};
@@ -76,11 +81,14 @@ std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
       "pair_ranking_loss(Tensor embeddings, Tensor order, Tensor labels, Tensor? references, Tensor? reference_order, "
-      "Tensor? reference_labels, float positive_margin, float negative_margin, int reduction) -> (Tensor loss, Tensor weights, "
+      "Tensor? reference_labels, float positive_margin, float negative_margin, int reduction) -> (Tensor loss, Tensor "
+      "weights, "
       "Tensor active)");
   library.def(
-      "pair_ranking_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor order, Tensor labels, Tensor? references, "
-      "Tensor? reference_order, Tensor? reference_labels, float positive_margin, float negative_margin, Tensor weights, Tensor active) "
+      "pair_ranking_loss_backward(Tensor grad_loss, Tensor embeddings, Tensor order, Tensor labels, Tensor? "
+      "references, "
+      "Tensor? reference_order, Tensor? reference_labels, float positive_margin, float negative_margin, Tensor "
+      "weights, Tensor active) "
       "-> (Tensor grad_embeddings, Tensor grad_references)");
 }
 SSM_REGISTER("pair_ranking_loss", pair_ranking_loss_op)

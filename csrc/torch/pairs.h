@@ -14,13 +14,16 @@ inline Tensor new_like(const Tensor& like, Sizes size) {
 }
 
 // A matrix in the memory of another one.
-inline Tensor view_of(const Tensor& matrix, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset) {
+inline Tensor view_of(const Tensor& matrix, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
+                      int64_t offset) {
   AtenTensorHandle view;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(), strides.data(), offset, &view));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(matrix.get(), 2, sizes.data(), strides.data(), offset, &view));
   return Tensor(view);
 }
 
-// out = rows·weightᵀ + bias and out = a·b: the variants of torch's products that are given their result, which autocast leaves alone.
+// out = rows·weightᵀ + bias and out = a·b: the variants of torch's products that are given their result, which autocast
+// leaves alone.
 inline void linear_out(const Tensor& rows, const Tensor& weight, const Tensor& bias, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(rows), from(weight), from(std::optional(bias)), from(out)};
@@ -39,14 +42,15 @@ inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The similarity network and its pairs, contiguous, in the memory of the tensors. For "concat", what the kernels take as x and y are
-// left [n, h] and right [m, h], the two parts of w1·[x_i, y_j] + b1 = left_i + right_j: two small matrix products of torch's.
+// The similarity network and its pairs, contiguous, in the memory of the tensors. For "concat", what the kernels take
+// as x and y are left [n, h] and right [m, h], the two parts of w1·[x_i, y_j] + b1 = left_i + right_j: two small matrix
+// products of torch's.
 struct PairTensors {
   Interaction interaction;
   Tensor x, y, w1, b1, w2, b2, pairs, left, right;
 
-  PairTensors(const Tensor& x_in, const Tensor& y_in, const Tensor& w1_in, const Tensor& b1_in, const Tensor& w2_in, const Tensor& b2_in,
-              const std::optional<Tensor>& pairs_in, int64_t interaction_in)
+  PairTensors(const Tensor& x_in, const Tensor& y_in, const Tensor& w1_in, const Tensor& b1_in, const Tensor& w2_in,
+              const Tensor& b2_in, const std::optional<Tensor>& pairs_in, int64_t interaction_in)
       : interaction(static_cast<Interaction>(interaction_in)),
         x(as_contiguous(x_in)),
         y(as_contiguous(y_in)),
@@ -54,7 +58,8 @@ struct PairTensors {
         b1(as_contiguous(b1_in)),
         w2(as_contiguous(w2_in)),
         b2(b2_in) {
-    STD_TORCH_CHECK(interaction_in >= 0 && interaction_in <= 2, "interaction must be 0 (concat), 1 (absdiff) or 2 (product)");
+    STD_TORCH_CHECK(interaction_in >= 0 && interaction_in <= 2,
+                    "interaction must be 0 (concat), 1 (absdiff) or 2 (product)");
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x and y must be [n, d] and [m, d]");
     check_like(y, "y", x.scalar_type(), x);
     STD_TORCH_CHECK(w2.dim() == 1 && b2.dim() == 0, "w2 must be [h] and b2 []");
@@ -105,8 +110,8 @@ struct PairTensors {
             count()};
   }
 
-  // A product for each pair, and with gradients three; for "concat" five operations a hidden unit instead, but threads that wait for each
-  // other six times win little with them, so that they count for three.
+  // A product for each pair, and with gradients three; for "concat" five operations a hidden unit instead, but threads
+  // that wait for each other six times win little with them, so that they count for three.
   Threads threads(bool with_gradients) const {
     const double units = static_cast<double>(count()) * w2.size(0) * (is_concat() ? 1 : x.size(1));
     return Threads((with_gradients ? 3 : 1) * units);
@@ -134,14 +139,15 @@ struct PairTensors {
 
  private:
   const int64_t* list() const {
-    static constexpr int64_t empty[2] = {};  // the memory of a tensor without elements is null, which stands for all pairs
+    static constexpr int64_t empty[2] =
+        {};  // the memory of a tensor without elements is null, which stands for all pairs
     if (!is_listed()) return nullptr;
     return count() > 0 ? data<int64_t>(pairs) : empty;
   }
 };
 
-// Gradients of x, y, w1, b1, w2 and b2; empty if they are not wanted. For "concat" the kernels give those of left and right, and
-// `finish` makes the others of them.
+// Gradients of x, y, w1, b1, w2 and b2; empty if they are not wanted. For "concat" the kernels give those of left and
+// right, and `finish` makes the others of them.
 struct PairGradientTensors {
   Tensor x, y, w1, b1, w2, b2, left, right;
 
@@ -191,7 +197,8 @@ using PairGradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // Runs cpu(network) with a network of float32 or float64, or cuda(network, workspace, stream) with one of any dtype.
 template <class Cpu, class Cuda>
-void run_pairs(const PairTensors& in, const char* op, bool with_gradients, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda_call) {
+void run_pairs(const PairTensors& in, const char* op, bool with_gradients, const Cpu& cpu,
+               [[maybe_unused]] const Cuda& cuda_call) {
   dispatch_dtype(in.x, [&](auto storage) {
     using Storage = decltype(storage);
     const PairNetwork<Storage> network = in.view<Storage>();

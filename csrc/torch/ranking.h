@@ -15,11 +15,13 @@ struct RankingTensors {
   Tensor rows, references;
   double positive_margin, negative_margin;
 
-  RankingTensors(const Tensor& rows_in, const std::optional<Tensor>& references_in, double positive_margin, double negative_margin)
+  RankingTensors(const Tensor& rows_in, const std::optional<Tensor>& references_in, double positive_margin,
+                 double negative_margin)
       : rows(as_contiguous(rows_in)), positive_margin(positive_margin), negative_margin(negative_margin) {
     STD_TORCH_CHECK(rows.dim() == 2, "embeddings must be [n, d]");
     if (!references_in) return;
-    STD_TORCH_CHECK(references_in->dim() == 2 && references_in->size(1) == rows.size(1), "references must be [m, ", rows.size(1), "]");
+    STD_TORCH_CHECK(references_in->dim() == 2 && references_in->size(1) == rows.size(1), "references must be [m, ",
+                    rows.size(1), "]");
     check_like(*references_in, "references", rows.scalar_type(), rows);
     references = as_contiguous(*references_in);
   }
@@ -41,14 +43,16 @@ struct RankingTensors {
 
   template <class Storage>
   RankingPairs<Storage> view() const {
-    static constexpr Storage none[1] = {};  // the memory of a tensor without elements is null, which stands for no references
+    static constexpr Storage none[1] =
+        {};  // the memory of a tensor without elements is null, which stands for no references
     const Storage* others = !references.defined() ? nullptr : references.numel() > 0 ? data<Storage>(references) : none;
-    return {data<Storage>(rows), others, rows.size(0), reference_count(), rows.size(1), positive_margin, negative_margin};
+    return {data<Storage>(rows), others,          rows.size(0),   reference_count(),
+            rows.size(1),        positive_margin, negative_margin};
   }
 };
 
-// Loss [], weights [2] and active tiles; these with a row and a column to spare, so that a compiler that traces any number of rows need not
-// ask whether there is more than one tile.
+// Loss [], weights [2] and active tiles; these with a row and a column to spare, so that a compiler that traces any
+// number of rows need not ask whether there is more than one tile.
 using RankingLossTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 inline RankingLossTensors new_ranking_loss(const RankingTensors& in) {
@@ -72,7 +76,8 @@ RankingLoss<Real> ranking_loss_view(const RankingLossTensors& out, int64_t reduc
 struct RankingGradientTensors {
   Tensor grad_loss, weights, active, rows, references;
 
-  RankingGradientTensors(const RankingTensors& in, const Tensor& grad_loss_in, const Tensor& weights_in, const Tensor& active_in)
+  RankingGradientTensors(const RankingTensors& in, const Tensor& grad_loss_in, const Tensor& weights_in,
+                         const Tensor& active_in)
       : grad_loss(grad_loss_in), weights(as_contiguous(weights_in)), active(as_contiguous(active_in)) {
     const ScalarType dtype = compute_dtype(in.rows);
     STD_TORCH_CHECK(grad_loss.dim() == 0, "grad_loss must be []");
@@ -82,8 +87,8 @@ struct RankingGradientTensors {
     check_shape(active, "active", in.row_tiles() + 1, in.reference_tiles() + 1);
     check_like(active, "active", ScalarType::Byte, in.rows);
     rows = new_tensor(in.rows, {in.rows.size(0), in.rows.size(1)}, dtype);
-    references =
-        in.references.defined() ? new_tensor(in.rows, {in.reference_count(), in.rows.size(1)}, dtype) : new_tensor(in.rows, {0}, dtype);
+    references = in.references.defined() ? new_tensor(in.rows, {in.reference_count(), in.rows.size(1)}, dtype)
+                                         : new_tensor(in.rows, {0}, dtype);
     if (rows.is_cpu()) return;  // there every row is written, see check_label_order
     torch::stable::zero_(rows);
     torch::stable::zero_(references);
@@ -91,7 +96,8 @@ struct RankingGradientTensors {
 
   template <class Real>
   RankingGradients<Real> view() const {
-    return {data<Real>(grad_loss), data<Real>(weights), data<uint8_t>(active), data<Real>(rows), data<Real>(references)};
+    return {data<Real>(grad_loss), data<Real>(weights), data<uint8_t>(active), data<Real>(rows),
+            data<Real>(references)};
   }
 };
 
@@ -112,7 +118,8 @@ void run_ranking(const RankingTensors& in, const char* op, int64_t basis_dim, bo
         },
         [&](CudaStream stream) -> const char* {
 #ifdef SSM_WITH_CUDA
-          const Tensor workspace = new_tensor(in.rows, {cuda::ranking_workspace(pairs, basis_dim, backward)}, ScalarType::Byte);
+          const Tensor workspace =
+              new_tensor(in.rows, {cuda::ranking_workspace(pairs, basis_dim, backward)}, ScalarType::Byte);
           return cuda_call(pairs, data<void>(workspace), stream);
 #else
           return nullptr;
@@ -121,9 +128,9 @@ void run_ranking(const RankingTensors& in, const char* op, int64_t basis_dim, bo
   });
 }
 
-// Rows in the order of their labels: order [n], a permutation, and labels [n] (ascending). A row's place outside [0, n) would be read out
-// of bounds, and the gradient of a row that has none would stay unwritten; on CUDA, where looking at them would synchronise, the kernels
-// look themselves, and gradients start as zeros.
+// Rows in the order of their labels: order [n], a permutation, and labels [n] (ascending). A row's place outside [0, n)
+// would be read out of bounds, and the gradient of a row that has none would stay unwritten; on CUDA, where looking at
+// them would synchronise, the kernels look themselves, and gradients start as zeros.
 inline void check_label_order(const Tensor& order, const Tensor& labels, const char* name, const Tensor& rows) {
   const int64_t count = rows.size(0);
   check_shape(order, name, count);
@@ -135,7 +142,8 @@ inline void check_label_order(const Tensor& order, const Tensor& labels, const c
   const int64_t* places = data<int64_t>(contiguous);
   std::vector<bool> seen(count);
   for (int64_t k = 0; k < count; ++k) {
-    STD_TORCH_CHECK(places[k] >= 0 && places[k] < count && !seen[places[k]], name, " must be a permutation of [0, ", count, ")");
+    STD_TORCH_CHECK(places[k] >= 0 && places[k] < count && !seen[places[k]], name, " must be a permutation of [0, ",
+                    count, ")");
     seen[places[k]] = true;
   }
 }

@@ -27,7 +27,8 @@ struct LabeledTensors {
 };
 
 template <class Cpu, class Cuda>
-void run_moments(const LabeledTensors& in, const char* op, bool backward, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda_call) {
+void run_moments(const LabeledTensors& in, const char* op, bool backward, const Cpu& cpu,
+                 [[maybe_unused]] const Cuda& cuda_call) {
   dispatch_dtype(in.features, [&](auto storage) {
     using Storage = decltype(storage);
     const LabeledFeatures<Storage> features = in.view<Storage>();
@@ -41,7 +42,8 @@ void run_moments(const LabeledTensors& in, const char* op, bool backward, const 
         },
         [&](CudaStream stream) -> const char* {
 #ifdef SSM_WITH_CUDA
-          const Tensor workspace = new_tensor(in.features, {cuda::similarity_moments_workspace(features, backward)}, ScalarType::Byte);
+          const Tensor workspace =
+              new_tensor(in.features, {cuda::similarity_moments_workspace(features, backward)}, ScalarType::Byte);
           return cuda_call(features, data<void>(workspace), stream);
 #else
           return nullptr;
@@ -55,7 +57,9 @@ Tensor similarity_moments_op(const Tensor& features, const Tensor& order, const 
   const Tensor moments = new_tensor(in.features, {4}, compute_dtype(in.features));
   run_moments(
       in, "similarity_moments", false,
-      [&]<class Real>(const LabeledFeatures<Real>& view) { SSM_CALL_ISA(similarity_moments, view, data<Real>(moments), in.threads()); },
+      [&]<class Real>(const LabeledFeatures<Real>& view) {
+        SSM_CALL_ISA(similarity_moments, view, data<Real>(moments), in.threads());
+      },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         return cuda::similarity_moments(view, data<Compute<Storage>>(moments), workspace, stream);
@@ -64,8 +68,8 @@ Tensor similarity_moments_op(const Tensor& features, const Tensor& order, const 
   return moments;
 }
 
-Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& features, const Tensor& order, const Tensor& labels,
-                                      const Tensor& moments) {
+Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& features, const Tensor& order,
+                                      const Tensor& labels, const Tensor& moments) {
   const LabeledTensors in(features, order, labels);
   const ScalarType dtype = compute_dtype(in.features);
   for (const auto& [tensor, name] : {std::pair{grad_moments, "grad_moments"}, std::pair{moments, "moments"}}) {
@@ -78,12 +82,14 @@ Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& 
   run_moments(
       in, "similarity_moments_backward", true,
       [&]<class Real>(const LabeledFeatures<Real>& view) {
-        SSM_CALL_ISA(similarity_moments_backward, view, data<Real>(values), data<Real>(grad), data<Real>(out), in.threads());
+        SSM_CALL_ISA(similarity_moments_backward, view, data<Real>(values), data<Real>(grad), data<Real>(out),
+                     in.threads());
       },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
 #ifdef SSM_WITH_CUDA
         using Real = Compute<Storage>;
-        return cuda::similarity_moments_backward(view, data<Real>(values), data<Real>(grad), data<Real>(out), workspace, stream);
+        return cuda::similarity_moments_backward(view, data<Real>(values), data<Real>(grad), data<Real>(out), workspace,
+                                                 stream);
 #endif
       });
   return out;

@@ -19,7 +19,8 @@ namespace ssmkernels::binding {
 // counted in multiply-adds, or what else takes as long.
 class Threads {
  public:
-  explicit Threads(double work) : work_(work), shares_(work < 2 * kThreadWork ? 1 : static_cast<int64_t>(work / kThreadWork)) {}
+  explicit Threads(double work)
+      : work_(work), shares_(work < 2 * kThreadWork ? 1 : static_cast<int64_t>(work / kThreadWork)) {}
 
   void operator()(int64_t n, RangeBody body) const {
     if (++calls_ % kCallsUnwatched == 0) check_in_time();

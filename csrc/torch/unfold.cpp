@@ -6,8 +6,8 @@
 namespace ssmkernels::binding {
 namespace {
 
-Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_labels, const Tensor& probs, double temperature,
-                 bool allow_tf32) {
+Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_labels, const Tensor& probs,
+                 double temperature, bool allow_tf32) {
   const Tensor labels = check_bank(bank, bank_labels, query), rows = check_query(query, "query", bank);
   const int64_t classes = probs.size(-1);
   STD_TORCH_CHECK(bank.size(0) > 0, "bank must have at least one slot");
@@ -36,7 +36,9 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
-  library.def("unfold(Tensor query, Tensor bank, Tensor bank_labels, Tensor probs, float temperature, bool allow_tf32) -> Tensor unfolded");
+  library.def(
+      "unfold(Tensor query, Tensor bank, Tensor bank_labels, Tensor probs, float temperature, bool allow_tf32) -> "
+      "Tensor unfolded");
 }
 SSM_REGISTER("unfold", unfold_op)
 

@@ -60,7 +60,11 @@ def test_floor_is_the_products_or_the_bytes():
 def test_table_and_plot(tmp_path):
     result = run(small_case())
     row = report.table([result]).splitlines()[-1]
-    assert "`instance_matching`" in row and "B=2 K=3" in row and row.count("|") == report.table([result]).splitlines()[0].count("|")
+    assert (
+        "`instance_matching`" in row
+        and "B=2 K=3" in row
+        and row.count("|") == report.table([result]).splitlines()[0].count("|")
+    )
     names = report.plot([result], tmp_path / "plot.json", measure.Rates(1e9, {"float32": 1e9}))
     assert names == ["plot.png", "plot-roofline.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
@@ -137,7 +141,15 @@ def test_comparison_without_a_floor_is_by_the_last_peer():
 def test_growth_is_told_per_unit():
     results = [
         case.Result(
-            "unfold", "forward, growth", {"B": 2, "K": 10**k}, "float32", measure.Timing(t, t, t), {}, None, 1.0, {"ours": 2**20 * k}
+            "unfold",
+            "forward, growth",
+            {"B": 2, "K": 10**k},
+            "float32",
+            measure.Timing(t, t, t),
+            {},
+            None,
+            1.0,
+            {"ours": 2**20 * k},
         )
         for k, t in ((1, 2e-8), (2, 2e-6))
     ]
@@ -163,6 +175,8 @@ def test_kernels_of_a_call_are_its_operators_alone():
 
 def test_families_are_measured_apart(tmp_path):
     out = tmp_path / "cpu.json"
-    assert bench.main(["memory", "pairs", "--quick", "--seconds", "0", "--op", "memory_update_", "--out", str(out)]) == 0
+    assert (
+        bench.main(["memory", "pairs", "--quick", "--seconds", "0", "--op", "memory_update_", "--out", str(out)]) == 0
+    )
     assert {each["op"] for each in json.loads(out.read_text())["results"]} == {"memory_update_"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-roofline.png", "cpu.json", "cpu.md"]

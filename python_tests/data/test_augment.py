@@ -25,7 +25,9 @@ from ssmkernels.data.augment import (
 def picture(mode, size=(32, 32), seed=0):
     """Smooth noise, so that interpolation and histograms have something to work on."""
     shape = (6, 6) if mode == "L" else (6, 6, 3)
-    return Image.fromarray(np.random.default_rng(seed).integers(20, 236, shape, dtype=np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray(np.random.default_rng(seed).integers(20, 236, shape, dtype=np.uint8)).resize(
+        size, Image.Resampling.BILINEAR
+    )
 
 
 def same(a, b):
@@ -91,7 +93,9 @@ def test_magnitudes_of_fixmatch():
     levels = [level / 10 for level in range(1, 10)]
     assert [magnitudes["Posterize"](u) for u in levels] == [4, 4, 3, 3, 2, 2, 2, 1, 1]
     assert [magnitudes["Solarize"](u) for u in levels] == [231, 205, 180, 154, 128, 103, 77, 52, 26]
-    assert [magnitudes["Brightness"](u) for u in levels] == pytest.approx([0.28, 0.46, 0.64, 0.82, 1.0, 1.18, 1.36, 1.54, 1.72])
+    assert [magnitudes["Brightness"](u) for u in levels] == pytest.approx(
+        [0.28, 0.46, 0.64, 0.82, 1.0, 1.18, 1.36, 1.54, 1.72]
+    )
     assert magnitudes["Rotate"](0.9) == pytest.approx(27)
     assert magnitudes["ShearX"](0.9) == pytest.approx(0.27)
     assert 32 * magnitudes["TranslateY"](0.9) == pytest.approx(9)
@@ -194,7 +198,9 @@ def test_to_tensor(mode):
     mean, std = ((0.4,), (0.2,)) if mode == "L" else ((0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
     tensor = to_tensor(image, mean, std)
     pixels = torch.tensor(np.asarray(image), dtype=torch.float64).reshape(7, 5, -1).permute(2, 0, 1) / 255
-    expected = (pixels - torch.tensor(mean, dtype=torch.float64)[:, None, None]) / torch.tensor(std, dtype=torch.float64)[:, None, None]
+    expected = (pixels - torch.tensor(mean, dtype=torch.float64)[:, None, None]) / torch.tensor(
+        std, dtype=torch.float64
+    )[:, None, None]
     assert tensor.dtype == torch.float32
     torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(to_tensors([image, picture(mode, (5, 7), 1)], mean, std)[0], tensor)
@@ -231,7 +237,10 @@ def test_default_transforms():
         (lambda: ImageNetWeak(scale=(0.5, 0.2)), r"scale is \(0.5, 0.2\)"),
         (lambda: ResizeCenterCrop(20, 30), "size is 30"),
         (lambda: to_tensor(picture("RGB"), (0.5,), (0.5,)), "mean has 1 values and std 1; both should have 3"),
-        (lambda: to_tensors([picture("L"), picture("L", (4, 4))], (0.5,), (0.5,)), "images are L 32x32, L 4x4; they should be of one size"),
+        (
+            lambda: to_tensors([picture("L"), picture("L", (4, 4))], (0.5,), (0.5,)),
+            "images are L 32x32, L 4x4; they should be of one size",
+        ),
     ],
 )
 def test_bad_arguments(call, message):

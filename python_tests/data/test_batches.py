@@ -14,9 +14,22 @@ STATISTICS = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 
 
 def batches(**changes):
-    options = {"weak": Weak(16, 2), "strong": Strong(16, 2), "batch_size": 8, "mu": 3, "seed": 7, "start_step": 0, "num_steps": 10}
+    options = {
+        "weak": Weak(16, 2),
+        "strong": Strong(16, 2),
+        "batch_size": 8,
+        "mu": 3,
+        "seed": 7,
+        "start_step": 0,
+        "num_steps": 10,
+    }
     options |= {**STATISTICS, **changes}
-    return TrainBatches(options.pop("labeled", IMAGES), options.pop("labeled_index", LABELED), options.pop("unlabeled", IMAGES), **options)
+    return TrainBatches(
+        options.pop("labeled", IMAGES),
+        options.pop("labeled_index", LABELED),
+        options.pop("unlabeled", IMAGES),
+        **options,
+    )
 
 
 def equal(first, second):
@@ -55,11 +68,15 @@ def test_views_differ():
     assert not torch.equal(batch.unlabeled_weak, batch.unlabeled_strong)
     twice = [(batch.slots == slot).nonzero().flatten() for slot in range(6)]
     pair = next(rows for rows in twice if len(rows) > 1)
-    assert not torch.equal(batch.labeled_weak[pair[0]], batch.labeled_weak[pair[1]]), "an image that comes twice is augmented twice"
+    assert not torch.equal(batch.labeled_weak[pair[0]], batch.labeled_weak[pair[1]]), (
+        "an image that comes twice is augmented twice"
+    )
 
 
 def test_every_image_comes_once_an_epoch():
-    labels = torch.cat([batches(mu=5, batch_size=5, weak=identity, strong=identity)[step].unlabeled_labels for step in range(2)])
+    labels = torch.cat(
+        [batches(mu=5, batch_size=5, weak=identity, strong=identity)[step].unlabeled_labels for step in range(2)]
+    )
     assert torch.bincount(labels).tolist() == [5] * 10
     slots = torch.cat([batches(batch_size=3)[step].slots for step in range(2)])
     assert sorted(slots.tolist()) == list(range(6))
@@ -94,7 +111,12 @@ def test_labeled_images_can_be_left_out():
     assert len(kept.unlabeled_index) == 44
     labeled = torch.stack([to_tensor(IMAGES.image(i), **STATISTICS) for i in LABELED]).flatten(1)
     assert (torch.cdist(kept[0].unlabeled_weak.flatten(1), labeled) > 1).all()
-    assert torch.cdist(batches(weak=identity, strong=identity, mu=25, batch_size=2)[0].unlabeled_weak.flatten(1), labeled).min() == 0
+    assert (
+        torch.cdist(
+            batches(weak=identity, strong=identity, mu=25, batch_size=2)[0].unlabeled_weak.flatten(1), labeled
+        ).min()
+        == 0
+    )
 
 
 def test_without_unlabeled_images():

@@ -13,7 +13,9 @@ def test_halves(classes, first):
     assert trainval.dtype == test.dtype == np.int64
 
 
-@pytest.mark.parametrize(("classes", "folds", "sizes"), [(100, 4, [25] * 4), (98, 4, [25, 25, 24, 24]), (8, 2, [4, 4]), (4, 4, [1] * 4)])
+@pytest.mark.parametrize(
+    ("classes", "folds", "sizes"), [(100, 4, [25] * 4), (98, 4, [25, 25, 24, 24]), (8, 2, [4, 4]), (4, 4, [1] * 4)]
+)
 def test_folds_part_the_classes_in_order(classes, folds, sizes):
     parts = split_folds(classes, folds)
     assert [len(part) for part in parts] == sizes

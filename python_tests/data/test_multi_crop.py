@@ -10,10 +10,17 @@ from ssmkernels.data.augment import MoCoV2
 
 RNG = np.random.default_rng(0)
 PHOTOGRAPHS = data.ImageCollection(
-    data.ArrayImages(RNG.integers(0, 256, (10, 40, 50, 3), dtype=np.uint8), np.arange(10) % 3, 3), tuple("abc"), image_size=32
+    data.ArrayImages(RNG.integers(0, 256, (10, 40, 50, 3), dtype=np.uint8), np.arange(10) % 3, 3),
+    tuple("abc"),
+    image_size=32,
 )
 GREY = data.ImageCollection(
-    data.ArrayImages(RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8), np.arange(6) % 2, 2), ("x", "y"), (0.3,), (0.2,), 8, "crop"
+    data.ArrayImages(RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8), np.arange(6) % 2, 2),
+    ("x", "y"),
+    (0.3,),
+    (0.2,),
+    8,
+    "crop",
 )
 
 
@@ -74,7 +81,9 @@ def test_ranks_share_a_batch():
 def test_small_crops_show_less():
     """On a ramp from left to right the range of values is the share of the width that a crop covers."""
     ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
-    collection = data.ImageCollection(data.ArrayImages(ramp[None], np.zeros(1, int), 1), ("ramp",), (0.0,), (1.0,), 64, "crop")
+    collection = data.ImageCollection(
+        data.ArrayImages(ramp[None], np.zeros(1, int), 1), ("ramp",), (0.0,), (1.0,), 64, "crop"
+    )
     crops = crop_views(collection, "native", size=32, small_size=16, jitter=0, blur=0)
     image, spread = collection.images.image(0), {}
     for name, view in (("large", crops.large), ("small", crops.small)):
@@ -112,7 +121,10 @@ def test_no_blur_and_no_jitter():
     ("make", "message"),
     [
         (lambda: batches(num_small=-1), "num_small is -1"),
-        (lambda: batches(batch_size=3, world_size=2), "batch_size is 3; it should be a positive multiple of world_size, 2"),
+        (
+            lambda: batches(batch_size=3, world_size=2),
+            "batch_size is 3; it should be a positive multiple of world_size, 2",
+        ),
         (lambda: batches(start_step=10), "start_step is 10"),
         (lambda: views(size=0), "size is 0; it should be at least 1"),
         (lambda: views(small_size=0), "small_size is 0"),
@@ -134,12 +146,25 @@ def test_past_the_last_batch():
 
 def test_union():
     other = data.ImageCollection(
-        data.ArrayImages(RNG.integers(0, 256, (4, 20, 20, 3), dtype=np.uint8), np.array([1, 0, 1, 1]), 2), ("d", "e"), image_size=64
+        data.ArrayImages(RNG.integers(0, 256, (4, 20, 20, 3), dtype=np.uint8), np.array([1, 0, 1, 1]), 2),
+        ("d", "e"),
+        image_size=64,
     )
     both = unite(PHOTOGRAPHS, other, data.class_subset(PHOTOGRAPHS, [2]))
-    assert (len(both), both.num_classes, both.class_names, both.image_size) == (17, 6, ("a", "b", "c", "d", "e", "c"), 32)
+    assert (len(both), both.num_classes, both.class_names, both.image_size) == (
+        17,
+        6,
+        ("a", "b", "c", "d", "e", "c"),
+        32,
+    )
     assert both.labels.tolist() == [*PHOTOGRAPHS.labels.tolist(), 4, 3, 4, 4, 5, 5, 5]
-    for index, (source, place) in {0: (PHOTOGRAPHS, 0), 9: (PHOTOGRAPHS, 9), 10: (other, 0), 13: (other, 3), 15: (PHOTOGRAPHS, 5)}.items():
+    for index, (source, place) in {
+        0: (PHOTOGRAPHS, 0),
+        9: (PHOTOGRAPHS, 9),
+        10: (other, 0),
+        13: (other, 3),
+        15: (PHOTOGRAPHS, 5),
+    }.items():
         assert np.array_equal(np.asarray(both.images.image(index)), np.asarray(source.images.image(place)))
     assert unite(GREY).labels.tolist() == GREY.labels.tolist()
 
@@ -147,7 +172,9 @@ def test_union():
 def test_what_cannot_be_united():
     with pytest.raises(ValueError, match="augmentation 'crop'; it should be 'imagenet', as in the first"):
         unite(PHOTOGRAPHS, GREY)
-    larger = data.ImageCollection(data.ArrayImages(np.zeros((1, 9, 9), np.uint8), np.zeros(1, int), 1), ("z",), (0.3,), (0.2,), 9, "crop")
+    larger = data.ImageCollection(
+        data.ArrayImages(np.zeros((1, 9, 9), np.uint8), np.zeros(1, int), 1), ("z",), (0.3,), (0.2,), 9, "crop"
+    )
     with pytest.raises(ValueError, match="image_size 9; it should be 8"):
         unite(GREY, larger)
     with pytest.raises(ValueError, match="datasets is empty"):

@@ -20,7 +20,15 @@ def shifted(image, rng):
 
 
 def batches(index=INDEX, labels=LABELS, **changes):
-    options = {"batch_size": 12, "per_class": 4, "seed": 3, "start_step": 0, "num_steps": 40, "mean": (0.5,), "std": (0.5,)}
+    options = {
+        "batch_size": 12,
+        "per_class": 4,
+        "seed": 3,
+        "start_step": 0,
+        "num_steps": 40,
+        "mean": (0.5,),
+        "std": (0.5,),
+    }
     return PKBatches(IMAGES, index, labels, transform=shifted, **(options | changes))
 
 
@@ -115,7 +123,10 @@ def test_ranks_share_whole_classes(world_size):
         ({"rank": 1}, "rank is 1"),
         ({"stream": -1}, "stream is -1"),
         ({"start_step": 41}, "start_step is 41"),
-        ({"labels": LABELS[1:]}, r"labels is int64 of shape \(39,\); it should be integers of shape \[40\], as index has"),
+        (
+            {"labels": LABELS[1:]},
+            r"labels is int64 of shape \(39,\); it should be integers of shape \[40\], as index has",
+        ),
         ({"labels": LABELS / 2}, "labels is float64"),
         ({"labels": LABELS - 1}, "labels has a -2"),
         ({"labels": np.full(40, -1)}, "labels are all -1; at least one image should have a class"),
@@ -132,9 +143,13 @@ def test_views_of_musgraves_protocol():
     collection = data.ImageCollection(data.ArrayImages(pixels, np.zeros(1, int), 1), ("a",))
     views = data.retrieval_views(collection, size=227, resize=256, crop_scale=(0.16, 1.0))
     image = collection.images.image(0)
-    assert np.array_equal(np.asarray(views.evaluation(image)), np.asarray(data.augment.ResizeCenterCrop(256, 227)(image)))
+    assert np.array_equal(
+        np.asarray(views.evaluation(image)), np.asarray(data.augment.ResizeCenterCrop(256, 227)(image))
+    )
     expected = data.augment.ImageNetWeak(227, (0.16, 1.0))(image, data.generator(0, 0))
     assert np.array_equal(np.asarray(views.training(image, data.generator(0, 0))), np.asarray(expected))
-    assert not np.array_equal(np.asarray(data.retrieval_views(collection, size=227).training(image, data.generator(0, 0))), expected)
+    assert not np.array_equal(
+        np.asarray(data.retrieval_views(collection, size=227).training(image, data.generator(0, 0))), expected
+    )
     with pytest.raises(ValueError, match="resize being 200"):
         data.retrieval_views(collection, size=227, resize=200)

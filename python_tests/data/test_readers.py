@@ -46,7 +46,9 @@ def test_mnist5k():
     assert splits.train.image(0).size == (28, 28)
 
 
-@pytest.mark.parametrize(("name", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)])
+@pytest.mark.parametrize(
+    ("name", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)]
+)
 def test_cifar(tmp_path, monkeypatch, name, folder, classes):
     cifar = pytest.importorskip("torchvision.datasets.cifar")
     monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)  # the files below are not the published ones
@@ -74,7 +76,9 @@ def test_svhn(tmp_path, monkeypatch):
     monkeypatch.setattr(svhn, "check_integrity", lambda *_: True)
     images = RNG.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
     for split, rows in (("train", 5), ("test", 2)):
-        savemat(tmp_path / f"{split}_32x32.mat", {"X": images[..., :rows], "y": np.array([1, 10, 3, 2, 9][:rows])[:, None]})
+        savemat(
+            tmp_path / f"{split}_32x32.mat", {"X": images[..., :rows], "y": np.array([1, 10, 3, 2, 9][:rows])[:, None]}
+        )
     splits = load_dataset("svhn", tmp_path)
     assert (len(splits.train), len(splits.test), splits.num_classes) == (5, 2, 10)
     assert splits.train.labels.tolist() == [1, 0, 3, 2, 9], "10 means the digit 0"
@@ -111,7 +115,9 @@ def test_folders(tmp_path, name, test):
         load_dataset(name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("imagenet", "image-net.org"), ("folder", "put the images into train/<class>/")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("imagenet", "image-net.org"), ("folder", "put the images into train/<class>/")]
+)
 def test_missing_folders_are_explained(tmp_path, name, hint):
     with pytest.raises(FileNotFoundError, match=hint) as error:
         load_dataset(name, tmp_path)
@@ -122,7 +128,10 @@ def test_missing_folders_are_explained(tmp_path, name, hint):
 
 
 def arrays(**changes):
-    content = {"train_x": RNG.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8), "train_y": np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8)}
+    content = {
+        "train_x": RNG.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8),
+        "train_y": np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8),
+    }
     content |= {"test_x": RNG.integers(0, 256, (2, 12, 12, 3), dtype=np.uint8), "test_y": np.array([2, 0])}
     return {name: array for name, array in (content | changes).items() if array is not None}
 

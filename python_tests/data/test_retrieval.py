@@ -9,7 +9,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from ssmkernels import data
-from ssmkernels.data import CollectionBatches, class_subset, first_images, load_collection, retrieval_views, split_classes
+from ssmkernels.data import (
+    CollectionBatches,
+    class_subset,
+    first_images,
+    load_collection,
+    retrieval_views,
+    split_classes,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -92,7 +99,10 @@ def lay_out_flowers102(root):
     for number in (1, 2, 3, 4):
         save(root / f"flowers-102/jpg/image_{number:05d}.jpg", 10 * number)
     savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([1, 102, 2, 1])})
-    savemat(root / "flowers-102/setid.mat", {"trnid": np.array([4, 2]), "valid": np.array([1, 1]), "tstid": np.array([3, 3])})
+    savemat(
+        root / "flowers-102/setid.mat",
+        {"trnid": np.array([4, 2]), "valid": np.array([1, 1]), "tstid": np.array([3, 3])},
+    )
     return [40, 20, 10, 10, 30, 30], [0, 101, 0, 0, 1, 1], None
 
 
@@ -132,8 +142,15 @@ def test_files_of_all_splits(tmp_path, monkeypatch, name):
 def test_class_names_of_each_level_of_aircraft(tmp_path):
     pytest.importorskip("torchvision")
     lay_out_aircraft(tmp_path)
-    levels = {level: load_collection(f"aircraft-{level}", tmp_path).class_names for level in ("variant", "family", "manufacturer")}
-    assert levels == {"variant": ("737-200", "A300 B4"), "family": ("Boeing 737", "A300"), "manufacturer": ("Boeing", "Airbus")}
+    levels = {
+        level: load_collection(f"aircraft-{level}", tmp_path).class_names
+        for level in ("variant", "family", "manufacturer")
+    }
+    assert levels == {
+        "variant": ("737-200", "A300 B4"),
+        "family": ("Boeing 737", "A300"),
+        "manufacturer": ("Boeing", "Airbus"),
+    }
 
 
 def test_dogs_in_the_folder_of_their_archive(tmp_path):
@@ -194,7 +211,8 @@ def test_cifar100_merges_training_and_test_images(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "size", "augmentation"), [((12, 12), 12, "crop-flip"), ((70, 90, 3), 70, "imagenet"), ((300, 300, 3), 224, "imagenet")]
+    ("shape", "size", "augmentation"),
+    [((12, 12), 12, "crop-flip"), ((70, 90, 3), 70, "imagenet"), ((300, 300, 3), 224, "imagenet")],
 )
 def test_npz(tmp_path, shape, size, augmentation):
     x = RNG.integers(0, 256, (4, *shape), dtype=np.uint8)
@@ -252,7 +270,9 @@ def test_bad_split(classes, fractions, message):
 
 
 def collection_of(count=12, classes=4, size=16, **settings):
-    images = data.ArrayImages(RNG.integers(0, 256, (count, size, size, 3), dtype=np.uint8), np.arange(count) % classes, classes)
+    images = data.ArrayImages(
+        RNG.integers(0, 256, (count, size, size, 3), dtype=np.uint8), np.arange(count) % classes, classes
+    )
     names = tuple("abcdefgh"[:classes])
     settings = {"image_size": size, "augmentation": "crop-flip"} | settings
     return data.ImageCollection(images, names, (0.5,) * 3, (0.25,) * 3, **settings)
@@ -305,12 +325,16 @@ def evaluated(collection, views):
 def test_normalisations():
     collection = collection_of()
     pixels = torch.from_numpy(collection.images.images.transpose(0, 3, 1, 2)).float()
-    torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "native")), (pixels / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(
+        evaluated(collection, retrieval_views(collection, "native")), (pixels / 255 - 0.5) / 0.25
+    )
     torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "half")), (pixels - 127) / 128)
     bgr = pixels.flip(1) - torch.tensor([104.0, 117.0, 128.0])[:, None, None]
     torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "bgr-caffe")), bgr, atol=1e-4, rtol=0)
     mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "imagenet")), (pixels / 255 - mean) / std)
+    torch.testing.assert_close(
+        evaluated(collection, retrieval_views(collection, "imagenet")), (pixels / 255 - mean) / std
+    )
 
 
 def test_grey_images_become_colour_where_the_network_wants_it():
@@ -335,7 +359,9 @@ def test_photographs_are_cropped_to_the_size_of_the_network():
     assert retrieval_views(collection).evaluation(image).size == (224, 224)
 
 
-@pytest.mark.parametrize(("augmentation", "flips"), [("imagenet", True), ("imagenet-no-flip", False), ("crop-flip", True), ("crop", False)])
+@pytest.mark.parametrize(
+    ("augmentation", "flips"), [("imagenet", True), ("imagenet-no-flip", False), ("crop-flip", True), ("crop", False)]
+)
 def test_what_is_flipped(augmentation, flips):
     """On a ramp from left to right a flip turns the slope."""
     ramp = np.tile(np.arange(0, 256, 8, dtype=np.uint8)[:, None], (32, 1, 3))
@@ -348,7 +374,9 @@ def test_what_is_flipped(augmentation, flips):
     assert (5 < falling < 25) if flips else falling == 0
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"normalization": "caffe"}, "normalization is 'caffe'"), ({"size": 0}, "size is 0")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"normalization": "caffe"}, "normalization is 'caffe'"), ({"size": 0}, "size is 0")]
+)
 def test_bad_views(settings, message):
     with pytest.raises(ValueError, match=message):
         retrieval_views(collection_of(), **settings)
@@ -357,7 +385,9 @@ def test_bad_views(settings, message):
 def batches_of(collection, index, **settings):
     views = retrieval_views(collection, "native")
     settings = {"batch_size": 4, "seed": 3, "start_step": 0, "num_steps": 9} | settings
-    return CollectionBatches(collection.images, index, transform=views.training, mean=views.mean, std=views.std, **settings)
+    return CollectionBatches(
+        collection.images, index, transform=views.training, mean=views.mean, std=views.std, **settings
+    )
 
 
 def test_batches_draw_every_image_once_an_epoch():

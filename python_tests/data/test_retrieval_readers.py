@@ -26,7 +26,9 @@ def lay_out_nabirds(root):
     )
     for name, number, value in images:
         save(folder / "images" / number / f"{name.replace('-', '')}.jpg", value)
-    (folder / "images.txt").write_text("".join(f"{name} {number}/{name.replace('-', '')}.jpg\n" for name, number, _ in images))
+    (folder / "images.txt").write_text(
+        "".join(f"{name} {number}/{name.replace('-', '')}.jpg\n" for name, number, _ in images)
+    )
     (folder / "image_class_labels.txt").write_text("".join(f"{name} {int(number)}\n" for name, number, _ in images))
     (folder / "classes.txt").write_text("0 Birds\n295 Common Goldeneye (Adult male)\n817 Oak Titmouse\n1010 Owls\n")
     (folder / "hierarchy.txt").write_text("295 0\n817 0\n1010 0\n")
@@ -54,7 +56,8 @@ def lay_out_inshop(root):
         save(root / "Img" / path, value)
     (root / "Eval").mkdir()
     (root / "Eval/list_eval_partition.txt").write_text(
-        "4\nimage_name item_id evaluation_status\n" + "".join(f"{path:<70} {item} {split:<10}\n" for path, item, split, _ in lines)
+        "4\nimage_name item_id evaluation_status\n"
+        + "".join(f"{path:<70} {item} {split:<10}\n" for path, item, split, _ in lines)
     )
     return [10, 20, 30, 40], [0, 2, 2, 1], ("id_00000002", "id_00000080", "id_00000001")
 
@@ -71,14 +74,21 @@ def lay_out_fashion200k(root):
     }
     (root / "labels").mkdir()
     for name, lines in labels.items():
-        (root / f"labels/{name}_detect_all.txt").write_text("".join(f"{path}\t-1.780000\t{text}\n" for path, text, _ in lines))
+        (root / f"labels/{name}_detect_all.txt").write_text(
+            "".join(f"{path}\t-1.780000\t{text}\n" for path, text, _ in lines)
+        )
         for path, _, value in lines:
             save(root / path, value)
     (root / "image_urls.txt").write_text("")
     return [40, 10, 20, 30], [1, 1, 1, 0], ("black silk top", "green a-line dress")
 
 
-LAYOUTS = {"nabirds": lay_out_nabirds, "compcars": lay_out_compcars, "inshop": lay_out_inshop, "fashion200k": lay_out_fashion200k}
+LAYOUTS = {
+    "nabirds": lay_out_nabirds,
+    "compcars": lay_out_compcars,
+    "inshop": lay_out_inshop,
+    "fashion200k": lay_out_fashion200k,
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -96,7 +106,11 @@ def test_published_form(tmp_path, name):
     [
         ("nabirds", "nabirds/images.txt", "https://dl.allaboutbirds.org/nabirds"),
         ("compcars", "data/image/<make>/<model>/<year>", "http://mmlab.ie.cuhk.edu.hk/datasets/comp_cars"),
-        ("inshop", "Eval/list_eval_partition.txt and Img/img/", "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html"),
+        (
+            "inshop",
+            "Eval/list_eval_partition.txt and Img/img/",
+            "https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
+        ),
         ("fashion200k", "_train_detect_all.txt", "https://github.com/xthan/fashion-200k"),
     ],
 )
@@ -111,9 +125,24 @@ def test_missing_data_is_explained(tmp_path, name, looked_for, where_from):
     [
         ("nabirds", "nabirds/image_class_labels.txt", "x 817\n", "should list the same images"),
         ("nabirds", "nabirds/classes.txt", "817 Oak Titmouse\n", "classes.txt of .* should name every class"),
-        ("inshop", "Eval/list_eval_partition.txt", "4\nimage_name item_id evaluation_status\n", "should have lines of an image, an item"),
-        ("inshop", "Eval/list_eval_partition.txt", "1\nheading\na.jpg id_1\n", "should have lines of an image, an item"),
-        ("fashion200k", "labels/top_train_detect_all.txt", "a.jpeg green dress\n", "an image, a score and a description"),
+        (
+            "inshop",
+            "Eval/list_eval_partition.txt",
+            "4\nimage_name item_id evaluation_status\n",
+            "should have lines of an image, an item",
+        ),
+        (
+            "inshop",
+            "Eval/list_eval_partition.txt",
+            "1\nheading\na.jpg id_1\n",
+            "should have lines of an image, an item",
+        ),
+        (
+            "fashion200k",
+            "labels/top_train_detect_all.txt",
+            "a.jpeg green dress\n",
+            "an image, a score and a description",
+        ),
     ],
 )
 def test_damaged_lists(tmp_path, name, file, content, message):
@@ -123,7 +152,9 @@ def test_damaged_lists(tmp_path, name, file, content, message):
         load_collection(name, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("nabirds", "nabirds/images"), ("inshop", "Img"), ("fashion200k", "women")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("nabirds", "nabirds/images"), ("inshop", "Img"), ("fashion200k", "women")]
+)
 def test_lists_without_their_images(tmp_path, name, folder):
     LAYOUTS[name](tmp_path)
     (tmp_path / folder).rename(tmp_path / "elsewhere")

@@ -16,7 +16,9 @@ def test_equal_counts():
 
 def test_proportional_counts():
     assert np.bincount(LABELS[split_labels(LABELS, 18, seed=1, proportional=True)]).tolist() == [4, 3, 1, 8, 2]
-    assert np.bincount(LABELS[split_labels(LABELS, 5, seed=1, proportional=True)]).tolist() == [1] * 5, "every class has a label"
+    assert np.bincount(LABELS[split_labels(LABELS, 5, seed=1, proportional=True)]).tolist() == [1] * 5, (
+        "every class has a label"
+    )
     for count in range(5, 181):
         counts = np.bincount(LABELS[split_labels(LABELS, count, seed=1, proportional=True)])
         assert counts.sum() == count

@@ -35,14 +35,20 @@ def test_every_table_and_figure_of_the_papers_is_listed(capsys):
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(TABLES)
     assert {paper: sorted(name for name, each in TABLES.items() if each.paper == paper) for paper in PAPERS} == {
-        "SimMatch": [f"simmatch-{each}" for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")],
+        "SimMatch": [
+            f"simmatch-{each}"
+            for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")
+        ],
         "Mixed label propagation": [
             "mixed-lp-cifar10-small",
             *(f"mixed-lp-figure{number}" for number in (2, 3, 4, 5)),
             "mixed-lp-flowers17",
             *(f"mixed-lp-table{number}" for number in (1, 2, 3)),
         ],
-        "MLSN": [f"mlsn-{each}" for each in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")],
+        "MLSN": [
+            f"mlsn-{each}"
+            for each in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")
+        ],
         "SLADE": [
             *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
             *(f"slade-{each}" for each in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),
@@ -125,7 +131,9 @@ def test_cells_are_listed_and_nothing_is_run(tmp_path, capsys):
     command = ["simmatch-table1", "--budget", "paper", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--list-cells"]) == 0
     listed = capsys.readouterr().out.splitlines()[2:]
-    assert len(listed) == 5 and all(re.match(r"\| SimMatch +\| cifar10-40 +\| [1-5] +\| simmatch-cifar10-40-seed", line) for line in listed)
+    assert len(listed) == 5 and all(
+        re.match(r"\| SimMatch +\| cifar10-40 +\| [1-5] +\| simmatch-cifar10-40-seed", line) for line in listed
+    )
     assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--dry-run"]) == 0
     assert "1,048,576" in capsys.readouterr().out  # steps
     assert not (tmp_path / "out").exists()
@@ -163,16 +171,31 @@ def test_a_stopped_call_says_so(tmp_path, monkeypatch, capsys):
 
 def test_images_of_a_file_serve_the_set_that_it_is_named_after(tmp_path, capsys):
     draw = np.random.default_rng(0)
-    content = {f"{part}_x": draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for part, count in (("train", 60), ("test", 20))}
+    content = {
+        f"{part}_x": draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        for part, count in (("train", 60), ("test", 20))
+    }
     place = tmp_path / "cifar10.npz"
     np.savez(place, **content, train_y=np.arange(60) % 10, test_y=np.arange(20) % 10)
     command = ["simmatch-table1", "--budget", "short", "--data", str(place), "--out", str(tmp_path / "out")]
-    few = ["model=convnet-small", "steps=2", "batch_size=4", "mu=1", "run.eval_every=2", "run.workers=0", "first_epoch_steps=1"]
+    few = [
+        "model=convnet-small",
+        "steps=2",
+        "batch_size=4",
+        "mu=1",
+        "run.eval_every=2",
+        "run.workers=0",
+        "first_epoch_steps=1",
+    ]
     settings = [each for setting in few for each in ("--set", setting)]
     assert main([*command, *settings, "--rows", "SimMatch", "--columns", "cifar10-40"]) == 0
     assert "Left out: cifar100-400: --data is" in capsys.readouterr().out
     record = read_record(next((tmp_path / "out").glob("simmatch-table1-short*")))
-    assert record.data == "cifar10.npz" and {entry.column for entry in record.entries} == {"cifar10-40", "cifar10-250", "cifar10-4000"}
+    assert record.data == "cifar10.npz" and {entry.column for entry in record.entries} == {
+        "cifar10-40",
+        "cifar10-250",
+        "cifar10-4000",
+    }
     assert "arrays of a file" in record.deviations[0] and all(entry.paper == "-" for entry in record.entries)
     (done,) = (entry for entry in record.entries if entry.values)
     assert (done.row, done.column) == ("SimMatch", "cifar10-40")
@@ -198,12 +221,19 @@ def test_a_failed_cell_is_reported_and_tried_again(tmp_path, monkeypatch, capsys
     assert "some cells failed" in captured.err
     (folder,) = tmp_path.glob("simmatch-table5-smoke*")
     entries = {entry.row: entry for entry in read_record(folder).entries}
-    assert entries["without p̂"].failed == ("FloatingPointError: loss is nan at step 3",) and entries["without p̂"].values == ()
+    assert (
+        entries["without p̂"].failed == ("FloatingPointError: loss is nan at step 3",)
+        and entries["without p̂"].values == ()
+    )
     assert len(entries["standard"].values) == len(entries["without q̂"].values) == 1
     broken = False
     assert main(command) == 0
     again = {entry.row: entry for entry in read_record(folder).entries}
-    assert again["standard"] == entries["standard"] and len(again["without p̂"].values) == 1 and again["without p̂"].failed == ()
+    assert (
+        again["standard"] == entries["standard"]
+        and len(again["without p̂"].values) == 1
+        and again["without p̂"].failed == ()
+    )
 
 
 def test_images_that_are_not_there_are_one_message(tmp_path, capsys):
@@ -233,7 +263,9 @@ def test_all_runs_everything_whatever_fails(tmp_path, monkeypatch, capsys):
 
     run_table = cli.run_table
     monkeypatch.setattr(cli, "run_table", one)
-    monkeypatch.setattr(cli, "load_tables", lambda: {name: TABLES[name] for name in ("simmatch-table1", "simmatch-table5")})
+    monkeypatch.setattr(
+        cli, "load_tables", lambda: {name: TABLES[name] for name in ("simmatch-table1", "simmatch-table5")}
+    )
     assert main(["all", "--out", str(tmp_path), *FEW]) == 1
     captured = capsys.readouterr()
     assert "1 of 2 experiments are done. Failed: simmatch-table1." in captured.out
@@ -246,7 +278,9 @@ def test_figures_come_with_their_plot(tmp_path, monkeypatch):
     assert main(["simmatch-figure5", "--out", str(tmp_path), *FEW]) == 0
     (folder,) = tmp_path.glob("simmatch-figure5-smoke*")
     (plot,) = read_record(folder).plots
-    assert (folder / plot.file).read_bytes().startswith(b"\x89PNG") and f"({plot.file})" in (folder / "report.md").read_text()
+    assert (folder / plot.file).read_bytes().startswith(b"\x89PNG") and f"({plot.file})" in (
+        folder / "report.md"
+    ).read_text()
     assert len(list(tmp_path.glob("jobs/*/checkpoint.pt"))) == 2  # the usual setting is trained once
 
 
@@ -275,5 +309,7 @@ def test_costs_are_those_of_jobs_that_are_alike(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--seeds", "5", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert f"| {state['seconds'] / 4:.3g} " in printed and "| 4 " in printed and "| 320 " in printed  # 4 steps of 16 · (1 + 4) images
+    assert (
+        f"| {state['seconds'] / 4:.3g} " in printed and "| 4 " in printed and "| 320 " in printed
+    )  # 4 steps of 16 · (1 + 4) images
     assert "1 of 1 jobs are to run; 1 of them" in printed

@@ -32,8 +32,21 @@ def request_of(tmp_path):
 def test_rows_differ_in_their_losses_only(tmp_path):
     table = load_tables()["mlsn-mnist"]
     column = next(iter(table.columns))
-    configs = {row: configure(table, request_of(tmp_path), column, arguments)[0] for row, arguments in table.rows.items()}
-    for name in ("data", "model", "steps", "batch_size", "optimizer", "learning_rate", "weight_decay", "schedule", "ema_decay", "pairs"):
+    configs = {
+        row: configure(table, request_of(tmp_path), column, arguments)[0] for row, arguments in table.rows.items()
+    }
+    for name in (
+        "data",
+        "model",
+        "steps",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "schedule",
+        "ema_decay",
+        "pairs",
+    ):
         assert len({repr(getattr(config, name)) for config in configs.values()}) == 1
     assert not configs["Supervised only"].uses_unlabeled
     assert configs["Π model"].teacher == "student"
@@ -64,8 +77,12 @@ def test_a_failed_row_does_not_lose_the_others(few, tmp_path, monkeypatch):
     record = read_record(folder)
     assert {entry.row for entry in record.entries if entry.failed} == {"MT + Similarity, weak labels"}
     silhouettes = {entry.row: entry.values for entry in record.entries if entry.figure == "silhouette"}
-    assert set(silhouettes) == {"MT", "all labels, supervised"} and all(-1 <= value[0] <= 1 for value in silhouettes.values())
-    assert [plot.file for plot in record.plots] == ["figure3.png"] and (folder / "figure3.png").read_bytes().startswith(b"\x89PNG")
+    assert set(silhouettes) == {"MT", "all labels, supervised"} and all(
+        -1 <= value[0] <= 1 for value in silhouettes.values()
+    )
+    assert [plot.file for plot in record.plots] == ["figure3.png"] and (folder / "figure3.png").read_bytes().startswith(
+        b"\x89PNG"
+    )
 
 
 def test_figure_2(few, tmp_path):
@@ -78,7 +95,9 @@ def test_figure_2(few, tmp_path):
 
 def test_similarity_probs_tell_clusters_apart(tmp_path):
     """y_sc of the figures: rows sum to 1, and say the class when the network knows which samples are alike."""
-    config = parse_config("mlsn", ["--config", "digits", "--run.out", str(tmp_path / "run"), *(f"--{key}" for key in KEYS)])[0]
+    config = parse_config(
+        "mlsn", ["--config", "digits", "--run.out", str(tmp_path / "run"), *(f"--{key}" for key in KEYS)]
+    )[0]
     train_mlsn(config)
     trainer = features.trained(config, tmp_path / "run")
     network = trainer.teacher.model.similarity
@@ -93,7 +112,9 @@ def test_similarity_probs_tell_clusters_apart(tmp_path):
                 network.w2[unit] = -4
         network.b2.fill_(6)
     labels = torch.arange(10).repeat(3)
-    clusters = torch.nn.functional.one_hot(labels, dim).float() + 0.01 * torch.randn(30, dim, generator=torch.Generator().manual_seed(0))
+    clusters = torch.nn.functional.one_hot(labels, dim).float() + 0.01 * torch.randn(
+        30, dim, generator=torch.Generator().manual_seed(0)
+    )
     probs = features.similarity_probs(trainer, clusters, clusters[:20], labels[:20])
     torch.testing.assert_close(probs.sum(dim=1), torch.ones(30))
     assert probs.argmax(dim=1).equal(labels)

@@ -31,7 +31,9 @@ def test_table_3(few, tmp_path, capsys):
     assert len(kept) == 4 and all(set(draw) == set(propagation.METHODS) for draw in kept)
     assert all(0.05 < value < 1 for draw in kept for value in draw.values())
     record = read_record(out)
-    assert len(record.entries) == 2 * len(propagation.METHODS) and all(entry.seeds == (1, 2) for entry in record.entries)
+    assert len(record.entries) == 2 * len(propagation.METHODS) and all(
+        entry.seeds == (1, 2) for entry in record.entries
+    )
     assert record.seeds == (1, 2) and record.seconds > 0
 
 
@@ -39,10 +41,20 @@ def test_figures_4_and_5(few, tmp_path, monkeypatch):
     monkeypatch.setattr(propagation, "FRACTIONS", (0.1, 1.0))
     assert main(["mixed-lp-figure4", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
     assert main(["mixed-lp-figure5", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
-    rows = [{entry.row for entry in read_record(tmp_path / f"mixed-lp-figure{number}-smoke").entries} for number in (4, 5)]
-    assert {"without dissimilar edges", "LPDR's system indefinite, 10 %", "ours, random edges, 100 % of the edges"} <= rows[0]
+    rows = [
+        {entry.row for entry in read_record(tmp_path / f"mixed-lp-figure{number}-smoke").entries} for number in (4, 5)
+    ]
+    assert {
+        "without dissimilar edges",
+        "LPDR's system indefinite, 10 %",
+        "ours, random edges, 100 % of the edges",
+    } <= rows[0]
     assert {"β = 0.01", "λ = 128"} <= rows[1]
-    for name in ("mixed-lp-figure4-smoke/figure4.png", "mixed-lp-figure5-smoke/figure5a.png", "mixed-lp-figure5-smoke/figure5b.png"):
+    for name in (
+        "mixed-lp-figure4-smoke/figure4.png",
+        "mixed-lp-figure5-smoke/figure5a.png",
+        "mixed-lp-figure5-smoke/figure5b.png",
+    ):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,7 +75,12 @@ def packed(folder, count=6):
         picture.save(buffer, format="PNG")
         files.append(buffer.getvalue())
     offsets = np.cumsum([0, *map(len, files)])
-    np.savez(folder / "flowers17.npz", data=np.frombuffer(b"".join(files), np.uint8), offsets=offsets, labels=np.arange(count) % 2)
+    np.savez(
+        folder / "flowers17.npz",
+        data=np.frombuffer(b"".join(files), np.uint8),
+        offsets=offsets,
+        labels=np.arange(count) % 2,
+    )
 
 
 def test_features_of_a_folder_are_made_once(tmp_path, monkeypatch):
@@ -96,8 +113,13 @@ def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
         picture = tmp_path / "CUB_200_2011" / "images" / path
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 16), (25 * label, 0, 0)).save(picture)
-    for file, values in {"images.txt": [path for _, path in paths], "image_class_labels.txt": [label for label, _ in paths]}.items():
-        (tmp_path / "CUB_200_2011" / file).write_text("".join(f"{number} {value}\n" for number, value in enumerate(values, 1)))
+    for file, values in {
+        "images.txt": [path for _, path in paths],
+        "image_class_labels.txt": [label for label, _ in paths],
+    }.items():
+        (tmp_path / "CUB_200_2011" / file).write_text(
+            "".join(f"{number} {value}\n" for number, value in enumerate(values, 1))
+        )
     monkeypatch.setattr(feature_sets, "SOURCES", {name: feature_sets.SOURCES[name] for name in ("cub200", "pets")})
 
     def extract(model, batches, device):
@@ -111,6 +133,8 @@ def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
     record = read_record(tmp_path / "out" / "mixed-lp-table3-smoke")
     papers = {entry.row: entry.paper for entry in record.entries if entry.column == "cub, 5 per class"}
     assert papers["ours"] == "0.468 ± 0.003" and papers["LGC"] == "0.441 ± 0.005" and papers["(12)"] == "-"
-    assert all(len(entry.values) == 2 and entry.values[0] > 0.2 for entry in record.entries if ", 5 per class" in entry.column)
+    assert all(
+        len(entry.values) == 2 and entry.values[0] > 0.2 for entry in record.entries if ", 5 per class" in entry.column
+    )
     assert (tmp_path / "out" / "features" / "cub200-efficientnet-lite0.npz").exists()
     assert any("in place of BN-Inception" in each for each in record.deviations)

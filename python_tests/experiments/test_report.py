@@ -74,4 +74,6 @@ def test_claims_are_of_the_seeds_that_finished_both():
     assert none[0][2:] == ("-", "no seed has both")
     old = verdicts(record(entry("ours", (10.0, 11.0, 12.0)), entry("theirs", (9.0, 10.0, 11.0))))
     assert old[0][2:] == ("+1.00 ± 0.00", "holds (in 3 of 3 seeds)")
-    assert verdicts(record(entry("ours", (10.0,), failed=("x",)), entry("theirs", (9.0, 8.0))))[0][3] == "no seed has both"
+    assert (
+        verdicts(record(entry("ours", (10.0,), failed=("x",)), entry("theirs", (9.0, 8.0))))[0][3] == "no seed has both"
+    )

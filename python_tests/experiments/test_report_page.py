@@ -89,7 +89,9 @@ def make(tmp_path, *records):
     for number, record in enumerate(records):
         write_record(tmp_path / "runs" / str(number), record)
     write_report(tmp_path / "runs", tmp_path / "runs" / "report.html", ORDER)
-    return (tmp_path / "runs" / "report.html").read_text(encoding="utf-8"), (tmp_path / "runs" / "report.md").read_text(encoding="utf-8")
+    return (tmp_path / "runs" / "report.html").read_text(encoding="utf-8"), (tmp_path / "runs" / "report.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def picture(folder, name, size=(6, 4)):
@@ -143,9 +145,13 @@ def test_the_summary_links_to_every_experiment(tmp_path):
 
 def test_papers_and_experiments_are_in_their_order(tmp_path):
     records = [
-        replace(TABLE1, paper=paper, name=paper, title=f"{paper}, Table 9") for paper in ("SLADE", "MLSN", "Mixed label propagation")
+        replace(TABLE1, paper=paper, name=paper, title=f"{paper}, Table 9")
+        for paper in ("SLADE", "MLSN", "Mixed label propagation")
     ]
-    records += [replace(TABLE1, name="simmatch-ablation", title="SimMatch, Table 5", budget=budget) for budget in ("smoke", "paper")]
+    records += [
+        replace(TABLE1, name="simmatch-ablation", title="SimMatch, Table 5", budget=budget)
+        for budget in ("smoke", "paper")
+    ]
     html, markdown = make(tmp_path, *records, replace(TABLE1, name="unknown", title="Another"), TABLE1)
     papers, sections = (re.findall(rf"<{tag} id=[^>]*>(.*?)</{tag}>", html) for tag in ("h2", "h3"))
     assert papers == ["Summary", "SimMatch", "Mixed label propagation", "MLSN", "SLADE"]
@@ -194,7 +200,10 @@ def test_pictures_are_inside(tmp_path):
     html, markdown = make(tmp_path, replace(TABLE1, plots=plots, notes="Seen here:\n\n![x](other.png)\n\nafter"))
     page = Page(html)
     first, second = page.images
-    assert base64.b64decode(first["src"].removeprefix("data:image/png;base64,")) == (tmp_path / "runs/0/my curves.png").read_bytes()
+    assert (
+        base64.b64decode(first["src"].removeprefix("data:image/png;base64,"))
+        == (tmp_path / "runs/0/my curves.png").read_bytes()
+    )
     assert (first["alt"], first["width"], first["height"]) == ("Curves & <more>", "60", "40")
     assert second["alt"] == "Other"
     assert "In the paper: it rises" in page.text()
@@ -216,7 +225,9 @@ def test_the_page_needs_nothing_else(tmp_path):
 
 
 def test_a_record_without_numbers_is_shown(tmp_path):
-    html, markdown = make(tmp_path, replace(TABLE1, entries=(), seeds=(), deviations=(), notes="only words", versions={}))
+    html, markdown = make(
+        tmp_path, replace(TABLE1, entries=(), seeds=(), deviations=(), notes="only words", versions={})
+    )
     assert ["SimMatch, Table 1: accuracy", "short", "CIFAR-10", "0", "-", "1 h 07 min"] in Page(html).rows
     assert "only words" in markdown
     assert "Deviations" not in html
@@ -224,7 +235,11 @@ def test_a_record_without_numbers_is_shown(tmp_path):
 
 @pytest.mark.parametrize(
     ("plot", "message"),
-    [("absent.png", "'absent.png', which is not there"), ("text.png", "which is no PNG"), ("../1/p.png", "in the folder of the record")],
+    [
+        ("absent.png", "'absent.png', which is not there"),
+        ("text.png", "which is no PNG"),
+        ("../1/p.png", "in the folder of the record"),
+    ],
 )
 def test_a_plot_that_is_no_picture_is_named(tmp_path, plot, message):
     picture(tmp_path / "runs" / "1", "p.png")
@@ -249,8 +264,10 @@ def test_what_is_wrong_with_the_folder_is_said(tmp_path, capsys):
         assert cli.main(["report", *map(str, arguments)]) == 1
         return capsys.readouterr().err
 
-    assert said(tmp_path) == (
-        f"ssmkernels report: DIR is '{tmp_path}', which has no record.json at any depth; `ssmkernels reproduce NAME` leaves one\n"
+    assert (
+        said(tmp_path)
+        == f"ssmkernels report: DIR is '{tmp_path}', which has no record.json at any depth; `ssmkernels reproduce NAME`"
+        " leaves one\n"
     )
     assert "which is no folder" in said(tmp_path / "absent")
     assert "it should end in .html" in said(tmp_path, "--out", tmp_path / "report.md")
@@ -295,7 +312,13 @@ def test_progress_and_failures_count_cells_once():
 
 
 def test_durations():
-    assert [duration(each) for each in (0, 42.4, 600, 3599.9, 11100)] == ["0 s", "42 s", "10 min", "1 h 00 min", "3 h 05 min"]
+    assert [duration(each) for each in (0, 42.4, 600, 3599.9, 11100)] == [
+        "0 s",
+        "42 s",
+        "10 min",
+        "1 h 00 min",
+        "3 h 05 min",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +328,10 @@ def test_durations():
         ("- a\n  b\n- + c − d", "<ul>\n<li>a b</li>\n<li>+ c − d</li>\n</ul>\n"),
         ("said:\n- a", "<p>said:</p>\n<ul>\n<li>a</li>\n</ul>\n"),
         ("1. a\n2. b", "<ol>\n<li>a</li>\n<li>b</li>\n</ol>\n"),
-        ("**a *b* c** and `*d*` W_dis, 2 * 3 * 4", "<p><strong>a <em>b</em> c</strong> and <code>*d*</code> W_dis, 2 * 3 * 4</p>\n"),
+        (
+            "**a *b* c** and `*d*` W_dis, 2 * 3 * 4",
+            "<p><strong>a <em>b</em> c</strong> and <code>*d*</code> W_dis, 2 * 3 * 4</p>\n",
+        ),
         (r"\*a\* \<b\> \| \w", r"<p>*a* &lt;b&gt; | \w</p>" + "\n"),
         ("## a\n\n### b `c`", "<h4>a</h4>\n<h5>b <code>c</code></h5>\n"),
         ("    x <y>\n\n      z\n\nw", "<pre><code>x &lt;y&gt;\n\n  z</code></pre>\n<p>w</p>\n"),

@@ -49,7 +49,9 @@ def test_cells_are_what_their_names_say(name, budget, tmp_path):
     for cell in cells:
         parsed = cell.config
         assert parsed.student == ("mining" if "SLADE" in cell.row else "none")
-        assert parsed.weights == (str(request.jobs / cell.job(1).needs[0].name / "backbone.pt") if "SwAV" in cell.row else "imagenet")
+        assert parsed.weights == (
+            str(request.jobs / cell.job(1).needs[0].name / "backbone.pt") if "SwAV" in cell.row else "imagenet"
+        )
         assert parsed.ranking_loss == ("multi-similarity" if re.search("[TS][34]", cell.row) else "contrastive")
         assert parsed.data.unlabeled_name == name.split("-")[2] and parsed.data.unlabeled_root == str(tmp_path)
         assert parsed.data.fold == (None if budget == "paper" else 0)
@@ -62,7 +64,18 @@ def test_rows_differ_in_what_the_student_learns_from(tmp_path):
     table = TABLES["slade-ablation2"].variant("embedded")
     request = Request("smoke", Source(None), tmp_path)
     rows = {row: configure(table, request, DIGITS, arguments)[0] for row, arguments in table.rows.items()}
-    for name in ("data", "backbone", "weights", "k", "lambda_1", "lambda_2", "batch_size", "optimizer", "student_steps", "embedding_dim"):
+    for name in (
+        "data",
+        "backbone",
+        "weights",
+        "k",
+        "lambda_1",
+        "lambda_2",
+        "batch_size",
+        "optimizer",
+        "student_steps",
+        "embedding_dim",
+    ):
         assert len({repr(getattr(config, name)) for config in rows.values()}) == 1
     assert [config.student for config in rows.values()] == ["none", "none", "none", "pseudo-labels", "basis", "mining"]
     assert rows["Teacher, as many steps as all"].steps == rows["+ Basis + Mining"].steps == 20 + 10 + 20
@@ -70,7 +83,18 @@ def test_rows_differ_in_what_the_student_learns_from(tmp_path):
 
 
 def test_ablation_2_is_kept_and_rated_on_unlabelled_classes(tmp_path):
-    command = ["slade-ablation2", "--out", str(tmp_path), "--columns", DIGITS, "--rows", "+ Basis + Mining", "--rows", "+ Basis", *FEW]
+    command = [
+        "slade-ablation2",
+        "--out",
+        str(tmp_path),
+        "--columns",
+        DIGITS,
+        "--rows",
+        "+ Basis + Mining",
+        "--rows",
+        "+ Basis",
+        *FEW,
+    ]
     assert main(command) == 0
     (folder,) = tmp_path.glob("slade-ablation2-smoke*")
     record = read_record(folder)
@@ -84,7 +108,9 @@ def test_ablation_2_is_kept_and_rated_on_unlabelled_classes(tmp_path):
 
 
 def test_ablation_1_fine_tunes_first(tmp_path):
-    assert main(["slade-ablation1", "--out", str(tmp_path), "--columns", DIGITS, "--rows", "random, then SwAV", *FEW]) == 0
+    assert (
+        main(["slade-ablation1", "--out", str(tmp_path), "--columns", DIGITS, "--rows", "random, then SwAV", *FEW]) == 0
+    )
     (backbone,) = tmp_path.glob("jobs/swav-digits-seed1-*/backbone.pt")
     (folder,) = tmp_path.glob("slade-ablation1-smoke*")
     ran = {entry.row for entry in read_record(folder).entries if entry.values}
@@ -113,7 +139,11 @@ def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch):
     figures = {(entry.row, entry.figure): entry.values for entry in record.entries if entry.column == DIGITS}
     for stage in ("before", "after"):
         with np.load(next(tmp_path.glob(f"jobs/pairs-*/{stage}.npz"))) as arrays:
-            positives, negatives, shares = arrays["positives"], arrays["negatives"], [*arrays["mined"], *arrays["clustered"]]
+            positives, negatives, shares = (
+                arrays["positives"],
+                arrays["negatives"],
+                [*arrays["mined"], *arrays["clustered"]],
+            )
         count = 355  # unlabelled images of two classes, each pair once
         assert len(positives) + len(negatives) == count * (count - 1) // 2
         assert min(positives.min(), negatives.min()) > -1.001 and max(positives.max(), negatives.max()) < 1.001
@@ -125,7 +155,9 @@ def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch):
 def test_ranking_counts_pairs():
     draw = np.random.default_rng(0)
     shares = np.zeros(2)
-    pairs = similarities.Similarities(*(draw.integers(0, 5, count).astype(np.float32) for count in (30, 70)), shares, shares)
+    pairs = similarities.Similarities(
+        *(draw.integers(0, 5, count).astype(np.float32) for count in (30, 70)), shares, shares
+    )
     above, equal = ((op(pairs.positives[:, None], pairs.negatives)).mean() for op in (np.greater, np.equal))
     assert pairs.ranking == pytest.approx(above + equal / 2)
 
@@ -135,10 +167,14 @@ def test_variants_follow_the_folder(tmp_path):
         find_cells(TABLES["slade-ablation3"], Request("smoke", Source(str(tmp_path)), tmp_path))
     photographs(tmp_path / "flowers", classes=4, count=2)
     found = find_cells(TABLES["slade-ablation3"], Request("short", Source(str(tmp_path / "flowers")), tmp_path))
-    assert {cell.column for cell in found.cells} == {"class folders"} and found.cells[0].config.backbone == "efficientnet-lite0"
+    assert {cell.column for cell in found.cells} == {"class folders"} and found.cells[
+        0
+    ].config.backbone == "efficientnet-lite0"
     birds(tmp_path, count=1)
     found = find_cells(TABLES["slade-ablation3"], Request("paper", Source(str(tmp_path)), tmp_path))
-    assert {cell.column for cell in found.cells} == {"CUB-200"} and any("Cars-196: cars196: looked for" in each for each in found.left_out)
+    assert {cell.column for cell in found.cells} == {"CUB-200"} and any(
+        "Cars-196: cars196: looked for" in each for each in found.left_out
+    )
     config = found.cells[0].config
     assert config.data.fold is None and config.data.root == config.data.unlabeled_root == str(tmp_path)
 
@@ -160,7 +196,10 @@ def birds(root, classes=10, count=4):
             picture.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.clip(draw.normal(20 * label, 30, (16, 16, 3)), 0, 255)
             Image.fromarray(pixels.astype(np.uint8)).save(picture)
-        lines = {"images.txt": [path for _, path in paths], "image_class_labels.txt": [str(label) for label, _ in paths]}
+        lines = {
+            "images.txt": [path for _, path in paths],
+            "image_class_labels.txt": [str(label) for label, _ in paths],
+        }
         for file, values in lines.items():
             text = "".join(f"{number} {value}\n" for number, value in enumerate(values, 1))
             (root / name / file).write_text(text)
@@ -172,7 +211,16 @@ def test_the_main_table_on_folders_of_birds(tmp_path, capsys):
     birds(tmp_path)
     small = ("backbone=convnet-small", "weights=null", "freeze_bn=false", "data.image_size=16", "data.folds=2")
     settings = [*FEW, *(each for key in small for each in ("--set", key))]
-    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "paper", "--rows", "SLADE, S3 (ImageNet)"]
+    arguments = [
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+        "--budget",
+        "paper",
+        "--rows",
+        "SLADE, S3 (ImageNet)",
+    ]
     assert main(["slade-cub200-nabirds", *arguments, *settings]) == 0
     printed = capsys.readouterr().out
     assert "30.90" in printed and "33.90" not in printed  # the paper's number beside the paper's images
@@ -181,7 +229,9 @@ def test_the_main_table_on_folders_of_birds(tmp_path, capsys):
 
 
 def test_right_pairs_are_counted():
-    """Clusters that are the classes are all right; with T1 = −1 and T2 = 1 every pair is mined, as often right as there are such pairs."""
+    """Clusters that are the classes are all right; with T1 = −1 and T2 = 1 every pair is mined, as often right as there
+    are such pairs.
+    """
     config, _ = parse_config("slade", ["--config", "digits", *QUICK, "--student", "mining"])
     labeled, _ = load_images(config.data)
     trainer = Slade(config, labeled, make_fabric(accelerator="cpu"))

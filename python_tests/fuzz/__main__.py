@@ -55,7 +55,10 @@ def main() -> int:
             print(f"\r{done:,} of {args.examples:,} examples, {findings} findings", end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-    print(f"\n{done:,} examples of {len(names)} targets in {(time.monotonic() - start) / 60:.0f} minutes: {findings} findings")
+    print(
+        f"\n{done:,} examples of {len(names)} targets in {(time.monotonic() - start) / 60:.0f} minutes: {findings}"
+        " findings"
+    )
     return 1 if findings else 0
 
 

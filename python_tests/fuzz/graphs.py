@@ -55,7 +55,10 @@ def draw_arrays(draw: Draw, nodes: int, dtype: torch.dtype, *values: str) -> dic
     """A graph in compressed rows, and values on its entries."""
     linked = draw_linked(draw, nodes)
     found = csr(linked)
-    arrays = {name: v.layout(draw, array.to(v.dtype(draw, v.INTEGERS)), without=("expanded",)) for name, array in found.items()}
+    arrays = {
+        name: v.layout(draw, array.to(v.dtype(draw, v.INTEGERS)), without=("expanded",))
+        for name, array in found.items()
+    }
     for name in values:
         arrays[name] = v.layout(draw, symmetric(draw, linked, dtype)[linked], without=("expanded",))
     return arrays

@@ -54,7 +54,9 @@ def _exact_partial(**arguments: Any) -> Any:
     (rows, dim), classes = arguments["query_weak"].shape, arguments["probs_weak"].shape[1]
     minus = torch.full((rows,), -torch.inf, dtype=torch.float64)
     none = torch.zeros(rows, dim, dtype=torch.float64)
-    return ops.InstanceMatchingPartial(minus, minus, minus, none.new_zeros(rows, classes), minus.new_zeros(rows), none, none)
+    return ops.InstanceMatchingPartial(
+        minus, minus, minus, none.new_zeros(rows, classes), minus.new_zeros(rows), none, none
+    )
 
 
 def _draw_parts(draw: Draw) -> dict[str, Any]:
@@ -77,7 +79,9 @@ def _exact_merge(a: Any, b: Any) -> Any:
     def mixed(weights: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return weights[0][:, None] * x + weights[1][:, None] * y
 
-    weak, strong, target = (shares(getattr(a, name), getattr(b, name)) for name in ("log_weak", "log_strong", "log_target"))
+    weak, strong, target = (
+        shares(getattr(a, name), getattr(b, name)) for name in ("log_weak", "log_strong", "log_target")
+    )
     log_target = torch.logaddexp(a.log_target, b.log_target)
     target = tuple(torch.where(log_target.isneginf(), w, t) for w, t in zip(weak, target, strict=True))
     return ops.InstanceMatchingPartial(
@@ -100,7 +104,9 @@ def _draw_finish(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _exact_finish(partial: Any, query_strong: Tensor, probs_weak: Tensor, temperature_strong: float, alpha: float) -> Any:
+def _exact_finish(
+    partial: Any, query_strong: Tensor, probs_weak: Tensor, temperature_strong: float, alpha: float
+) -> Any:
     slope = (partial.strong_mean - partial.target_mean) / temperature_strong
     loss = partial.log_strong - partial.target_logit + ((query_strong - query_strong.detach()) * slope).sum(dim=1)
     return ops.InstanceMatching(alpha * probs_weak + (1 - alpha) * partial.aggregated, loss)
@@ -110,7 +116,12 @@ def _draw_aggregate(draw: Draw) -> dict[str, Any]:
     dtype, (rows, dim) = v.dtype(draw), v.sizes(draw, 2)
     slots, classes = v.sizes(draw, 2, least=1)
     bank = _bank(draw, dtype, (slots, dim, classes))
-    return {"query": v.values(draw, (rows, dim), dtype), **bank, "num_classes": classes, "temperature": TEMPERATURE.draw(draw)}
+    return {
+        "query": v.values(draw, (rows, dim), dtype),
+        **bank,
+        "num_classes": classes,
+        "temperature": TEMPERATURE.draw(draw),
+    }
 
 
 def _draw_unfold(draw: Draw) -> dict[str, Any]:
@@ -166,7 +177,9 @@ TARGETS = {
         gradient=("query",),
         case="aggregate",
     ),
-    "ops.unfold": Target(_draw_unfold, ops.unfold, reference.unfold, numbers={"temperature": TEMPERATURE}, case="unfold"),
+    "ops.unfold": Target(
+        _draw_unfold, ops.unfold, reference.unfold, numbers={"temperature": TEMPERATURE}, case="unfold"
+    ),
     "ops.memory_update_": Target(
         _draw_update,
         ops.memory_update_,

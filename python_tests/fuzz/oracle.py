@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a call has to show: the value and the gradient of the reference in float64, or an error that names the argument."""
+"""What a call has to show: the value and the gradient of the reference in float64, or an error that names the
+argument.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def _check_unchanged(arguments: dict[str, Any], kept: dict[str, list[bytes]]) ->
 
 
 def _check_values(target: Target, arguments: dict[str, Any], found: Tensors, ones: bool) -> None:
-    exact_arguments = {name: _double(target.numbers[name].meant(v) if name in target.numbers else v) for name, v in arguments.items()}
+    exact_arguments = {
+        name: _double(target.numbers[name].meant(v) if name in target.numbers else v) for name, v in arguments.items()
+    }
     inputs = [value for each in arguments.values() for value in tensors_of(each) if value.is_floating_point()]
     if any(bool(value.isinf().any()) for value in inputs):
         return  # which of inf and NaN comes of it depends on the order
@@ -136,8 +140,12 @@ def _compare(name: str, value: Tensor, truth: Tensor, allowed: Tensor) -> None:
             raise Finding(f"{name} {what}: {value[at]:.9g} for {truth[at]:.9g} at {at}, allowed ±{allowed[at]:.2g}")
 
 
-def _allowed(target: Target, arguments: dict[str, Any], exact: Tensors, found: Tensors, inputs: list[Tensor], ones: bool) -> Tensors:
-    """Errors of a computation that is stable: what changes when every input is shifted by some units in the last place."""
+def _allowed(
+    target: Target, arguments: dict[str, Any], exact: Tensors, found: Tensors, inputs: list[Tensor], ones: bool
+) -> Tensors:
+    """Errors of a computation that is stable: what changes when every input is shifted by some units in the last
+    place.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def shifted(value: Tensor) -> Tensor:
@@ -153,7 +161,11 @@ def _allowed(target: Target, arguments: dict[str, Any], exact: Tensors, found: T
     if target.flush and inputs:
         least = max(torch.finfo(value.dtype).tiny for value in inputs) ** 0.5
         if any(bool(((value != 0) & (value.abs() < least)).any()) for value in inputs):
-            flushed = _exact(target, {n: _mapped(lambda x: torch.where(x.abs() < least, 0.0, x), v) for n, v in arguments.items()}, ones)
+            flushed = _exact(
+                target,
+                {n: _mapped(lambda x: torch.where(x.abs() < least, 0.0, x), v) for n, v in arguments.items()},
+                ones,
+            )
     length = max([8, *(max(value.shape, default=1) for value in inputs)])
     allowed = {}
     for name, value in found.items():
@@ -170,18 +182,27 @@ def _allowed(target: Target, arguments: dict[str, Any], exact: Tensors, found: T
     return allowed
 
 
-def _derived(case: Case, target: Target, arguments: dict[str, Any], found: Tensors, exact: Tensors, ones: bool) -> Tensors:
-    """The bounds of the op's case, by the names that the outputs have here; none where an argument is empty that may not be.
+def _derived(
+    case: Case, target: Target, arguments: dict[str, Any], found: Tensors, exact: Tensors, ones: bool
+) -> Tensors:
+    """The bounds of the op's case, by the names that the outputs have here; none where an argument is empty that may
+    not be.
 
-    A bound that is not a number says nothing: rounding of the logits is past what a float64 can tell of their exponentials.
+    A bound that is not a number says nothing: rounding of the logits is past what a float64 can tell of their
+    exponentials.
     """
-    sizes = [value.numel() for name, each in arguments.items() if name not in target.lists for value in tensors_of(each)]
+    sizes = [
+        value.numel() for name, each in arguments.items() if name not in target.lists for value in tensors_of(each)
+    ]
     if 0 in sizes:
         return {}
     named = {f"grad {name}": f"gradient of {name}" for name in target.gradient}
     named |= dict(zip(case.outputs, found, strict=False))
     grads = {name: cotangent(exact[named[name]], ones) for name in case.smooth}
-    given = {name: target.numbers[name].meant(value) if name in target.numbers else value for name, value in arguments.items()}
+    given = {
+        name: target.numbers[name].meant(value) if name in target.numbers else value
+        for name, value in arguments.items()
+    }
     allowed = {}
     for name, bound in case.bound(given, grads).items():
         if name not in named:
@@ -199,7 +220,9 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a.isfinite() == b.isfinite(), (a.double() - b.double()).abs().nan_to_num(nan=0.0), torch.inf)
 
 
-def _exact(target: Target, arguments: dict[str, Any], ones: bool, shift: Callable[[Tensor], Tensor] = Tensor.clone) -> Tensors:
+def _exact(
+    target: Target, arguments: dict[str, Any], ones: bool, shift: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Tensors:
     try:
         assert target.exact is not None
         return _evaluated(target.exact, arguments, target, ones, shift)

@@ -22,7 +22,13 @@ WORDS = {"interaction": ("concat", "absdiff", "product")}
 def draw_pair_logits(draw: Draw) -> dict[str, Any]:
     dtype, (n, m, dim, hidden) = v.dtype(draw), v.sizes(draw, 4)
     interaction = draw(st.sampled_from(WORDS["interaction"]))
-    shapes = {"x": (n, dim), "y": (m, dim), "w1": (hidden, 2 * dim if interaction == "concat" else dim), "b1": (hidden,), "w2": (hidden,)}
+    shapes = {
+        "x": (n, dim),
+        "y": (m, dim),
+        "w1": (hidden, 2 * dim if interaction == "concat" else dim),
+        "b1": (hidden,),
+        "w2": (hidden,),
+    }
     arguments = {name: v.values(draw, shape, dtype) for name, shape in (shapes | {"b2": ()}).items()}
     pairs = None
     if n and m and draw(st.booleans()):
@@ -46,7 +52,12 @@ def draw_pair_focal_loss(draw: Draw) -> dict[str, Any]:
 
 TARGETS = {
     "ops.pair_logits": Target(
-        draw_pair_logits, ops.pair_logits, reference.pair_logits, words=WORDS, gradient=("x", "y", *WEIGHTS), case="pair_logits"
+        draw_pair_logits,
+        ops.pair_logits,
+        reference.pair_logits,
+        words=WORDS,
+        gradient=("x", "y", *WEIGHTS),
+        case="pair_logits",
     ),
     "ops.pair_focal_loss": Target(
         draw_pair_focal_loss,

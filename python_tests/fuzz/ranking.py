@@ -21,7 +21,10 @@ REDUCTIONS = ("mean_nonzero", "mean", "sum")
 
 
 def _settings(draw: Draw) -> dict[str, Any]:
-    return {**{name: number.draw(draw) for name, number in MARGINS.items()}, "reduction": draw(st.sampled_from(REDUCTIONS))}
+    return {
+        **{name: number.draw(draw) for name, number in MARGINS.items()},
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }
 
 
 def draw_pair_ranking_loss(draw: Draw) -> dict[str, Any]:
@@ -46,7 +49,10 @@ def draw_mined(draw: Draw) -> dict[str, Any]:
 
 def draw_moments(draw: Draw) -> dict[str, Any]:
     rows, dim = v.sizes(draw, 2)
-    return {"features": v.values(draw, (rows, dim), v.dtype(draw)), "labels": v.classes(draw, (rows,), draw(st.integers(1, 4)))}
+    return {
+        "features": v.values(draw, (rows, dim), v.dtype(draw)),
+        "labels": v.classes(draw, (rows,), draw(st.integers(1, 4))),
+    }
 
 
 TARGETS = {
@@ -69,6 +75,10 @@ TARGETS = {
         case="mined_pair_ranking_loss",
     ),
     "ops.similarity_moments": Target(
-        draw_moments, ops.similarity_moments, reference.similarity_moments, gradient=("features",), case="similarity_moments"
+        draw_moments,
+        ops.similarity_moments,
+        reference.similarity_moments,
+        gradient=("features",),
+        case="similarity_moments",
     ),
 }

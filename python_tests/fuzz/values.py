@@ -41,7 +41,9 @@ def dtype(draw: Draw, among: tuple[torch.dtype, ...] = FLOATS) -> torch.dtype:
     return draw(st.sampled_from(among))
 
 
-def values(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, *, least: float = -math.inf, without: tuple[str, ...] = ()) -> Tensor:
+def values(
+    draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, *, least: float = -math.inf, without: tuple[str, ...] = ()
+) -> Tensor:
     """Finite numbers of one kind, in some layout; with ``least`` 0, none is negative."""
     kind, seed = draw(st.sampled_from(KINDS)), draw(st.integers(0, 9))
     found = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -64,7 +66,9 @@ def values(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, *, least: flo
     return layout(draw, found.to(dtype), without=without)
 
 
-def classes(draw: Draw, shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.int64, *, without: tuple[str, ...] = ()) -> Tensor:
+def classes(
+    draw: Draw, shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.int64, *, without: tuple[str, ...] = ()
+) -> Tensor:
     """Integers in [0, count)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
     found = torch.randint(max(count, 1), shape, generator=generator)
@@ -74,7 +78,9 @@ def classes(draw: Draw, shape: tuple[int, ...], count: int, dtype: torch.dtype =
 
 
 def layout(draw: Draw, value: Tensor, *, without: tuple[str, ...] = ()) -> Tensor:
-    """The same values otherwise in memory; what lies between them would be noticed. "expanded" repeats the first row, at stride 0."""
+    """The same values otherwise in memory; what lies between them would be noticed. "expanded" repeats the first row,
+    at stride 0.
+    """
     names = [name for name in LAYOUTS if name not in without]
     return LAYOUTS[draw(st.sampled_from(["contiguous"] * len(names) + names))](value)
 
@@ -181,8 +187,37 @@ def _types_of(value: float) -> list[Callable[[float], Any]]:
 
 def odd_scalars(number: Number) -> st.SearchStrategy[Any]:
     """Scalars of every type and size, most of them out of place."""
-    others = [True, False, None, "1", b"1", 1j, [1], object(), math.nan, math.inf, -math.inf, 0, 1, 2, -1, -1.0, 0.0, -0.0, 0.5, 1.5]
-    others += [Fraction(1, 3), Decimal("0.5"), np.bool_(True), np.float64(0.5), np.float32(1.0), np.float16(0.5), np.float64(math.nan)]
+    others = [
+        True,
+        False,
+        None,
+        "1",
+        b"1",
+        1j,
+        [1],
+        object(),
+        math.nan,
+        math.inf,
+        -math.inf,
+        0,
+        1,
+        2,
+        -1,
+        -1.0,
+        0.0,
+        -0.0,
+        0.5,
+        1.5,
+    ]
+    others += [
+        Fraction(1, 3),
+        Decimal("0.5"),
+        np.bool_(True),
+        np.float64(0.5),
+        np.float32(1.0),
+        np.float16(0.5),
+        np.float64(math.nan),
+    ]
     others += [np.int8(1), np.int64(-1), np.uint8(2), np.array(0.5), np.array([1]), np.longdouble(1.0)]
     others += [torch.tensor(0.5), torch.tensor(1), torch.tensor([0.5]), torch.tensor(math.nan), torch.tensor(True)]
     if not number.shapes:

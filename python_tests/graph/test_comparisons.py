@@ -14,7 +14,9 @@ def accuracy(predicted, classes):
 
 
 def test_table_3_on_digits(digits, draw_labels):
-    """Three draws of five labels: the paper's order holds, and the shuffled weights do as well (docs/results/mixed_lp_table3.md)."""
+    """Three draws of five labels: the paper's order holds, and the shuffled weights do as well
+    (docs/results/mixed_lp_table3.md).
+    """
     graph, classes = digits
     rows = {}
     for seed in range(3):
@@ -25,8 +27,12 @@ def test_table_3_on_digits(digits, draw_labels):
             "lgc": comparisons.learning_with_local_and_global_consistency(graph, labels).argmax(1),
             "(12)": label_propagation(graph, labels, balance=False, mu_unlabeled=1 / 99).argmax(1),
             "(16)": label_propagation(graph, labels).argmax(1),
-            "mom": mixed_label_propagation(graph, labels, dissimilarity=comparisons.mutual_neighbour_dissimilarity(graph)).pseudo_labels,
-            "control": mixed_label_propagation(graph, labels, dissimilarity=comparisons.control_dissimilarity(graph, labels)).pseudo_labels,
+            "mom": mixed_label_propagation(
+                graph, labels, dissimilarity=comparisons.mutual_neighbour_dissimilarity(graph)
+            ).pseudo_labels,
+            "control": mixed_label_propagation(
+                graph, labels, dissimilarity=comparisons.control_dissimilarity(graph, labels)
+            ).pseudo_labels,
             "ours": ours.pseudo_labels,
             "shuffled": mixed_label_propagation(graph, labels, dissimilarity=shuffled).pseudo_labels,
             "damping": comparisons.uniform_damping(graph, labels, ours.dissimilarity).pseudo_labels,
@@ -55,14 +61,18 @@ def test_oracle_draws_true_edges_only(digits, draw_labels):
     graph, classes = digits
     labels = draw_labels(classes, 0)
     draw = torch.Generator().manual_seed(0)
-    some, everything = (comparisons.oracle_dissimilarity(graph, classes, part, labels=labels, generator=draw) for part in (0.2, 1.0))
+    some, everything = (
+        comparisons.oracle_dissimilarity(graph, classes, part, labels=labels, generator=draw) for part in (0.2, 1.0)
+    )
     rows, col = graph.rows, graph.col.long()
     assert some.equal(some[graph.reverse]) and (classes[rows] != classes[col])[some > 0].all()
     known = (labels[rows] >= 0) & (labels[col] >= 0)
     assert not everything[known].any() and everything[(classes[rows] != classes[col]) & ~known].all()
     assert abs(some.sum() / everything.sum() - 0.2) < 1e-3
     helped = mixed_label_propagation(graph, labels, dissimilarity=everything)
-    assert accuracy(helped.pseudo_labels, classes) > accuracy(label_propagation(graph, labels).argmax(1), classes) + 0.02
+    assert (
+        accuracy(helped.pseudo_labels, classes) > accuracy(label_propagation(graph, labels).argmax(1), classes) + 0.02
+    )
     with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 1.1"):
         comparisons.oracle_dissimilarity(graph, classes, 1.1)
 
@@ -79,7 +89,9 @@ def test_lpdr_of_few_weak_edges_is_definite(digits, draw_labels):
     """Then it solves its system: (L + U − β L_dis) G = (U/μ) Y."""
     graph, classes = digits
     labels = draw_labels(classes, 0)
-    weak = 0.01 * comparisons.oracle_dissimilarity(graph, classes, 0.05, labels=labels, generator=torch.Generator().manual_seed(0))
+    weak = 0.01 * comparisons.oracle_dissimilarity(
+        graph, classes, 0.05, labels=labels, generator=torch.Generator().manual_seed(0)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = comparisons.lpdr(graph, labels, weak, rtol=1e-9)
@@ -114,7 +126,11 @@ def test_lpdr_of_a_component_without_labels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = comparisons.lpdr(graph, labels, torch.full_like(graph.weight, 0.5))
-    assert not result.indefinite and result.pseudo_labels[4:].tolist() == [-1] * 4 and (result.pseudo_labels[:4] >= 0).all()
+    assert (
+        not result.indefinite
+        and result.pseudo_labels[4:].tolist() == [-1] * 4
+        and (result.pseudo_labels[:4] >= 0).all()
+    )
     with pytest.warns(RuntimeWarning, match="not positive definite"):
         result = comparisons.lpdr(graph, labels, torch.full_like(graph.weight, 3.0))
     assert result.indefinite and result.pseudo_labels[4:].tolist() == [-1] * 4 and not result.scores[4:].any()

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from ssmkernels.graph import knn, knn_graph
 
 scipy_sparse = pytest.importorskip("scipy.sparse")
-BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss"))]
+BACKENDS = [
+    "torch",
+    pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss")),
+]
 
 
 def brute_force(features, k, gamma=3.0):
@@ -55,7 +58,9 @@ def test_backends_agree_bit_for_bit():
     pytest.importorskip("faiss")
     features = torch.randint(-2, 3, (300, 4), generator=torch.Generator().manual_seed(0)).float()  # many ties
     first, second = (knn_graph(features, 9, backend=backend) for backend in ("torch", "faiss"))
-    assert all(getattr(first, name).equal(getattr(second, name)) for name in ("crow", "col", "weight", "reverse", "mutual"))
+    assert all(
+        getattr(first, name).equal(getattr(second, name)) for name in ("crow", "col", "weight", "reverse", "mutual")
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,7 +87,9 @@ def test_dtypes_and_arrays(dtype):
     if dtype == torch.float32:
         assert knn_graph(features.numpy(), 5, gamma=1.5).weight.equal(graph.weight)
         expected, _ = brute_force(features, 5, 1.5)
-        torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.from_numpy(graph.to_scipy().toarray()).double(), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("scalar", [np.int64, np.uint8, torch.tensor], ids=lambda scalar: scalar.__name__)
@@ -107,7 +114,9 @@ def test_sparse_features(dtype, make, monkeypatch):
     monkeypatch.setattr(knn, "CHUNK_BYTES", 8 * 123 * 50)  # 50 rows at a time
     graph = knn_graph(features, 9)
     assert graph.dtype == expected.dtype and np.array_equal(features.data, before)
-    torch.testing.assert_close(torch.from_numpy(graph.to_scipy().toarray()), torch.from_numpy(expected.to_scipy().toarray()))
+    torch.testing.assert_close(
+        torch.from_numpy(graph.to_scipy().toarray()), torch.from_numpy(expected.to_scipy().toarray())
+    )
     assert graph.mutual.equal(expected.mutual)
 
 
@@ -207,10 +216,22 @@ BAD = [
     ({"gamma": float("nan")}, ValueError, r"gamma must be finite and > 0, got nan"),
     ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got 'annoy'"),
     ({"backend": None}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got None"),
-    ({"features": scipy_sparse.eye_array(10, dtype=np.int64)}, TypeError, r"features must be floating point, got int64"),
+    (
+        {"features": scipy_sparse.eye_array(10, dtype=np.int64)},
+        TypeError,
+        r"features must be floating point, got int64",
+    ),
     ({"features": scipy_sparse.eye_array(10) * np.nan}, ValueError, r"features must be finite"),
-    ({"features": scipy_sparse.eye_array(10), "backend": "torch"}, ValueError, r"backend must be 'auto' for sparse features"),
-    ({"features": scipy_sparse.eye_array(3)}, ValueError, r"k must be in \[1, N\), N = 3 being the number of features; got 3"),
+    (
+        {"features": scipy_sparse.eye_array(10), "backend": "torch"},
+        ValueError,
+        r"backend must be 'auto' for sparse features",
+    ),
+    (
+        {"features": scipy_sparse.eye_array(3)},
+        ValueError,
+        r"k must be in \[1, N\), N = 3 being the number of features; got 3",
+    ),
     ({"features": torch.ones(10, 3, 1)}, ValueError, r"features must be \[N, d\], got shape \[10, 3, 1\]"),
     ({"features": torch.ones(10, 3).long()}, TypeError, r"features must be floating point, got torch.int64"),
     ({"features": torch.full((10, 3), torch.nan)}, ValueError, r"features must be finite"),

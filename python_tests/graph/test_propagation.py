@@ -26,7 +26,10 @@ def blobs(sizes, seed=0, k=6):
     """Clouds far apart, so that each is a component of its own."""
     draw = torch.Generator().manual_seed(seed)
     axes = torch.eye(len(sizes) + 1, dtype=torch.float64)
-    points = [axes[i] + 0.2 * torch.randn(n, len(sizes) + 1, generator=draw, dtype=torch.float64).abs() for i, n in enumerate(sizes)]
+    points = [
+        axes[i] + 0.2 * torch.randn(n, len(sizes) + 1, generator=draw, dtype=torch.float64).abs()
+        for i, n in enumerate(sizes)
+    ]
     graphs = [knn_graph(each, min(k, len(each) - 1)).to_scipy() for each in points]
     from scipy.sparse import block_diag
 
@@ -37,7 +40,11 @@ def dense_system(graph, labels, classes, *, mu=MU, mu_unlabeled=0.0, balance=Tru
     """L, u, Y·share and c_K, by loops."""
     weight = torch.from_numpy(graph.to_scipy().toarray()).double()
     component, count = graph.components
-    u, rhs, offset = torch.full((len(labels),), mu_unlabeled).double(), torch.zeros(len(labels), classes).double(), torch.zeros(len(labels))
+    u, rhs, offset = (
+        torch.full((len(labels),), mu_unlabeled).double(),
+        torch.zeros(len(labels), classes).double(),
+        torch.zeros(len(labels)),
+    )
     offset = offset.double()
     for part in range(count):
         inside = component == part
@@ -111,9 +118,15 @@ def test_mixed_label_propagation(name, beta):
     scores[known] = torch.linalg.solve(matrix[known][:, known], rhs[known])
     torch.testing.assert_close(result.scores[known], scores[known], rtol=1e-6, atol=1e-7)
     positive = scores.clamp_min(0)
-    torch.testing.assert_close(result.probs[known], (positive / positive.sum(1, keepdim=True))[known], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        result.probs[known], (positive / positive.sum(1, keepdim=True))[known], rtol=1e-6, atol=1e-7
+    )
     assert result.pseudo_labels[known].equal(scores[known].argmax(1))
-    assert (result.pseudo_labels[~known] == -1).all() and not result.confidence[~known].any() and not result.probs[~known].any()
+    assert (
+        (result.pseudo_labels[~known] == -1).all()
+        and not result.confidence[~known].any()
+        and not result.probs[~known].any()
+    )
     assert result.num_undecided == int((~known).sum())
     torch.testing.assert_close(result.confidence, confidence_of(result.probs))
     assert result.iterations.shape == (3,) and result.residual.max() <= 1e-11
@@ -121,11 +134,15 @@ def test_mixed_label_propagation(name, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixed_is_free_of_scale(dtype, digits, draw_labels):
-    """W and c W give the same results, by bits for a power of two; and as W_dis, β and μ are in the unit of W/w̄, so do comparisons."""
+    """W and c W give the same results, by bits for a power of two; and as W_dis, β and μ are in the unit of W/w̄, so do
+    comparisons.
+    """
     graph, classes = digits
     labels = draw_labels(classes, 0)
     graph = graph.to(dtype)
-    results = {c: mixed_label_propagation(graph.with_weight(c * graph.weight), labels) for c in (1, 1e-12, 1e12, 2.0**-40)}
+    results = {
+        c: mixed_label_propagation(graph.with_weight(c * graph.weight), labels) for c in (1, 1e-12, 1e12, 2.0**-40)
+    }
     for c, found in results.items():
         assert found.pseudo_labels.equal(results[1].pseudo_labels)
         torch.testing.assert_close(found.dissimilarity, results[1].dissimilarity, rtol=1e-3, atol=1e-5)
@@ -149,7 +166,9 @@ def test_paper_literal_scale_is_a_no_op(digits, draw_labels):
 
 
 def test_plain_float32_fails_where_the_deviation_does_not(digits, draw_labels):
-    """F is a large constant and a small signal: float32 loses the signal, unless the deviation is what is solved for."""
+    """F is a large constant and a small signal: float32 loses the signal, unless the deviation is what is solved
+    for.
+    """
     graph, classes = digits
     labels = draw_labels(classes, 1)
     exact = label_propagation(graph, labels, rtol=1e-10).argmax(1)
@@ -160,7 +179,9 @@ def test_plain_float32_fails_where_the_deviation_does_not(digits, draw_labels):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for rtol in (1e-4, 1e-6):
-            plain = ops.laplacian_solve(single.crow, single.col, single.weight, None, diagonal, one_hot, rtol=rtol).solution
+            plain = ops.laplacian_solve(
+                single.crow, single.col, single.weight, None, diagonal, one_hot, rtol=rtol
+            ).solution
             assert (plain.argmax(1) == exact).double().mean() < 0.999
     mixed = [mixed_label_propagation(g, labels) for g in (graph, single)]
     assert (mixed[0].pseudo_labels == mixed[1].pseudo_labels).double().mean() >= 0.999
@@ -171,12 +192,16 @@ def test_class_balance_matters(digits, draw_labels):
     graph, classes = digits
     labels = draw_labels(classes, 2, counts=(2, 8, 4, 3, 6))
     accuracy = {
-        balance: (label_propagation(graph, labels, balance=balance).argmax(1) == classes).double().mean() for balance in (False, True)
+        balance: (label_propagation(graph, labels, balance=balance).argmax(1) == classes).double().mean()
+        for balance in (False, True)
     }
     assert accuracy[True] > 0.8 and accuracy[False] < 0.4
     equal = draw_labels(classes, 2)
     torch.testing.assert_close(
-        label_propagation(graph, equal, balance=False, rtol=1e-10), label_propagation(graph, equal, rtol=1e-10), rtol=1e-5, atol=1e-6
+        label_propagation(graph, equal, balance=False, rtol=1e-10),
+        label_propagation(graph, equal, rtol=1e-10),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -237,10 +262,20 @@ def test_on_a_gpu(digits, draw_labels):
 
 def test_numpy_scalars():
     graph, labels, _ = case("balanced")
-    plain = mixed_label_propagation(graph, labels, num_classes=3, beta=1.0, logit_scale=4.0, mu=0.5, rtol=0.0625, max_iter=500)
+    plain = mixed_label_propagation(
+        graph, labels, num_classes=3, beta=1.0, logit_scale=4.0, mu=0.5, rtol=0.0625, max_iter=500
+    )
     for kind in (np.float32, np.float64, torch.tensor):
-        settings = {"beta": kind(1.0), "logit_scale": kind(4), "mu": kind(0.5), "mu_unlabeled": kind(0), "rtol": kind(0.0625)}
-        found = mixed_label_propagation(graph, labels, num_classes=labels.numpy().max() + 1, max_iter=np.int32(500), **settings)
+        settings = {
+            "beta": kind(1.0),
+            "logit_scale": kind(4),
+            "mu": kind(0.5),
+            "mu_unlabeled": kind(0),
+            "rtol": kind(0.0625),
+        }
+        found = mixed_label_propagation(
+            graph, labels, num_classes=labels.numpy().max() + 1, max_iter=np.int32(500), **settings
+        )
         assert found.scores.equal(plain.scores)
 
 
@@ -269,7 +304,11 @@ BAD = [
     ({"labels": torch.full((100,), -2)}, ValueError, r"labels must be -1 \(unlabelled\) or a class from 0 on, got -2"),
     ({"labels": torch.zeros(99, dtype=torch.int64)}, ValueError, r"labels must be \[N\] = \[100\], got shape \[99\]"),
     ({"labels": torch.zeros(100)}, TypeError, r"labels must be int64, got torch.float32"),
-    ({"labels": torch.zeros(100, dtype=torch.int64, device="meta")}, ValueError, r"labels are on meta but the graph is on cpu"),
+    (
+        {"labels": torch.zeros(100, dtype=torch.int64, device="meta")},
+        ValueError,
+        r"labels are on meta but the graph is on cpu",
+    ),
     ({"labels": [0] * 100}, TypeError, r"labels must be a tensor or an array"),
     ({"num_classes": 3.0}, TypeError, r"num_classes must be an int, got float"),
     ({"num_classes": True}, TypeError, r"num_classes must be an int, got bool"),

@@ -97,14 +97,18 @@ def images():
 
 @pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])  # with which float32 and float64 have the same weights
 def test_labels_of_real_points(scale, images, draw_labels):
-    """Against a dense solve. Of its deviation from c_K: with u·F̃ = 0 for each class, a multiple of u uᵀ may be added to the matrix."""
+    """Against a dense solve. Of its deviation from c_K: with u·F̃ = 0 for each class, a multiple of u uᵀ may be added
+    to the matrix.
+    """
     affinity, classes = images
     assert affinity.components[1] == 1
     labels = draw_labels(classes, 0)
     graph = affinity.with_weight(scale * affinity.weight)
     weight = torch.from_numpy(graph.to_scipy().toarray()).double()
     u = MU * (labels >= 0).double()
-    rhs = torch.nn.functional.one_hot(labels.clamp_min(0), 10).double() * (labels >= 0)[:, None] - u[:, None] / (10 * MU)
+    rhs = torch.nn.functional.one_hot(labels.clamp_min(0), 10).double() * (labels >= 0)[:, None] - u[:, None] / (
+        10 * MU
+    )
     diagonal = weight.sum(dim=1) + u
     root = diagonal.rsqrt()
     along = torch.nn.functional.normalize(root * u, dim=0)
@@ -127,7 +131,9 @@ def test_groups_are_those_of_strong_edges():
 
 
 def test_many_groups_are_left_to_conjugate_gradients(monkeypatch):
-    """The matrix of the groups is dense, so their number is bounded, and a lower threshold is taken where there are more."""
+    """The matrix of the groups is dense, so their number is bounded, and a lower threshold is taken where there are
+    more.
+    """
     monkeypatch.setattr(deviation, "MOST_GROUPS", 1)
     graph, _ = make("bridges of bridges", 1.0, torch.float64)
     group, count = strong_groups(graph)

@@ -23,7 +23,10 @@ def test_round_trips_are_exact(nodes, dtype):
     matrix = random_matrix(nodes, dtype=dtype)
     graph = Graph.from_scipy(matrix)
     assert (graph.to_scipy() != matrix).nnz == 0 and graph.to_scipy().dtype == dtype
-    for other in (Graph.from_edge_index(*graph.to_edge_index(), num_nodes=nodes), Graph.from_torch_sparse(graph.to_torch_sparse())):
+    for other in (
+        Graph.from_edge_index(*graph.to_edge_index(), num_nodes=nodes),
+        Graph.from_torch_sparse(graph.to_torch_sparse()),
+    ):
         assert all(getattr(other, name).equal(getattr(graph, name)) for name in ("crow", "col", "weight", "reverse"))
 
 
@@ -35,7 +38,9 @@ def test_every_scipy_format(kind):
 
 def test_from_scipy_adds_duplicates_and_writes_nothing():
     matrix = sparse.coo_array(([1.0, 2.0, 3.0], ([0, 1, 0], [1, 0, 1])), shape=(2, 2))
-    matrix = sparse.coo_array((np.append(matrix.data, 2.0), (np.append(matrix.row, 1), np.append(matrix.col, 0))), shape=(2, 2))
+    matrix = sparse.coo_array(
+        (np.append(matrix.data, 2.0), (np.append(matrix.row, 1), np.append(matrix.col, 0))), shape=(2, 2)
+    )
     assert Graph.from_scipy(matrix).weight.tolist() == [4.0, 4.0] and matrix.nnz == 4
 
 
@@ -48,7 +53,11 @@ def test_from_edge_index_adds_duplicates_in_any_order():
 def test_reverse_and_degree():
     graph = Graph.from_scipy(random_matrix(100))
     rows, col = graph.rows, graph.col.long()
-    assert rows[graph.reverse].equal(col) and col[graph.reverse].equal(rows) and graph.weight[graph.reverse].equal(graph.weight)
+    assert (
+        rows[graph.reverse].equal(col)
+        and col[graph.reverse].equal(rows)
+        and graph.weight[graph.reverse].equal(graph.weight)
+    )
     torch.testing.assert_close(graph.degree, torch.from_numpy(graph.to_scipy().sum(axis=1)))
     assert (graph.crow.dtype, graph.col.dtype, graph.reverse.dtype) == (torch.int64, torch.int32, torch.int64)
 
@@ -62,7 +71,12 @@ def test_components_see_positive_weights_only():
     index = torch.tensor([[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 3]])
     graph = Graph.from_edge_index(index, torch.tensor([1.0, 1.0, 0.0, 0.0, 2.0, 2.0]), num_nodes=6)
     labels, count = graph.components
-    assert count == 4 and labels[0] == labels[1] and labels[3] == labels[4] and len({int(labels[i]) for i in (0, 2, 3, 5)}) == 4
+    assert (
+        count == 4
+        and labels[0] == labels[1]
+        and labels[3] == labels[4]
+        and len({int(labels[i]) for i in (0, 2, 3, 5)}) == 4
+    )
     assert graph.components[0] is labels and graph.to(torch.float64)._components[0].equal(labels)
 
 
@@ -80,7 +94,9 @@ def test_normalized(scale):
     """To positive weights of mean 1; weights of 0 stay, and do not count."""
     index = torch.tensor([[0, 1, 1, 2, 2, 3], [1, 0, 2, 1, 3, 2]])
     graph = Graph.from_edge_index(index, scale * torch.tensor([1.0, 1.0, 0.0, 0.0, 4.0, 4.0], dtype=torch.float64))
-    torch.testing.assert_close(graph.normalized().weight, torch.tensor([0.4, 0.4, 0.0, 0.0, 1.6, 1.6], dtype=torch.float64))
+    torch.testing.assert_close(
+        graph.normalized().weight, torch.tensor([0.4, 0.4, 0.0, 0.0, 1.6, 1.6], dtype=torch.float64)
+    )
     assert graph.normalized().components[0].equal(graph.components[0])
     none = graph.with_weight(torch.zeros(6, dtype=torch.float64))
     assert none.normalized() is none
@@ -100,7 +116,12 @@ def test_mutual_neighbours():
 
 def test_empty():
     graph = Graph.from_edge_index(torch.zeros(2, 0, dtype=torch.int64), num_nodes=3)
-    assert graph.num_nodes == 3 and graph.num_edges == 0 and graph.degree.tolist() == [0, 0, 0] and graph.components[1] == 3
+    assert (
+        graph.num_nodes == 3
+        and graph.num_edges == 0
+        and graph.degree.tolist() == [0, 0, 0]
+        and graph.components[1] == 3
+    )
     assert "num_nodes=3" in repr(graph)
 
 
@@ -116,10 +137,15 @@ def test_saved_and_loaded(keep, mutual, tmp_path):
         torch.save({"graph": graph}, tmp_path / "graph.pt")
         again = torch.load(tmp_path / "graph.pt")["graph"]
     else:
-        again = {"pickle": lambda g: pickle.loads(pickle.dumps(g)), "copy": copy.copy, "deepcopy": copy.deepcopy}[keep](graph)
+        again = {"pickle": lambda g: pickle.loads(pickle.dumps(g)), "copy": copy.copy, "deepcopy": copy.deepcopy}[keep](
+            graph
+        )
     assert type(again) is Graph and again.components[0].equal(components[0])
     for name in ("crow", "col", "weight", "reverse"):
-        assert getattr(again, name).equal(getattr(graph, name)) and getattr(again, name).dtype == getattr(graph, name).dtype
+        assert (
+            getattr(again, name).equal(getattr(graph, name))
+            and getattr(again, name).dtype == getattr(graph, name).dtype
+        )
     assert again.mutual.equal(graph.mutual) if mutual else again.mutual is None
     if keep in ("torch", "pickle", "deepcopy"):
         assert again.weight.data_ptr() != graph.weight.data_ptr()
@@ -148,26 +174,54 @@ GOOD = {
     "reverse": torch.tensor([2, 3, 0, 1]),
 }
 BAD = [
-    ({"crow": torch.tensor([0, 3, 2, 4])}, ValueError, r"crow must ascend from 0 to E = 4; crow\[1\] is 3 and crow\[2\] is 2"),
-    ({"crow": torch.tensor([0, 2, 3])}, ValueError, r"crow must ascend from 0 to E = 4, the size of col; it goes from 0 to 3"),
+    (
+        {"crow": torch.tensor([0, 3, 2, 4])},
+        ValueError,
+        r"crow must ascend from 0 to E = 4; crow\[1\] is 3 and crow\[2\] is 2",
+    ),
+    (
+        {"crow": torch.tensor([0, 2, 3])},
+        ValueError,
+        r"crow must ascend from 0 to E = 4, the size of col; it goes from 0 to 3",
+    ),
     ({"crow": torch.zeros(0, dtype=torch.int64)}, ValueError, r"crow must be \[N \+ 1\], got an empty tensor"),
     ({"crow": [0, 1]}, TypeError, r"crow must be a tensor, got list"),
     ({"col": torch.tensor([1, 3, 0, 0])}, ValueError, r"col must be in \[0, 3\), the nodes of crow; col\[1\] is 3"),
-    ({"col": torch.tensor([2, 1, 0, 0])}, ValueError, r"col must ascend within a row, none twice; row 0 has 2 and then 1 at entry 0"),
+    (
+        {"col": torch.tensor([2, 1, 0, 0])},
+        ValueError,
+        r"col must ascend within a row, none twice; row 0 has 2 and then 1 at entry 0",
+    ),
     ({"col": torch.tensor([1, 1, 0, 0])}, ValueError, r"col must ascend within a row, none twice"),
-    ({"col": torch.tensor([1, 2, 2, 0])}, ValueError, r"the graph must be symmetric: it has the entry \(0, 1\) but not \(1, 0\)"),
+    (
+        {"col": torch.tensor([1, 2, 2, 0])},
+        ValueError,
+        r"the graph must be symmetric: it has the entry \(0, 1\) but not \(1, 0\)",
+    ),
     ({"col": torch.tensor([1.0, 2.0, 0.0, 0.0])}, TypeError, r"col must be int32 or int64, got torch.float32"),
     (
         {"weight": torch.tensor([1.0, 2.0, 1.5, 2.0])},
         ValueError,
         r"weight must be symmetric; the entry \(0, 1\) is 1 and its mirror is 1.5",
     ),
-    ({"weight": torch.tensor([-1.0, 2.0, -1.0, 2.0])}, ValueError, r"weight must be finite and >= 0; the entry \(0, 1\) is -1"),
-    ({"weight": torch.tensor([1.0, torch.nan, 1.0, torch.nan])}, ValueError, r"weight must be finite and >= 0; the entry \(0, 2\) is nan"),
+    (
+        {"weight": torch.tensor([-1.0, 2.0, -1.0, 2.0])},
+        ValueError,
+        r"weight must be finite and >= 0; the entry \(0, 1\) is -1",
+    ),
+    (
+        {"weight": torch.tensor([1.0, torch.nan, 1.0, torch.nan])},
+        ValueError,
+        r"weight must be finite and >= 0; the entry \(0, 2\) is nan",
+    ),
     ({"weight": torch.tensor([1.0, torch.inf, 1.0, torch.inf])}, ValueError, r"weight must be finite and >= 0"),
     ({"weight": torch.ones(3)}, ValueError, r"weight must have E = 4 elements like col, got 3"),
     ({"weight": torch.ones(4).half()}, TypeError, r"weight must be float32 or float64, got torch.float16"),
-    ({"reverse": torch.tensor([3, 2, 0, 1])}, ValueError, r"reverse\[0\] is 3; it should be 2, the position of \(j, i\)"),
+    (
+        {"reverse": torch.tensor([3, 2, 0, 1])},
+        ValueError,
+        r"reverse\[0\] is 3; it should be 2, the position of \(j, i\)",
+    ),
     ({"mutual": torch.ones(4)}, TypeError, r"mutual must be bool, got torch.float32"),
     (
         {"mutual": torch.tensor([True, True, False, True])},

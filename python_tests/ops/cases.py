@@ -69,7 +69,9 @@ class Case:
     peak: tuple[tuple[int, ...], int] | None = None
     """A size at which the tensor that the op never stores is large, and what it may use in MiB: far less."""
     free: Callable[[Inputs], Inputs] = lambda inputs: inputs
-    """Free parameters -> inputs, where entries of an input are tied to each other, as the weights of both directions of an edge."""
+    """Free parameters -> inputs, where entries of an input are tied to each other, as the weights of both directions of
+    an edge.
+    """
 
     def given(self, inputs: Inputs) -> tuple[str, ...]:
         """The differentiable arguments that are there."""
@@ -77,7 +79,9 @@ class Case:
 
     def evaluate(self, module: Any, inputs: Inputs, grads: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Outputs, and with gradients of the outputs those of the inputs, as "grad x"."""
-        inputs = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        inputs = {
+            name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in inputs.items()
+        }
         wanted = self.given(inputs) if grads is not None else ()
         for name in wanted:
             inputs[name].requires_grad_()
@@ -107,11 +111,16 @@ class Case:
         generator = torch.Generator().manual_seed(1000 + seed)
         with torch.no_grad():
             found = dict(zip(self.outputs, self.run(ops, dict(inputs)), strict=True))
-        return {name: torch.randn(found[name].shape, generator=generator).to(found[name].device, torch.float64) for name in self.smooth}
+        return {
+            name: torch.randn(found[name].shape, generator=generator).to(found[name].device, torch.float64)
+            for name in self.smooth
+        }
 
-    def margins(self, found: dict[str, Tensor], exact: dict[str, Tensor], bounds: dict[str, Tensor]) -> dict[str, float]:
-        """Largest error over bound of every result. ``exact`` is evaluated in float64, which is as far off: a float64 result is allowed
-        twice its bound.
+    def margins(
+        self, found: dict[str, Tensor], exact: dict[str, Tensor], bounds: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """Largest error over bound of every result. ``exact`` is evaluated in float64, which is as far off: a float64
+        result is allowed twice its bound.
         """
         margins = {}
         for name, value in found.items():
@@ -133,7 +142,10 @@ def problems(case: Case) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
 
 def double(inputs: Inputs) -> Inputs:
     """The same inputs, exactly, in float64."""
-    return {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for name, value in inputs.items()}
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def to(inputs: Inputs, device: str) -> Inputs:
@@ -176,19 +188,30 @@ class _Draw:
 
 
 # Sizes: B, D, K, L.
-MEMORY_SIZES = ((1, 1, 1, 1), (3, 17, 17, 3), (17, 3, 123, 10), (33, 128, 507, 10), (70, 64, 1003, 300), (123, 507, 130, 7))
+MEMORY_SIZES = (
+    (1, 1, 1, 1),
+    (3, 17, 17, 3),
+    (17, 3, 123, 10),
+    (33, 128, 507, 10),
+    (70, 64, 1003, 300),
+    (123, 507, 130, 7),
+)
 MEMORY_EMPTY = ((0, 8, 20, 3),)
 MEMORY_BUSY = (((1, 128, 30_000, 10), {}), ((40, 16, 3001, 10), {}), ((700, 8, 300, 5), {}))
 
 
-def _draw_bank(size: tuple[int, ...], dtype: torch.dtype, seed: int, *, sort: bool = False) -> tuple[_Draw, Tensor, Tensor]:
+def _draw_bank(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int, *, sort: bool = False
+) -> tuple[_Draw, Tensor, Tensor]:
     _, dim, slots, classes = size
     draw = _Draw(dtype, seed)
     labels = draw.ids(0, classes, slots)
     return draw, draw.unit(slots, dim), labels.sort().values if sort else labels
 
 
-def draw_instance_matching(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any) -> Inputs:
+def draw_instance_matching(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any
+) -> Inputs:
     rows, dim, _, classes = size
     draw, bank, labels = _draw_bank(size, dtype, seed, sort=sort)
     return {
@@ -200,21 +223,36 @@ def draw_instance_matching(size: tuple[int, ...], dtype: torch.dtype, seed: int 
     } | options
 
 
-def draw_aggregate(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any) -> Inputs:
+def draw_aggregate(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any
+) -> Inputs:
     draw, bank, labels = _draw_bank(size, dtype, seed, sort=sort)
     return {"query": draw.unit(size[0], size[1]), "bank": bank, "bank_labels": labels, "num_classes": size[3]} | options
 
 
-def draw_unfold(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any) -> Inputs:
+def draw_unfold(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, sort: bool = False, **options: Any
+) -> Inputs:
     draw, bank, labels = _draw_bank(size, dtype, seed, sort=sort)
-    return {"query": draw.unit(size[0], size[1]), "bank": bank, "bank_labels": labels, "probs": draw.probs(size[0], size[3])} | options
+    return {
+        "query": draw.unit(size[0], size[1]),
+        "bank": bank,
+        "bank_labels": labels,
+        "probs": draw.probs(size[0], size[3]),
+    } | options
 
 
 def draw_memory_update(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, **options: Any) -> Inputs:
     rows, dim, slots, classes = size
     draw, bank, labels = _draw_bank(size, dtype, seed)
     index, fresh = draw.ids(0, slots, rows), draw.ids(0, classes, rows)
-    return {"bank": bank, "bank_labels": labels, "index": index, "features": draw.unit(rows, dim), "labels": fresh} | options
+    return {
+        "bank": bank,
+        "bank_labels": labels,
+        "index": index,
+        "features": draw.unit(rows, dim),
+        "labels": fresh,
+    } | options
 
 
 def _run_memory_update(module: Any, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -236,7 +274,9 @@ def _run_merge(module: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     strong = {name: options[name] for name in ("query_strong", "probs_weak")}
     temperature = options.get("temperature_strong", 0.1)
     return tuple(
-        ops.finish_instance_matching(ops.merge_instance_matching(*partials), **strong, temperature_strong=temperature, alpha=alpha)
+        ops.finish_instance_matching(
+            ops.merge_instance_matching(*partials), **strong, temperature_strong=temperature, alpha=alpha
+        )
     )
 
 
@@ -249,11 +289,19 @@ MATCHING_BAD = (
     (lambda x: {"query_strong": x["query_strong"][:2]}, ValueError, r"query_strong must have B of query_weak = 3"),
     (lambda x: {"query_weak": x["query_weak"][0]}, ValueError, r"query_weak must be \[B, D\], got shape \[17\]"),
     (lambda x: {"query_weak": [[1.0]]}, TypeError, r"query_weak must be a tensor \[B, D\], got list"),
-    (lambda x: {"bank": x["bank"].long()}, TypeError, r"bank must be float32, float64, bfloat16 or float16, got torch.int64"),
+    (
+        lambda x: {"bank": x["bank"].long()},
+        TypeError,
+        r"bank must be float32, float64, bfloat16 or float16, got torch.int64",
+    ),
     (lambda x: {"bank": x["bank"].double()}, TypeError, r"query_weak is torch.float32 but bank is torch.float64"),
     (lambda x: {"bank_labels": x["bank_labels"].int()}, TypeError, r"bank_labels must be int64, got torch.int32"),
     (lambda x: {"bank_labels": x["bank_labels"][:-1]}, ValueError, r"bank_labels must have K of bank = 1"),
-    (lambda x: {"bank_labels": x["bank_labels"] + 3}, ValueError, r"bank_labels must be in \[0, 3\), .*; got values from 3 to 5"),
+    (
+        lambda x: {"bank_labels": x["bank_labels"] + 3},
+        ValueError,
+        r"bank_labels must be in \[0, 3\), .*; got values from 3 to 5",
+    ),
     (lambda x: {"bank_labels": x["bank_labels"] - 1}, ValueError, r"bank_labels must be in \[0, 3\)"),
     (lambda x: {"probs_weak": x["probs_weak"][:, :0]}, ValueError, r"probs_weak must have at least one class"),
     (lambda x: {"probs_weak": x["probs_weak"][:2]}, ValueError, r"probs_weak must have B of the query = 3"),
@@ -294,7 +342,9 @@ def draw_graph(nodes: int, dtype: torch.dtype, seed: int, *, isolated: bool = Fa
     popular = torch.rand(nodes, 1, generator=generator, dtype=torch.float64) ** 2
     often = popular * popular.mT * min(1.5, 60 / max(nodes, 1)) + 4 / max(nodes, 1)
     linked = torch.rand(nodes, nodes, generator=generator, dtype=torch.float64) < often
-    weight = torch.randn(nodes, nodes, generator=generator, dtype=torch.float64).abs().to(dtype).double() * (linked | linked.mT)
+    weight = torch.randn(nodes, nodes, generator=generator, dtype=torch.float64).abs().to(dtype).double() * (
+        linked | linked.mT
+    )
     weight = weight.triu(1) + weight.triu(1).mT
     if isolated and nodes > 2:
         weight[1] = weight[:, 1] = 0
@@ -312,7 +362,9 @@ def tie_directions(inputs: Inputs) -> Inputs:
     return inputs | {name: torch.where(earlier, value, value[reverse]) for name, value in tied.items()}
 
 
-def draw_laplacian_solve(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, mixed: bool = True, **options: Any) -> Inputs:
+def draw_laplacian_solve(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, mixed: bool = True, **options: Any
+) -> Inputs:
     nodes, columns = size
     draw, graph = _Draw(dtype, seed), draw_graph(nodes, dtype, seed)
     del graph["reverse"]
@@ -321,11 +373,17 @@ def draw_laplacian_solve(size: tuple[int, ...], dtype: torch.dtype, seed: int = 
     diagonal[:: max(1, nodes // 5)] = 0.5
     diagonal += 0.01  # every component has a solution
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
-    values = {"dissimilarity": dissimilarity if mixed else None, "diagonal": diagonal, "rhs": draw.normal(nodes, columns)}
+    values = {
+        "dissimilarity": dissimilarity if mixed else None,
+        "diagonal": diagonal,
+        "rhs": draw.normal(nodes, columns),
+    }
     return tie_directions(graph | values) | {"rtol": rtol} | options
 
 
-def draw_leave_one_edge_out(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, scale: float = 1.0, **options: Any) -> Inputs:
+def draw_leave_one_edge_out(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, scale: float = 1.0, **options: Any
+) -> Inputs:
     nodes, classes = size
     graph = draw_graph(nodes, dtype, seed, isolated=True)
     return graph | {"propagated": _Draw(dtype, seed).normal(nodes, classes, scale=scale / 5)} | options
@@ -394,7 +452,13 @@ def _draw_classes(draw: _Draw, count: int, directions: Tensor) -> tuple[Tensor, 
 
 
 def draw_pair_ranking_loss(
-    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, others: int | None = None, classes: int = 5, **options: Any
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    others: int | None = None,
+    classes: int = 5,
+    **options: Any,
 ) -> Inputs:
     draw = _Draw(dtype, seed)
     directions = torch.randn(classes, size[1], generator=draw.generator, dtype=torch.float64)
@@ -414,7 +478,9 @@ def draw_mined_pair_ranking_loss(size: tuple[int, ...], dtype: torch.dtype, seed
     return {"embeddings": embeddings, "basis_features": basis.to(dtype)} | THRESHOLDS | options
 
 
-def draw_similarity_moments(size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, classes: int = 5, **options: Any) -> Inputs:
+def draw_similarity_moments(
+    size: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *, classes: int = 5, **options: Any
+) -> Inputs:
     drawn = draw_pair_ranking_loss(size, dtype, seed, classes=classes)
     return {"features": drawn["embeddings"], "labels": drawn["labels"]} | options
 
@@ -423,7 +489,11 @@ REDUCTIONS = ({"reduction": "mean_nonzero"}, {"reduction": "mean"}, {"reduction"
 RANKING_BAD = (
     (lambda x: {"embeddings": x["embeddings"][0]}, ValueError, r"embeddings must be \[n, d\], got shape \[5\]"),
     (lambda x: {"embeddings": [[1.0]]}, TypeError, r"embeddings must be a tensor \[n, d\], got list"),
-    (lambda x: {"embeddings": x["embeddings"].long()}, TypeError, r"embeddings must be float32, float64, bfloat16 or float16, got"),
+    (
+        lambda x: {"embeddings": x["embeddings"].long()},
+        TypeError,
+        r"embeddings must be float32, float64, bfloat16 or float16, got",
+    ),
     (lambda x: {"reduction": "none"}, ValueError, r"reduction must be 'mean_nonzero', 'mean' or 'sum', got 'none'"),
     (lambda x: {"positive_margin": "0"}, TypeError, r"positive_margin must be a number, got str"),
     (lambda x: {"negative_margin": float("inf")}, ValueError, r"negative_margin must be finite and >= 0, got inf"),
@@ -477,7 +547,15 @@ CASES = {
             draw=draw_instance_matching,
             run=_call("instance_matching_partial"),
             differentiable=(),
-            outputs=("log_weak", "log_target", "log_strong", "aggregated", "target_logit", "target_mean", "strong_mean"),
+            outputs=(
+                "log_weak",
+                "log_target",
+                "log_strong",
+                "aggregated",
+                "target_logit",
+                "target_mean",
+                "strong_mean",
+            ),
             bound=memory.instance_matching_partial,
             variants=({}, {"sort": True}),
             batch={"query_weak": 0, "query_strong": 0, "probs_weak": 0},
@@ -498,7 +576,12 @@ CASES = {
             outputs=("pseudo_probs", "loss"),
             smooth=("loss",),
             bound=memory.merge_instance_matching,
-            variants=({"split": 0}, {"split": 1}, {"split": 200}, {"split": 11, "temperature_weak": 0.001, "temperature_strong": 0.001}),
+            variants=(
+                {"split": 0},
+                {"split": 1},
+                {"split": 200},
+                {"split": 11, "temperature_weak": 0.001, "temperature_strong": 0.001},
+            ),
             batch={"query_weak": 0, "query_strong": 0, "probs_weak": 0},
             bad=MATCHING_BAD,
             registered=("instance_matching_partial",),
@@ -568,12 +651,20 @@ CASES = {
             variants=({}, {"momentum": 0.0}, {"momentum": 1.0}),
             batch={"index": 0, "features": 0, "labels": 0},
             bad=(
-                (lambda x: {"index": x["index"] + 17}, ValueError, r"index must be in \[0, 17\), the slots of bank; got values from"),
+                (
+                    lambda x: {"index": x["index"] + 17},
+                    ValueError,
+                    r"index must be in \[0, 17\), the slots of bank; got values from",
+                ),
                 (lambda x: {"index": x["index"] - 17}, ValueError, r"index must be in \[0, 17\)"),
                 (lambda x: {"index": x["index"].int()}, TypeError, r"index must be int64, got torch.int32"),
                 (lambda x: {"labels": x["labels"] * 0 - 1}, ValueError, r"labels must be >= 0, got -1"),
                 (lambda x: {"labels": x["labels"][:2]}, ValueError, r"labels must have B of index = 3"),
-                (lambda x: {"features": x["features"].double()}, TypeError, r"features is torch.float64 but bank is torch.float32"),
+                (
+                    lambda x: {"features": x["features"].double()},
+                    TypeError,
+                    r"features is torch.float64 but bank is torch.float32",
+                ),
                 (lambda x: {"features": x["features"][:, :2]}, ValueError, r"features must have D of bank = 17"),
                 (lambda x: {"momentum": 1.1}, ValueError, r"momentum must be in \[0, 1\], got 1.1"),
             ),
@@ -598,7 +689,11 @@ CASES = {
                 (lambda x: {"rtol": -1e-6}, ValueError, r"rtol must be finite and > 0"),
                 (lambda x: {"max_iter": 0}, ValueError, r"max_iter must be at least 1, got 0"),
                 (lambda x: {"max_iter": 2.5}, TypeError, r"max_iter must be an int, got float"),
-                (lambda x: {"preconditioner": "ilu"}, ValueError, r"preconditioner must be 'jacobi' or 'none', got 'ilu'"),
+                (
+                    lambda x: {"preconditioner": "ilu"},
+                    ValueError,
+                    r"preconditioner must be 'jacobi' or 'none', got 'ilu'",
+                ),
                 (lambda x: {"weight": -x["weight"]}, ValueError, r"weight must be finite and >= 0, got values from -"),
                 (lambda x: {"weight": x["weight"] * torch.nan}, ValueError, r"weight must be finite and >= 0"),
                 (lambda x: {"weight": x["weight"][:-1]}, ValueError, r"weight must have E of col"),
@@ -610,12 +705,20 @@ CASES = {
                 (lambda x: {"rhs": x["rhs"][:, 0]}, ValueError, r"rhs must be \[N, C\], got shape \[17\]"),
                 (lambda x: {"rhs": x["rhs"] / 0}, ValueError, r"rhs must be finite"),
                 (lambda x: {"rhs": x["rhs"].double()}, TypeError, r"rhs is torch.float64 but weight is torch.float32"),
-                (lambda x: {"rhs": x["rhs"].long()}, TypeError, r"rhs must be float32, float64, bfloat16 or float16, got torch.int64"),
+                (
+                    lambda x: {"rhs": x["rhs"].long()},
+                    TypeError,
+                    r"rhs must be float32, float64, bfloat16 or float16, got torch.int64",
+                ),
                 (lambda x: {"initial": x["rhs"][:, :2]}, ValueError, r"initial must have C of rhs = 3"),
                 (lambda x: {"crow": x["crow"][:-1]}, ValueError, r"diagonal must have N of crow = 16"),
                 (lambda x: {"crow": x["crow"].flip(0)}, ValueError, r"crow must ascend from 0 to E"),
                 (lambda x: {"crow": x["crow"].float()}, TypeError, r"crow must be int32 or int64, got torch.float32"),
-                (lambda x: {"col": x["col"] + 1}, ValueError, r"col must be in \[0, 17\), the nodes of crow; got values from 1 to 17"),
+                (
+                    lambda x: {"col": x["col"] + 1},
+                    ValueError,
+                    r"col must be in \[0, 17\), the nodes of crow; got values from 1 to 17",
+                ),
                 (lambda x: {"col": x["col"].to("meta")}, ValueError, r"col is on meta but crow is on cpu"),
             ),
             registered=("laplacian_solve", "laplacian_solve_backward"),
@@ -641,12 +744,20 @@ CASES = {
                 (lambda x: {"logit_scale": 0}, ValueError, r"logit_scale must be finite and > 0, got 0"),
                 (lambda x: {"reverse": x["reverse"] + 1}, ValueError, r"reverse must be in \[0, "),
                 (lambda x: {"reverse": x["reverse"][1:]}, ValueError, r"reverse must have E of col"),
-                (lambda x: {"propagated": x["propagated"][:, :1]}, ValueError, r"propagated must have at least 2 classes"),
+                (
+                    lambda x: {"propagated": x["propagated"][:, :1]},
+                    ValueError,
+                    r"propagated must have at least 2 classes",
+                ),
                 (lambda x: {"propagated": x["propagated"][:5]}, ValueError, r"propagated must have N of crow = 17"),
                 (lambda x: {"propagated": x["propagated"] * torch.inf}, ValueError, r"propagated must be finite"),
                 (lambda x: {"weight": -x["weight"]}, ValueError, r"weight must be finite and >= 0"),
                 (lambda x: {"propagated": [[1.0]]}, TypeError, r"propagated must be a tensor \[N, C\], got list"),
-                (lambda x: {"propagated": x["propagated"].to("meta")}, ValueError, r"propagated is on meta but weight is on cpu"),
+                (
+                    lambda x: {"propagated": x["propagated"].to("meta")},
+                    ValueError,
+                    r"propagated is on meta but weight is on cpu",
+                ),
             ),
             registered=("leave_one_edge_out", "leave_one_edge_out_backward"),
             numbers={"logit_scale": 2.0},
@@ -663,10 +774,18 @@ CASES = {
             outputs=("logits",),
             smooth=("logits",),
             bound=pairs.pair_logits,
-            variants=tuple({"interaction": interaction, "listed": listed} for interaction in INTERACTIONS for listed in (None, 1, 777)),
+            variants=tuple(
+                {"interaction": interaction, "listed": listed}
+                for interaction in INTERACTIONS
+                for listed in (None, 1, 777)
+            ),
             batch={"x": 0},
             bad=(
-                (lambda x: {"interaction": "sum"}, ValueError, r"interaction must be 'concat', 'absdiff' or 'product', got 'sum'"),
+                (
+                    lambda x: {"interaction": "sum"},
+                    ValueError,
+                    r"interaction must be 'concat', 'absdiff' or 'product', got 'sum'",
+                ),
                 (lambda x: {"x": x["x"][0]}, ValueError, r"x must be \[n, d\], got shape \[7\]"),
                 (lambda x: {"y": x["y"][:, :3]}, ValueError, r"y must have d of x = 7"),
             ),
@@ -686,7 +805,11 @@ CASES = {
             smooth=("loss",),
             bound=pairs.pair_focal_loss,
             variants=(
-                *({"interaction": interaction, "listed": listed} for interaction in INTERACTIONS for listed in (None, 777)),
+                *(
+                    {"interaction": interaction, "listed": listed}
+                    for interaction in INTERACTIONS
+                    for listed in (None, 777)
+                ),
                 *({"reduction": reduction, "gamma": 0.5} for reduction in ("sum", "none")),
                 {"reduction": "none", "interaction": "product", "gamma": 3.7, "alpha": None, "ignore_index": 2},
                 {"gamma": 0.0, "alpha": 1.0},
@@ -695,24 +818,64 @@ CASES = {
             bad=(
                 (lambda x: {"x": x["x"][0]}, ValueError, r"x must be \[n, d\], got shape \[7\]"),
                 (lambda x: {"x": [[1.0]]}, TypeError, r"x must be a tensor \[n, d\], got list"),
-                (lambda x: {"y": x["y"][:, :3]}, ValueError, r"y must have d of x = 7 in dimension 1, got shape \[5, 3\]"),
+                (
+                    lambda x: {"y": x["y"][:, :3]},
+                    ValueError,
+                    r"y must have d of x = 7 in dimension 1, got shape \[5, 3\]",
+                ),
                 (lambda x: {"y": x["y"].double()}, TypeError, r"y is torch.float64 but x is torch.float32"),
-                (lambda x: {"w1": x["w1"][:, :6]}, ValueError, r"w1 must have 2d of x = 14 in dimension 1, got shape \[2, 6\]"),
-                (lambda x: {"interaction": "absdiff"}, ValueError, r"w1 must have d of x = 7 in dimension 1, got shape \[2, 14\]"),
-                (lambda x: {"w1": x["w1"].long()}, TypeError, r"w1 must be float32, float64, bfloat16 or float16, got torch.int64"),
-                (lambda x: {"b1": x["b1"][:1]}, ValueError, r"b1 must have h of w1 = 2 in dimension 0, got shape \[1\]"),
+                (
+                    lambda x: {"w1": x["w1"][:, :6]},
+                    ValueError,
+                    r"w1 must have 2d of x = 14 in dimension 1, got shape \[2, 6\]",
+                ),
+                (
+                    lambda x: {"interaction": "absdiff"},
+                    ValueError,
+                    r"w1 must have d of x = 7 in dimension 1, got shape \[2, 14\]",
+                ),
+                (
+                    lambda x: {"w1": x["w1"].long()},
+                    TypeError,
+                    r"w1 must be float32, float64, bfloat16 or float16, got torch.int64",
+                ),
+                (
+                    lambda x: {"b1": x["b1"][:1]},
+                    ValueError,
+                    r"b1 must have h of w1 = 2 in dimension 0, got shape \[1\]",
+                ),
                 (lambda x: {"w2": x["w2"][None]}, ValueError, r"w2 must be \[h\], got shape \[1, 2\]"),
-                (lambda x: {"w2": x["w2"][:1]}, ValueError, r"w2 must have h of w1 = 2 in dimension 0, got shape \[1\]"),
+                (
+                    lambda x: {"w2": x["w2"][:1]},
+                    ValueError,
+                    r"w2 must have h of w1 = 2 in dimension 0, got shape \[1\]",
+                ),
                 (lambda x: {"b2": x["b2"][None]}, ValueError, r"b2 must be \[\], got shape \[1\]"),
                 (lambda x: {"b2": 0.0}, TypeError, r"b2 must be a tensor \[\], got float"),
                 (lambda x: {"x_labels": x["x_labels"].int()}, TypeError, r"x_labels must be int64, got torch.int32"),
-                (lambda x: {"x_labels": x["x_labels"][:2]}, ValueError, r"x_labels must have n of x = 3 in dimension 0, got shape \[2\]"),
-                (lambda x: {"y_labels": x["y_labels"][:2]}, ValueError, r"y_labels must have m of y = 5 in dimension 0, got shape \[2\]"),
+                (
+                    lambda x: {"x_labels": x["x_labels"][:2]},
+                    ValueError,
+                    r"x_labels must have n of x = 3 in dimension 0, got shape \[2\]",
+                ),
+                (
+                    lambda x: {"y_labels": x["y_labels"][:2]},
+                    ValueError,
+                    r"y_labels must have m of y = 5 in dimension 0, got shape \[2\]",
+                ),
                 (lambda x: {"y_labels": None}, TypeError, r"y_labels must be a tensor \[m\], got NoneType"),
-                (lambda x: {"pairs": PAIRS.t()}, ValueError, r"pairs must have two rows = 2 in dimension 1, got shape \[2, 3\]"),
+                (
+                    lambda x: {"pairs": PAIRS.t()},
+                    ValueError,
+                    r"pairs must have two rows = 2 in dimension 1, got shape \[2, 3\]",
+                ),
                 (lambda x: {"pairs": PAIRS[0]}, ValueError, r"pairs must be \[p, 2\], got shape \[2\]"),
                 (lambda x: {"pairs": PAIRS.int()}, TypeError, r"pairs must be int64, got torch.int32"),
-                (lambda x: {"pairs": PAIRS + 1}, ValueError, r"pairs\[:, 0\] must be in \[0, 3\), the rows of x; got values"),
+                (
+                    lambda x: {"pairs": PAIRS + 1},
+                    ValueError,
+                    r"pairs\[:, 0\] must be in \[0, 3\), the rows of x; got values",
+                ),
                 (
                     lambda x: {"pairs": PAIRS - torch.tensor([0, 1])},
                     ValueError,
@@ -724,7 +887,11 @@ CASES = {
                 (lambda x: {"gamma": float("nan")}, ValueError, r"gamma must be finite and >= 0, got nan"),
                 (lambda x: {"gamma": None}, TypeError, r"gamma must be a number, got NoneType"),
                 (lambda x: {"ignore_index": 0.5}, TypeError, r"ignore_index must be an int, got float"),
-                (lambda x: {"reduction": "average"}, ValueError, r"reduction must be 'mean', 'sum' or 'none', got 'average'"),
+                (
+                    lambda x: {"reduction": "average"},
+                    ValueError,
+                    r"reduction must be 'mean', 'sum' or 'none', got 'average'",
+                ),
                 (lambda x: {"y": x["y"].to("meta")}, ValueError, r"y is on meta but x is on cpu"),
                 (lambda x: {"x_labels": x["x_labels"].to("meta")}, ValueError, r"x_labels is on meta but x is on cpu"),
                 (lambda x: {"pairs": PAIRS.to("meta")}, ValueError, r"pairs is on meta but x is on cpu"),
@@ -761,7 +928,11 @@ CASES = {
                 (lambda x: {"labels": x["labels"].int()}, TypeError, r"labels must be int64, got torch.int32"),
                 (lambda x: {"labels": x["labels"][None]}, ValueError, r"labels must be \[n\], got shape \[1, 3\]"),
                 (lambda x: {"labels": [0] * 3}, TypeError, r"labels must be a tensor \[n\], got list"),
-                (lambda x: {"labels": x["labels"].to("meta")}, ValueError, r"labels is on meta but embeddings is on cpu"),
+                (
+                    lambda x: {"labels": x["labels"].to("meta")},
+                    ValueError,
+                    r"labels is on meta but embeddings is on cpu",
+                ),
                 (lambda x: {"references": x["embeddings"]}, ValueError, r"reference_labels must be given too"),
                 (lambda x: {"reference_labels": x["labels"]}, ValueError, r"references must be given too"),
                 (
@@ -796,7 +967,9 @@ CASES = {
             outputs=("loss",),
             smooth=("loss",),
             bound=ranking.mined_pair_ranking_loss,
-            variants=tuple(reduction | {"negative_margin": margin} for reduction in REDUCTIONS for margin in (0.5, 1.3)),
+            variants=tuple(
+                reduction | {"negative_margin": margin} for reduction in REDUCTIONS for margin in (0.5, 1.3)
+            ),
             batch={"embeddings": 0, "basis_features": 0},
             bad=(
                 *RANKING_BAD,
@@ -806,7 +979,11 @@ CASES = {
                     ValueError,
                     r"basis_features must have n of embeddings = 3 in dimension 0, got",
                 ),
-                (lambda x: {"basis_features": x["basis_features"][0]}, ValueError, r"basis_features must be \[n, k\], got shape \[3\]"),
+                (
+                    lambda x: {"basis_features": x["basis_features"][0]},
+                    ValueError,
+                    r"basis_features must be \[n, k\], got shape \[3\]",
+                ),
                 (
                     lambda x: {"basis_features": x["basis_features"].to("meta")},
                     ValueError,
@@ -823,7 +1000,11 @@ CASES = {
                     ValueError,
                     r"positive_threshold must be \[\], got shape \[3\]",
                 ),
-                (lambda x: {"positive_threshold": torch.tensor(1)}, TypeError, r"positive_threshold must be float32, float64"),
+                (
+                    lambda x: {"positive_threshold": torch.tensor(1)},
+                    TypeError,
+                    r"positive_threshold must be float32, float64",
+                ),
                 (
                     lambda x: {"positive_threshold": torch.tensor(0.1, device="meta")},
                     ValueError,
@@ -832,7 +1013,12 @@ CASES = {
             ),
             registered=("mined_pair_ranking_loss", "mined_pair_ranking_loss_backward"),
             bad_size=2,
-            numbers={"positive_threshold": 0.5, "negative_threshold": 0.25, "positive_margin": 0.25, "negative_margin": 1.5},
+            numbers={
+                "positive_threshold": 0.5,
+                "negative_threshold": 0.25,
+                "positive_margin": 0.25,
+                "negative_margin": 1.5,
+            },
             busy=(((700, 50), {"negative_margin": 1.2, "reduction": "mean"}),),
             peak=((8192, 64), 24),
         ),
@@ -849,9 +1035,17 @@ CASES = {
             variants=({}, {"classes": 1}, {"classes": 40}, {"classes": 5000}),
             batch={"features": 0, "labels": 0},
             bad=(
-                (lambda x: {"features": x["features"].long()}, TypeError, r"features must be float32, float64, bfloat16 or float16, got"),
+                (
+                    lambda x: {"features": x["features"].long()},
+                    TypeError,
+                    r"features must be float32, float64, bfloat16 or float16, got",
+                ),
                 (lambda x: {"features": x["features"][0]}, ValueError, r"features must be \[n, d\], got shape \[5\]"),
-                (lambda x: {"labels": x["labels"][:2]}, ValueError, r"labels must have n of features = 3 in dimension 0, got shape \[2\]"),
+                (
+                    lambda x: {"labels": x["labels"][:2]},
+                    ValueError,
+                    r"labels must have n of features = 3 in dimension 0, got shape \[2\]",
+                ),
                 (lambda x: {"labels": x["labels"].float()}, TypeError, r"labels must be int64, got torch.float32"),
             ),
             registered=("similarity_moments", "similarity_moments_backward"),

@@ -54,7 +54,11 @@ def _calls(module=ops, dtype=torch.float32):
             normal(12, 3),
         ),
         "laplacian_solve": (
-            lambda x: module.laplacian_solve(*edges, symmetric(x[:, 0]), symmetric(x[:, 2]), x[:, 1].exp(), x, rtol=rtol).solution,
+            lambda x: (
+                module.laplacian_solve(
+                    *edges, symmetric(x[:, 0]), symmetric(x[:, 2]), x[:, 1].exp(), x, rtol=rtol
+                ).solution
+            ),
             normal(12, 3),
         ),
     }
@@ -212,15 +216,25 @@ def test_second_derivatives_of_every_argument_of_pair_logits(interaction, listed
 @pytest.mark.parametrize("reduction", ["mean_nonzero", "mean", "sum"])
 def test_second_derivatives_of_embeddings_and_references(reduction):
     draw = torch.Generator().manual_seed(0)
-    rows, references = (torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_() for size in ((7, 3), (5, 3)))
+    rows, references = (
+        torch.randn(size, generator=draw, dtype=torch.float64).requires_grad_() for size in ((7, 3), (5, 3))
+    )
     labels, reference_labels = torch.tensor([0, 1, 0, 2, 1, 0, 2]), torch.tensor([1, 0, 2, 2, 3])
-    options = {"positive_margin": 0.5, "negative_margin": 3.0, "reduction": reduction, "reference_labels": reference_labels}
+    options = {
+        "positive_margin": 0.5,
+        "negative_margin": 3.0,
+        "reduction": reduction,
+        "reference_labels": reference_labels,
+    }
     assert gradgradcheck(lambda x, y: ops.pair_ranking_loss(x, labels, references=y, **options), (rows, references))
 
 
 def test_pairs_at_distance_0_have_no_second_derivative():
     """As they have no first one; all others are what they are without the copy."""
-    rows, labels = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0]], dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    rows, labels = (
+        torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 2.0]], dtype=torch.float64),
+        torch.zeros(3, dtype=torch.int64),
+    )
     curvature = hessian(lambda x: ops.pair_ranking_loss(x, labels, reduction="sum"), rows)
     apart = hessian(lambda x: 4 * (x[0] - x[2]).norm() / 2 + 4 * (x[1] - x[2]).norm() / 2, rows)
     torch.testing.assert_close(curvature, apart, rtol=1e-12, atol=1e-12)
@@ -231,7 +245,8 @@ def test_what_has_no_second_derivative_says_so(name):
     call, rows = _calls()[name]
     x = rows.clone().requires_grad_()
     message = (
-        rf"ssmkernels: the gradient of `{autograd.public_name(name)}` is not differentiable \(second derivatives exist for aggregate, "
+        rf"ssmkernels: the gradient of `{autograd.public_name(name)}` is not differentiable \(second derivatives exist"
+        r" for aggregate, "
     )
     for scalar in (_scalar(call), lambda x: call(x).sum()):
         with pytest.raises(NotImplementedError, match=message):
@@ -249,7 +264,9 @@ def test_a_matching_that_is_finished_by_hand_has_no_second_derivative_either():
     def loss(x):
         return ops.finish_instance_matching(partial, x, probs).loss.sum()
 
-    torch.testing.assert_close(grad(loss)(rows), grad(lambda x: ops.instance_matching(rows, x, bank, labels, probs).loss.sum())(rows))
+    torch.testing.assert_close(
+        grad(loss)(rows), grad(lambda x: ops.instance_matching(rows, x, bank, labels, probs).loss.sum())(rows)
+    )
     with pytest.raises(NotImplementedError, match="the gradient of `instance_matching` is not differentiable"):
         _penalty(loss, rows.clone().requires_grad_()).backward()
     with pytest.raises(NotImplementedError, match="the gradient of `instance_matching` is not differentiable"):
@@ -296,7 +313,9 @@ def test_vmap(name):
     batch, scalar = torch.stack([rows, 1.5 * rows, rows - 0.3]), _scalar(call)
     gradients = torch.stack([grad(scalar)(x) for x in batch])
     assert vmap(call)(batch).equal(torch.stack([call(x) for x in batch]))
-    assert vmap(call, in_dims=1, out_dims=-1)(batch.transpose(0, 1)).equal(torch.stack([call(x) for x in batch], dim=-1))
+    assert vmap(call, in_dims=1, out_dims=-1)(batch.transpose(0, 1)).equal(
+        torch.stack([call(x) for x in batch], dim=-1)
+    )
     torch.testing.assert_close(vmap(grad(scalar))(batch), gradients)
     torch.testing.assert_close(grad(lambda batch: vmap(scalar)(batch).sum())(batch), gradients)
     recorded = batch.clone().requires_grad_()
@@ -314,7 +333,9 @@ def test_vmap_of_what_has_no_gradient():
         assert all(a[row].equal(b) for a, b in zip(partial, alone, strict=True))
     banks = torch.randn(3, 6, 5)
     with pytest.raises(ValueError, match=r"^bank is written in place, which torch\.func\.vmap cannot do"):
-        vmap(lambda bank: ops.memory_update_(bank, labels, torch.tensor([1]), torch.ones(1, 5), torch.tensor([0])))(banks)
+        vmap(lambda bank: ops.memory_update_(bank, labels, torch.tensor([1]), torch.ones(1, 5), torch.tensor([0])))(
+            banks
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

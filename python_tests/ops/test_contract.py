@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every op must show by itself, over the list of cases; what it must do inside torch is in test_contract_torch.py."""
+"""What every op must show by itself, over the list of cases; what it must do inside torch is in
+test_contract_torch.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def same_bits(first, second):
 def test_every_op_is_in_the_list():
     public = {name for name in ops.__all__ if isinstance(getattr(ops, name), types.FunctionType)}
     assert public == {name for case in CASES.values() for name in (case.name, *case.calls)}
-    operators = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ssmkernels::")}
+    operators = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ssmkernels::")
+    }
     listed = {name for case in CASES.values() for name in case.registered}
     assert {name.split(".")[0] for name in operators} == listed
     differentiable = {name for case in CASES.values() if case.differentiable for name in case.registered}
@@ -184,7 +188,9 @@ FACTORS = {torch.float32: (1e-40, 1e-30, 1e30), torch.float64: (1e-310, 1e-300, 
 @REAL
 @EVERY
 def test_every_scale(case, dtype, device):
-    """Finite results where the exact ones are within the range of the dtype, for one input at a time denormal, tiny or huge."""
+    """Finite results where the exact ones are within the range of the dtype, for one input at a time denormal, tiny or
+    huge.
+    """
     whole, largest = case.draw(case.sizes[2], dtype), torch.finfo(dtype).max
     grads = case.grads(whole)
     for name in case.floating(whole):
@@ -205,7 +211,9 @@ def test_numpy_scalars(case):
     expected = list(case.evaluate(ops, inputs | _numbers(case), None).values())
     whole, real = (np.int32, np.int64), (np.float32, np.float64)
     for kind in range(2):
-        numbers = {name: (whole if isinstance(value, int) else real)[kind](value) for name, value in _numbers(case).items()}
+        numbers = {
+            name: (whole if isinstance(value, int) else real)[kind](value) for name, value in _numbers(case).items()
+        }
         assert same_bits(expected, list(case.evaluate(ops, inputs | numbers, None).values()))
 
 
@@ -250,7 +258,19 @@ def wrong_kinds(value):
     if not isinstance(value, torch.Tensor):
         return "x", 1j, None, [0.5], {}, object(), torch.zeros(2)
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
-    return "x", 1, 0.5, [0.5], {}, object(), value.numpy(), value.unsqueeze(0), value.to(torch.complex64), value.to_sparse(), nested
+    return (
+        "x",
+        1,
+        0.5,
+        [0.5],
+        {},
+        object(),
+        value.numpy(),
+        value.unsqueeze(0),
+        value.to(torch.complex64),
+        value.to_sparse(),
+        nested,
+    )
 
 
 @EVERY
@@ -309,7 +329,9 @@ def test_peak_memory_on_a_gpu(case):
 def test_cuda_graph(case):
     """A captured step gives the results of other inputs, once they are copied in."""
     first, second = (to(case.draw(case.sizes[3], torch.float32, seed), "cuda") for seed in (0, 1))
-    second = {name: second[name] if first[name].shape == second[name].shape else first[name] for name in case.tensors(first)}
+    second = {
+        name: second[name] if first[name].shape == second[name].shape else first[name] for name in case.tensors(first)
+    }
     second = first | second | {name: first[name] for name in ("crow", "col", "reverse") if name in first}
     grads = case.grads(first)
     side = torch.cuda.Stream()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every op must do inside torch, over the list of cases: derivatives, compilation, export, transforms, autocast."""
+"""What every op must do inside torch, over the list of cases: derivatives, compilation, export, transforms,
+autocast.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ from ssmkernels import ops, reference
 from ssmkernels.ops import _autograd as autograd
 
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-DIFFERENTIABLE = pytest.mark.parametrize("case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name)
+DIFFERENTIABLE = pytest.mark.parametrize(
+    "case", [case for case in CASES.values() if case.differentiable], ids=lambda case: case.name
+)
 # An op that writes its arguments has no result to map or to differentiate.
-FUNCTIONAL = pytest.mark.parametrize("case", [case for case in CASES.values() if not case.name.endswith("_")], ids=lambda case: case.name)
+FUNCTIONAL = pytest.mark.parametrize(
+    "case", [case for case in CASES.values() if not case.name.endswith("_")], ids=lambda case: case.name
+)
 
 
 def same_bits(first, second):
@@ -70,13 +76,19 @@ class _Recorded(TorchDispatchMode):
 def test_opcheck(case, device):
     """Every operator that the case calls, forward and backward, with the arguments that it is called with."""
     checked, names = set(), set()
-    for dtype, variant in [(torch.bfloat16, case.variants[0]), *((torch.float32, variant) for variant in case.variants)]:
+    for dtype, variant in [
+        (torch.bfloat16, case.variants[0]),
+        *((torch.float32, variant) for variant in case.variants),
+    ]:
         inputs = to(case.draw(case.sizes[1], dtype, **variant), device)
         grads = case.grads(inputs)
         with _Recorded() as recorded:
             case.evaluate(ops, inputs, grads)
         for operator, args in recorded.calls:
-            way = (operator, tuple((value.dtype, value.ndim) if isinstance(value, torch.Tensor) else value for value in args))
+            way = (
+                operator,
+                tuple((value.dtype, value.ndim) if isinstance(value, torch.Tensor) else value for value in args),
+            )
             if way in checked:
                 continue
             checked.add(way)
@@ -99,13 +111,17 @@ def batch_of(case: Case, inputs, size):
         return inputs
     changed = dict(inputs)
     for name, dim in case.batch.items():
-        changed[name] = inputs[name].index_select(dim, torch.arange(size, device=inputs[name].device) % inputs[name].shape[dim])
+        changed[name] = inputs[name].index_select(
+            dim, torch.arange(size, device=inputs[name].device) % inputs[name].shape[dim]
+        )
     return changed
 
 
 @EVERY
 def test_torch_compile(case, device):
-    """One graph of the first size, one of any, and one of a single row, which torch compiles apart: none per batch size."""
+    """One graph of the first size, one of any, and one of a single row, which torch compiles apart: none per batch
+    size.
+    """
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = replace(case, run=torch.compile(case.run, fullgraph=True, backend=counter))
@@ -124,7 +140,10 @@ class _Program(torch.nn.Module):
 
     def __init__(self, case, inputs):
         super().__init__()
-        self.run, self.options = case.run, {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)}
+        self.run, self.options = (
+            case.run,
+            {name: value for name, value in inputs.items() if not isinstance(value, torch.Tensor)},
+        )
 
     def forward(self, tensors):
         return tuple(self.run(ops, tensors | self.options))
@@ -202,7 +221,9 @@ def test_activation_checkpointing(case, device):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @EVERY
 def test_autocast(case, low, device):
-    """Matrix-like inputs go in autocast's dtype, statistics do not; results are float32, gradients have the dtype of their input."""
+    """Matrix-like inputs go in autocast's dtype, statistics do not; results are float32, gradients have the dtype of
+    their input.
+    """
     for variant in case.variants:
         inputs = case.draw(case.sizes[3], torch.float32, **variant)
         grads = case.grads(inputs)
@@ -210,7 +231,10 @@ def test_autocast(case, low, device):
             found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
         rounded = inputs | {name: inputs[name].to(low) for name in case.autocast}
         assert all(value.dtype == torch.float32 or not value.is_floating_point() for value in found.values())
-        found, exact = {name: value.cpu() for name, value in found.items()}, case.evaluate(reference, double(rounded), grads)
+        found, exact = (
+            {name: value.cpu() for name, value in found.items()},
+            case.evaluate(reference, double(rounded), grads),
+        )
         # A gradient comes back through the rounding, but only to those inputs.
         for name, margin in case.margins(found, exact, case.bound(rounded, grads or {})).items():
             assert margin <= 1 and not math.isnan(margin), name
@@ -218,7 +242,9 @@ def test_autocast(case, low, device):
 
 @DIFFERENTIABLE
 def test_second_derivative(case, device):
-    """It is right, or differentiating the gradient says that there is none and names the op: in eager mode, nested and compiled."""
+    """It is right, or differentiating the gradient says that there is none and names the op: in eager mode, nested and
+    compiled.
+    """
     inputs = to(small(case, case.variants[0]), device)
     function, parameters = by_parameters(case, inputs)
     called = case.name.removeprefix("merge_")  # a merged matching has the gradient of one pass
@@ -240,9 +266,13 @@ def test_second_derivative(case, device):
     for differentiate in (
         lambda: penalty(*parameters).backward(),
         lambda: nested(parameters[0]),
-        lambda: torch.autograd.functional.hessian(lambda value: sum(o.sum() for o in function(value, *parameters[1:])), parameters[0]),
+        lambda: torch.autograd.functional.hessian(
+            lambda value: sum(o.sum() for o in function(value, *parameters[1:])), parameters[0]
+        ),
     ):
-        with pytest.raises((NotImplementedError, RuntimeError), match=f"the gradient of `{called}` is not differentiable"):
+        with pytest.raises(
+            (NotImplementedError, RuntimeError), match=f"the gradient of `{called}` is not differentiable"
+        ):
             differentiate()
 
 
@@ -256,7 +286,10 @@ def test_meta_and_fake_tensors(case):
     meta = case.evaluate(ops, to(inputs, "meta"), grads and to(grads, "meta"))
     assert {name: (value.shape, value.dtype) for name, value in meta.items()} == described
     with FakeTensorMode() as mode:
-        fake = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+        }
         slopes = grads and {name: mode.from_tensor(value) for name, value in grads.items()}
         found = case.evaluate(ops, fake, slopes)
     assert {name: (value.shape, value.dtype) for name, value in found.items()} == described

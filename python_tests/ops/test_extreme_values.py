@@ -41,7 +41,12 @@ def test_memory_update_of_any_scale(scale: float, device: str) -> None:
     """A feature of 1e300 has a direction, one of 1e-300 counts as zeros and is divided by 1e-12."""
     bank, fresh = torch.zeros(2, 4, device=device, dtype=torch.float64), draw(1, 4).to(device) * scale
     ops.memory_update_(
-        bank, torch.zeros(2, dtype=torch.int64, device=device), labels(1, 1).to(device), fresh, labels(1, 1).to(device), momentum=0.0
+        bank,
+        torch.zeros(2, dtype=torch.int64, device=device),
+        labels(1, 1).to(device),
+        fresh,
+        labels(1, 1).to(device),
+        momentum=0.0,
     )
     expected = fresh[0] / 1e300 if scale > 1 else fresh[0] / 1e-12
     expected = expected / expected.norm() if scale > 1 else expected
@@ -123,7 +128,9 @@ def test_ranking_losses_of_any_scale(exponent: int, device: str) -> None:
 
 def test_similarity_moments_of_large_rows(device: str) -> None:
     rows, classes = draw(40, 6).to(device), labels(40, 4).to(device)
-    for ours, expected in zip(ops.similarity_moments(rows * 2.0**1000, classes), ops.similarity_moments(rows, classes), strict=True):
+    for ours, expected in zip(
+        ops.similarity_moments(rows * 2.0**1000, classes), ops.similarity_moments(rows, classes), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=0)
 
 

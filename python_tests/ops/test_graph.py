@@ -43,17 +43,23 @@ class Problem:
             weight[1] = weight[:, 1] = 0
         crow, col, reverse, values = sparse(weight)
         upper = torch.rand(N, N, generator=draw, dtype=torch.float64).to(dtype).double()
-        dissimilarity = (upper.triu() + upper.triu(1).t())[torch.repeat_interleave(torch.arange(N), crow.diff()), col.long()]
+        dissimilarity = (upper.triu() + upper.triu(1).t())[
+            torch.repeat_interleave(torch.arange(N), crow.diff()), col.long()
+        ]
         diagonal = torch.zeros(N, dtype=torch.float64)
         diagonal[:: max(1, N // 5)] = 0.5
         self.crow, self.col, self.reverse = crow.to(device), col.to(device), reverse.to(device)
-        self.weight, self.dissimilarity, self.diagonal = (x.to(device, dtype) for x in (values, dissimilarity, diagonal))
+        self.weight, self.dissimilarity, self.diagonal = (
+            x.to(device, dtype) for x in (values, dissimilarity, diagonal)
+        )
         self.rhs, self.propagated = normal(N, C).to(device, dtype), (scale * normal(N, C) / 5).to(device, dtype)
         self.grad_edges, self.grad_matrix = normal(len(values)).to(device), normal(N, C).to(device)
 
     def double(self):
         other = object.__new__(Problem)
-        other.__dict__ = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()}
+        other.__dict__ = {
+            k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()
+        }
         return other
 
     def leave_one_edge_out(self, package, **options):
@@ -64,7 +70,9 @@ class Problem:
 
     def laplacian_solve(self, package, **options):
         """The solution, and the gradients of weight, dissimilarity, diagonal and rhs."""
-        given = [x.detach().clone().requires_grad_() for x in (self.weight, self.dissimilarity, self.diagonal, self.rhs)]
+        given = [
+            x.detach().clone().requires_grad_() for x in (self.weight, self.dissimilarity, self.diagonal, self.rhs)
+        ]
         out = package.laplacian_solve(self.crow, self.col, *given, **options).solution
         return out.detach(), *torch.autograd.grad(out, given, self.grad_matrix.to(out.dtype))
 
@@ -75,7 +83,9 @@ class Problem:
 def test_every_column_reaches_its_tolerance(rtol, with_dissimilarity, preconditioner, device):
     problem = Problem(200, 37, device=device)
     dissimilarity = problem.dissimilarity if with_dissimilarity else None
-    scaled = problem.rhs * torch.logspace(-200, 200, 37, dtype=torch.float64, device=device)  # each column has its own size
+    scaled = problem.rhs * torch.logspace(
+        -200, 200, 37, dtype=torch.float64, device=device
+    )  # each column has its own size
     graph = (problem.crow, problem.col, problem.weight, dissimilarity, problem.diagonal)
     out = ops.laplacian_solve(*graph, scaled, rtol=rtol, preconditioner=preconditioner)
     assert out.residual.max() <= rtol * 1.01 and out.iterations.min() > 0 and out.iterations.dtype == torch.int64
@@ -134,7 +144,9 @@ def test_max_iter_is_reported(device):
         out = ops.laplacian_solve(*graph, rtol=1e-12, max_iter=3)
     assert out.iterations.tolist() == [3] * 5 and out.residual.min() > 1e-6
     if device == "cpu":
-        with pytest.warns(RuntimeWarning, match=r"5 of 5 columns did not converge to rtol = 1e-12 .* raise max_iter \(3\) or rtol"):
+        with pytest.warns(
+            RuntimeWarning, match=r"5 of 5 columns did not converge to rtol = 1e-12 .* raise max_iter \(3\) or rtol"
+        ):
             ops.laplacian_solve(*graph, rtol=1e-12, max_iter=3)
 
 
@@ -149,7 +161,9 @@ def two_components(device):
 
 
 def test_singular_component(device):
-    """The indicator of a component without diagonal is the null space: from 0 it stays out, from elsewhere it is kept."""
+    """The indicator of a component without diagonal is the null space: from 0 it stays out, from elsewhere it is
+    kept.
+    """
     graph = two_components(device)
     rhs = torch.zeros(6, 2, dtype=torch.float64, device=device)
     rhs[0, 0] = rhs[3, 1] = 1
@@ -160,7 +174,9 @@ def test_singular_component(device):
     torch.testing.assert_close(out.solution[3:, 1].cpu(), torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64))
     shifted = torch.full_like(rhs, 7.0)
     out = ops.laplacian_solve(*graph, rhs, initial=shifted)
-    torch.testing.assert_close(out.solution[3:].cpu(), torch.tensor([[7.0, 7.5], [7.0, 6.5], [7.0, 7.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        out.solution[3:].cpu(), torch.tensor([[7.0, 7.5], [7.0, 6.5], [7.0, 7.0]], dtype=torch.float64)
+    )
 
 
 def test_right_side_outside_the_range(device):
@@ -207,13 +223,16 @@ def test_constants_per_node_change_nothing(device):
     arguments = (problem.crow, problem.col, problem.reverse, problem.weight)
     shift = torch.linspace(-100, 100, 50, dtype=torch.float64, device=device)[:, None]
     torch.testing.assert_close(
-        ops.leave_one_edge_out(*arguments, problem.propagated + shift), ops.leave_one_edge_out(*arguments, problem.propagated)
+        ops.leave_one_edge_out(*arguments, problem.propagated + shift),
+        ops.leave_one_edge_out(*arguments, problem.propagated),
     )
 
 
 def test_flat_labels_are_never_dissimilar(device):
     problem = Problem(50, 7, torch.float32, device)
-    out = ops.leave_one_edge_out(problem.crow, problem.col, problem.reverse, problem.weight, torch.ones(50, 7, device=device))
+    out = ops.leave_one_edge_out(
+        problem.crow, problem.col, problem.reverse, problem.weight, torch.ones(50, 7, device=device)
+    )
     assert out.abs().max() < 1e-12
 
 
@@ -268,7 +287,9 @@ def test_empty(device):
     none = ops.laplacian_solve(problem.crow, problem.col, problem.weight, None, problem.diagonal, problem.rhs[:, :0])
     assert none.solution.shape == (5, 0) and none.iterations.shape == (0,)
     alone = torch.zeros(5, dtype=torch.int64, device=device)
-    edgeless = ops.laplacian_solve(alone, ids, nothing, None, torch.full((4,), 4.0, device=device), torch.ones(4, 2, device=device))
+    edgeless = ops.laplacian_solve(
+        alone, ids, nothing, None, torch.full((4,), 4.0, device=device), torch.ones(4, 2, device=device)
+    )
     assert edgeless.solution.tolist() == [[0.25, 0.25]] * 4
 
 
@@ -292,9 +313,13 @@ def test_non_contiguous_and_id_types(ids, device):
 def test_gradient_of_the_right_side_alone(device):
     problem = Problem(30, 4, device=device)
     rhs = problem.rhs.clone().requires_grad_()
-    solution = ops.laplacian_solve(problem.crow, problem.col, problem.weight, None, problem.diagonal, rhs, rtol=1e-12).solution
+    solution = ops.laplacian_solve(
+        problem.crow, problem.col, problem.weight, None, problem.diagonal, rhs, rtol=1e-12
+    ).solution
     (grad,) = torch.autograd.grad(solution, rhs, problem.grad_matrix)
-    expected = reference.laplacian_solve(problem.crow, problem.col, problem.weight, None, problem.diagonal, problem.grad_matrix)
+    expected = reference.laplacian_solve(
+        problem.crow, problem.col, problem.weight, None, problem.diagonal, problem.grad_matrix
+    )
     torch.testing.assert_close(grad, expected.solution, rtol=1e-8, atol=1e-9)
 
 
@@ -302,7 +327,9 @@ def test_nan_stays_where_it_is(device):
     """The checks that read values aside: a NaN in F reaches the edges of its node, and no others."""
     problem = Problem(40, 5, torch.float32, device)
     problem.propagated[3] = torch.nan
-    out = torch.ops.ssmkernels.leave_one_edge_out(problem.crow, problem.col, problem.reverse, problem.weight, problem.propagated, 4.0)
+    out = torch.ops.ssmkernels.leave_one_edge_out(
+        problem.crow, problem.col, problem.reverse, problem.weight, problem.propagated, 4.0
+    )
     rows = torch.repeat_interleave(torch.arange(40, device=device), problem.crow.diff())
     touched = (rows == 3) | (problem.col == 3)
     assert not out[~touched].isnan().any()
@@ -316,10 +343,14 @@ def test_kernels_survive_ids_out_of_range():
         problem.crow, bad, problem.weight, None, problem.diagonal + 1, problem.rhs, None, 1e-6, 50, True
     )
     assert out[0].isfinite().all()
-    edges = torch.ops.ssmkernels.leave_one_edge_out(problem.crow, bad, problem.reverse - 10**9, problem.weight, problem.propagated, 4.0)
+    edges = torch.ops.ssmkernels.leave_one_edge_out(
+        problem.crow, bad, problem.reverse - 10**9, problem.weight, problem.propagated, 4.0
+    )
     assert edges.isfinite().all()
     with pytest.raises(RuntimeError, match="crow must ascend"):
-        torch.ops.ssmkernels.leave_one_edge_out(problem.crow + 1, bad, problem.reverse, problem.weight, problem.propagated, 4.0)
+        torch.ops.ssmkernels.leave_one_edge_out(
+            problem.crow + 1, bad, problem.reverse, problem.weight, problem.propagated, 4.0
+        )
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""laplacian_solve at any scale: of weights, of right sides, of the ties between parts of a graph; NaN; nearly separate clusters."""
+"""laplacian_solve at any scale: of weights, of right sides, of the ties between parts of a graph; NaN; nearly separate
+clusters.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ GRAPHS = {
 
 
 def system(name, scale, dtype):
-    """crow, col, weight, diagonal and right side (of the deviation: its columns sum to 0) of label propagation with two labels."""
+    """crow, col, weight, diagonal and right side (of the deviation: its columns sum to 0) of label propagation with two
+    labels.
+    """
     edges, nodes, labels = GRAPHS[name]
     crow, col, weight = sparse([(i, j, scale * weight) for i, j, weight in edges], nodes, dtype)
     diagonal, rhs = torch.zeros(nodes, dtype=dtype), torch.zeros(nodes, 2, dtype=dtype)
@@ -129,9 +133,18 @@ def small_problem(dtype, columns=3):
 @pytest.mark.parametrize(
     ("dtype", "matrix", "size"),
     [
-        *[(torch.float64, *sizes) for sizes in itertools.product([1e-150, 1e-12, 1.0, 1e12, 1e150], [1e-150, 1.0, 1e150])],
-        *[(torch.float64, *sizes) for sizes in [(1.0, 1e-315), (1e10, 1e-300), (1.0, 1e300), (1e-300, 1e-300), (1e300, 1e300)]],
-        *[(torch.float32, *sizes) for sizes in [(1.0, 1e-41), (1e-6, 1e-41), (1.0, 1e37), (1e30, 1e37), (1e-30, 1e-30), (1e-12, 1.0)]],
+        *[
+            (torch.float64, *sizes)
+            for sizes in itertools.product([1e-150, 1e-12, 1.0, 1e12, 1e150], [1e-150, 1.0, 1e150])
+        ],
+        *[
+            (torch.float64, *sizes)
+            for sizes in [(1.0, 1e-315), (1e10, 1e-300), (1.0, 1e300), (1e-300, 1e-300), (1e300, 1e300)]
+        ],
+        *[
+            (torch.float32, *sizes)
+            for sizes in [(1.0, 1e-41), (1e-6, 1e-41), (1.0, 1e37), (1e30, 1e37), (1e-30, 1e-30), (1e-12, 1.0)]
+        ],
     ],
 )
 def test_values_and_gradients_of_any_size(dtype, matrix, size):
@@ -141,7 +154,10 @@ def test_values_and_gradients_of_any_size(dtype, matrix, size):
     grad = torch.linspace(-1, 1, 36, dtype=torch.float64).view(12, 3)
 
     def solve(dtype, matrix, size):
-        given = [x.double().mul(factor).to(dtype).requires_grad_() for x, factor in ((weight, matrix), (diagonal, matrix), (rhs, size))]
+        given = [
+            x.double().mul(factor).to(dtype).requires_grad_()
+            for x, factor in ((weight, matrix), (diagonal, matrix), (rhs, size))
+        ]
         out = ops.laplacian_solve(crow, col, given[0], None, *given[1:], rtol=1e-5)
         assert out.residual.max() <= 1e-5 and out.iterations.min() > 0
         return out.solution, *torch.autograd.grad(out.solution, given, grad.to(dtype))
@@ -193,7 +209,9 @@ def test_nan_is_named(monkeypatch):
 
 
 def nearly_separate_clusters(nodes, classes, neighbours):
-    """Random edges within clusters, and one of 1e-3 per 50 nodes to another cluster; four labels a cluster; the deviation's right side."""
+    """Random edges within clusters, and one of 1e-3 per 50 nodes to another cluster; four labels a cluster; the
+    deviation's right side.
+    """
     draw = torch.Generator().manual_seed(0)
     cluster = torch.arange(nodes) % classes
     other = torch.randint(nodes // classes, (nodes, neighbours // 2), generator=draw) * classes + cluster[:, None]
@@ -203,7 +221,9 @@ def nearly_separate_clusters(nodes, classes, neighbours):
     rows, col = torch.cat([rows, bridges]), torch.cat([col, (bridges + 1) % nodes])
     weight = torch.cat([weight, torch.full((len(bridges),), 1e-3, dtype=torch.float64)])
     keep = rows != col
-    matrix = torch.sparse_coo_tensor(torch.stack([rows, col])[:, keep], weight[keep], (nodes, nodes), check_invariants=False)
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([rows, col])[:, keep], weight[keep], (nodes, nodes), check_invariants=False
+    )
     matrix = (matrix + matrix.t()).coalesce()
     rows, col = matrix.indices()
     crow = torch.zeros(nodes + 1, dtype=torch.int64)

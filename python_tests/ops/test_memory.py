@@ -10,7 +10,14 @@ import torch
 
 from ssmkernels import ops, reference
 
-SIZES = [(1, 1, 1, 1), (3, 17, 17, 3), (17, 3, 123, 10), (33, 128, 507, 10), (70, 64, 1003, 300), (123, 507, 130, 7)]  # B, D, K, L
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 17, 17, 3),
+    (17, 3, 123, 10),
+    (33, 128, 507, 10),
+    (70, 64, 1003, 300),
+    (123, 507, 130, 7),
+]  # B, D, K, L
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -35,7 +42,9 @@ class Problem:
 
     def double(self):
         other = object.__new__(Problem)
-        other.__dict__ = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()}
+        other.__dict__ = {
+            k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in self.__dict__.items()
+        }
         return other
 
     def matching(self, package, **options):
@@ -77,7 +86,9 @@ def test_probabilities_far_below_float32_epsilon(device):
     problem.labels[:] = torch.tensor([0, 1, 1, 1, 1, 1])
     problem.query_weak[:] = problem.bank[0]
     problem.probs[:] = torch.tensor([1e-40, 1.0])
-    ours, exact = (p.unfold(package, temperature=0.005)[0] for p, package in ((problem, ops), (problem.double(), reference)))
+    ours, exact = (
+        p.unfold(package, temperature=0.005)[0] for p, package in ((problem, ops), (problem.double(), reference))
+    )
     torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=1e-6)  # 1e-40 itself has 16 bits
 
 
@@ -97,7 +108,9 @@ def test_one_slot_has_no_loss(device):
 
 @pytest.mark.parametrize("parts", [[0, 301], [0, 1, 300, 301], [0, 0, 150, 301], [0, 100, 200, 301]], ids=str)
 def test_parts_of_a_bank_merge(parts, device):
-    problem = Problem(19, 24, 301, 5, device=device, sort=True)  # sorted: parts lack classes, so some see probability 0 only
+    problem = Problem(
+        19, 24, 301, 5, device=device, sort=True
+    )  # sorted: parts lack classes, so some see probability 0 only
     problem.probs[0] = torch.eye(5, dtype=torch.float64, device=device)[2]
     problem.probs[1] = 0
     whole = problem.matching(ops)
@@ -108,7 +121,9 @@ def test_parts_of_a_bank_merge(parts, device):
         partial = ops.instance_matching_partial(problem.query_weak, query, bank, labels, problem.probs)
         if end > begin:
             for ours, expected in zip(
-                partial, reference.instance_matching_partial(problem.query_weak, query, bank, labels, problem.probs), strict=True
+                partial,
+                reference.instance_matching_partial(problem.query_weak, query, bank, labels, problem.probs),
+                strict=True,
             ):
                 torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
         merged = partial if merged is None else ops.merge_instance_matching(merged, partial)
@@ -121,7 +136,9 @@ def test_parts_of_a_bank_merge(parts, device):
 def test_merging_does_not_depend_on_the_order(device):
     problem = Problem(5, 8, 60, 4, device=device)
     a, b = (
-        ops.instance_matching_partial(problem.query_weak, problem.query_strong, problem.bank[s], problem.labels[s], problem.probs)
+        ops.instance_matching_partial(
+            problem.query_weak, problem.query_strong, problem.bank[s], problem.labels[s], problem.probs
+        )
         for s in (slice(0, 20), slice(20, 60))
     )
     for ours, expected in zip(ops.merge_instance_matching(a, b), ops.merge_instance_matching(b, a), strict=True):
@@ -142,7 +159,9 @@ def test_a_bank_written_before_the_backward(device):
     """instance_matching keeps no bank for its backward; aggregate does, and says that it changed."""
     p = Problem(4, 5, 13, 3, device=device)
     query, index = p.query_strong.requires_grad_(), torch.arange(4, device=device)
-    expected = torch.autograd.grad(ops.instance_matching(p.query_weak, query, p.bank, p.labels, p.probs).loss.sum(), query)[0]
+    expected = torch.autograd.grad(
+        ops.instance_matching(p.query_weak, query, p.bank, p.labels, p.probs).loss.sum(), query
+    )[0]
     loss = ops.instance_matching(p.query_weak, query, p.bank, p.labels, p.probs).loss.sum()
     aggregated = ops.aggregate(query, p.bank, p.labels, 3)
     ops.memory_update_(p.bank, p.labels, index, p.query_weak, p.labels[:4].clone())

@@ -9,7 +9,14 @@ from cases import CASES, judge
 
 from ssmkernels import ops, reference
 
-SIZES = [(1, 1, 1, 1), (3, 5, 7, 2), (17, 130, 16, 33), (123, 64, 24, 17), (65, 200, 3, 40), (5, 1000, 40, 8)]  # n, m, d, h
+SIZES = [
+    (1, 1, 1, 1),
+    (3, 5, 7, 2),
+    (17, 130, 16, 33),
+    (123, 64, 24, 17),
+    (65, 200, 3, 40),
+    (5, 1000, 40, 8),
+]  # n, m, d, h
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTERACTIONS = ["concat", "absdiff", "product"]
 NETWORK = ("x", "y", "w1", "b1", "w2", "b2")
@@ -18,19 +25,30 @@ NETWORK = ("x", "y", "w1", "b1", "w2", "b2")
 class Problem:
     """A random network with labelled rows; values are drawn in float64 and rounded."""
 
-    def __init__(self, n, m, d, h, dtype=torch.float64, device="cpu", seed=0, interaction="concat", listed=None, scale=1.0):
+    def __init__(
+        self, n, m, d, h, dtype=torch.float64, device="cpu", seed=0, interaction="concat", listed=None, scale=1.0
+    ):
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*size):
             return torch.randn(size, generator=draw, dtype=torch.float64)
 
         wide = 2 * d if interaction == "concat" else d
-        values = (normal(n, d), normal(m, d), normal(h, wide) * scale / wide**0.5, normal(h) / 4, normal(h) / h**0.5, normal())
+        values = (
+            normal(n, d),
+            normal(m, d),
+            normal(h, wide) * scale / wide**0.5,
+            normal(h) / 4,
+            normal(h) / h**0.5,
+            normal(),
+        )
         self.network = [value.to(device, dtype) for value in values]
         self.x_labels, self.y_labels = (torch.randint(-1, 4, (size,), generator=draw).to(device) for size in (n, m))
         self.interaction, self.pairs = interaction, None
         if listed is not None:
-            self.pairs = torch.stack([torch.randint(0, size, (listed,), generator=draw) for size in (n, m)], dim=1).to(device)
+            self.pairs = torch.stack([torch.randint(0, size, (listed,), generator=draw) for size in (n, m)], dim=1).to(
+                device
+            )
         self.grad = normal(*((n, m) if listed is None else (listed,))).to(device)
 
     def double(self):
@@ -64,8 +82,12 @@ def test_agrees_with_torchvision(alpha, gamma, device):
     targets = (problem.x_labels[:, None] == problem.y_labels).double()
     logits = ops.pair_logits(x, y, *weights)
     for reduction in ("mean", "sum", "none"):
-        ours = ops.pair_focal_loss(x, y, problem.x_labels, problem.y_labels, *weights, alpha=alpha, gamma=gamma, reduction=reduction)
-        theirs = sigmoid_focal_loss(logits, targets, alpha=-1 if alpha is None else alpha, gamma=gamma, reduction=reduction)
+        ours = ops.pair_focal_loss(
+            x, y, problem.x_labels, problem.y_labels, *weights, alpha=alpha, gamma=gamma, reduction=reduction
+        )
+        theirs = sigmoid_focal_loss(
+            logits, targets, alpha=-1 if alpha is None else alpha, gamma=gamma, reduction=reduction
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
@@ -90,7 +112,10 @@ def test_ignored_labels_count_nowhere(interaction, device):
     inside.x_labels, inside.y_labels = inside.x_labels[rows], inside.y_labels[columns]
     loss, x_grad, y_grad, *weights = problem.loss(ops)
     expected, x_expected, y_expected, *weights_expected = inside.loss(ops)
-    ours, theirs = (loss, x_grad[rows], y_grad[columns], *weights), (expected, x_expected, y_expected, *weights_expected)
+    ours, theirs = (
+        (loss, x_grad[rows], y_grad[columns], *weights),
+        (expected, x_expected, y_expected, *weights_expected),
+    )
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     problem.y_labels.fill_(-1)
@@ -142,9 +167,13 @@ def test_pairs_out_of_range_are_never_followed(device):
         good = torch.tensor([[1, 2], [3, 4]], device=device)
         mixed = torch.tensor([[1, 2], [4, 0], [-1, 3], [2, 5], [3, 4], [0, -(2**40)]], device=device)
         logits = library.pair_logits(x, y, *weights, mixed, interaction)
-        assert logits[[0, 4]].equal(library.pair_logits(x, y, *weights, good, interaction)) and not logits[[1, 2, 3, 5]].any()
+        assert (
+            logits[[0, 4]].equal(library.pair_logits(x, y, *weights, good, interaction))
+            and not logits[[1, 2, 3, 5]].any()
+        )
         ours, expected = (
-            library.pair_focal_loss_sum(x, y, *labels, *weights, each, interaction, 0.25, 2.0, -1, True, True) for each in (mixed, good)
+            library.pair_focal_loss_sum(x, y, *labels, *weights, each, interaction, 0.25, 2.0, -1, True, True)
+            for each in (mixed, good)
         )
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)

@@ -34,7 +34,12 @@ def test_propagated():
     col = ((torch.arange(nodes)[:, None] + offsets) % nodes).sort(dim=1).values.flatten()
     rows = torch.arange(nodes).repeat_interleave(degree)
     reverse = torch.searchsorted(rows * nodes + col, col * nodes + rows)
-    crow, col, reverse, rows = ((torch.arange(nodes + 1) * degree).cuda(), col.int().cuda(), reverse.cuda(), rows.cuda())
+    crow, col, reverse, rows = (
+        (torch.arange(nodes + 1) * degree).cuda(),
+        col.int().cuda(),
+        reverse.cuda(),
+        rows.cuda(),
+    )
     propagated = torch.randn(nodes, classes, generator=torch.Generator().manual_seed(0)).cuda() / degree
     out = ops.leave_one_edge_out(crow, col, reverse, torch.ones(nodes * degree, device="cuda"), propagated)
     assert out.isfinite().all() and out.min() >= 0 and out.max() <= 1

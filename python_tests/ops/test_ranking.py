@@ -13,7 +13,9 @@ from ssmkernels import ops, reference
 SIZES = [(1, 4), (2, 1), (3, 5), (17, 16), (33, 3), (64, 40), (123, 64), (507, 17), (1001, 24)]  # n, d
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean_nonzero", "mean", "sum"]
-LABELED, MINED, MOMENTS = (CASES[name] for name in ("pair_ranking_loss", "mined_pair_ranking_loss", "similarity_moments"))
+LABELED, MINED, MOMENTS = (
+    CASES[name] for name in ("pair_ranking_loss", "mined_pair_ranking_loss", "similarity_moments")
+)
 THRESHOLDS = {"positive_threshold": 0.35, "negative_threshold": -0.05}
 MOMENT_GRADS = (0.7, -1.3, 0.4, 2.1)
 
@@ -35,9 +37,9 @@ class Problem:
         self.references, self.reference_labels = (None, None) if references is None else rows(references)
         # Cosines of one-hot combinations: no pair is near a threshold, where rounding would move it.
         kinds = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 1, -1], [-1, 0, 0.5]], dtype=torch.float64)
-        self.basis = (kinds[torch.randint(4, (n,), generator=draw)] * torch.rand(n, 1, generator=draw, dtype=torch.float64)).to(
-            device, dtype
-        )
+        self.basis = (
+            kinds[torch.randint(4, (n,), generator=draw)] * torch.rand(n, 1, generator=draw, dtype=torch.float64)
+        ).to(device, dtype)
 
     def double(self):
         other = object.__new__(Problem)
@@ -49,7 +51,9 @@ class Problem:
 
     def loss(self, package, **options):
         """The loss by labels, and its gradients."""
-        rows = [value.detach().clone().requires_grad_() for value in (self.embeddings, self.references) if value is not None]
+        rows = [
+            value.detach().clone().requires_grad_() for value in (self.embeddings, self.references) if value is not None
+        ]
         if self.references is not None:
             options |= {"references": rows[1], "reference_labels": self.reference_labels}
         out = package.pair_ranking_loss(rows[0], self.labels, **options)
@@ -180,12 +184,16 @@ def test_operators_below_the_checks_do_not_read_out_of_bounds():
     with pytest.raises(RuntimeError, match=r"order must be a permutation of \[0, 40\)"):
         torch.ops.ssmkernels.pair_ranking_loss(rows, order + 1, labels, None, None, None, 0.0, 0.5, 0)
     with pytest.raises(RuntimeError, match=r"reference_order must be a permutation of \[0, 20\)"):
-        torch.ops.ssmkernels.pair_ranking_loss(rows, order, labels, references, reference_order - 1, reference_labels, 0.0, 0.5, 0)
+        torch.ops.ssmkernels.pair_ranking_loss(
+            rows, order, labels, references, reference_order - 1, reference_labels, 0.0, 0.5, 0
+        )
     with pytest.raises(RuntimeError, match=r"order must be a permutation of \[0, 40\)"):
         torch.ops.ssmkernels.similarity_moments(rows, order * 2, labels)
     weights, active = torch.ones(2), torch.ones(1, 2, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match=r"active must be \[3, 3\]"):
-        torch.ops.ssmkernels.pair_ranking_loss_backward(torch.tensor(1.0), rows, order, labels, *[None] * 3, 0.0, 0.5, weights, active)
+        torch.ops.ssmkernels.pair_ranking_loss_backward(
+            torch.tensor(1.0), rows, order, labels, *[None] * 3, 0.0, 0.5, weights, active
+        )
 
 
 def test_nan_at_every_margin(device):

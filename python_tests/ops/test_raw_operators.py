@@ -2,7 +2,8 @@
 """torch.ops.ssmkernels.*, called below the checks of ssmkernels.ops with arguments that are wrong in every way.
 
 An operator raises, or writes all of its results and nothing else. That it reads nothing outside its tensors shows under
-AddressSanitizer: ``make asan`` runs this file against such a build, with SSMKERNELS_RAW_EXAMPLES examples of each operator.
+AddressSanitizer: ``make asan`` runs this file against such a build, with SSMKERNELS_RAW_EXAMPLES examples of each
+operator.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ import ssmkernels
 
 EXAMPLES = int(os.environ.get("SSMKERNELS_RAW_EXAMPLES", "40"))
 TILE = 32  # rows by columns of a tile of pairs of the ranking losses
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 ERRORS = (RuntimeError, TypeError, ValueError, NotImplementedError, MemoryError)
 
 
@@ -39,7 +49,11 @@ class Arguments:
         self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.real = self.compute if rng.random() < 0.9 else self.dtype  # what the graph operators take
         self.n, self.m = (rng.choice((0, 1, 2, 5, 33, 70, 140)) for _ in range(2))
-        self.d, self.classes, self.hidden = rng.choice((0, 1, 3, 8, 40)), rng.choice((1, 2, 5, 17)), rng.choice((0, 1, 7, 20))
+        self.d, self.classes, self.hidden = (
+            rng.choice((0, 1, 3, 8, 40)),
+            rng.choice((1, 2, 5, 17)),
+            rng.choice((0, 1, 7, 20)),
+        )
         self.interaction, self.listed, self.referenced = rng.randrange(3), rng.random() < 0.5, rng.random() < 0.5
         if self.interaction == 0 and rng.random() < 0.9:
             self.dtype = self.compute  # "concat" takes no half types
@@ -73,7 +87,10 @@ class Arguments:
             **{name: lambda: self.real_tensor(m, d, dtype=low) for name in ("bank", "y")},
             "references": lambda: self.real_tensor(m, d, dtype=low) if self.referenced else None,
             "basis_features": lambda: self.real_tensor(n, self.hidden, dtype=low),
-            **{name: lambda: self.real_tensor(n, c, dtype=high).abs() for name in ("probs", "probs_weak", "aggregated", "grad_aggregated")},
+            **{
+                name: lambda: self.real_tensor(n, c, dtype=high).abs()
+                for name in ("probs", "probs_weak", "aggregated", "grad_aggregated")
+            },
             "log_normalizer": lambda: self.real_tensor(n, dtype=high),
             "bank_labels": lambda: self.ids(c, m),
             "index": lambda: self.ids(m, n),
@@ -83,13 +100,17 @@ class Arguments:
             "reference_order": lambda: self.permutation(m) if self.referenced else None,
             "x_labels": lambda: self.ids(c, n),
             "y_labels": lambda: self.ids(c, m),
-            "pairs": lambda: torch.stack([self.ids(n, self.pair_count), self.ids(m, self.pair_count)], 1) if self.listed else None,
+            "pairs": lambda: (
+                torch.stack([self.ids(n, self.pair_count), self.ids(m, self.pair_count)], 1) if self.listed else None
+            ),
             "w1": lambda: self.real_tensor(self.hidden, 2 * d if self.interaction == 0 else d, dtype=low),
             **{name: lambda: self.real_tensor(self.hidden, dtype=high) for name in ("b1", "w2")},
             **{name: lambda: self.real_tensor(dtype=high) for name in ("b2", "grad_loss")},
             **{name: lambda: self.real_tensor(2, dtype=high) for name in ("weights", "thresholds")},
             **{name: lambda: self.real_tensor(4, dtype=high) for name in ("moments", "grad_moments")},
-            "active": lambda: torch.randint(2, (-(-n // TILE) + 1, -(-columns // TILE) + 1), generator=self.torch_rng, dtype=torch.uint8),
+            "active": lambda: torch.randint(
+                2, (-(-n // TILE) + 1, -(-columns // TILE) + 1), generator=self.torch_rng, dtype=torch.uint8
+            ),
             **{name: lambda: self.real_tensor(*values, dtype=high) for name in ("grad_logits", "grad_losses")},
             "crow": lambda: self.crow.long(),
             "col": lambda: self.col.int(),
@@ -99,7 +120,10 @@ class Arguments:
                 for name in ("weight", "dissimilarity", "grad_dissimilarity")
             },
             "diagonal": lambda: self.real_tensor(n, dtype=self.real).abs() + 1,
-            **{name: lambda: self.real_tensor(n, c, dtype=self.real) for name in ("rhs", "initial", "grad_rhs", "solution", "propagated")},
+            **{
+                name: lambda: self.real_tensor(n, c, dtype=self.real)
+                for name in ("rhs", "initial", "grad_rhs", "solution", "propagated")
+            },
             "num_classes": lambda: c,
             "interaction": lambda: self.interaction,
             "reduction": lambda: self.rng.randrange(3),
@@ -133,7 +157,9 @@ def spoiled(value: Any, rng: random.Random) -> Any:
     if how == 2 and value.ndim:
         return torch.cat([value, value[:1]]) if rng.random() < 0.5 else value[1:]
     if how == 3 and value.ndim == 2:
-        return rng.choice((value.t().contiguous().t(), value.t(), value[:, :0], value[:, :1].expand(value.shape), value[::2]))
+        return rng.choice(
+            (value.t().contiguous().t(), value.t(), value[:, :0], value[:, :1].expand(value.shape), value[::2])
+        )
     if how == 4 and value.ndim:
         return value[:0]
     if how == 5:

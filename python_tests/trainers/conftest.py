@@ -33,9 +33,23 @@ def make_config():
     """A configuration that takes seconds: make_config(steps=4, run={"out": ...}, data={...})."""
 
     def make(**settings):
-        run = {"log_every": 2, "eval_every": 4, "checkpoint_every": 100, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
+        run = {
+            "log_every": 2,
+            "eval_every": 4,
+            "checkpoint_every": 100,
+            "accelerator": "cpu",
+            "bar": False,
+            **settings.pop("run", {}),
+        }
         images = {"name": "digits", "labels": 20, **settings.pop("data", {})}
-        small = {"model": "wrn-10-1", "batch_size": 8, "mu": 2, "steps": 8, "first_epoch_steps": 2, "projection_dim": 16}
+        small = {
+            "model": "wrn-10-1",
+            "batch_size": 8,
+            "mu": 2,
+            "steps": 8,
+            "first_epoch_steps": 2,
+            "projection_dim": 16,
+        }
         return SimMatchConfig(data=DataConfig(**images), run=RunConfig(**run), **{**small, **settings})
 
     return make
@@ -60,7 +74,9 @@ with open(f"{folder}/scripts{rank}") as scripts, open(f"{folder}/results{rank}",
 
 
 class TwoRanks:
-    """Two Gloo ranks under one torchrun, which run one script after another: starting them takes longer than most scripts do."""
+    """Two Gloo ranks under one torchrun, which run one script after another: starting them takes longer than most
+    scripts do.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,7 +92,9 @@ class TwoRanks:
         self.results = [os.open(folder / f"results{rank}", os.O_RDWR) for rank in range(2)]
 
     def __call__(self, script: str, folder: Path, *arguments: str) -> list:
-        """What each rank left in ``folder``/rank{r}.pt, after it ran the script with the folder and the arguments as sys.argv[1:]."""
+        """What each rank left in ``folder``/rank{r}.pt, after it ran the script with the folder and the arguments as
+        sys.argv[1:].
+        """
         assert self.process.poll() is None, "the ranks ended in an earlier test"
         path = folder / "script.py"
         path.write_text(script)

@@ -10,7 +10,12 @@ from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, s
 
 
 def test_round_trip(tmp_path):
-    state = {"weights": torch.randn(3), "step": 7, "history": [{"step": 7, "accuracy": 0.5}], "config": {"root": None, "flip": True}}
+    state = {
+        "weights": torch.randn(3),
+        "step": 7,
+        "history": [{"step": 7, "accuracy": 0.5}],
+        "config": {"root": None, "flip": True},
+    }
     save_checkpoint(tmp_path / "checkpoint.pt", state)
     loaded = load_checkpoint(tmp_path / "checkpoint.pt")
     assert torch.equal(loaded.pop("weights"), state.pop("weights"))
@@ -50,7 +55,12 @@ def test_changed_settings_are_all_listed():
     elsewhere = {**saved, "data": {"name": "digits", "root": "b"}, "run": {"out": "y"}}
     check_same_config(saved, elsewhere, ignore=("run", "data.root"), path=Path("c"))
     with pytest.raises(ValueError, match="other settings") as error:
-        check_same_config(saved, {"lr": 0.2, "data": {"name": "svhn", "root": "a"}, "run": {}, "new": 2}, ignore=("run",), path=Path("c"))
+        check_same_config(
+            saved,
+            {"lr": 0.2, "data": {"name": "svhn", "root": "a"}, "run": {}, "new": 2},
+            ignore=("run",),
+            path=Path("c"),
+        )
     assert str(error.value).splitlines()[1:] == [
         "  data.name: 'digits' in the checkpoint, 'svhn' now",
         "  lr: 0.1 in the checkpoint, 0.2 now",

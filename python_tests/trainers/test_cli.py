@@ -13,13 +13,37 @@ import torch
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import config_names, main, parse_config
 
-SMALL = ["--config", "digits", "--model", "wrn-10-1", "--batch_size", "4", "--mu", "2", "--run.accelerator", "cpu", "--run.bar", "false"]
+SMALL = [
+    "--config",
+    "digits",
+    "--model",
+    "wrn-10-1",
+    "--batch_size",
+    "4",
+    "--mu",
+    "2",
+    "--run.accelerator",
+    "cpu",
+    "--run.bar",
+    "false",
+]
 
 
 def test_every_shipped_configuration_is_valid():
     names = config_names("simmatch")
-    assert {"cifar10-40", "cifar10-250", "cifar10-4000", "cifar100-400", "cifar100-2500", "cifar100-10000"} <= set(names)
-    assert {"imagenet-1", "imagenet-10", "svhn-40", "svhn-250", "svhn-1000", "digits", "mnist5k", "cifar10-small"} <= set(names)
+    assert {"cifar10-40", "cifar10-250", "cifar10-4000", "cifar100-400", "cifar100-2500", "cifar100-10000"} <= set(
+        names
+    )
+    assert {
+        "imagenet-1",
+        "imagenet-10",
+        "svhn-40",
+        "svhn-250",
+        "svhn-1000",
+        "digits",
+        "mnist5k",
+        "cifar10-small",
+    } <= set(names)
     for name in names:
         config, resume = parse_config("simmatch", ["--config", name])
         assert config.run.out is None
@@ -28,16 +52,42 @@ def test_every_shipped_configuration_is_valid():
 
 def test_table_1_and_2_recipes():
     config, _ = parse_config("simmatch", ["--config", "cifar100-400"])
-    assert (config.model, config.weight_decay, config.batch_size, config.mu, config.steps) == ("wrn-28-8", 1e-3, 64, 7, 2**20)
-    assert (config.data.name, config.data.labels, config.threshold, config.alpha, config.temperature) == ("cifar100", 400, 0.95, 0.9, 0.1)
+    assert (config.model, config.weight_decay, config.batch_size, config.mu, config.steps) == (
+        "wrn-28-8",
+        1e-3,
+        64,
+        7,
+        2**20,
+    )
+    assert (config.data.name, config.data.labels, config.threshold, config.alpha, config.temperature) == (
+        "cifar100",
+        400,
+        0.95,
+        0.9,
+        0.1,
+    )
     config, _ = parse_config("simmatch", ["--config", "imagenet-10"])
     assert (config.model, config.mu, config.lambda_u, config.lambda_in, config.threshold) == ("resnet50", 5, 10, 5, 0.7)
-    assert (config.memory, config.ema_buffers, config.alignment_queue, config.decay_all) == ("teacher", "own", 256, True)
+    assert (config.memory, config.ema_buffers, config.alignment_queue, config.decay_all) == (
+        "teacher",
+        "own",
+        256,
+        True,
+    )
 
 
 def test_every_mixed_lp_configuration_is_the_papers_but_for_the_small_ones():
     names = config_names("mixed-lp")
-    paper = {"cub200", "cars196", "aircraft-variant", "aircraft-family", "aircraft-manufacturer", "cifar100", "dogs", "pets"}
+    paper = {
+        "cub200",
+        "cars196",
+        "aircraft-variant",
+        "aircraft-family",
+        "aircraft-manufacturer",
+        "cifar100",
+        "dogs",
+        "pets",
+    }
     assert set(names) == paper | {"digits", "flowers17"}
     for name in names:
         config, _ = parse_config("mixed-lp", ["--config", name])
@@ -45,22 +95,43 @@ def test_every_mixed_lp_configuration_is_the_papers_but_for_the_small_ones():
         assert (*shared, config.batch_size, config.mu) == ("mixed-lp", 3, 1, 4, 32, 0.1, 32, 1 / 99)
         if name in paper:
             assert config.k == 50
-            assert (config.data.name, config.backbone, config.embedding_dim, config.data.labels_per_class) == (name, "bn-inception", 64, 5)
-            assert (config.labeled_epochs, config.epochs, config.learning_rate, config.weight_decay) == (5, 20, 1e-4, 1e-4)
+            assert (config.data.name, config.backbone, config.embedding_dim, config.data.labels_per_class) == (
+                name,
+                "bn-inception",
+                64,
+                5,
+            )
+            assert (config.labeled_epochs, config.epochs, config.learning_rate, config.weight_decay) == (
+                5,
+                20,
+                1e-4,
+                1e-4,
+            )
             assert config.data.fractions == (0.4, 0.2, 0.4)
 
 
 def test_the_command_line_wins_over_the_configuration(tmp_path):
     (tmp_path / "mine.yaml").write_text("steps: 5\nmu: 3\ndata: {labels: 30}\n")
-    config, resume = parse_config("simmatch", [f"--config={tmp_path / 'mine.yaml'}", "--mu", "4", "--data.root", "D", "--resume"])
-    assert (config.steps, config.mu, config.data.labels, config.data.root, config.data.name) == (5, 4, 30, "D", "digits")
+    config, resume = parse_config(
+        "simmatch", [f"--config={tmp_path / 'mine.yaml'}", "--mu", "4", "--data.root", "D", "--resume"]
+    )
+    assert (config.steps, config.mu, config.data.labels, config.data.root, config.data.name) == (
+        5,
+        4,
+        30,
+        "D",
+        "digits",
+    )
     assert resume
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "cifar11"], "--config is 'cifar11'; it should be the path of a YAML file or one of cifar10-250, "),
+        (
+            ["--config", "cifar11"],
+            "--config is 'cifar11'; it should be the path of a YAML file or one of cifar10-250, ",
+        ),
         (["--temperature", "0"], "temperature is 0.0; it should be positive"),
     ],
 )
@@ -79,7 +150,9 @@ def test_unknown_method(capsys):
 def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["simmatch", *SMALL, "--steps", "2", "--seed", "7"]) == 0
-    reported = re.findall(r"(\w+): (0\.\d{4}) as the median of the last 1 evaluations, (0\.\d{4}) at the end", capsys.readouterr().out)
+    reported = re.findall(
+        r"(\w+): (0\.\d{4}) as the median of the last 1 evaluations, (0\.\d{4}) at the end", capsys.readouterr().out
+    )
     assert [name for name, _, _ in reported] == ["ema_accuracy", "student_accuracy"]
     assert all(median == end for _, median, end in reported)
     assert (tmp_path / "runs" / "simmatch" / "digits-seed7" / "checkpoint.pt").exists()
@@ -106,7 +179,18 @@ def test_a_finished_mixed_lp_run_reports_its_best_evaluation(tmp_path, capsys, m
 
 def test_a_mixed_lp_run_without_a_configuration_is_named_after_its_images(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--backbone", "convnet-small", "--freeze_bn", "false", "--labeled_epochs", "1", "--epochs", "0", "--pseudo_labels", "none"]
+    small = [
+        "--backbone",
+        "convnet-small",
+        "--freeze_bn",
+        "false",
+        "--labeled_epochs",
+        "1",
+        "--epochs",
+        "0",
+        "--pseudo_labels",
+        "none",
+    ]
     assert main(["mixed-lp", *small, "--run.accelerator", "cpu", "--run.bar", "false"]) == 0
     assert (tmp_path / "runs" / "mixed-lp" / "digits-none-seed1" / "best.pt").exists()
 
@@ -114,9 +198,30 @@ def test_a_mixed_lp_run_without_a_configuration_is_named_after_its_images(tmp_pa
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_then_resume_gives_the_same_bits(tmp_path, number):
     steps = 60
-    arguments = [*SMALL, "--steps", str(steps), "--first_epoch_steps", "5", "--run.log_every", "1", "--run.eval_every", "30"]
-    command = [sys.executable, "-m", "ssmkernels", "train", "simmatch", *arguments, "--run.out", str(tmp_path / "stopped")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    arguments = [
+        *SMALL,
+        "--steps",
+        str(steps),
+        "--first_epoch_steps",
+        "5",
+        "--run.log_every",
+        "1",
+        "--run.eval_every",
+        "30",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "ssmkernels",
+        "train",
+        "simmatch",
+        *arguments,
+        "--run.out",
+        str(tmp_path / "stopped"),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     log = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.005)

@@ -35,7 +35,8 @@ from dataclasses import asdict
 
 out, memory = sys.argv[1:]
 config = SimMatchConfig(
-    data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, mu=2, steps=3, first_epoch_steps=1, memory=memory,
+    data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, mu=2, steps=3,
+    first_epoch_steps=1, memory=memory,
     run=RunConfig(out=f"{out}/run", eval_every=2, log_every=1, accelerator="cpu", bar=False),
 )
 fabric = make_fabric(accelerator="cpu")
@@ -54,7 +55,8 @@ from ssmkernels.trainers.loop import fit, make_fabric
 from dataclasses import asdict
 
 config = MixedLPConfig(
-    data=CollectionConfig(name="digits"), backbone="convnet-small", freeze_bn=True, embedding_dim=8, labeled_epochs=2, epochs=1, decay=1.0,
+    data=CollectionConfig(name="digits"), backbone="convnet-small", freeze_bn=True, embedding_dim=8,
+    labeled_epochs=2, epochs=1, decay=1.0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=12, log_every=1, accelerator="cpu", bar=False),
 )
 fabric = make_fabric(accelerator="cpu", find_unused_parameters=True)
@@ -73,7 +75,8 @@ from ssmkernels.trainers.loop import fit, make_fabric
 from dataclasses import asdict
 
 config = SwAVConfig(
-    backbone="convnet-small", hidden_dim=16, embedding_dim=8, num_prototypes=12, queue_length=64, queue_from_epoch=0, epochs=1,
+    backbone="convnet-small", hidden_dim=16, embedding_dim=8, num_prototypes=12, queue_length=64,
+    queue_from_epoch=0, epochs=1,
     batch_size=32, small_crops=1, small_size=8, learning_rate=3.0, freeze_prototypes_epochs=0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=3, log_every=1, accelerator="cpu", bar=False),
 )
@@ -139,9 +142,13 @@ def test_ranks_of_swav_agree_and_balance_codes_together(two_ranks, tmp_path):
     # Each rank keeps a share of the queue, and a checkpoint all of it.
     assert first["queue"].shape == second["queue"].shape == (2, 32, 8)
     assert not torch.equal(first["queue"], second["queue"])
-    torch.testing.assert_close(torch.cat([first["queue"], second["queue"]], dim=1).transpose(0, 1), first["state"]["queue"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.cat([first["queue"], second["queue"]], dim=1).transpose(0, 1), first["state"]["queue"], rtol=0, atol=0
+    )
     for rank in (first, second):
         torch.testing.assert_close(rank["restored"], rank["queue"], rtol=0, atol=0)
 
     scores = torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(torch.cat([first["codes"], second["codes"]]), sinkhorn_codes(scores, epsilon=0.5), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.cat([first["codes"], second["codes"]]), sinkhorn_codes(scores, epsilon=0.5), rtol=1e-12, atol=0
+    )

@@ -34,7 +34,9 @@ def test_the_fit_is_scikit_learns(penalty):
     features, labels = clusters(120, seed=1)
     classifier = nn.Linear(5, 3, dtype=torch.float64)
     fit_logistic_regression(classifier, features, labels, penalty=penalty)
-    theirs = LogisticRegression(C=1 / (penalty * len(labels)), tol=1e-10, max_iter=10_000).fit(features.numpy(), labels.numpy())
+    theirs = LogisticRegression(C=1 / (penalty * len(labels)), tol=1e-10, max_iter=10_000).fit(
+        features.numpy(), labels.numpy()
+    )
     np.testing.assert_allclose(classifier.weight.detach().numpy(), theirs.coef_, atol=2e-4)
     shift = classifier.bias.detach().numpy() - theirs.intercept_
     np.testing.assert_allclose(shift, shift.mean(), atol=5e-4)  # the softmax does not see a constant
@@ -56,7 +58,9 @@ def test_the_penalty_is_picked_on_the_validation_images():
 def test_the_mean_over_classes_weighs_them_equally():
     features = torch.tensor([[1.0], [1.0], [1.0], [-1.0]])
     labels = torch.tensor([0, 0, 0, 1])
-    found = linear_evaluation((features, labels), (features, labels), (torch.tensor([[1.0]] * 4), labels), penalties=[1e-3])
+    found = linear_evaluation(
+        (features, labels), (features, labels), (torch.tensor([[1.0]] * 4), labels), penalties=[1e-3]
+    )
     assert (found.accuracy, found.mean_per_class) == (0.75, 0.5)
 
 
@@ -79,7 +83,9 @@ def test_central_squares():
 
 def test_digits_by_their_pixels():
     images = load_transfer_images("digits")
-    assert len(images.train) + len(images.validation) == 1198 and len(images.validation) == 240 and len(images.test) == 599
+    assert (
+        len(images.train) + len(images.validation) == 1198 and len(images.validation) == 240 and len(images.test) == 599
+    )
     kept = {id(images.train.dataset)} | {id(images.validation.dataset)}
     assert len(kept) == 1 and not set(images.train.index) & set(images.validation.index)
     features, labels = frozen_features(nn.Flatten(), images.test, mean=(0.0,), std=(1.0,), image_size=None)
@@ -128,7 +134,9 @@ def pets(root):
         (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
 
 
-@pytest.mark.parametrize(("name", "build", "sizes"), [("dtd", dtd, (2, 2, 2)), ("food101", food, (8, 2, 4)), ("pets", pets, (8, 2, 4))])
+@pytest.mark.parametrize(
+    ("name", "build", "sizes"), [("dtd", dtd, (2, 2, 2)), ("food101", food, (8, 2, 4)), ("pets", pets, (8, 2, 4))]
+)
 def test_official_splits(tmp_path, name, build, sizes):
     build(tmp_path)
     images = load_transfer_images(name, tmp_path)

@@ -42,9 +42,13 @@ class Countdown:
 
 
 def run(trainer, out, steps=10, resume=False, config=None, eval_every=4, **options):
-    settings = RunConfig(out=out and str(out), log_every=2, eval_every=eval_every, checkpoint_every=5, accelerator="cpu", bar=False)
+    settings = RunConfig(
+        out=out and str(out), log_every=2, eval_every=eval_every, checkpoint_every=5, accelerator="cpu", bar=False
+    )
     fabric = make_fabric(accelerator="cpu")
-    return fit(trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume, **options)
+    return fit(
+        trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume, **options
+    )
 
 
 def test_evaluates_on_time_and_at_the_end(tmp_path):

@@ -21,7 +21,9 @@ def collection():
     index = np.sort(np.concatenate([np.flatnonzero(digits.labels == label)[:30] for label in range(10)]))
     pixels = np.stack([np.asarray(digits.images.image(i)) for i in index])
     images = data.ArrayImages(pixels, digits.labels[index], 10)
-    return data.ImageCollection(images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation)
+    return data.ImageCollection(
+        images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation
+    )
 
 
 @pytest.fixture
@@ -62,7 +64,10 @@ def make_trainer(make_config, collection):
 def test_some_images_of_each_class(make_trainer):
     trainer = make_trainer(data={"images_per_class": 12})
     assert np.bincount(trainer.train.labels).tolist() == [12] * trainer.train.num_classes
-    assert (len(trainer.validation), len(trainer.test)) == (12 * trainer.validation.num_classes, 12 * trainer.test.num_classes)
+    assert (len(trainer.validation), len(trainer.test)) == (
+        12 * trainer.validation.num_classes,
+        12 * trainer.test.num_classes,
+    )
 
 
 def batches_of(trainer, first, last):
@@ -119,7 +124,9 @@ def test_labeled_epochs_see_labeled_images_alone_with_weight_one(make_trainer):
 @pytest.mark.parametrize("pseudo_labels", ["mixed-lp", "lp", "dssml"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_pseudo_labels_come_from_the_graph_of_the_features(make_trainer, pseudo_labels, normalize):
-    trainer = make_trainer(pseudo_labels=pseudo_labels, normalize_confidence=normalize, gamma=2.0, beta=0.5, logit_scale=3.0, mu=0.05)
+    trainer = make_trainer(
+        pseudo_labels=pseudo_labels, normalize_confidence=normalize, gamma=2.0, beta=0.5, logit_scale=3.0, mu=0.05
+    )
     trainer.propagate_labels()
     neighbours = graph.knn_graph(all_features(trainer), 10, gamma=2.0)
     if pseudo_labels == "dssml":
@@ -201,7 +208,9 @@ def test_warm_up_keeps_the_backbone(make_trainer):
 
 
 def test_learning_rates_and_weight_decay(make_trainer):
-    trainer = make_trainer(learning_rate=1e-3, decay_every=2, decay=0.1, proxy_learning_rate_scale=50.0, weight_decay=0.02)
+    trainer = make_trainer(
+        learning_rate=1e-3, decay_every=2, decay=0.1, proxy_learning_rate_scale=50.0, weight_decay=0.02
+    )
     trainer.propagate_labels()
     rates = []
     for step, batch in enumerate(batches_of(trainer, 0, 13)):
@@ -231,8 +240,12 @@ def test_evaluation_is_of_the_embeddings(make_trainer):
         assert {key: figures[f"{name}_{key}"] for key in expected} == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"pseudo_labels": "dssml", "precision": "bf16-mixed"}, {"pseudo_labels": "none"}])
-def test_stop_in_the_middle_of_an_epoch_and_resume_gives_the_same_bits(make_config, collection, tmp_path, settings, monkeypatch):
+@pytest.mark.parametrize(
+    "settings", [{}, {"pseudo_labels": "dssml", "precision": "bf16-mixed"}, {"pseudo_labels": "none"}]
+)
+def test_stop_in_the_middle_of_an_epoch_and_resume_gives_the_same_bits(
+    make_config, collection, tmp_path, settings, monkeypatch
+):
     whole = train_mixed_lp(make_config(**settings, run={"out": str(tmp_path / "whole")}), images=collection)
 
     stopped = make_config(**settings, run={"out": str(tmp_path / "stopped")})
@@ -281,7 +294,9 @@ def test_every_evaluation_reports_the_propagation(make_config, collection):
 
 def test_learns_to_retrieve_unseen_digits(make_config, collection):
     untrained = MixedLP(make_config(), collection, make_fabric(accelerator="cpu")).evaluate()
-    result = train_mixed_lp(make_config(epochs=5, labeled_epochs=10, warm_up_epochs=0, embedding_dim=32), images=collection)
+    result = train_mixed_lp(
+        make_config(epochs=5, labeled_epochs=10, warm_up_epochs=0, embedding_dim=32), images=collection
+    )
     assert result.history[-1]["test_P@8"] > untrained["test_P@8"] + 0.03
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
@@ -295,7 +310,10 @@ def test_learns_to_retrieve_unseen_digits(make_config, collection):
         ({"pseudo_labels": "mom"}, "pseudo_labels is 'mom'; it should be one of mixed-lp, lp, dssml, none"),
         ({"labeled_epochs": 0, "epochs": 0}, "labeled_epochs and epochs are 0"),
         ({"data": {"labels_per_class": 0}}, r"data\.labels_per_class is 0; it should be at least 1"),
-        ({"data": {"images_per_class": 0}}, r"data\.images_per_class is 0; it should be at least 1, or none for all images"),
+        (
+            {"data": {"images_per_class": 0}},
+            r"data\.images_per_class is 0; it should be at least 1, or none for all images",
+        ),
     ],
 )
 def test_bad_settings(make_config, settings, message):

@@ -62,7 +62,14 @@ def make_batch(seed=0):
 @pytest.fixture
 def make_mlsn_config():
     def make(**settings):
-        run = {"log_every": 2, "eval_every": 4, "checkpoint_every": 100, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
+        run = {
+            "log_every": 2,
+            "eval_every": 4,
+            "checkpoint_every": 100,
+            "accelerator": "cpu",
+            "bar": False,
+            **settings.pop("run", {}),
+        }
         images = {"name": "digits", "labels": 20, **settings.pop("data", {})}
         small = {"model": "wrn-10-1", "batch_size": BATCH, "pairs": 32, "hidden_features": 12, "steps": 8}
         return MLSNConfig(data=DataConfig(**images), run=RunConfig(**run), **{**small, **settings})
@@ -88,14 +95,23 @@ def differ(trainer):
 
 def gradients(trainer, loss):
     parameters = dict(trainer.model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(loss, parameters.values(), retain_graph=True, allow_unused=True), strict=True))
+    return dict(
+        zip(
+            parameters,
+            torch.autograd.grad(loss, parameters.values(), retain_graph=True, allow_unused=True),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("teacher", ["ema", "student"])
 @pytest.mark.parametrize("pair_labels", ["pseudo", "weak"])
 def test_losses_and_gradients_are_algorithm_2_1(make_trainer, teacher, pair_labels):
     weights = {"lambda_1": constant(3.0), "lambda_2": constant(5.0), "lambda_3": constant(0.7)}
-    trainer, batch = make_trainer(**weights, teacher=teacher, pair_labels=pair_labels, focal_alpha=0.3, focal_gamma=1.0), make_batch()
+    trainer, batch = (
+        make_trainer(**weights, teacher=teacher, pair_labels=pair_labels, focal_alpha=0.3, focal_gamma=1.0),
+        make_batch(),
+    )
     differ(trainer)
     losses = trainer.losses(batch, 4)
     model, similarity = trainer.model, trainer.model.similarity
@@ -113,7 +129,10 @@ def test_losses_and_gradients_are_algorithm_2_1(make_trainer, teacher, pair_labe
     features, labels = torch.cat([h_labeled, h]), torch.cat([batch.labels, y_hat])
     total = 0.0
     for i, j in pairs.tolist():
-        logit = similarity.w2 @ (similarity.w1 @ torch.cat([features[i], features[j]]) + similarity.b1).relu() + similarity.b2
+        logit = (
+            similarity.w2 @ (similarity.w1 @ torch.cat([features[i], features[j]]) + similarity.b1).relu()
+            + similarity.b2
+        )
         p, same = logit.sigmoid(), labels[i] == labels[j]
         p_t, alpha_t = (p, 0.3) if same else (1 - p, 0.7)
         total = total - alpha_t * (1 - p_t) * p_t.log()
@@ -143,11 +162,21 @@ def test_every_loss_reaches_the_student(make_trainer):
     losses = trainer.losses(batch, 4)
     into = {
         "loss_consistency": {"backbone.linear.weight", "classifier.weight"},
-        "loss_similarity": {"backbone.linear.weight", "similarity.w1", "similarity.b1", "similarity.w2", "similarity.b2"},
+        "loss_similarity": {
+            "backbone.linear.weight",
+            "similarity.w1",
+            "similarity.b1",
+            "similarity.w2",
+            "similarity.b2",
+        },
         "loss_cotraining": {"backbone.linear.weight", "classifier.weight"},
     }
     for name, reached in into.items():
-        found = {key for key, each in gradients(trainer, losses[name]).items() if each is not None and each.abs().max() > 1e-8}
+        found = {
+            key
+            for key, each in gradients(trainer, losses[name]).items()
+            if each is not None and each.abs().max() > 1e-8
+        }
         assert {key for key in found if not key.endswith("linear.bias") and key != "classifier.bias"} == reached, name
     assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
 
@@ -170,7 +199,9 @@ def test_images_below_the_threshold_take_part_in_no_pair(make_trainer):
     pairs = pairs[pairs[:, 0] < BATCH]
     _, h = trainer.model(batch.labeled_weak)
     s = trainer.model.similarity
-    expected = reference.pair_focal_loss(h, h, batch.labels, batch.labels, s.w1, s.b1, s.w2, s.b2, pairs=pairs, alpha=0.5)
+    expected = reference.pair_focal_loss(
+        h, h, batch.labels, batch.labels, s.w1, s.b1, s.w2, s.b2, pairs=pairs, alpha=0.5
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -226,7 +257,9 @@ def test_teacher_follows_parameters_and_buffers(make_mlsn_config, digits, buffer
     before = copy.deepcopy(trainer.teacher.model.state_dict())
     trainer.step(next(iter(trainer.batches(0))), 4)
     student, teacher = trainer.model.state_dict(), trainer.teacher.model.state_dict()
-    torch.testing.assert_close(teacher["classifier.weight"], 0.9 * before["classifier.weight"] + 0.1 * student["classifier.weight"])
+    torch.testing.assert_close(
+        teacher["classifier.weight"], 0.9 * before["classifier.weight"] + 0.1 * student["classifier.weight"]
+    )
     torch.testing.assert_close(teacher["similarity.w1"], 0.9 * before["similarity.w1"] + 0.1 * student["similarity.w1"])
     name = "backbone.bn.running_var"
     assert not teacher[name].equal(before[name])
@@ -237,7 +270,9 @@ def test_teacher_follows_parameters_and_buffers(make_mlsn_config, digits, buffer
 
 
 def test_rows_have_the_same_network_at_the_start(make_mlsn_config, digits):
-    mlsn, supervised = (build_network(make_mlsn_config(**settings), digits).state_dict() for settings in ({}, SUPERVISED))
+    mlsn, supervised = (
+        build_network(make_mlsn_config(**settings), digits).state_dict() for settings in ({}, SUPERVISED)
+    )
     assert supervised.keys() < mlsn.keys()
     for name, value in supervised.items():
         assert value.equal(mlsn[name])
@@ -258,7 +293,13 @@ def test_optimizers(make_trainer):
 
 SETTINGS = [
     {},
-    {"optimizer": "sgd", "schedule": "cosine-7/16", "ema_buffers": "own", "lambda_2": constant(1.0), "lambda_3": constant(1.0)},
+    {
+        "optimizer": "sgd",
+        "schedule": "cosine-7/16",
+        "ema_buffers": "own",
+        "lambda_2": constant(1.0),
+        "lambda_3": constant(1.0),
+    },
     {"precision": "bf16-mixed", "pair_labels": "weak", "interaction": "absdiff"},
     {**MEAN_TEACHER, "teacher": "student", "learning_rate": 1e-3},
 ]
@@ -325,7 +366,8 @@ splits = data.load_dataset("digits")
 results = {}
 for teacher in ("ema", "student"):
     config = MLSNConfig(
-        data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, pairs=32, hidden_features=12, steps=3, teacher=teacher,
+        data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, pairs=32,
+        hidden_features=12, steps=3, teacher=teacher,
         run=RunConfig(out=f"{sys.argv[1]}/{teacher}", eval_every=2, log_every=1, accelerator="cpu", bar=False),
     )
     trainer = MLSN(config, splits, fabric)
@@ -354,10 +396,28 @@ def test_every_shipped_configuration_is_valid():
         for config in (base, tuned):
             assert f"{config.data.name}-{config.data.labels}" == name
             assert (config.model, config.batch_size, config.ema_decay, config.steps) == ("wrn-28-2", 64, 0.999, 2**20)
-            assert (config.pairs, config.focal_alpha, config.focal_gamma, config.interaction) == (512, 0.5, 2.0, "concat")
-            assert (config.lambda_2, config.lambda_3) == (RampConfig(20.0, "gaussian", 0.4), RampConfig(0.1, "gaussian", 1.0))
-        assert (base.optimizer, base.learning_rate, base.weight_decay, base.schedule) == ("adamw", 0.002, 0.02, "constant")
-        assert (tuned.optimizer, tuned.learning_rate, tuned.weight_decay, tuned.schedule) == ("sgd", 0.03, 5e-4, "cosine-7/16")
+            assert (config.pairs, config.focal_alpha, config.focal_gamma, config.interaction) == (
+                512,
+                0.5,
+                2.0,
+                "concat",
+            )
+            assert (config.lambda_2, config.lambda_3) == (
+                RampConfig(20.0, "gaussian", 0.4),
+                RampConfig(0.1, "gaussian", 1.0),
+            )
+        assert (base.optimizer, base.learning_rate, base.weight_decay, base.schedule) == (
+            "adamw",
+            0.002,
+            0.02,
+            "constant",
+        )
+        assert (tuned.optimizer, tuned.learning_rate, tuned.weight_decay, tuned.schedule) == (
+            "sgd",
+            0.03,
+            5e-4,
+            "cosine-7/16",
+        )
         assert base.lambda_1 == RampConfig(75.0, "linear", 1.0)
         assert tuned.lambda_1 == RampConfig(50.0, "linear", 0.4)
 
@@ -370,7 +430,18 @@ def test_a_part_of_a_weight_can_be_given():
 
 def test_the_command_trains_and_reports_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["--model", "wrn-10-1", "--batch_size", "4", "--steps", "2", "--run.accelerator", "cpu", "--run.bar", "false"]
+    small = [
+        "--model",
+        "wrn-10-1",
+        "--batch_size",
+        "4",
+        "--steps",
+        "2",
+        "--run.accelerator",
+        "cpu",
+        "--run.bar",
+        "false",
+    ]
     assert main(["mlsn", "--config", "digits", *small, "--lambda_1.weight", "5", "--focal_alpha", "null"]) == 0
     printed = capsys.readouterr().out
     assert "ema_error: 0." in printed

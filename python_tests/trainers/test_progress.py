@@ -8,7 +8,9 @@ from ssmkernels.trainers.progress import RunLog
 
 
 def make_log(folder, start=0, window=None):
-    return RunLog(folder, steps=10, start=start, window=window or {}, images_per_step=4, scalars=dict, shown=("loss",), bar=False)
+    return RunLog(
+        folder, steps=10, start=start, window=window or {}, images_per_step=4, scalars=dict, shown=("loss",), bar=False
+    )
 
 
 def records(folder):

@@ -27,5 +27,7 @@ def test_steps_down_every_few_epochs():
 
 def test_ramps_go_up_and_stay():
     assert [linear_ramp_up(step, 40) for step in (0, 10, 40, 90)] == [0, 0.25, 1, 1]
-    assert [gaussian_ramp_up(step, 40) for step in (0, 20, 40, 90)] == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
+    assert [gaussian_ramp_up(step, 40) for step in (0, 20, 40, 90)] == pytest.approx(
+        [math.exp(-5), math.exp(-1.25), 1, 1]
+    )
     assert linear_ramp_up(0, 0) == gaussian_ramp_up(0, 0) == 1

@@ -154,7 +154,9 @@ def test_without_q_hat_the_target_is_q_weak_and_p_hat_stays(make_trainer):
     ours, theirs = ablated.losses(batch, first_epoch=False)[0], standard.losses(batch, first_epoch=False)[0]
     torch.testing.assert_close(ours["loss_unlabeled"], theirs["loss_unlabeled"])
     bank = ablated.memory.features()
-    q_weak, log_q_strong = (ablated.model(images)[1] @ bank.t() / 0.1 for images in (batch.unlabeled_weak, batch.unlabeled_strong))
+    q_weak, log_q_strong = (
+        ablated.model(images)[1] @ bank.t() / 0.1 for images in (batch.unlabeled_weak, batch.unlabeled_strong)
+    )
     expected = -(q_weak.softmax(dim=1) * log_q_strong.log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(ours["loss_instance"], expected)
     assert not torch.allclose(ours["loss_instance"], theirs["loss_instance"])
@@ -168,7 +170,9 @@ def test_fixmatch_is_a_setting(make_trainer):
     confidence, pseudo_labels = trainer.model(batch.unlabeled_weak)[0].softmax(dim=1).max(dim=1)
     each = F.cross_entropy(trainer.model(batch.unlabeled_strong)[0], pseudo_labels, reduction="none")
     torch.testing.assert_close(losses["loss_unlabeled"], (each * (confidence >= 0.5)).mean())
-    torch.testing.assert_close(losses["pseudo_label_accuracy"], (pseudo_labels == batch.unlabeled_labels).float().mean())
+    torch.testing.assert_close(
+        losses["pseudo_label_accuracy"], (pseudo_labels == batch.unlabeled_labels).float().mean()
+    )
     trainer.step(batch, 0)
 
 
@@ -188,7 +192,9 @@ def test_one_forward_pass_for_all_views(make_trainer):
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(make_trainer):
     batch = make_batch()
-    whole, pieces = (make_trainer(accumulate=count, alignment_queue=0, threshold=0.3, first_epoch_steps=0) for count in (1, 4))
+    whole, pieces = (
+        make_trainer(accumulate=count, alignment_queue=0, threshold=0.3, first_epoch_steps=0) for count in (1, 4)
+    )
     for trainer in (whole, pieces):
         fill(trainer.memory)
     first, second = whole.step(batch, 0), pieces.step(batch, 0)
@@ -226,7 +232,9 @@ def test_learning_rates(make_trainer):
     assert trainer.learning_rate == pytest.approx(0.015)
 
 
-@pytest.mark.parametrize("settings", [{}, {"memory": "teacher", "ema_buffers": "own"}, {"precision": "bf16-mixed", "accumulate": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"memory": "teacher", "ema_buffers": "own"}, {"precision": "bf16-mixed", "accumulate": 2}]
+)
 def test_stop_and_resume_gives_the_same_bits(make_config, digits, tmp_path, settings, monkeypatch):
     run = {"eval_every": 4}
     whole = train_simmatch(make_config(**settings, run={**run, "out": str(tmp_path / "whole")}), splits=digits)
@@ -253,7 +261,9 @@ def test_stop_and_resume_gives_the_same_bits(make_config, digits, tmp_path, sett
 
 
 def test_learns_digits(make_config, digits):
-    config = make_config(steps=80, batch_size=16, mu=3, first_epoch_steps=10, bn_momentum=0.1, ema_decay=0.9, run={"eval_every": 20})
+    config = make_config(
+        steps=80, batch_size=16, mu=3, first_epoch_steps=10, bn_momentum=0.1, ema_decay=0.9, run={"eval_every": 20}
+    )
     history = train_simmatch(config, splits=digits).history
     assert history[-1]["loss_labeled"] < 0.5 * history[0]["loss_labeled"]
     assert history[-1]["student_accuracy"] > 0.4
@@ -289,5 +299,7 @@ def test_bad_settings(make_config, settings, message):
 
 
 def test_pieces_must_be_whole(make_trainer):
-    with pytest.raises(ValueError, match=r"batch_size is 8; it should be a multiple of 1 rank\(s\) times accumulate, 3"):
+    with pytest.raises(
+        ValueError, match=r"batch_size is 8; it should be a multiple of 1 rank\(s\) times accumulate, 3"
+    ):
         make_trainer(accumulate=3)

@@ -31,7 +31,9 @@ def collection():
     index = np.sort(np.concatenate([np.flatnonzero(digits.labels == label)[:20] for label in range(10)]))
     pixels = np.stack([np.asarray(digits.images.image(i)) for i in index])
     images = data.ArrayImages(pixels, digits.labels[index], 10)
-    return data.ImageCollection(images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation)
+    return data.ImageCollection(
+        images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation
+    )
 
 
 @pytest.fixture
@@ -41,7 +43,14 @@ def make_config():
     def make(**settings):
         run = {"log_every": 2, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
         images = {"test_fraction": 0.3, "folds": 3, "fold": 1, "labeled_fraction": 0.6, **settings.pop("data", {})}
-        small = {"backbone": "convnet-small", "embedding_dim": 8, "k": 6, "batch_size": 16, "optimizer": "adamw", "learning_rate": 1e-2}
+        small = {
+            "backbone": "convnet-small",
+            "embedding_dim": 8,
+            "k": 6,
+            "batch_size": 16,
+            "optimizer": "adamw",
+            "learning_rate": 1e-2,
+        }
         short = {"teacher_steps": TEACHER, "warm_up_steps": WARM_UP, "student_steps": STUDENT, "rounds": 2}
         return SladeConfig(data=SladeDataConfig(**images), run=RunConfig(**run), **{**small, **short, **settings})
 
@@ -124,8 +133,15 @@ def test_unlabeled_images_of_the_test_classes_are_not_tested_on(make_config, col
     """Nothing else changes: the same classes, all training ones with their labels."""
     config = make_config(data={"unlabeled_classes": "test"}).data
     parts = split_images(config, collection, None, seed=1)
-    assert [part.class_names for part in parts] == [("0", "1", "2", "5", "6"), ("7", "8", "9"), ("3", "4"), ("7", "8", "9")]
-    seen = [{np.asarray(part.images.image(i)).tobytes() for i in range(len(part))} for part in (parts.unlabeled, parts.test)]
+    assert [part.class_names for part in parts] == [
+        ("0", "1", "2", "5", "6"),
+        ("7", "8", "9"),
+        ("3", "4"),
+        ("7", "8", "9"),
+    ]
+    seen = [
+        {np.asarray(part.images.image(i)).tobytes() for i in range(len(part))} for part in (parts.unlabeled, parts.test)
+    ]
     assert [len(part) for part in (parts.unlabeled, parts.test)] == [30, 30] and not seen[0] & seen[1]
     assert np.bincount(parts.unlabeled.labels).tolist() == np.bincount(parts.test.labels).tolist() == [10, 10, 10]
     again, other = (split_images(config, collection, None, seed=seed).test for seed in (1, 2))
@@ -141,7 +157,9 @@ def test_an_unlabeled_collection_leaves_all_training_classes_their_labels(make_c
     teacher = make_config(data={"unlabeled_name": "digits"}, student="none")
     fabric = make_fabric(accelerator="cpu")
     assert len(Slade(teacher, collection, fabric).images.labeled) == 100
-    with pytest.raises(ValueError, match=r"unlabeled_images is None; it should be the images of digits, data\.unlabeled_name"):
+    with pytest.raises(
+        ValueError, match=r"unlabeled_images is None; it should be the images of digits, data\.unlabeled_name"
+    ):
         Slade(config, collection, fabric)
 
 
@@ -178,7 +196,9 @@ def test_the_teacher_learns_from_labeled_images_alone(make_trainer):
 def test_the_warm_up_changes_the_basis_alone(make_trainer):
     _, states = run(make_trainer(), TEACHER + ROUND)
     for step in range(TEACHER, TEACHER + WARM_UP):
-        assert same(states[step], states[step + 1], "model") or step == TEACHER  # before whose batch the student is made
+        assert (
+            same(states[step], states[step + 1], "model") or step == TEACHER
+        )  # before whose batch the student is made
         assert not same(states[step], states[step + 1], "basis")
     for step in range(TEACHER + WARM_UP, TEACHER + ROUND):
         assert not same(states[step], states[step + 1], "model")
@@ -192,7 +212,9 @@ def test_pseudo_labels_are_the_clusters_of_the_teachers_embeddings(make_trainer)
     next(trainer.batches(TEACHER))
     assert torch.equal(trainer.pseudo_labels, cluster(teacher, 6, seed=1))
     assert trainer.pseudo_labels.unique().tolist() == list(range(6))
-    assert trainer.clustering == {"pseudo_label_NMI": metrics.nmi_of_clusters(trainer.unlabeled.labels, trainer.pseudo_labels.numpy())}
+    assert trainer.clustering == {
+        "pseudo_label_NMI": metrics.nmi_of_clusters(trainer.unlabeled.labels, trainer.pseudo_labels.numpy())
+    }
     assert not torch.equal(embeddings_of(trainer.model, trainer.unlabeled), teacher)
 
 
@@ -256,11 +278,15 @@ def expected_terms(trainer, batch):
 
 
 def rank(config, embeddings, labels):
-    return reference.pair_ranking_loss(embeddings, labels, positive_margin=config.positive_margin, negative_margin=config.negative_margin)
+    return reference.pair_ranking_loss(
+        embeddings, labels, positive_margin=config.positive_margin, negative_margin=config.negative_margin
+    )
 
 
 def test_the_joint_loss_is_the_papers(make_trainer):
-    trainer = make_trainer(moment_gradient="momentum", lambda_1=0.7, lambda_2=0.3, sd_variance_weight=2.0, moment_momentum=0.6)
+    trainer = make_trainer(
+        moment_gradient="momentum", lambda_1=0.7, lambda_2=0.3, sd_variance_weight=2.0, moment_momentum=0.6
+    )
     config, batch = trainer.config, joint_batch(trainer)
     f_l, f_u, labels, _, r_l, r_u, running = expected_terms(trainer, batch)
     mined = reference.mined_pair_ranking_loss(
@@ -294,7 +320,9 @@ def test_the_warm_up_loss_is_that_of_the_basis(make_trainer):
     batch = next(batches)
     f_l, f_u, labels, clusters, *_ = expected_terms(trainer, batch)
     moments = reference.similarity_moments(f_u @ trainer.basis.weight.t(), clusters)
-    distributions = (moments.negative_mean - moments.positive_mean + 0.5).relu() + moments.positive_var + moments.negative_var
+    distributions = (
+        (moments.negative_mean - moments.positive_mean + 0.5).relu() + moments.positive_var + moments.negative_var
+    )
     expected = 0.25 * (F.cross_entropy(f_l @ trainer.basis.weight.t(), labels) + distributions)
     losses = trainer.step(batch, TEACHER)
     torch.testing.assert_close(losses["loss"], expected.detach())
@@ -321,24 +349,33 @@ def test_rows_of_the_ablation(make_trainer, ranking_loss):
     assert plain.keys() == {"loss", "loss_labeled", "loss_unlabeled"}
     assert plain["loss"] == pytest.approx(plain["loss_labeled"] + plain["loss_unlabeled"])
     assert plain["loss_unlabeled"] == pytest.approx(on_clusters.item(), rel=1e-5) == basis["loss_unlabeled"]
-    assert basis["loss"] == pytest.approx(plain["loss"] + 0.25 * (basis["loss_cross_entropy"] + basis["loss_similarity"]), rel=1e-5)
+    assert basis["loss"] == pytest.approx(
+        plain["loss"] + 0.25 * (basis["loss_cross_entropy"] + basis["loss_similarity"]), rel=1e-5
+    )
     assert mining["loss_unlabeled"] != pytest.approx(basis["loss_unlabeled"], rel=1e-3)
     assert mining["loss_similarity"] == pytest.approx(basis["loss_similarity"])
 
 
 def test_multi_similarity_takes_the_mined_pairs(make_trainer):
-    trainer = make_trainer(ranking_loss="multi-similarity", ms_alpha=2.0, ms_beta=20.0, ms_base=0.4, moment_momentum=0.5)
+    trainer = make_trainer(
+        ranking_loss="multi-similarity", ms_alpha=2.0, ms_beta=20.0, ms_base=0.4, moment_momentum=0.5
+    )
     batch = joint_batch(trainer)
     _, f_u, _, _, _, r_u, running = expected_terms(trainer, batch)
     cosines, believed = f_u @ f_u.t(), F.normalize(r_u) @ F.normalize(r_u).t()
     others = ~torch.eye(len(f_u), dtype=torch.bool)
-    positive, negative = (believed >= running["positive_mean"]) & others, (believed <= running["negative_mean"]) & others
+    positive, negative = (
+        (believed >= running["positive_mean"]) & others,
+        (believed <= running["negative_mean"]) & others,
+    )
     positive, negative = positive & ~negative, negative & ~positive
     assert positive.any()
     assert negative.any()
     expected = torch.log1p((positive * torch.exp(-2 * (cosines - 0.4))).sum(1)) / 2
     expected = expected + torch.log1p((negative * torch.exp(20 * (cosines - 0.4))).sum(1)) / 20
-    torch.testing.assert_close(trainer.step(batch, TEACHER + WARM_UP)["loss_unlabeled"], expected.mean().detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        trainer.step(batch, TEACHER + WARM_UP)["loss_unlabeled"], expected.mean().detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("similarity_loss", ["local-ce", "global-ce"])
@@ -411,7 +448,9 @@ def test_the_teacher_alone_can_be_trained_for_as_long(make_config, collection):
         (TEACHER + ROUND + 5, {"ranking_loss": "multi-similarity", "precision": "bf16-mixed"}),
     ],
 )
-def test_stop_in_any_stage_and_resume_gives_the_same_bits(make_config, collection, tmp_path, step, settings, monkeypatch):
+def test_stop_in_any_stage_and_resume_gives_the_same_bits(
+    make_config, collection, tmp_path, step, settings, monkeypatch
+):
     whole = train_slade(make_config(**settings, run={"out": str(tmp_path / "whole")}), images=collection)
     stopped = make_config(**settings, run={"out": str(tmp_path / "stopped")})
     original = Slade.step
@@ -434,13 +473,21 @@ def test_stop_in_any_stage_and_resume_gives_the_same_bits(make_config, collectio
 
 
 def test_teacher_and_student_learn_to_tell_the_labeled_classes_apart(make_config, collection):
-    config = make_config(teacher_steps=60, student_steps=60, rounds=1, freeze_bn=False, learning_rate=1e-3, embedding_dim=32)
+    config = make_config(
+        teacher_steps=60, student_steps=60, rounds=1, freeze_bn=False, learning_rate=1e-3, embedding_dim=32
+    )
     trainer, found = Slade(config, collection, make_fabric(accelerator="cpu")), []
     for step, batch in enumerate(trainer.batches(0)):
         if step in (0, 60, 60 + WARM_UP):
-            found.append(metrics.retrieval(embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels))
+            found.append(
+                metrics.retrieval(
+                    embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels
+                )
+            )
         trainer.step(batch, step)
-    found.append(metrics.retrieval(embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels))
+    found.append(
+        metrics.retrieval(embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels)
+    )
     untrained, start, warm, student = (each["MAP@R"] for each in found)
     assert untrained == start == warm < student
     assert student > 0.9
@@ -466,7 +513,9 @@ def test_folds_are_tested_by_their_concatenated_embeddings(make_config, collecti
     (record,) = result.history
     for name in ("MAP@R", "RP", "P@1"):
         assert record[f"test_{name}"] == pytest.approx(together[name], abs=1e-6)
-        assert record[f"separate_test_{name}"] == pytest.approx(np.mean([each[f"test_{name}"] for each in records]), abs=1e-6)
+        assert record[f"separate_test_{name}"] == pytest.approx(
+            np.mean([each[f"test_{name}"] for each in records]), abs=1e-6
+        )
         assert record[f"validation_{name}"] == pytest.approx(np.mean([each[f"validation_{name}"] for each in records]))
     assert result.best("final_MAP@R") is record
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["test_MAP@R"] == record["test_MAP@R"]
@@ -530,7 +579,8 @@ from ssmkernels.trainers import RunConfig, Slade, SladeConfig, SladeDataConfig
 from ssmkernels.trainers.loop import fit, make_fabric
 
 config = SladeConfig(
-    data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6), backbone="convnet-small", embedding_dim=8, k=6,
+    data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6),
+    backbone="convnet-small", embedding_dim=8, k=6,
     batch_size=16, optimizer="rmsprop", learning_rate=1e-5, teacher_steps=2, warm_up_steps=2, student_steps=3,
     run=RunConfig(eval_every=4, log_every=1, accelerator="cpu", bar=False),
 )
@@ -540,7 +590,8 @@ gradients = []
 step = trainer.step
 def recorded(batch, number):
     found = step(batch, number)
-    gradients.append([None if each.grad is None else each.grad.clone() for each in (trainer.model.head.weight, trainer.basis.weight)])
+    weights = (trainer.model.head.weight, trainer.basis.weight)
+    gradients.append([None if weight.grad is None else weight.grad.clone() for weight in weights])
     return found
 trainer.step = recorded
 result = fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config))
@@ -549,7 +600,8 @@ rows = torch.arange(6.0).view(3, 2)[: 3 - fabric.global_rank].clone().requires_g
 gathered = gather_rows(rows)
 gathered.square().sum().backward()
 state = {name: part for name, part in trainer.state_dict().items() if name != "optimizer"}
-torch.save({"state": state, "history": result.history, "gradients": gradients, "gathered": gathered.detach(), "rows": rows.grad},
+torch.save({"state": state, "history": result.history, "gradients": gradients, "gathered": gathered.detach(),
+            "rows": rows.grad},
            f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
 """
 
@@ -592,7 +644,10 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(two_ranks, tmp_path, mon
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"ms_beta": 0.0}, r"ms_beta is 0\.0; it should be positive"),
         ({"moment_momentum": 1.0}, r"moment_momentum is 1\.0; it should be in \[0, 1\)"),
-        ({"data": {"unlabeled_classes": "all"}}, r"data\.unlabeled_classes is 'all'; it should be one of training, test"),
+        (
+            {"data": {"unlabeled_classes": "all"}},
+            r"data\.unlabeled_classes is 'all'; it should be one of training, test",
+        ),
         ({"student": "all"}, "student is 'all'; it should be one of none, pseudo-labels, basis, mining"),
         ({"similarity_loss": "ce"}, "similarity_loss is 'ce'; it should be one of sd, local-ce, global-ce"),
         ({"ranking_loss": "triplet"}, "ranking_loss is 'triplet'; it should be one of contrastive, multi-similarity"),
@@ -638,8 +693,30 @@ def test_shipped_configurations():
 
 
 def test_command_line(tmp_path, capsys):
-    short = ["--teacher_steps", "2", "--student_steps", "2", "--warm_up_steps", "1", "--run.accelerator", "cpu", "--run.bar", "false"]
-    arguments = ["slade", "--config", "digits", *short, "--run.out", str(tmp_path / "run"), "--data.fold", "null", "--data.folds", "2"]
+    short = [
+        "--teacher_steps",
+        "2",
+        "--student_steps",
+        "2",
+        "--warm_up_steps",
+        "1",
+        "--run.accelerator",
+        "cpu",
+        "--run.bar",
+        "false",
+    ]
+    arguments = [
+        "slade",
+        "--config",
+        "digits",
+        *short,
+        "--run.out",
+        str(tmp_path / "run"),
+        "--data.fold",
+        "null",
+        "--data.folds",
+        "2",
+    ]
     assert main(arguments) == 0
     assert "final_MAP@R: " in (printed := capsys.readouterr().out)
     assert "test_MAP@R: " in printed

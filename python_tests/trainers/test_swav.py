@@ -26,7 +26,9 @@ def collection():
     index = np.sort(np.concatenate([np.flatnonzero(digits.labels == label)[:30] for label in range(10)]))
     pixels = np.stack([np.asarray(digits.images.image(i)) for i in index])
     images = data.ArrayImages(pixels, digits.labels[index], 10)
-    return data.ImageCollection(images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation)
+    return data.ImageCollection(
+        images, digits.class_names, digits.mean, digits.std, digits.image_size, digits.augmentation
+    )
 
 
 @pytest.fixture
@@ -35,8 +37,22 @@ def make_config():
 
     def make(**settings):
         run = {"log_every": 2, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
-        small = {"backbone": "convnet-small", "hidden_dim": 16, "embedding_dim": 8, "num_prototypes": 12, "batch_size": 30, "epochs": 3}
-        crops = {"small_crops": 2, "small_size": 8, "crop_scale": (0.7, 1.0), "small_crop_scale": (0.5, 0.7), "jitter": 0.2, "blur": 0.0}
+        small = {
+            "backbone": "convnet-small",
+            "hidden_dim": 16,
+            "embedding_dim": 8,
+            "num_prototypes": 12,
+            "batch_size": 30,
+            "epochs": 3,
+        }
+        crops = {
+            "small_crops": 2,
+            "small_size": 8,
+            "crop_scale": (0.7, 1.0),
+            "small_crop_scale": (0.5, 0.7),
+            "jitter": 0.2,
+            "blur": 0.0,
+        }
         queue = {"queue_length": 120, "queue_from_epoch": 1}
         return SwAVConfig(run=RunConfig(**run), **{**small, **crops, **queue, "learning_rate": 3.0, **settings})
 
@@ -81,7 +97,12 @@ def test_two_large_crops_alone(make_trainer):
     loss = trainer.losses(batch, 0)["loss"]
     first, second = trainer.network(batch.large, batch.small)[1].split(30)
     predicted = [(each / 0.1).log_softmax(dim=1) for each in (second, first)]
-    expected = -sum((sinkhorn_codes(s.detach()) * p).sum(dim=1).mean() for s, p in zip((first, second), predicted, strict=True)) / 2
+    expected = (
+        -sum(
+            (sinkhorn_codes(s.detach()) * p).sum(dim=1).mean() for s, p in zip((first, second), predicted, strict=True)
+        )
+        / 2
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -125,7 +146,9 @@ def test_the_queue_fills_from_an_epoch_on_and_counts_once_it_is_full(make_traine
 
 def test_without_a_queue_codes_are_those_of_the_batch(make_trainer, monkeypatch):
     trainer, rows = make_trainer(queue_length=0), []
-    monkeypatch.setattr("ssmkernels.trainers.swav.sinkhorn_codes", lambda scores, **_: rows.append(len(scores)) or scores.softmax(dim=1))
+    monkeypatch.setattr(
+        "ssmkernels.trainers.swav.sinkhorn_codes", lambda scores, **_: rows.append(len(scores)) or scores.softmax(dim=1)
+    )
     trainer.step(batches_of(trainer, 25, 26)[0], 25)
     assert rows == [30, 30]
     assert trainer.queue.numel() == 0
@@ -157,7 +180,9 @@ def test_the_scale_of_half_precision_losses_changes_nothing(make_trainer):
         convert_input = convert_output = staticmethod(lambda value: value)
 
     plain, scaled = make_trainer(), make_trainer()
-    scaled.fabric.strategy.precision = scaled.fabric._precision = Scaled("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    scaled.fabric.strategy.precision = scaled.fabric._precision = Scaled(
+        "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    )
     for trainer in (plain, scaled):
         for step, batch in enumerate(batches_of(trainer, 0, 3)):
             trainer.step(batch, step)
@@ -187,7 +212,14 @@ def test_what_is_evaluated(make_trainer, collection):
 
 def test_learns_digits_without_labels(make_config, collection, tmp_path):
     """The loss falls, codes stay balanced, and features of the same class come closer than a random network's."""
-    settings = {"epochs": 12, "num_prototypes": 30, "small_crops": 0, "queue_length": 0, "hidden_dim": 64, "embedding_dim": 32}
+    settings = {
+        "epochs": 12,
+        "num_prototypes": 30,
+        "small_crops": 0,
+        "queue_length": 0,
+        "hidden_dim": 64,
+        "embedding_dim": 32,
+    }
     config = make_config(**settings, run={"out": str(tmp_path / "run")})
     trainer = SwAV(config, collection, collection, make_fabric(accelerator="cpu"))
     random = trainer.evaluate()
@@ -203,7 +235,9 @@ def test_learns_digits_without_labels(make_config, collection, tmp_path):
         "convnet-small", weights=tmp_path / "run/backbone.pt", in_channels=1, pooling="avg", freeze_bn=False
     )
     model.eval()
-    images = torch.stack([data.to_tensor(collection.images.image(i), collection.mean, collection.std) for i in range(len(collection))])
+    images = torch.stack(
+        [data.to_tensor(collection.images.image(i), collection.mean, collection.std) for i in range(len(collection))]
+    )
     with torch.no_grad():
         features, _ = model(images)
     loaded = metrics.retrieval(features, torch.from_numpy(collection.labels))
@@ -247,7 +281,9 @@ def test_images_of_a_run(tmp_path):
             (tmp_path / root / name).mkdir(parents=True)
             Image.new("RGB", (9, 9), (40 * value, 0, 0)).save(tmp_path / root / name / "1.png")
     first, second = (str(tmp_path / each) for each in ("first", "second"))
-    learnt, measured = load_images(SwAVDataConfig(name="folder", root=first, unlabeled_name="folder", unlabeled_root=second))
+    learnt, measured = load_images(
+        SwAVDataConfig(name="folder", root=first, unlabeled_name="folder", unlabeled_root=second)
+    )
     assert (learnt.class_names, measured.class_names) == (("a", "b", "a", "c"), ("c", "d", "e"))
     assert [learnt.images.image(i).getpixel((0, 0))[0] for i in range(4)] == [40, 80, 40, 80]
 
@@ -289,7 +325,12 @@ def test_shipped_configurations():
         assert (config.temperature, config.epsilon, config.sinkhorn_iterations) == (0.1, 0.05, 3)
     assert (config.data.name, config.backbone, config.weights) == ("folder", "efficientnet-lite0", "imagenet")
     defaults = SwAVConfig()
-    assert (defaults.batch_size, defaults.learning_rate, defaults.final_learning_rate, defaults.weight_decay) == (256, 0.6, 0.0006, 1e-6)
+    assert (defaults.batch_size, defaults.learning_rate, defaults.final_learning_rate, defaults.weight_decay) == (
+        256,
+        0.6,
+        0.0006,
+        1e-6,
+    )
     assert (defaults.queue_length, defaults.queue_from_epoch, defaults.small_crops) == (3840, 15, 6)
     assert (defaults.crop_scale, defaults.small_crop_scale) == ((0.14, 1.0), (0.05, 0.14))
 

@@ -21,18 +21,30 @@ FAMILIES = ("memory", "graph", "pairs", "ranking", "overhead", "growth")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ssmkernels bench", description="Measure the ops beside their peers.")
-    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all, a process each)")
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help=f"which of: {', '.join(FAMILIES)} (default: all, a process each)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--op", metavar="NAME", help="only this op of the families")
     parser.add_argument("--quick", action="store_true", help="a few small sizes, seconds instead of minutes")
-    parser.add_argument("--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help="results; a table and plots go beside it (default: runs/bench/DEVICE.json)"
+        "--seconds", type=float, default=4.0, metavar="S", help="time for one case and its peers (default: %(default)s)"
     )
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say how much each case got slower since these results")
     parser.add_argument(
-        "--fail-if-slower", type=float, metavar="RATIO", help="with --compare: exit with 3 if a time over its floor grew by more than this"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="results; a table and plots go beside it (default: runs/bench/DEVICE.json)",
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="say how much each case got slower since these results"
+    )
+    parser.add_argument(
+        "--fail-if-slower",
+        type=float,
+        metavar="RATIO",
+        help="with --compare: exit with 3 if a time over its floor grew by more than this",
     )
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
@@ -48,7 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     from ssmkernels.bench import report
 
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why", file=sys.stderr)
+        print(
+            "ssmkernels bench: --device cuda, but torch sees no CUDA device; `ssmkernels info` says why",
+            file=sys.stderr,
+        )
         return 1
     out = args.out or Path(f"runs/bench/{args.device}.json")
     before = None if args.compare is None else _read(args.compare)[1]  # it may be the file that is written
@@ -58,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         rates, results = _measure_apart(args, argv, out)
     if not results:
         print(
-            "ssmkernels bench: nothing was measured" + (f"; no case of these families is of {args.op!r}" if args.op else ""),
+            "ssmkernels bench: nothing was measured"
+            + (f"; no case of these families is of {args.op!r}" if args.op else ""),
             file=sys.stderr,
         )
         return 1
@@ -73,9 +89,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     changes = report.compare(results, before)
     print("\n" + report.comparison_table(changes))
-    slower = [label for label, change in changes.items() if args.fail_if_slower is not None and change > args.fail_if_slower]
+    slower = [
+        label for label, change in changes.items() if args.fail_if_slower is not None and change > args.fail_if_slower
+    ]
     if slower:
-        print(f"ssmkernels bench: {len(slower)} of {len(changes)} cases got slower by more than {args.fail_if_slower}", file=sys.stderr)
+        print(
+            f"ssmkernels bench: {len(slower)} of {len(changes)} cases got slower by more than {args.fail_if_slower}",
+            file=sys.stderr,
+        )
     return 3 if slower else 0
 
 
@@ -85,10 +106,21 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
 
     from ssmkernels.bench import case, graph, growth, measure, memory, overhead, pairs, ranking
 
-    rooms = {"memory": memory, "graph": graph, "pairs": pairs, "ranking": ranking, "overhead": overhead, "growth": growth}
+    rooms = {
+        "memory": memory,
+        "graph": graph,
+        "pairs": pairs,
+        "ranking": ranking,
+        "overhead": overhead,
+        "growth": growth,
+    }
     (family,) = args.families
     dtype = getattr(torch, args.dtype)
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are medians", flush=True)
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are"
+        " medians",
+        flush=True,
+    )
     rates = measure.device_rates(args.device, {args.dtype: dtype})
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
     results: list[Result] = []
@@ -97,7 +129,15 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
             if args.op not in (None, each.op):
                 continue
             torch.compiler.reset()  # every size is compiled for itself, as its user would have it
-            results.append(case.run(each, device=args.device, rates=rates, seconds=args.seconds, say=functools.partial(print, flush=True)))
+            results.append(
+                case.run(
+                    each,
+                    device=args.device,
+                    rates=rates,
+                    seconds=args.seconds,
+                    say=functools.partial(print, flush=True),
+                )
+            )
             _write(out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
@@ -163,7 +203,11 @@ def _document(args: argparse.Namespace, argv: list[str] | None, rates: Rates, re
         "command": " ".join(["ssmkernels bench", *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit,
         "device": args.device,
-        "versions": {"ssmkernels": machine["ssmkernels"]["version"], "python": machine["python"]["version"], **machine["packages"]},
+        "versions": {
+            "ssmkernels": machine["ssmkernels"]["version"],
+            "python": machine["python"]["version"],
+            **machine["packages"],
+        },
         "machine": {key: machine[key] for key in ("cpu", "cuda", "torch", "build")},
         "rates": dataclasses.asdict(rates),
         "results": [dataclasses.asdict(result) for result in results],

@@ -50,7 +50,9 @@ class Result:
     peers: Mapping[str, Timing]
     products: Timing | None
     floor: float
-    """Seconds: on the CPU the products' time where there are some; otherwise, and on CUDA, the larger of flops and bytes."""
+    """Seconds: on the CPU the products' time where there are some; otherwise, and on CUDA, the larger of flops and
+    bytes.
+    """
     extra_bytes: Mapping[str, int | None] = field(default_factory=dict)
     flops: int = 0
     bytes: int = 0
@@ -76,7 +78,11 @@ class Result:
 def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[[str], Any]) -> Result:
     """Measures a case: peers in turn with ours, products in turn with ours, then memory."""
     begin = time.perf_counter()
-    functions = {"ours": case.ours, **case.peers, **{f"product {name}": product for name, product in case.products.items()}}
+    functions = {
+        "ours": case.ours,
+        **case.peers,
+        **{f"product {name}": product for name, product in case.products.items()},
+    }
     timings = time_alternating(functions, device=device, seconds=seconds)
     products = None
     if case.products:
@@ -86,7 +92,11 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
     if device == "cuda":
         floor = max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
     else:
-        floor = products.median if products else max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
+        floor = (
+            products.median
+            if products
+            else max(case.bytes / rates.copy, case.flops / rates.matmul.get(dtype, float("inf")))
+        )
     extra = {name: peak_extra_bytes(functions[name], device=device) for name in ("ours", *case.peers)}
     result = Result(
         op=case.op,
@@ -103,5 +113,7 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
     )
     label = " ".join(f"{key}={value:,}" for key, value in case.size.items())
     ratios = ", ".join(f"{result.ratio(peer):.1f}x {peer}" for peer in case.peers)
-    say(f"{case.op:18} {label:34} {1e3 * result.ours.median:9.3f} ms   {ratios}   [{time.perf_counter() - begin:.0f} s]")
+    say(
+        f"{case.op:18} {label:34} {1e3 * result.ours.median:9.3f} ms   {ratios}   [{time.perf_counter() - begin:.0f} s]"
+    )
     return result

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of the graph family, on kNN graphs (k = 50) of clustered points: our ops, the references, and the solvers users have."""
+"""Benchmark cases of the graph family, on kNN graphs (k = 50) of clustered points: our ops, the references, and the
+solvers users have.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ EDGE_SIZES = [(10_000, 10), (10_000, 100), (10_000, 200), (60_000, 10), (60_000,
 SOLVE_SIZES = [(10_000, 10), (10_000, 100), (60_000, 10), (60_000, 100), (250_000, 10)]
 QUICK_EDGE_SIZES, QUICK_SOLVE_SIZES = [(2_000, 10), (2_000, 100)], [(2_000, 10)]
 CUDA_SIZES = [(10_000, 10), (60_000, 100)]
-DENSE_ELEMENTS = {"cpu": 150_000_000, "cuda": 1_000_000_000}  # of the [E, C] tensors that the reference stores: about 3 and 20 GB
+DENSE_ELEMENTS = {
+    "cpu": 150_000_000,
+    "cuda": 1_000_000_000,
+}  # of the [E, C] tensors that the reference stores: about 3 and 20 GB
 RTOL = 1e-6
 SCIPY_COLUMNS = 2  # of a call; its time is scaled to all of them
 
@@ -36,7 +41,9 @@ class Points(NamedTuple):
 
 @functools.cache
 def clustered(nodes: int, classes: int, device: str = "cpu") -> Points:
-    """Points around ``classes`` centres in 16 dimensions, in no order; their graph in float64, on the CPU, searched for on a device."""
+    """Points around ``classes`` centres in 16 dimensions, in no order; their graph in float64, on the CPU, searched for
+    on a device.
+    """
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, 16, generator=draw)
     member = torch.randint(classes, (nodes,), generator=draw)
@@ -58,7 +65,9 @@ def random_graph(entries: int) -> Graph:
 def torch_sparse_cg(
     crow: Tensor, col: Tensor, weight: Tensor, diagonal: Tensor, rhs: Tensor, rtol: float = RTOL, max_iter: int = 1000
 ) -> Tensor:
-    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged columns frozen."""
+    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged columns
+    frozen.
+    """
     nodes = len(diagonal)
     rows = torch.repeat_interleave(torch.arange(nodes, device=crow.device), crow.diff())
     whole = diagonal.index_add(0, rows, weight)[:, None]
@@ -82,7 +91,9 @@ def torch_sparse_cg(
 
 
 def scipy_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function:
-    """scipy.sparse.linalg.cg with Jacobi, column by column in float64, as LP-DeepSSL solves (which stops it after 20 iterations)."""
+    """scipy.sparse.linalg.cg with Jacobi, column by column in float64, as LP-DeepSSL solves (which stops it after 20
+    iterations).
+    """
     from scipy import sparse
     from scipy.sparse.linalg import cg
 
@@ -100,7 +111,10 @@ def graphlearning_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function | 
     from scipy import sparse
 
     conjgrad = importlib.import_module("graphlearning.utils").conjgrad
-    matrix = sparse.diags_array((graph.degree.double() + diagonal.double()).numpy()).tocsr() - graph.to(torch.float64).to_scipy()
+    matrix = (
+        sparse.diags_array((graph.degree.double() + diagonal.double()).numpy()).tocsr()
+        - graph.to(torch.float64).to_scipy()
+    )
     columns = rhs.double().numpy()
     return lambda: conjgrad(matrix, columns, tol=RTOL * float(rhs.double().norm()))
 
@@ -114,7 +128,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
     for nodes, classes in edge_sizes:
         points = clustered(nodes, classes)
         graph = points.graph.to(dtype)
-        propagated = label_propagation(points.graph, points.labels).to(dtype)  # float32 does not reach its tolerance on separate clusters
+        propagated = label_propagation(points.graph, points.labels).to(
+            dtype
+        )  # float32 does not reach its tolerance on separate clusters
         yield edges_case(graph.to(device), propagated.to(device), backward=False)
         if nodes <= 10_000 and classes <= 100:
             yield edges_case(graph.to(device), propagated.to(device), backward=True)
@@ -152,7 +168,8 @@ def edges_case(graph: Graph, propagated: Tensor, *, backward: bool, peers: bool 
         others["eager"] = call(reference.leave_one_edge_out)
         others["torch.compile"] = call(torch.compile(reference.leave_one_edge_out, dynamic=False))
     item = propagated.element_size()
-    # Each pair reads the row of its other node once, a row of its own is read once; ids, weights and mirrors are read, the result written.
+    # Each pair reads the row of its other node once, a row of its own is read once; ids, weights and mirrors are read,
+    # the result written.
     moved = item * (entries // 2 + nodes) * classes + entries * (4 + 8 + 2 * item)
     return Case(
         op="leave_one_edge_out",
@@ -180,7 +197,9 @@ def solve_case(points: Points, dtype: torch.dtype, device: str) -> Case:
     graph, rhs, diagonal = graph.to(device), rhs.to(device), diagonal.to(device)
     arguments = (graph.crow, graph.col, graph.weight, None, diagonal, rhs)
     if dtype == torch.float32:
-        peers["torch sparse CG"] = functools.partial(torch_sparse_cg, graph.crow, graph.col, graph.weight, diagonal, rhs)
+        peers["torch sparse CG"] = functools.partial(
+            torch_sparse_cg, graph.crow, graph.col, graph.weight, diagonal, rhs
+        )
     scale = {"scipy cg": rhs.shape[1] / SCIPY_COLUMNS}
     return _solve(arguments, peers, scale)
 
@@ -191,12 +210,15 @@ def short_solve_case(graph: Graph, labels: Tensor) -> Case:
     return _solve((graph.crow, graph.col, graph.weight, None, system.diagonal.float(), rhs), {}, {}, max_iter=30)
 
 
-def _solve(arguments: tuple[Any, ...], peers: dict[str, Function], scale: dict[str, float], max_iter: int = 1000) -> Case:
+def _solve(
+    arguments: tuple[Any, ...], peers: dict[str, Function], scale: dict[str, float], max_iter: int = 1000
+) -> Case:
     _, _, weight, _, _, rhs = arguments
     iterations = int(torch.ops.ssmkernels.laplacian_solve(*arguments, None, RTOL, max_iter, True)[1].max())
     nodes, columns = rhs.shape
     item = rhs.element_size()
-    # Per iteration the matrix is read once and eleven vectors are read or written; neighbours' rows are taken for cache hits.
+    # Per iteration the matrix is read once and eleven vectors are read or written; neighbours' rows are taken for cache
+    # hits.
     moved = iterations * (len(weight) * (4 + item) + 11 * item * nodes * columns)
     return Case(
         op="laplacian_solve",

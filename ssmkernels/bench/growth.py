@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of growth: each op alone over three orders of magnitude of what it counts, to see cost and memory per unit."""
+"""Benchmark cases of growth: each op alone over three orders of magnitude of what it counts, to see cost and memory per
+unit.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
             yield from map(_alone, graph.growth_cases(entries))
     for rows in ROWS[:count]:
         yield _alone(pairs.case_of_size("concat", rows, 128, None, device, dtype))
-        yield _alone(ranking.loss_case(rows, 128, ranking.ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype))
+        yield _alone(
+            ranking.loss_case(rows, 128, ranking.ALL_ACTIVE_MARGIN, "forward + backward, all active", device, dtype)
+        )
         yield _alone(ranking.mined_case(rows, 128, device, dtype))
         yield _alone(ranking.moments_case(16 * rows, 128, device, dtype))
 

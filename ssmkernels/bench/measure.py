@@ -50,8 +50,8 @@ def time_alternating(
 ) -> dict[str, Timing]:
     """Medians over rounds in which every function runs in turn, so that a drift of the machine meets all of them.
 
-    A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not before three, or two
-    where they take more than ten seconds each.
+    A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not
+    before three, or two where they take more than ten seconds each.
     """
     calls = {}
     for name, function in functions.items():
@@ -86,8 +86,8 @@ def _resident(field: str) -> int:
 def peak_extra_bytes(function: Function, *, device: str = "cpu") -> int | None:
     """The most memory in use during a call beyond what was in use before it; None where the system does not tell.
 
-    On the CPU this is resident memory (Linux), whatever allocated it; on CUDA what torch's allocator handed out. What a first call
-    compiles or loads counts too, so call the function once before.
+    On the CPU this is resident memory (Linux), whatever allocated it; on CUDA what torch's allocator handed out. What a
+    first call compiles or loads counts too, so call the function once before.
     """
     gc.collect()
     if device == "cuda":
@@ -110,7 +110,9 @@ def peak_extra_bytes(function: Function, *, device: str = "cpu") -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device reaches here and now: bytes copied (read + written) and float operations of a matrix product, per second."""
+    """What the device reaches here and now: bytes copied (read + written) and float operations of a matrix product, per
+    second.
+    """
 
     copy: float
     matmul: Mapping[str, float]

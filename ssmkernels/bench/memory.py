@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of the memory family: our op, the reference in eager mode and under torch.compile, and the formulation users have."""
+"""Benchmark cases of the memory family: our op, the reference in eager mode and under torch.compile, and the
+formulation users have.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from ssmkernels.bench.case import Case
 from ssmkernels.bench.measure import Function
 
 DIM = 128
-SIZES = [(64, 250, 10), (448, 250, 10), (64, 4_000, 10), (448, 4_000, 10), (448, 10_000, 100), (320, 12_800, 1000), (320, 128_000, 1000)]
+SIZES = [
+    (64, 250, 10),
+    (448, 250, 10),
+    (64, 4_000, 10),
+    (448, 4_000, 10),
+    (448, 10_000, 100),
+    (320, 12_800, 1000),
+    (320, 128_000, 1000),
+]
 QUICK_SIZES = [(64, 250, 10), (448, 4_000, 10), (320, 12_800, 1000)]
 CUDA_SIZES = [*QUICK_SIZES, (320, 128_000, 1000)]  # torch.compile takes its seconds for each
 
@@ -24,7 +34,9 @@ CUDA_SIZES = [*QUICK_SIZES, (320, 128_000, 1000)]  # torch.compile takes its sec
 def official_block(
     query_weak: Tensor, query_strong: Tensor, bank: Tensor, bank_labels: Tensor, probs_weak: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """SimMatch's loss the way its training code states it: softmax, gather, renormalise, scatter_add, log; bank [D, K]."""
+    """SimMatch's loss the way its training code states it: softmax, gather, renormalise, scatter_add, log; bank [D,
+    K].
+    """
     with torch.no_grad():
         weak = F.softmax(query_weak @ bank / 0.1, dim=1)
         index = bank_labels.expand(query_weak.shape[0], -1)
@@ -58,7 +70,10 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
     grad_classes = torch.randn(rows, classes, generator=draw).to(device)
     official_bank = bank.t().contiguous()
     size = {"B": rows, "D": DIM, "K": slots, "L": classes}
-    products: dict[str, Function] = {"score": functools.partial(torch.mm, query_weak, bank.t()), "mean": _mean_product(rows, bank)}
+    products: dict[str, Function] = {
+        "score": functools.partial(torch.mm, query_weak, bank.t()),
+        "mean": _mean_product(rows, bank),
+    }
     item = bank.element_size()
 
     def matching(op: Op, inputs: Any = (query_weak, query_strong, bank, labels, probs)) -> Callable[[], object]:
@@ -81,7 +96,9 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         bytes=item * (slots + 3 * rows) * DIM + 8 * slots + 8 * rows * classes,
     )
 
-    def aggregate(op: Op, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes) -> Callable[[], object]:
+    def aggregate(
+        op: Op, inputs: Any = (query_strong, bank, labels, classes), grad: Tensor = grad_classes
+    ) -> Callable[[], object]:
         return lambda: torch.autograd.grad(op(*inputs), inputs[0], grad)
 
     yield Case(
@@ -109,7 +126,10 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         size=size,
         dtype=dtype,
         ours=unfold(ops.unfold),
-        peers={"eager": unfold(reference.unfold), "torch.compile": unfold(torch.compile(reference.unfold, dynamic=False))},
+        peers={
+            "eager": unfold(reference.unfold),
+            "torch.compile": unfold(torch.compile(reference.unfold, dynamic=False)),
+        },
         products={"score": products["score"]},
         product_counts={"score": 1},
         flops=2 * rows * slots * DIM,

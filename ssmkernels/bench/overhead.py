@@ -27,7 +27,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: Calls = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.namespace == "ssmkernels":
             self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
@@ -37,7 +39,9 @@ def kernels_of(function: Function) -> Function:
     """A function that makes the same calls of the library's operators, forward and backward, and nothing else."""
     with _Recorder() as recorder:
         function()
-    calls = [(func, tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)) for func, args in recorder.calls]
+    calls = [
+        (func, tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)) for func, args in recorder.calls
+    ]
 
     @torch.no_grad()
     def kernels() -> None:
@@ -66,7 +70,10 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
 
     yardstick = _step(lambda: F.cross_entropy(logits, labels), [logits])
     calls: dict[str, tuple[Callable[[], Any], Sequence[Tensor]]] = {
-        "instance_matching": (lambda: ops.instance_matching(rows.detach(), rows, bank, bank_labels, probs).loss.sum(), [rows]),
+        "instance_matching": (
+            lambda: ops.instance_matching(rows.detach(), rows, bank, bank_labels, probs).loss.sum(),
+            [rows],
+        ),
         "aggregate": (lambda: ops.aggregate(rows, bank, bank_labels, CLASSES).sum(), [rows]),
         "unfold": (lambda: ops.unfold(rows, bank, bank_labels, probs), []),
         "memory_update_": (lambda: ops.memory_update_(*half_bank), []),

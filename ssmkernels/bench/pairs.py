@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of the pairs family: our op, and the similarity network that users write, in eager mode and under torch.compile."""
+"""Benchmark cases of the pairs family: our op, and the similarity network that users write, in eager mode and under
+torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def split_focal_loss(
     interaction: str = "concat",
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """The same loss for "concat" with w1·[x, y] split into two small products first, as a careful user writes it; [n, m, h] remains."""
+    """The same loss for "concat" with w1·[x, y] split into two small products first, as a careful user writes it; [n,
+    m, h] remains.
+    """
     left, right = F.linear(x, w1[:, : x.shape[1]], b1), F.linear(y, w1[:, x.shape[1] :])
     if pairs is None:
         hidden, same = left[:, None] + right[None], x_labels[:, None] == y_labels
@@ -58,7 +62,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
             yield case_of_size(interaction, nodes, hidden, None, device, dtype)
 
 
-def case_of_size(interaction: str, nodes: int, hidden: int, listed: int | None, device: str, dtype: torch.dtype) -> Case:
+def case_of_size(
+    interaction: str, nodes: int, hidden: int, listed: int | None, device: str, dtype: torch.dtype
+) -> Case:
     draw = torch.Generator().manual_seed(0)
     wide = 2 * DIM if interaction == "concat" else DIM
 
@@ -96,8 +102,8 @@ def case_of_size(interaction: str, nodes: int, hidden: int, listed: int | None, 
         peers=peers,
         products={},
         product_counts={},
-        # concat: max, multiply-add, compare and two additions per hidden unit, a vector operation being counted as the two flops of a
-        # multiply-add; the others: three matrix products.
+        # concat: max, multiply-add, compare and two additions per hidden unit, a vector operation being counted as the
+        # two flops of a multiply-add; the others: three matrix products.
         flops=2 * 5 * count * hidden if interaction == "concat" else 6 * count * hidden * DIM,
         bytes=2 * rows + (0 if listed is None else 16 * listed),
     )

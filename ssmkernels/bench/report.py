@@ -50,7 +50,10 @@ def growth_table(results: Sequence[Result]) -> str:
         costs = " → ".join(f"{1e9 * r.ours.median / _units(r)[1]:.3g}" for r in chosen)
         counts = " → ".join(f"{_units(r)[1]:.2g}" for r in chosen)
         memory = " → ".join(_memory(r.extra_bytes.get("ours")) for r in chosen)
-        lines.append(f"| `{op}` {chosen[0].phase.removesuffix(', growth')} | {_units(chosen[0])[0]} | {costs} | {counts} | {memory} |")
+        lines.append(
+            f"| `{op}` {chosen[0].phase.removesuffix(', growth')} | {_units(chosen[0])[0]} | {costs} | {counts} |"
+            f" {memory} |"
+        )
     return "\n".join(lines)
 
 
@@ -75,10 +78,12 @@ def _units(result: Result) -> tuple[str, float]:
 
 
 def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, float]:
-    """By how much each case that both runs have got slower, by its label: the ratio of its times over the floors of their own runs.
+    """By how much each case that both runs have got slower, by its label: the ratio of its times over the floors of
+    their own runs.
 
-    Absolute times of two runs tell more of the machine's other work than of ours; floors are measured beside the op. Where there is no
-    floor, it is the last of the peers that stands for it: calls of small batches have torch's own there.
+    Absolute times of two runs tell more of the machine's other work than of ours; floors are measured beside the op.
+    Where there is no floor, it is the last of the peers that stands for it: calls of small batches have torch's own
+    there.
     """
 
     def relative(result: Result) -> float:
@@ -90,7 +95,9 @@ def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, fl
 
 def comparison_table(changes: Mapping[str, float]) -> str:
     lines = ["| case | time over floor, to what it was |", "|---|---|"]
-    return "\n".join(lines + [f"| {label} | {change:.2f}x |" for label, change in sorted(changes.items(), key=lambda each: -each[1])])
+    return "\n".join(
+        lines + [f"| {label} | {change:.2f}x |" for label, change in sorted(changes.items(), key=lambda each: -each[1])]
+    )
 
 
 def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
@@ -104,7 +111,10 @@ def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
         "growth": _plot_growth(results),
     }
     drawn = {family: figure for family, figure in figures.items() if figure is not None}
-    paths = {family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png") for family in drawn}
+    paths = {
+        family: out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png")
+        for family in drawn
+    }
     for family, path in paths.items():
         drawn[family].savefig(path, dpi=110)
     roofline = out.with_name(f"{out.stem}-roofline.png")
@@ -113,9 +123,11 @@ def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
 
 
 def _plot_roofline(results: Sequence[Result], rates: Rates) -> Any:
-    """The rate of every case against its arithmetic intensity, below what the copy rate and the rate of matrix products allow.
+    """The rate of every case against its arithmetic intensity, below what the copy rate and the rate of matrix products
+    allow.
 
-    A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare some.
+    A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare
+    some.
     """
     figure, axes = _new_figure("roofline: flops of the plain algorithm", panels=1)
     chosen = [r for r in results if r.flops and r.bytes]  # calls of small batches have none
@@ -123,7 +135,12 @@ def _plot_roofline(results: Sequence[Result], rates: Rates) -> Any:
     ends = min(intensities) / 2, max(intensities) * 2
     for dtype, matmul in rates.matmul.items():
         line = [ends[0], min(max(matmul / rates.copy, ends[0]), ends[1]), ends[1]]
-        axes.plot(line, [min(matmul, x * rates.copy) / 1e9 for x in line], "k-", label=f"copy rate, matrix products in {dtype}")
+        axes.plot(
+            line,
+            [min(matmul, x * rates.copy) / 1e9 for x in line],
+            "k-",
+            label=f"copy rate, matrix products in {dtype}",
+        )
     for op in dict.fromkeys(r.op for r in chosen):
         points = [(r.flops / r.bytes, r.flops / r.ours.median / 1e9) for r in chosen if r.op == op]
         axes.plot(*zip(*points, strict=True), "o", label=op)
@@ -141,9 +158,13 @@ def _plot_growth(results: Sequence[Result]) -> Any:
     figure, (time_axes, memory_axes) = _new_figure("growth: each op from its smallest size to its largest")
     for op, points in _by_op(chosen).items():
         units = [_units(r)[1] for r in points]
-        time_axes.plot(units, [1e9 * r.ours.median / count for r, count in zip(points, units, strict=True)], "o-", label=op)
+        time_axes.plot(
+            units, [1e9 * r.ours.median / count for r, count in zip(points, units, strict=True)], "o-", label=op
+        )
         memory = [(count, r.extra_bytes.get("ours")) for r, count in zip(points, units, strict=True)]
-        memory_axes.plot(*zip(*[(count, max(m, 2**12) / 2**20) for count, m in memory if m is not None], strict=True), "o-", label=op)
+        memory_axes.plot(
+            *zip(*[(count, max(m, 2**12) / 2**20) for count, m in memory if m is not None], strict=True), "o-", label=op
+        )
     for axes, what in ((time_axes, "ns per unit"), (memory_axes, "peak extra MiB")):
         axes.set(xscale="log", yscale="log", xlabel="units: pairs, entries, row × slot, rows", title=what)
         axes.grid(alpha=0.3)
@@ -164,7 +185,9 @@ def _new_figure(title: str, panels: int = 2) -> tuple[Any, Any]:
 def _plot_memory(results: Sequence[Result]) -> Any:
     """Time and peak extra memory of instance_matching against B·K, ours beside the peers."""
     chosen = [r for r in results if r.op == "instance_matching"]
-    figure, time_axes = _plot_against(chosen, lambda r: r.size["B"] * r.size["K"], "instance_matching", "rows × slots (B·K)")
+    figure, time_axes = _plot_against(
+        chosen, lambda r: r.size["B"] * r.size["K"], "instance_matching", "rows × slots (B·K)"
+    )
     if figure is not None:
         points = sorted((r.size["B"] * r.size["K"], 1e3 * r.products.median) for r in chosen if r.products)
         time_axes.plot(*zip(*points, strict=True), "k:", label="its four matrix products (torch.mm)")
@@ -174,13 +197,23 @@ def _plot_memory(results: Sequence[Result]) -> Any:
 
 def _plot_pairs(results: Sequence[Result]) -> Any:
     """Time and peak extra memory of pair_focal_loss on all pairs, with "concat" and h = 128, against n·m."""
-    chosen = [r for r in results if r.op == "pair_focal_loss" and r.phase.endswith("concat") and "p" not in r.size and r.size["h"] == 128]
-    return _plot_against(chosen, lambda r: r.size["n"] * r.size["m"], "pair_focal_loss, concat, h = 128", "pairs (n·m)")[0]
+    chosen = [
+        r
+        for r in results
+        if r.op == "pair_focal_loss" and r.phase.endswith("concat") and "p" not in r.size and r.size["h"] == 128
+    ]
+    return _plot_against(
+        chosen, lambda r: r.size["n"] * r.size["m"], "pair_focal_loss, concat, h = 128", "pairs (n·m)"
+    )[0]
 
 
 def _plot_ranking(results: Sequence[Result]) -> Any:
-    """Time and peak extra memory of pair_ranking_loss with d = 128 against n, beside the three n×n×d products that it could be made of."""
-    chosen = [r for r in results if r.op == "pair_ranking_loss" and r.phase == "forward + backward" and r.size["d"] == 128]
+    """Time and peak extra memory of pair_ranking_loss with d = 128 against n, beside the three n×n×d products that it
+    could be made of.
+    """
+    chosen = [
+        r for r in results if r.op == "pair_ranking_loss" and r.phase == "forward + backward" and r.size["d"] == 128
+    ]
     figure, time_axes = _plot_against(chosen, lambda r: r.size["n"], "pair_ranking_loss, d = 128", "rows (n)")
     if figure is not None:
         points = sorted((r.size["n"], 1e3 * r.products.median) for r in chosen if r.products)
@@ -190,12 +223,18 @@ def _plot_ranking(results: Sequence[Result]) -> Any:
 
 
 def _plot_against(chosen: Sequence[Result], size: Callable[[Result], int], title: str, label: str) -> tuple[Any, Any]:
-    """Time and peak extra memory of ours and of the peers, which may lack the largest sizes; the figure and its axes of time."""
+    """Time and peak extra memory of ours and of the peers, which may lack the largest sizes; the figure and its axes of
+    time.
+    """
     if not chosen:
         return None, None
     figure, (time_axes, memory_axes) = _new_figure(title)
     for name in ("ours", *dict.fromkeys(peer for r in chosen for peer in r.peers)):
-        style = {"marker": "o", "linewidth": 2.5 if name == "ours" else 1.2, "label": "ssmkernels" if name == "ours" else name}
+        style = {
+            "marker": "o",
+            "linewidth": 2.5 if name == "ours" else 1.2,
+            "label": "ssmkernels" if name == "ours" else name,
+        }
         there = sorted((r for r in chosen if name == "ours" or name in r.peers), key=size)
         x = [size(r) for r in there]
         time_axes.plot(x, [1e3 * (r.ours if name == "ours" else r.peers[name]).median for r in there], **style)
@@ -217,9 +256,13 @@ def _plot_graph(results: Sequence[Result]) -> Any:
     figure, (growth, ratios) = _new_figure("graph")
     for op in ("leave_one_edge_out", "laplacian_solve"):
         points = sorted(
-            (r.size["E"], 1e9 * r.ours.median / (r.size["E"] * _iterations(r))) for r in chosen if r.op == op and r.size["C"] == 10
+            (r.size["E"], 1e9 * r.ours.median / (r.size["E"] * _iterations(r)))
+            for r in chosen
+            if r.op == op and r.size["C"] == 10
         )
-        growth.plot(*zip(*points, strict=True), "o", label=f"{op}, C = 10{', per iteration' if op == 'laplacian_solve' else ''}")
+        growth.plot(
+            *zip(*points, strict=True), "o", label=f"{op}, C = 10{', per iteration' if op == 'laplacian_solve' else ''}"
+        )
     growth.set(xscale="log", ylim=(0, None), xlabel="entries E", title="ns per entry")
     for peer in dict.fromkeys(peer for r in chosen for peer in r.peers):
         points = sorted((r.size["E"] * r.size["C"], r.ratio(peer)) for r in chosen if peer in r.peers)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Images, labelled splits, augmentation and training batches.
 
-Nothing here keeps the state of a random generator: every draw is a function of (seed, stream, step, position), so a run resumes at any
-step, with any number of loading processes and ranks, on the same bits.
+Nothing here keeps the state of a random generator: every draw is a function of (seed, stream, step, position), so a run
+resumes at any step, with any number of loading processes and ranks, on the same bits.
 """
 
 from ssmkernels.data import augment

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Augmentation: views of an image, ``transform(image, rng) -> image``, all randomness from ``rng``; and tensors of them.
+"""Augmentation: views of an image, ``transform(image, rng) -> image``, all randomness from ``rng``; and tensors of
+them.
 
-:class:`Weak` and :class:`Strong` are FixMatch's for small images, :class:`ImageNetWeak` and :class:`MoCoV2` SimMatch's for photographs.
+:class:`Weak` and :class:`Strong` are FixMatch's for small images, :class:`ImageNetWeak` and :class:`MoCoV2` SimMatch's
+for photographs.
 """
 
 from __future__ import annotations
@@ -99,7 +101,9 @@ class Cutout:
         uniform: draw the share from [0, share) instead.
     """
 
-    def __init__(self, share: float = 0.5, fill: tuple[int, int, int] = (127, 127, 127), *, uniform: bool = False) -> None:
+    def __init__(
+        self, share: float = 0.5, fill: tuple[int, int, int] = (127, 127, 127), *, uniform: bool = False
+    ) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"share is {share}; it should be in [0, 1]")
         self.share, self.fill, self.uniform = share, fill, uniform
@@ -121,7 +125,8 @@ class Strong:
 
     Args:
         size, padding, flip: of :class:`Weak`.
-        variant: "fixmatch": 2 ops, each with probability ½, and a grey square of half the side; "torchssl": 3 ops always, and a
+        variant: "fixmatch": 2 ops, each with probability ½, and a grey square of half the side; "torchssl": 3 ops
+        always, and a
             square of up to half the side.
     """
 
@@ -172,17 +177,23 @@ class ImageNetWeak:
 class MoCoV2:
     """The augmentation of MoCo v2 (Chen et al., 2020): :class:`ImageNetWeak`, colour jitter, greyscale, blur.
 
-    Jitter of brightness, contrast, saturation and hue, in random order, with probability 0.8; grey with probability 0.2; Gaussian blur,
-    σ of at least 0.1 pixels, with probability 0.5.
+    Jitter of brightness, contrast, saturation and hue, in random order, with probability 0.8; grey with probability
+    0.2; Gaussian blur, σ of at least 0.1 pixels, with probability 0.5.
 
     Args:
         size, scale, flip: of :class:`ImageNetWeak`.
-        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a quarter of it.
-        blur: greatest σ in pixels; 0 for no blur.
+        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a
+        quarter of it. blur: greatest σ in pixels; 0 for no blur.
     """
 
     def __init__(
-        self, size: int = 224, scale: tuple[float, float] = (0.2, 1.0), *, flip: bool = True, jitter: float = 0.4, blur: float = 2.0
+        self,
+        size: int = 224,
+        scale: tuple[float, float] = (0.2, 1.0),
+        *,
+        flip: bool = True,
+        jitter: float = 0.4,
+        blur: float = 2.0,
     ) -> None:
         if not 0 <= jitter <= 1:
             raise ValueError(f"jitter is {jitter}; it should be in [0, 1]")
@@ -212,7 +223,9 @@ class MoCoV2:
 
 
 class ResizeCenterCrop:
-    """The evaluation transform of ImageNet, ``transform(image) -> image``: shorter side to ``resize``, then the central ``size`` square."""
+    """The evaluation transform of ImageNet, ``transform(image) -> image``: shorter side to ``resize``, then the central
+    ``size`` square.
+    """
 
     def __init__(self, resize: int = 256, size: int = 224) -> None:
         if not 0 < size <= resize:
@@ -235,11 +248,15 @@ def to_tensors(images: Sequence[Image.Image], mean: Sequence[float], std: Sequen
     """N images of one size and mode as float32 [N, C, H, W], (pixel / 255 − mean) / std per channel."""
     if len({(image.size, image.mode) for image in images}) != 1:
         found = sorted({f"{image.mode} {image.width}x{image.height}" for image in images})
-        raise ValueError(f"images are {', '.join(found) or 'none'}; they should be of one size and mode to make a batch")
+        raise ValueError(
+            f"images are {', '.join(found) or 'none'}; they should be of one size and mode to make a batch"
+        )
     pixels = np.stack([np.asarray(image) for image in images])
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
     if not len(mean) == len(std) == pixels.shape[1]:
-        raise ValueError(f"mean has {len(mean)} values and std {len(std)}; both should have {pixels.shape[1]}, one per channel")
+        raise ValueError(
+            f"mean has {len(mean)} values and std {len(std)}; both should have {pixels.shape[1]}, one per channel"
+        )
     scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(-1, 1, 1)
     shift = (np.asarray(mean) / std).astype(np.float32).reshape(-1, 1, 1)
     tensors = np.empty(pixels.shape, dtype=np.float32)

@@ -45,11 +45,12 @@ def check_steps(batch_size: int, start_step: int, num_steps: int, rank: int, wor
 
 
 class TrainBatches(Dataset[Batch]):
-    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
+    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None,
+    num_workers=k)``.
 
-    Item i is the batch of step ``start_step + i``. It depends on the seed and the step alone: not on where a run started, not on how
-    many processes load it. With several ranks each gets its slice of the batch of the step, so that all of them together see the
-    images that one would see alone.
+    Item i is the batch of step ``start_step + i``. It depends on the seed and the step alone: not on where a run
+    started, not on how many processes load it. With several ranks each gets its slice of the batch of the step, so that
+    all of them together see the images that one would see alone.
 
     Args:
         labeled: where labelled images come from.
@@ -63,7 +64,8 @@ class TrainBatches(Dataset[Batch]):
         num_steps: steps of the whole run, those before ``start_step`` included.
         rank, world_size: which slice of the batch is wanted, and how many there are.
         mean, std: per channel, see :func:`ssmkernels.data.to_tensor`.
-        exclude_labeled: leave the labelled images out of the unlabelled ones, as SimMatch does on ImageNet; both must be the same data set.
+        exclude_labeled: leave the labelled images out of the unlabelled ones, as SimMatch does on ImageNet; both must
+        be the same data set.
     """
 
     def __init__(
@@ -88,11 +90,14 @@ class TrainBatches(Dataset[Batch]):
         labeled_index = np.asarray(labeled_index)
         if labeled_index.ndim != 1 or labeled_index.dtype.kind not in "iu" or len(labeled_index) == 0:
             raise ValueError(
-                f"labeled_index is {labeled_index.dtype} of shape {labeled_index.shape}; it should be integers of shape [K], K > 0"
+                f"labeled_index is {labeled_index.dtype} of shape {labeled_index.shape}; it should be integers of shape"
+                " [K], K > 0"
             )
         lowest, highest = labeled_index.min(), labeled_index.max()
         if lowest < 0 or highest >= len(labeled):
-            raise ValueError(f"labeled_index is in [{lowest}, {highest}]; it should be in [0, {len(labeled)}), the size of labeled")
+            raise ValueError(
+                f"labeled_index is in [{lowest}, {highest}]; it should be in [0, {len(labeled)}), the size of labeled"
+            )
         if mu < 0:
             raise ValueError(f"mu is {mu}; it should be at least 0")
         check_steps(batch_size, start_step, num_steps, rank, world_size)
@@ -148,12 +153,17 @@ class TrainBatches(Dataset[Batch]):
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def _views(self, images: list[Image.Image], transform: Transform, stream: Stream, step: int, first: int) -> Tensor:
-        views = [transform(image, generator(self.seed, stream, step, position)) for position, image in enumerate(images, start=first)]
+        views = [
+            transform(image, generator(self.seed, stream, step, position))
+            for position, image in enumerate(images, start=first)
+        ]
         return to_tensors(views, self.mean, self.std)
 
 
 class CollectionBatch(NamedTuple):
-    """Views of images, and which images they are: labels and weights that change from epoch to epoch are looked up by position."""
+    """Views of images, and which images they are: labels and weights that change from epoch to epoch are looked up by
+    position.
+    """
 
     images: Tensor
     """[B, C, H, W] float32."""
@@ -162,10 +172,11 @@ class CollectionBatch(NamedTuple):
 
 
 class CollectionBatches(Dataset[CollectionBatch]):
-    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None, num_workers=k)``.
+    """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None,
+    num_workers=k)``.
 
-    As in :class:`TrainBatches`, item i is the batch of step ``start_step + i``, a function of the seed and the step, of which each rank
-    gets its slice. No batch is short: one that reaches the end of a shuffle goes on in the next.
+    As in :class:`TrainBatches`, item i is the batch of step ``start_step + i``, a function of the seed and the step, of
+    which each rank gets its slice. No batch is short: one that reaches the end of a shuffle goes on in the next.
 
     Args:
         images: where the images come from.
@@ -196,9 +207,13 @@ class CollectionBatches(Dataset[CollectionBatch]):
     ) -> None:
         index = np.asarray(index)
         if index.ndim != 1 or index.dtype.kind not in "iu" or len(index) == 0:
-            raise ValueError(f"index is {index.dtype} of shape {index.shape}; it should be integers of shape [K], K > 0")
+            raise ValueError(
+                f"index is {index.dtype} of shape {index.shape}; it should be integers of shape [K], K > 0"
+            )
         if index.min() < 0 or index.max() >= len(images):
-            raise ValueError(f"index is in [{index.min()}, {index.max()}]; it should be in [0, {len(images)}), the size of images")
+            raise ValueError(
+                f"index is in [{index.min()}, {index.max()}]; it should be in [0, {len(images)}), the size of images"
+            )
         check_steps(batch_size, start_step, num_steps, rank, world_size)
         self.images, self.index, self.transform = images, index.astype(np.int64), transform
         self.batch_size, self.seed, self.start_step, self.num_steps = batch_size, seed, start_step, num_steps
@@ -241,7 +256,8 @@ def evaluation_batches(
     workers: int = 0,
     worker_init_fn: Callable[[int], None] | None = None,
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Every image once, in order: (images [b, C, H, W] float32, labels [b] int64), the last batch as small as it comes out.
+    """Every image once, in order: (images [b, C, H, W] float32, labels [b] int64), the last batch as small as it comes
+    out.
 
     Args:
         transform: of an image before it becomes a tensor; none if the images are all of one size already.
@@ -252,8 +268,12 @@ def evaluation_batches(
         raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
-    batches = _EvaluationBatches(dataset, np.arange(rank, len(dataset), world_size), batch_size, transform, tuple(mean), tuple(std))
-    own = torch.Generator()  # without one, a loader draws from the global generator, and evaluating would change the training after it
+    batches = _EvaluationBatches(
+        dataset, np.arange(rank, len(dataset), world_size), batch_size, transform, tuple(mean), tuple(std)
+    )
+    own = (
+        torch.Generator()
+    )  # without one, a loader draws from the global generator, and evaluating would change the training after it
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn, generator=own)
 
 
@@ -267,7 +287,14 @@ class _EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ) -> None:
-        self.dataset, self.index, self.batch_size, self.transform, self.mean, self.std = dataset, index, batch_size, transform, mean, std
+        self.dataset, self.index, self.batch_size, self.transform, self.mean, self.std = (
+            dataset,
+            index,
+            batch_size,
+            transform,
+            mean,
+            std,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)

@@ -19,10 +19,11 @@ def halves(num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_folds(num_classes: int, folds: int = 4) -> list[np.ndarray]:
-    """Disjoint runs of consecutive classes for cross-validation: int64 arrays whose sizes differ by one at most, the larger ones first.
+    """Disjoint runs of consecutive classes for cross-validation: int64 arrays whose sizes differ by one at most, the
+    larger ones first.
 
-    The f-th model of the protocol is validated on the f-th run and trained on all others. To cut a training half into folds, take its
-    collection, ``class_subset(collection, halves(L)[0])``, whose classes count from 0.
+    The f-th model of the protocol is validated on the f-th run and trained on all others. To cut a training half into
+    folds, take its collection, ``class_subset(collection, halves(L)[0])``, whose classes count from 0.
 
     Args:
         num_classes: classes to train and validate on.

@@ -36,7 +36,10 @@ class ArrayImages:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-            raise ValueError(f"images is {images.dtype} of shape {images.shape}; it should be uint8 of shape [N, H, W] or [N, H, W, 3]")
+            raise ValueError(
+                f"images is {images.dtype} of shape {images.shape}; it should be uint8 of shape [N, H, W] or [N, H,"
+                " W, 3]"
+            )
         self.images = images
         self.labels = _checked_labels(labels, len(images), num_classes)
         self.num_classes = num_classes
@@ -100,5 +103,7 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels is {labels.dtype} of shape {labels.shape}; it should be integers of shape [{count}]")
     if count and (labels.min() < 0 or labels.max() >= num_classes):
-        raise ValueError(f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes")
+        raise ValueError(
+            f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes"
+        )
     return labels.astype(np.int64)

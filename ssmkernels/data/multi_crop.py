@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Multi-crop (SwAV, Caron et al., NeurIPS 2020, section 3.2): two large crops of an image and several small ones, all distorted."""
+"""Multi-crop (SwAV, Caron et al., NeurIPS 2020, section 3.2): two large crops of an image and several small ones, all
+distorted.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from ssmkernels.data.streams import IndexStream, Stream, generator
 
 
 class CropViews(NamedTuple):
-    """Transforms of the crops, and the ``mean`` and ``std`` (in the order of the channels that they give) to make tensors with."""
+    """Transforms of the crops, and the ``mean`` and ``std`` (in the order of the channels that they give) to make
+    tensors with.
+    """
 
     large: Transform
     small: Transform
@@ -37,15 +41,16 @@ def crop_views(
     jitter: float = 0.8,
     blur: float = 2.0,
 ) -> CropViews:
-    """SwAV's views: random crops, flipped where the collection may be, with SimCLR's distortion of colours (Chen et al., 2020), and blur.
+    """SwAV's views: random crops, flipped where the collection may be, with SimCLR's distortion of colours (Chen et
+    al., 2020), and blur.
 
     Args:
         collection: the images.
         normalization: as in :func:`ssmkernels.data.retrieval_views`.
         size, small_size: sides of the two kinds of crops in pixels.
         scale, small_scale: least and greatest share of the image's area that they cover.
-        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a quarter of it.
-        blur: greatest σ in pixels; 0 for no blur.
+        jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a
+        quarter of it. blur: greatest σ in pixels; 0 for no blur.
     """
     for name, side in (("size", size), ("small_size", small_size)):
         if side < 1:

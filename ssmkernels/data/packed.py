@@ -14,8 +14,8 @@ from PIL import Image
 ONE_AFTER_ANOTHER = ("data", "offsets", "labels")
 """The bytes of N image files, where they begin and the last one ends [N + 1], and their classes [N]."""
 COMMON_HEADER = ("header", "tails", "tail_len", "labels", "n_train")
-"""N JPEG files without the header that all of them have and without their end marker: that header, the rest of the files one after
-another, its lengths [N], the classes [N], and how many images, the first ones, are to train on."""
+"""N JPEG files without the header that all of them have and without their end marker: that header, the rest of the
+files one after another, its lengths [N], the classes [N], and how many images, the first ones, are to train on."""
 _END_OF_IMAGE = b"\xff\xd9"
 
 
@@ -33,7 +33,9 @@ def packed_images(archive: Any, rows: slice = slice(None)) -> tuple[list[Image.I
     files = _files(archive)
     labels = np.asarray(archive["labels"]).astype(np.int64)
     if len(files) != len(labels):
-        raise ValueError(f"the archive has {len(files)} images and {len(labels)} labels; it should have as many of either")
+        raise ValueError(
+            f"the archive has {len(files)} images and {len(labels)} labels; it should have as many of either"
+        )
     return [Image.open(io.BytesIO(each)).convert("RGB") for each in files[rows]], labels[rows]
 
 

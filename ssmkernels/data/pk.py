@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training batches of P classes with K images each, which ranking losses need: at random, few images would meet another of their class."""
+"""Training batches of P classes with K images each, which ranking losses need: at random, few images would meet another
+of their class.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ from ssmkernels.data.streams import Stream, generator
 
 
 class PKBatches(CollectionBatches):
-    """As :class:`CollectionBatches`, but a batch is ``batch_size // per_class`` classes with ``per_class`` images of each in a row.
+    """As :class:`CollectionBatches`, but a batch is ``batch_size // per_class`` classes with ``per_class`` images of
+    each in a row.
 
-    Every step draws its classes and images anew, as pytorch-metric-learning's MPerClassSampler does. Classes come without replacement; only
-    where there are fewer than a batch holds do they come again, with other images. The images of a class are distinct in a batch if the
-    class has as many, and drawn with replacement if it has fewer.
+    Every step draws its classes and images anew, as pytorch-metric-learning's MPerClassSampler does. Classes come
+    without replacement; only where there are fewer than a batch holds do they come again, with other images. The images
+    of a class are distinct in a batch if the class has as many, and drawn with replacement if it has fewer.
 
     Args:
         images: where the images come from.
@@ -57,7 +60,8 @@ class PKBatches(CollectionBatches):
             raise ValueError(f"per_class is {per_class}; it should be at least 1")
         if batch_size < 1 or world_size < 1 or batch_size % (per_class * world_size):
             raise ValueError(
-                f"batch_size is {batch_size}; it should be a positive multiple of per_class · world_size, {per_class} · {world_size}"
+                f"batch_size is {batch_size}; it should be a positive multiple of per_class · world_size, {per_class} ·"
+                f" {world_size}"
             )
         if not 0 <= stream < 2**32:
             raise ValueError(f"stream is {stream}; it should be in [0, 2^32)")
@@ -77,11 +81,14 @@ class PKBatches(CollectionBatches):
         labels = np.asarray(labels)
         if labels.shape != self.index.shape or labels.dtype.kind not in "iu":
             raise ValueError(
-                f"labels is {labels.dtype} of shape {labels.shape}; it should be integers of shape [{len(self.index)}], as index has"
+                f"labels is {labels.dtype} of shape {labels.shape}; it should be integers of shape [{len(self.index)}],"
+                " as index has"
             )
         classes, counts = np.unique(labels, return_counts=True)
         if classes[0] < -1:
-            raise ValueError(f"labels has a {classes[0]}; classes should be at least 0, or -1 for images that are never drawn")
+            raise ValueError(
+                f"labels has a {classes[0]}; classes should be at least 0, or -1 for images that are never drawn"
+            )
         self.per_class, self.stream = per_class, stream
         members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
         self._members = members[1:] if classes[0] == -1 else members

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RandAugment (Cubuk et al., 2020) on Pillow images of mode RGB or L, in the two variants that semi-supervised learning uses."""
+"""RandAugment (Cubuk et al., 2020) on Pillow images of mode RGB or L, in the two variants that semi-supervised learning
+uses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def grey_or_rgb(image: Image.Image, colour: Colour) -> int | Colour:
     return round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
 
 
-def _affine(image: Image.Image, fill: Colour, a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
+def _affine(
+    image: Image.Image, fill: Colour, a: float, b: float, c: float, d: float, e: float, f: float
+) -> Image.Image:
     """Pixel (x, y) from (ax + by + c, dx + ey + f), nearest neighbour."""
     return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), fillcolor=grey_or_rgb(image, fill))
 
@@ -29,7 +33,8 @@ def _color(image: Image.Image, factor: float, fill: Colour) -> Image.Image:
     return image if image.mode == "L" else ImageEnhance.Color(image).enhance(factor)
 
 
-# (image, magnitude, fill) -> image. Magnitudes: degrees, fractions of the side, enhancement factors, bits that stay, a grey level.
+# (image, magnitude, fill) -> image. Magnitudes: degrees, fractions of the side, enhancement factors, bits that stay, a
+# grey level.
 OPS: dict[str, Callable[[Image.Image, float, Colour], Image.Image]] = {
     "Identity": lambda image, m, fill: image,
     "AutoContrast": lambda image, m, fill: ImageOps.autocontrast(image),
@@ -125,12 +130,14 @@ class RandAugment:
     """Random ops of random magnitude, without the cutout that follows them.
 
     Args:
-        num_ops: ops of an image, drawn with replacement from the 14; by default the variant's: 2 (fixmatch), 3 (torchssl).
-        probability: of applying each; by default the variant's: 0.5 (fixmatch), 1 (torchssl).
-        variant: ranges of the magnitudes and the fill, "fixmatch" or "torchssl".
+        num_ops: ops of an image, drawn with replacement from the 14; by default the variant's: 2 (fixmatch), 3
+        (torchssl). probability: of applying each; by default the variant's: 0.5 (fixmatch), 1 (torchssl). variant:
+        ranges of the magnitudes and the fill, "fixmatch" or "torchssl".
     """
 
-    def __init__(self, num_ops: int | None = None, probability: float | None = None, *, variant: str = "fixmatch") -> None:
+    def __init__(
+        self, num_ops: int | None = None, probability: float | None = None, *, variant: str = "fixmatch"
+    ) -> None:
         recipe = variant_named(variant)
         self.variant = variant  # by name: a recipe has functions, which do not travel to loading processes
         self.num_ops = recipe.num_ops if num_ops is None else num_ops

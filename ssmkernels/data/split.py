@@ -9,7 +9,8 @@ from ssmkernels.data.streams import Stream, generator
 
 
 def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportional: bool = False) -> np.ndarray:
-    """The sorted indices [num_labeled] (int64) of the images that keep their labels, drawn per class after a seeded shuffle.
+    """The sorted indices [num_labeled] (int64) of the images that keep their labels, drawn per class after a seeded
+    shuffle.
 
     A split with more labels of the same seed contains the one with fewer.
 
@@ -17,10 +18,12 @@ def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportiona
         labels: [N] classes 0 … L−1, each with at least one image.
         num_labeled: how many to draw.
         seed: seed of the shuffle.
-        proportional: draw in proportion to the sizes of the classes, at least one of each, instead of equally many of each.
+        proportional: draw in proportion to the sizes of the classes, at least one of each, instead of equally many of
+        each.
 
     Raises:
-        ValueError: ``num_labeled`` is below L or above N; or, without ``proportional``, is no multiple of L or takes more than a class has.
+        ValueError: ``num_labeled`` is below L or above N; or, without ``proportional``, is no multiple of L or takes
+        more than a class has.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
@@ -30,20 +33,29 @@ def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportiona
     sizes = np.bincount(labels)
     classes = len(sizes)
     if (sizes == 0).any():
-        raise ValueError(f"labels has no image of class {int(sizes.argmin())}; every class up to {classes - 1} should have one")
+        raise ValueError(
+            f"labels has no image of class {int(sizes.argmin())}; every class up to {classes - 1} should have one"
+        )
     if not classes <= num_labeled <= len(labels):
         raise ValueError(
-            f"num_labeled is {num_labeled}; it should be at least {classes}, the classes, and at most {len(labels)}, the images"
+            f"num_labeled is {num_labeled}; it should be at least {classes}, the classes, and at most {len(labels)},"
+            " the images"
         )
     each = num_labeled // classes
     if not proportional and num_labeled % classes:
-        raise ValueError(f"num_labeled is {num_labeled}; it should be a multiple of {classes}, the classes, unless proportional")
+        raise ValueError(
+            f"num_labeled is {num_labeled}; it should be a multiple of {classes}, the classes, unless proportional"
+        )
     if not proportional and each > sizes.min():
-        raise ValueError(f"num_labeled is {num_labeled}, {each} of each class; class {int(sizes.argmin())} has only {sizes.min()} images")
+        raise ValueError(
+            f"num_labeled is {num_labeled}, {each} of each class; class {int(sizes.argmin())} has only {sizes.min()}"
+            " images"
+        )
 
     shuffled = generator(seed, Stream.SPLIT).permutation(len(labels))
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of each image in its class
-    # Labels are handed out in this order: one round of the classes after another, or by the Huntington-Hill method of apportionment.
+    # Labels are handed out in this order: one round of the classes after another, or by the Huntington-Hill method of
+    # apportionment.
     turn = np.sqrt(rank * (rank + 1)) / np.repeat(sizes, sizes) if proportional else rank
     return np.sort(by_class[np.argsort(turn, kind="stable")[:num_labeled]])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stateless randomness: generators keyed by what they are for, and a shuffled stream of indices that can be entered anywhere."""
+"""Stateless randomness: generators keyed by what they are for, and a shuffled stream of indices that can be entered
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ class Stream(IntEnum):
 def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.random.Generator:
     """The generator of a place in a run: the same arguments give the same draws, others give independent ones.
 
-    Philox is a counter-based generator: seed and stream are its key, step and position the high words of its counter; the low 128 bits
-    count its own draws, so that two places never meet.
+    Philox is a counter-based generator: seed and stream are its key, step and position the high words of its counter;
+    the low 128 bits count its own draws, so that two places never meet.
 
     Args:
         seed, stream, step, position: integers in [0, 2^64).
@@ -43,7 +45,8 @@ def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.ra
 
 
 class IndexStream:
-    """Endless shuffled epochs of 0 … n−1: position p of the stream is element p mod n of the permutation of epoch ⌊p / n⌋.
+    """Endless shuffled epochs of 0 … n−1: position p of the stream is element p mod n of the permutation of epoch ⌊p /
+    n⌋.
 
     Args:
         n: indices of an epoch.
@@ -65,7 +68,9 @@ class IndexStream:
             raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
         start, stop = step * batch_size, (step + 1) * batch_size
         epochs = range(start // self.n, (stop - 1) // self.n + 1)
-        return np.concatenate([self._permutation(epoch)[max(start - epoch * self.n, 0) : stop - epoch * self.n] for epoch in epochs])
+        return np.concatenate(
+            [self._permutation(epoch)[max(start - epoch * self.n, 0) : stop - epoch * self.n] for epoch in epochs]
+        )
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._recent:

@@ -14,7 +14,8 @@ from ssmkernels.data.retrieval import ImageCollection
 
 
 class ImageUnion:
-    """The images of several data sets, one after another; the classes of each are numbered on from those of the one before.
+    """The images of several data sets, one after another; the classes of each are numbered on from those of the one
+    before.
 
     Args:
         datasets: at least one.
@@ -44,10 +45,13 @@ def unite(first: ImageCollection, *others: ImageCollection) -> ImageCollection:
         ValueError: the images of some are no photographs and those of others are, or they differ in size or channels.
     """
     for other in others:
-        for name in ("augmentation", "channels") + (() if first.augmentation.startswith("imagenet") else ("image_size",)):
+        for name in ("augmentation", "channels") + (
+            () if first.augmentation.startswith("imagenet") else ("image_size",)
+        ):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(
-                    f"others has a collection with {name} {getattr(other, name)!r}; it should be {getattr(first, name)!r}, as in the first"
+                    f"others has a collection with {name} {getattr(other, name)!r}; it should be"
+                    f" {getattr(first, name)!r}, as in the first"
                 )
     every = (first, *others)
     return replace(

@@ -19,14 +19,15 @@ from ssmkernels.experiments.spec import BUDGETS, load_tables
 ALL = "all"
 
 _EPILOG = (
-    "A call goes on from what earlier ones with the same --out left: finished cells are kept, failed ones tried again. What is not "
-    "asked for is not run, but stands in the report if it is there. Under torchrun all ranks train a cell together."
+    "A call goes on from what earlier ones with the same --out left: finished cells are kept, failed ones tried again."
+    " What is not asked for is not run, but stands in the report if it is there. Under torchrun all ranks train a cell"
+    " together."
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0 where everything asked for came to an end, 1 where something failed, 2 where the arguments are wrong, 130 where it was
-    stopped."""
+    """Returns 0 where everything asked for came to an end, 1 where something failed, 2 where the arguments are wrong,
+    130 where it was stopped."""
     parser = _parser()
     options = parser.parse_args(argv)
     tables = load_tables()
@@ -65,7 +66,10 @@ def main(argv: Sequence[str]) -> int:
                 print(f"ssmkernels reproduce {name}: {error}", file=sys.stderr)
     if len(names) > 1 and this_rank()[0] == 0:
         failed = [name for name, each in complete.items() if not each]
-        print(f"{len(names) - len(failed)} of {len(names)} experiments are done. " + (f"Failed: {', '.join(failed)}." if failed else ""))
+        print(
+            f"{len(names) - len(failed)} of {len(names)} experiments are done. "
+            + (f"Failed: {', '.join(failed)}." if failed else "")
+        )
     # torchrun ends all ranks when one fails: the first one, which writes the reports, speaks for all.
     return 0 if all(complete.values()) or this_rank()[0] > 0 else 1
 
@@ -78,10 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         metavar="DIR",
         default=EMBEDDED,
-        help="folder of the paper's images; or a .npz file of images, named after the set that it holds, such as cifar10.npz; or "
-        f"{EMBEDDED} for images inside packages (default). Cells whose images are not there are left out",
+        help=(
+            "folder of the paper's images; or a .npz file of images, named after the set that it holds, such as"
+            f" cifar10.npz; or {EMBEDDED} for images inside packages (default). Cells whose images are not there are"
+            " left out"
+        ),
     )
-    parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)")
+    parser.add_argument(
+        "--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -89,8 +98,12 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for checkpoints and reports (default: %(default)s)",
     )
     parser.add_argument("--rows", action="append", metavar="ROW", help="run this row alone; may be given several times")
-    parser.add_argument("--columns", action="append", metavar="COLUMN", help="run this column alone; may be given several times")
-    parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2", help="run these seeds alone (default: those of the budget)")
+    parser.add_argument(
+        "--columns", action="append", metavar="COLUMN", help="run this column alone; may be given several times"
+    )
+    parser.add_argument(
+        "--seeds", type=_seeds, default=(), metavar="1,2", help="run these seeds alone (default: those of the budget)"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -98,9 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting of ssmkernels train, such as precision=bf16-mixed",
     )
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the jobs, I from 1")
+    parser.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the jobs, I from 1"
+    )
     parser.add_argument("--list-cells", action="store_true", help="list the cells and their jobs, and run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing"
+    )
     return parser
 
 
@@ -132,7 +149,8 @@ def _reproduce(name: str, request: Request) -> bool:
         print(f"\n{record_page(record)}\nThe report is in {request.place(name)}.")
         if not complete:
             print(
-                f"ssmkernels reproduce {name}: some cells failed; the report says which, and the same command tries them again",
+                f"ssmkernels reproduce {name}: some cells failed; the report says which, and the same command tries"
+                " them again",
                 file=sys.stderr,
             )
     return complete
@@ -153,7 +171,8 @@ def _estimate(name: str, request: Request) -> bool:
     left = [each for each in found if each.state != "finished"]
     known = [each.seconds for each in left if each.seconds is not None]
     print(
-        f"{len(left)} of {len(found)} jobs are to run; {len(known)} of them, whose like have been timed here, take {duration(sum(known))}."
+        f"{len(left)} of {len(found)} jobs are to run; {len(known)} of them, whose like have been timed here, take"
+        f" {duration(sum(known))}."
     )
     return True
 

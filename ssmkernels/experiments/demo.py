@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``ssmkernels demo``: a few minutes' comparison on real images that come inside scikit-learn, without network or GPU.
 
-Supervised-only, FixMatch and SimMatch learn handwritten digits from a few labels, with the same network, batches, augmentation and steps;
-then mixed label propagation labels digits from five of each class, and trains embeddings of digits that are tried on classes it has not
-seen; then Mean Teacher learns the digits with and without MLSN's similarity network, and SLADE's student learns from a teacher's clusters.
-Last, fused ops are timed beside plain PyTorch.
+Supervised-only, FixMatch and SimMatch learn handwritten digits from a few labels, with the same network, batches,
+augmentation and steps; then mixed label propagation labels digits from five of each class, and trains embeddings of
+digits that are tried on classes it has not seen; then Mean Teacher learns the digits with and without MLSN's similarity
+network, and SLADE's student learns from a teacher's clusters. Last, fused ops are timed beside plain PyTorch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,12 @@ OP_SECONDS = 6.0
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="ssmkernels demo", description=__doc__.splitlines()[0].replace("``", ""))
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the report (default: %(default)s)")
-    parser.add_argument("--budget-minutes", type=float, default=MINUTES, help="minutes on two cores (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder of the report (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget-minutes", type=float, default=MINUTES, help="minutes on two cores (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     if not options.budget_minutes > 0:
         parser.error(f"--budget-minutes is {options.budget_minutes}; it should be positive")
@@ -47,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         for name, seeds in SEEDS.items():
             steps = max(40, int(STEPS.get(name, 0) * options.budget_minutes / MINUTES))
-            settings: tuple[str, ...] = ("--steps", str(steps), "--run.eval_every", str(-(-steps // 10))) if name in STEPS else ()
+            settings: tuple[str, ...] = (
+                ("--steps", str(steps), "--run.eval_every", str(-(-steps // 10))) if name in STEPS else ()
+            )
             settings += ("--first_epoch_steps", str(steps // 20)) if name == "demo-simmatch" else ()
             chosen = tuple(range(1, max(1, round(seeds * scale)) + 1))
             run_table(tables[name], Request("short", Source(None), options.out, seeds=chosen, settings=settings))
@@ -59,7 +65,10 @@ def main(argv: Sequence[str]) -> int:
     write_report(options.out, options.out / "report.html", {})
     page = options.out / "report.md"
     page.write_text(f"{page.read_text(encoding='utf-8')}\n{op_section()}", encoding="utf-8")
-    print(f"\n{page.read_text(encoding='utf-8')}\nDone after {time.perf_counter() - begin:.0f} s. The report, with plots, is in {page}.")
+    print(
+        f"\n{page.read_text(encoding='utf-8')}\nDone after {time.perf_counter() - begin:.0f} s. The report, with plots,"
+        f" is in {page}."
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Real images as features for propagation: pixels of those inside packages, features of a network of those in a folder.
 
-The network of the paper's sets is BN-Inception where its weights are in the folder, as in the paper, and else EfficientNet-Lite0.
+The network of the paper's sets is BN-Inception where its weights are in the folder, as in the paper, and else
+EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class FeatureSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set comes from: its title, its file in the folder of the data (none for images inside packages), and how it is read."""
+    """Where a set comes from: its title, its file in the folder of the data (none for images inside packages), and how
+    it is read.
+    """
 
     title: str
     file: str | None = None
@@ -56,7 +59,9 @@ def available(folder: str | None) -> dict[str, Source]:
     there = {name for name in SOURCES if folder is not None and _is_there(SOURCES[name], Path(folder))}
     if folder is not None and not there:
         raise FileNotFoundError(f"--data is {folder!r}; it should have {_wanted()}")
-    return {name: each for name, each in SOURCES.items() if name in there or (each.file is None and each.collection is None)}
+    return {
+        name: each for name, each in SOURCES.items() if name in there or (each.file is None and each.collection is None)
+    }
 
 
 def _is_there(source: Source, folder: Path) -> bool:
@@ -102,7 +107,9 @@ def _collection_features(source: Source, backbone: str, folder: Path, kept: Path
     weights = folder / BN_INCEPTION if backbone == "bn-inception" else "imagenet"
     network = models.build_embedding_model(backbone, 1, weights=weights, pooling="avg")
     views = data.retrieval_views(collection, models.preprocessing(backbone), size=source.size)
-    batches = data.evaluation_batches(collection.images, 128, mean=views.mean, std=views.std, transform=views.evaluation)
+    batches = data.evaluation_batches(
+        collection.images, 128, mean=views.mean, std=views.std, transform=views.evaluation
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _keep(
         kept,
@@ -135,7 +142,10 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         for begin in range(0, len(self.images), 64):
-            resized = [image.resize((self.size, self.size), Image.Resampling.BILINEAR) for image in self.images[begin : begin + 64]]
+            resized = [
+                image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+                for image in self.images[begin : begin + 64]
+            ]
             pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
             yield (pixels.float() - 127) / 128
 
@@ -166,7 +176,9 @@ SOURCES = {
     "mnist5k": Source("MNIST-5k, pixels (5,000; 10)"),
     "flowers17": Source("17-flowers, 224 px (1,360; 17)", "flowers17.npz", packed_images, size=224),
     "cifar10-test": Source("CIFAR-10 test, 128 px (10,000; 10)", "cifar10.npz", _read_test_images, size=128),
-    "cifar10-train": Source("CIFAR-10 train, 128 px (first 10,000; 10)", "cifar10.npz", _read_training_images, size=128),
+    "cifar10-train": Source(
+        "CIFAR-10 train, 128 px (first 10,000; 10)", "cifar10.npz", _read_training_images, size=128
+    ),
     **{name: Source(title, size=224, collection=name) for name, title in _PAPER_SETS.items()},
 }
 
@@ -175,8 +187,8 @@ def _wanted() -> str:
     files = sorted({source.file for source in SOURCES.values() if source.file is not None})
     sets = ", ".join(source.collection for source in SOURCES.values() if source.collection is not None)
     return f"at least one of {', '.join(files)}" + (
-        f", or of the paper's sets {sets} in the form that they are published in; ssmkernels.data.load_collection says of each what it "
-        "looks for and where to get it"
+        f", or of the paper's sets {sets} in the form that they are published in; ssmkernels.data.load_collection says"
+        " of each what it looks for and where to get it"
         if sets
         else ""
     )

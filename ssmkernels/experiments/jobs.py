@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Jobs: one method on one data set with its labels and a seed, or what is made of that, each in a folder of its own.
 
-``job.json`` in the folder says how the job ended. Finished jobs are not run again; stopped and failed ones are gone on with. Under
-``torchrun`` all ranks train together; what is no training is done by the first rank alone.
+``job.json`` in the folder says how the job ended. Finished jobs are not run again; stopped and failed ones are gone on
+with. Under ``torchrun`` all ranks train together; what is no training is done by the first rank alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Job(NamedTuple):
         if self.config is None:
             return None
         settings = asdict(self.config)
-        kept = {name: settings.get(name) for name in ("model", "backbone", "batch_size", "mu", "precision", "hidden_features")}
+        kept = {
+            name: settings.get(name)
+            for name in ("model", "backbone", "batch_size", "mu", "precision", "hidden_features")
+        }
         return json.dumps([self.name.split("-seed")[0], settings["data"].get("image_size"), kept], sort_keys=True)
 
 
@@ -73,9 +76,12 @@ class Outcome:
         return self.value is not None
 
 
-def run_jobs(folder: Path, jobs: Iterable[Job], *, chosen: Callable[[Job], bool] = lambda job: True) -> dict[str, Outcome]:
-    """Runs what is not finished of the ``chosen`` ones of ``jobs`` and of what they need, each in ``folder/name``, and returns how they
-    ended, by name and in their order. An exception in a job does not stop the others, but those that need it.
+def run_jobs(
+    folder: Path, jobs: Iterable[Job], *, chosen: Callable[[Job], bool] = lambda job: True
+) -> dict[str, Outcome]:
+    """Runs what is not finished of the ``chosen`` ones of ``jobs`` and of what they need, each in ``folder/name``, and
+    returns how they ended, by name and in their order. An exception in a job does not stop the others, but those that
+    need it.
 
     Raises:
         KeyboardInterrupt: a job was stopped. What is finished is kept.
@@ -114,7 +120,9 @@ def outcome_of(folder: Path, name: str, job: Job) -> Outcome:
     return Outcome(name, state.get("value"), state.get("error"), state["seconds"])
 
 
-def training_job(method: str, config: Any, train: Callable[..., RunResult], title: str, needs: tuple[Job, ...] = ()) -> Job:
+def training_job(
+    method: str, config: Any, train: Callable[..., RunResult], title: str, needs: tuple[Job, ...] = ()
+) -> Job:
     """The job that trains as ``config`` says.
 
     What determines the run is in its name, so that experiments share their jobs.
@@ -135,9 +143,13 @@ def training_job(method: str, config: Any, train: Callable[..., RunResult], titl
 
 
 def training_name(method: str, config: Any) -> str:
-    """The name of the job that trains as ``config`` says: method, data, labels and seed, to be read, and a digest of all settings."""
+    """The name of the job that trains as ``config`` says: method, data, labels and seed, to be read, and a digest of
+    all settings.
+    """
     settings = asdict(config)
-    settings["run"] = {"eval_every": settings["run"]["eval_every"]}  # the rest changes nothing that is learnt or measured
+    settings["run"] = {
+        "eval_every": settings["run"]["eval_every"]
+    }  # the rest changes nothing that is learnt or measured
     for place in ("root", "unlabeled_root"):
         settings["data"].pop(place, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -24,8 +24,8 @@ _INLINE = re.compile(
 def html_of_markdown(text: str, picture: Picture, *, label: str, level: int = 1) -> str:
     """``text`` as HTML, everything in it escaped.
 
-    Headings, paragraphs, tables, lists of one level, fenced and indented code, ``code``, **strong**, *emphasis*, images and backslash
-    escapes; anything else is shown as it stands. An underscore is a letter, as W_dis has one.
+    Headings, paragraphs, tables, lists of one level, fenced and indented code, ``code``, **strong**, *emphasis*, images
+    and backslash escapes; anything else is shown as it stands. An underscore is a letter, as W_dis has one.
 
     Args:
         label: names the regions that the tables scroll in.
@@ -71,7 +71,11 @@ def _blocks(lines: Sequence[str], picture: Picture, label: str) -> Iterator[str]
                 stop += 1
             yield _table(lines[start], lines[start + 2 : stop], label)
         elif _ITEM.match(line):
-            while stop < len(lines) and lines[stop].strip() and (_ITEM.match(lines[stop]) or not _BLOCK.match(lines[stop])):
+            while (
+                stop < len(lines)
+                and lines[stop].strip()
+                and (_ITEM.match(lines[stop]) or not _BLOCK.match(lines[stop]))
+            ):
                 stop += 1
             yield _list(lines[start:stop])
         else:
@@ -113,7 +117,10 @@ def _table(header: str, rows: Sequence[str], label: str) -> str:
 def scrolling_table(inside: str, label: str, caption: str = "") -> str:
     """A table that is moved, not the page, where it is wider than the screen; by keyboard too, hence the tabindex."""
     above = f'<caption><span class="stay">{escape(caption)}</span></caption>\n' if caption else ""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(label)}">\n<table>{above}{inside}</table>\n</div>\n'
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table:'
+        f' {escape(label)}">\n<table>{above}{inside}</table>\n</div>\n'
+    )
 
 
 def _cells(row: str) -> list[str]:

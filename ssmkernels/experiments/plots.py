@@ -23,8 +23,8 @@ DPI = 200
 
 
 def draw(table: Table, out: Path, cells: Sequence[Cell], values: Mapping[tuple[Cell, int], Any]) -> tuple[Plot, ...]:
-    """The plot that ``table`` asks for, of the finished jobs ``values``: "curves" over steps; "rows" over the number in their label, a
-    panel for each symbol; or "figures" over the number in their title, a panel for each column."""
+    """The plot that ``table`` asks for, of the finished jobs ``values``: "curves" over steps; "rows" over the number in
+    their label, a panel for each symbol; or "figures" over the number in their title, a panel for each column."""
     plot = table.plot
     runs = {cell: [value for (other, _), value in values.items() if other is cell] for cell in cells}
     runs = {cell: each for cell, each in runs.items() if each}
@@ -43,7 +43,9 @@ def draw(table: Table, out: Path, cells: Sequence[Cell], values: Mapping[tuple[C
                 panel, _, x = cell.row.partition(" = ")
                 panels.setdefault(panel, {}).setdefault(table.paper, {})[float(x)] = found
             else:
-                panels.setdefault(cell.column, {}).setdefault(cell.row, {})[float(figure.title.partition("@")[2])] = found
+                panels.setdefault(cell.column, {}).setdefault(cell.row, {})[float(figure.title.partition("@")[2])] = (
+                    found
+                )
     plot_points(out / file, panels, xlabel=plot.get("xlabel"), ylabel=plot["ylabel"])
     return (Plot(plot["title"], file, plot["paper"]),)
 
@@ -74,9 +76,11 @@ def curve(histories: Sequence[History], name: str) -> tuple[list[float], list[li
     return steps, [at[step] for step in steps]
 
 
-def plot_curves(path: Path, panels: Mapping[str, str], runs: Mapping[str, Sequence[History]], *, title: str = "") -> None:
-    """One panel per entry of ``panels`` (title -> name in the histories), one line per entry of ``runs``: the mean over its histories
-    with the range that they span."""
+def plot_curves(
+    path: Path, panels: Mapping[str, str], runs: Mapping[str, Sequence[History]], *, title: str = ""
+) -> None:
+    """One panel per entry of ``panels`` (title -> name in the histories), one line per entry of ``runs``: the mean over
+    its histories with the range that they span."""
     figure, axes_of = panels_of(len(panels))
     for axes, (panel, name) in zip(axes_of, panels.items(), strict=True):
         for number, (label, histories) in enumerate(runs.items()):
@@ -84,7 +88,9 @@ def plot_curves(path: Path, panels: Mapping[str, str], runs: Mapping[str, Sequen
             if steps:
                 colour = f"C{number}"  # the same in every panel
                 axes.plot(steps, [statistics.fmean(each) for each in values], color=colour, label=label, linewidth=1.5)
-                axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, linewidth=0
+                )
         axes.set(title=panel, xlabel="step", ylabel=name.replace("_", " "))
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -94,14 +100,16 @@ def plot_curves(path: Path, panels: Mapping[str, str], runs: Mapping[str, Sequen
 
 
 def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, log: bool = False) -> None:
-    """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 % interval. Without an
-    ``xlabel`` x is what the panel's title says."""
+    """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 %
+    interval. Without an ``xlabel`` x is what the panel's title says."""
     figure, axes_of = panels_of(len(panels))
     for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
         for label, points in lines.items():
             finished = {x: values for x, values in sorted(points.items()) if values}
             means, halves = map(statistics.fmean, finished.values()), map(half_width, finished.values())
-            axes.errorbar(list(finished), list(means), yerr=list(halves), label=label, marker="o", capsize=2, linewidth=1.2)
+            axes.errorbar(
+                list(finished), list(means), yerr=list(halves), label=label, marker="o", capsize=2, linewidth=1.2
+            )
         axes.set(title=title, xlabel=xlabel or title, ylabel=ylabel, xscale="log" if log else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")

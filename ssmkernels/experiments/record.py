@@ -91,7 +91,9 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Writes ``record`` into ``folder``, made if need be. Whoever reads, now or after a crash, finds the old file or the new one, whole."""
+    """Writes ``record`` into ``folder``, made if need be. Whoever reads, now or after a crash, finds the old file or
+    the new one, whole.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n")
 
@@ -112,7 +114,9 @@ def read_record(folder: Path) -> Record:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` in UTF-8, all of it or nothing."""
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder, as os.replace is atomic only within a file system
+    temporary = path.with_name(
+        path.name + ".tmp"
+    )  # in the same folder, as os.replace is atomic only within a file system
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -127,17 +131,32 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         missing = [each.name for each in fields(kind) if each.default is MISSING and each.name not in given]
         unknown = sorted(given.keys() - hints)
         if missing or unknown:
-            raise ValueError(f"{where} " + (f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown"))
+            raise ValueError(
+                f"{where} "
+                + (f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown")
+            )
         return kind(**{name: _build(hints[name], each, f"{name} of {where}") for name, each in given.items()})  # type: ignore[operator]
     if get_origin(kind) is tuple:
-        return tuple(_build(get_args(kind)[0], each, f"{where}[{i}]") for i, each in enumerate(_checked(value, list, where)))
+        return tuple(
+            _build(get_args(kind)[0], each, f"{where}[{i}]") for i, each in enumerate(_checked(value, list, where))
+        )
     if get_origin(kind) is dict:
-        return {name: _build(get_args(kind)[1], each, f"{where}[{name!r}]") for name, each in _checked(value, dict, where).items()}
+        return {
+            name: _build(get_args(kind)[1], each, f"{where}[{name!r}]")
+            for name, each in _checked(value, dict, where).items()
+        }
     return float(_checked(value, (int, float), where)) if kind is float else _checked(value, kind, where)
 
 
 def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        kinds = {dict: "an object", list: "a list", str: "a text", int: "an integer", bool: "true or false", (int, float): "a number"}
+        kinds = {
+            dict: "an object",
+            list: "a list",
+            str: "a text",
+            int: "an integer",
+            bool: "true or false",
+            (int, float): "a number",
+        }
         raise ValueError(f"{where} is {value!r:.80}; it should be {kinds[kind]}")
     return value

@@ -16,11 +16,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns also line up in a terminal."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def ours(entry: Entry, seeds: int) -> str:
-    """``mean ± std (n = 3)``, ``n = 3 of 5`` where not all ``seeds`` finished; a dash where none did. Failed ones are counted."""
+    """``mean ± std (n = 3)``, ``n = 3 of 5`` where not all ``seeds`` finished; a dash where none did. Failed ones are
+    counted.
+    """
     count = len(entry.values)
     number = f" (n = {count} of {seeds})" if count < seeds else f" (n = {count})" if count > 1 else ""
     finite = all(map(math.isfinite, entry.values))
@@ -60,7 +64,8 @@ def verdicts(record: Record) -> list[tuple[str, str, str, str]]:
         )
         for claim in record.claims
         for column in columns
-        if (better := entries.get((claim.better, column, claim.figure))) and (worse := entries.get((claim.worse, column, claim.figure)))
+        if (better := entries.get((claim.better, column, claim.figure)))
+        and (worse := entries.get((claim.worse, column, claim.figure)))
     ]
 
 
@@ -80,14 +85,18 @@ def _verdict(claim: Claim, better: Entry, worse: Entry) -> tuple[str, str]:
 
 
 def _by_seed(entry: Entry) -> dict[int, float]:
-    """Values by seed; by their number in records that do not say the seeds, where only entries without failures can be paired."""
+    """Values by seed; by their number in records that do not say the seeds, where only entries without failures can be
+    paired.
+    """
     if entry.seeds:
         return dict(zip(entry.seeds, entry.values, strict=True))
     return {} if entry.failed else dict(enumerate(entry.values, start=1))
 
 
 def failures(record: Record) -> dict[str, tuple[str, ...]]:
-    """ "method, setting" -> what its failed seeds said, each message once. A seed fails for all its figures together."""
+    """ "method, setting" -> what its failed seeds said, each message once. A seed fails for all its figures
+    together.
+    """
     said: dict[str, dict[str, None]] = {}
     for entry in record.entries:
         if entry.failed:
@@ -96,7 +105,9 @@ def failures(record: Record) -> dict[str, tuple[str, ...]]:
 
 
 def progress(record: Record) -> str:
-    """Finished cells of all, a cell being a method in a setting with a seed; failed ones are said. A dash for a record without a table."""
+    """Finished cells of all, a cell being a method in a setting with a seed; failed ones are said. A dash for a record
+    without a table.
+    """
     seeds = max(1, len(record.seeds))
     finished: dict[tuple[str, str], int] = {}
     failed: dict[tuple[str, str], int] = {}
@@ -119,7 +130,9 @@ def duration(seconds: float) -> str:
 
 
 def by_setting(record: Record) -> dict[str, list[Entry]]:
-    """The entries under their column; in one column those of a method stand together. Both in the order in which they first appear."""
+    """The entries under their column; in one column those of a method stand together. Both in the order in which they
+    first appear.
+    """
     rows = list(dict.fromkeys(entry.row for entry in record.entries))
     columns: dict[str, list[Entry]] = {}
     for entry in sorted(record.entries, key=lambda entry: rows.index(entry.row)):

@@ -28,10 +28,10 @@ from ssmkernels.experiments.report import (
 
 TITLE = "Reproduced tables and figures"
 INTRODUCTION = (
-    "Each table has the paper's number beside ours: the mean ± standard deviation over n seeds, or the value of a single one; a dash "
-    "where there is none. The difference is ours minus the paper's. The budget smoke shows that an experiment runs, not what it reaches; "
-    "short is a part of the paper's training; paper is all of it. Where budget or data are not the paper's, the order of the methods can "
-    "be compared, the numbers cannot."
+    "Each table has the paper's number beside ours: the mean ± standard deviation over n seeds, or the value of a"
+    " single one; a dash where there is none. The difference is ours minus the paper's. The budget smoke shows that an"
+    " experiment runs, not what it reaches; short is a part of the paper's training; paper is all of it. Where budget"
+    " or data are not the paper's, the order of the methods can be compared, the numbers cannot."
 )
 
 
@@ -59,18 +59,23 @@ def html_page(papers: Mapping[str, Sequence[Section]]) -> str:
         chapters.append(f'<h2 id="paper-{number}">{escape(paper)}</h2>\n' + "".join(map(_section, sections)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light dark">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" content="light'
+        ' dark">\n'
         f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<nav aria-label="Contents">\n<ol>\n<li><a href="#summary">Summary</a></li>\n{"".join(contents)}</ol>\n</nav>\n<main>\n'
+        '<nav aria-label="Contents">\n<ol>\n<li><a'
+        f' href="#summary">Summary</a></li>\n{"".join(contents)}</ol>\n</nav>\n<main>\n'
         f"<h1>{TITLE}</h1>\n<p>{escape(INTRODUCTION)}</p>\n"
-        f"{_summary([each for sections in papers.values() for each in sections])}{''.join(chapters)}</main>\n</body>\n</html>\n"
+        f"{_summary([each for sections in papers.values() for each in sections])}"
+        f"{''.join(chapters)}</main>\n</body>\n</html>\n"
     )
 
 
 def _summary(sections: Sequence[Section]) -> str:
     rows = []
     for record, _, anchor, _ in sections:
-        numbers = "".join(f"<td>{each}</td>" for each in (len(record.seeds), progress(record), duration(record.seconds)))
+        numbers = "".join(
+            f"<td>{each}</td>" for each in (len(record.seeds), progress(record), duration(record.seconds))
+        )
         rows.append(
             f'<tr><th scope="row"><a href="#{anchor}">{escape(record.title)}</a></th><td>{escape(record.budget)}</td>'
             f'<td class="wide data">{escape(record.data)}</td>{numbers}</tr>\n'
@@ -78,7 +83,9 @@ def _summary(sections: Sequence[Section]) -> str:
     header = _header(("experiment", "budget", "data", "seeds", "cells finished", "time"))
     total = duration(sum(each.record.seconds for each in sections))
     caption = f"Run time {total} in all; a cell is a method in a setting with one seed"
-    return '<h2 id="summary">Summary</h2>\n' + scrolling_table(f"{header}<tbody>{''.join(rows)}</tbody>\n", "summary", caption)
+    return '<h2 id="summary">Summary</h2>\n' + scrolling_table(
+        f"{header}<tbody>{''.join(rows)}</tbody>\n", "summary", caption
+    )
 
 
 def _section(section: Section) -> str:
@@ -103,7 +110,9 @@ def _section(section: Section) -> str:
     if record.entries:
         parts.append(_entries(record))
     for cell, messages in failures(record).items():
-        parts.extend(f'<p class="failed"><strong>Failed: {escape(cell)}.</strong> {escape(each)}</p>\n' for each in messages)
+        parts.extend(
+            f'<p class="failed"><strong>Failed: {escape(cell)}.</strong> {escape(each)}</p>\n' for each in messages
+        )
     parts.extend(_figure(section.folder, each) for each in record.plots if each.file not in shown)
     if record.deviations:
         items = "".join(f"<li>{escape(each)}</li>\n" for each in record.deviations)
@@ -124,7 +133,9 @@ def _facts(record: Record) -> str:
 
 
 def _entries(record: Record) -> str:
-    """One group of rows per setting, in it one per method; the figure is a column where there are several, and in the caption else."""
+    """One group of rows per setting, in it one per method; the figure is a column where there are several, and in the
+    caption else.
+    """
     figures = {titled(each): None for each in record.entries}
     several = len(figures) > 1
     header = _header(("method", *(("figure",) if several else ()), "paper", "ours", "difference"))
@@ -163,8 +174,8 @@ def _figure(folder: Path, plot: Plot) -> str:
     width, height = struct.unpack(">II", picture[16:24])  # kept free while the page loads
     said = f"{escape(plot.title)}. In the paper: {escape(plot.paper)}" if plot.paper else escape(plot.title)
     return (
-        f'<figure><img src="data:image/png;base64,{base64.b64encode(picture).decode()}" width="{width}" height="{height}" '
-        f'alt="{escape(plot.title)}">\n<figcaption>{said}</figcaption></figure>\n'
+        f'<figure><img src="data:image/png;base64,{base64.b64encode(picture).decode()}" width="{width}"'
+        f' height="{height}" alt="{escape(plot.title)}">\n<figcaption>{said}</figcaption></figure>\n'
     )
 
 
@@ -182,9 +193,11 @@ def _png(folder: Path, file: str) -> bytes:
 
 
 STYLE = """
-:root { --page: #fff; --text: #1b1f24; --quiet: #57606a; --line: #d5dbe1; --tint: #f3f5f7; --link: #0b57d0; --bad: #b3261e; }
+:root { --page: #fff; --text: #1b1f24; --quiet: #57606a; --line: #d5dbe1; --tint: #f3f5f7;
+  --link: #0b57d0; --bad: #b3261e; }
 @media screen and (prefers-color-scheme: dark) {
-  :root { --page: #11151a; --text: #e4e7ea; --quiet: #9fa9b3; --line: #343b43; --tint: #1b2128; --link: #86b7ff; --bad: #ff9a90; }
+  :root { --page: #11151a; --text: #e4e7ea; --quiet: #9fa9b3; --line: #343b43; --tint: #1b2128;
+    --link: #86b7ff; --bad: #ff9a90; }
 }
 * { box-sizing: border-box; }
 html { scroll-padding-top: 1rem; -webkit-text-size-adjust: 100%; text-size-adjust: 100%; }
@@ -206,7 +219,8 @@ nav > ol { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
 nav ol ol { display: none; }
 nav a { display: inline-block; padding: .3rem 0; text-decoration: none; }
 nav a:hover { text-decoration: underline; }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem 1rem; margin: 0 0 1rem; font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem 1rem; margin: 0 0 1rem;
+  font-size: .9rem; }
 dt { color: var(--quiet); }
 dd { margin: 0; }
 code { font: .9em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -214,7 +228,8 @@ code { font: .9em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; 
 pre { overflow-x: auto; padding: .75rem 1rem; background: var(--tint); border-radius: 6px; }
 pre code { overflow-wrap: normal; }
 .scroll { overflow-x: auto; margin: 1rem 0; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 caption { padding: .5rem .75rem; text-align: left; color: var(--quiet); }
 th, td { padding: .4rem .75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 td { white-space: nowrap; }
@@ -240,7 +255,8 @@ figcaption { margin-top: .4rem; font-size: .9rem; color: var(--quiet); }
 }
 @media (min-width: 68rem) {
   body { display: grid; grid-template-columns: 16rem minmax(0, 1fr); gap: 3rem; padding: 1.5rem 2rem; }
-  nav { position: sticky; top: 1.5rem; align-self: start; max-height: calc(100vh - 3rem); overflow-y: auto; line-height: 1.35; }
+  nav { position: sticky; top: 1.5rem; align-self: start; max-height: calc(100vh - 3rem);
+    overflow-y: auto; line-height: 1.35; }
   nav > ol { display: block; }
   nav ol ol { display: block; margin: 0 0 .75rem; padding-left: .75rem; border-left: 1px solid var(--line); }
   nav > ol > li > a { font-weight: 600; }

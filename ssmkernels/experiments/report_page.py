@@ -51,10 +51,14 @@ def write_report(folder: Path, out: Path, order: Mapping[str, Iterable[str]]) ->
 def find_records(folder: Path) -> list[tuple[Path, Record]]:
     """The records below ``folder`` and the folders they lie in."""
     if not folder.is_dir():
-        raise ValueError(f"DIR is {str(folder)!r}, which is no folder; it should be one that `ssmkernels reproduce` wrote to")
+        raise ValueError(
+            f"DIR is {str(folder)!r}, which is no folder; it should be one that `ssmkernels reproduce` wrote to"
+        )
     found = [(path.parent, read_record(path.parent)) for path in sorted(folder.rglob(FILE))]
     if not found:
-        raise ValueError(f"DIR is {str(folder)!r}, which has no {FILE} at any depth; `ssmkernels reproduce NAME` leaves one")
+        raise ValueError(
+            f"DIR is {str(folder)!r}, which has no {FILE} at any depth; `ssmkernels reproduce NAME` leaves one"
+        )
     return found
 
 
@@ -132,7 +136,9 @@ def _content(record: Record, folder: Path, base: Path) -> str:
         return f"![{_plain(plot.title)}]({path})" + (f"\n\nIn the paper: {_plain(plot.paper)}" if plot.paper else "")
 
     plots = {each.file: each for each in record.plots}
-    notes = IMAGE.sub(lambda found: picture(plots.get(found[2], Plot(found[1], found[2]))), shift_headings(record.notes, 4))
+    notes = IMAGE.sub(
+        lambda found: picture(plots.get(found[2], Plot(found[1], found[2]))), shift_headings(record.notes, 4)
+    )
     shown = {file for _, file in IMAGE.findall(record.notes)}
     parts = ["\n".join(f"- {name}: {_plain(text)}" for name, text in facts(record).items())]
     parts.append(f"```sh\n{record.command}\n```")
@@ -142,7 +148,11 @@ def _content(record: Record, folder: Path, base: Path) -> str:
         parts.append(f"Differences paired by seed, with their 95 % intervals:\n\n{table}")
     if record.entries:
         parts.append(_entries(record))
-    parts += [f"**Failed: {_plain(cell)}.** {_plain(each)}" for cell, messages in failures(record).items() for each in messages]
+    parts += [
+        f"**Failed: {_plain(cell)}.** {_plain(each)}"
+        for cell, messages in failures(record).items()
+        for each in messages
+    ]
     parts += [picture(each) for each in record.plots if each.file not in shown]
     if record.deviations:
         parts.append("Deviations from the paper:\n\n" + "\n".join(f"- {_plain(each)}" for each in record.deviations))
@@ -172,7 +182,9 @@ def main(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="ssmkernels report", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that `ssmkernels reproduce` wrote to")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML page; the Markdown lies beside it (default: DIR/report.html)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the HTML page; the Markdown lies beside it (default: DIR/report.html)"
+    )
     options = parser.parse_args(argv)
     out = options.folder / "report.html" if options.out is None else options.out
     order: dict[str, list[str]] = {}

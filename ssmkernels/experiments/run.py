@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The one engine of all tables: its cells, the jobs of these and their seeds, entries from what came out, and the record of it all."""
+"""The one engine of all tables: its cells, the jobs of these and their seeds, entries from what came out, and the
+record of it all.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ class Request:
             *(("--seeds", ",".join(map(str, self.seeds))) if self.seeds else ()),
             *(each for key, value in pairs for each in ("--set", f"{key[2:]}={value}")),
         ]
-        return shlex.join(["ssmkernels", "reproduce", name, "--data", self.source.label, "--budget", self.budget, *options])
+        return shlex.join(
+            ["ssmkernels", "reproduce", name, "--data", self.source.label, "--budget", self.budget, *options]
+        )
 
     def place(self, name: str) -> Path:
         """The folder of a table's record: settings make another table of it."""
@@ -150,11 +154,17 @@ def training_cells(table: Table, request: Request) -> Cells:
             except FileNotFoundError as error:
                 left_out.append(f"{row}, {column}: {error}")
                 continue
-            if request.check and column not in problems and (problem := _problem(table, request, column, arguments, config)):
+            if (
+                request.check
+                and column not in problems
+                and (problem := _problem(table, request, column, arguments, config))
+            ):
                 problems[column] = problem
             if column not in problems:
                 job = functools.partial(_training, table, config, needs, f"{table.title}; {row}, {column}")
-                cells.append(Cell(row, column, figures, numbers(table, request, row, column, len(figures)), job, config))
+                cells.append(
+                    Cell(row, column, figures, numbers(table, request, row, column, len(figures)), job, config)
+                )
     if not cells:
         raise next(iter(problems.values()), FileNotFoundError("\n".join(left_out)))
     return Cells(table, tuple(cells), (*(f"{column}: {problem}" for column, problem in problems.items()), *left_out))
@@ -183,7 +193,9 @@ def numbers(table: Table, request: Request, row: str, column: str, count: int = 
     return tuple(found) if found else ("-",) * count
 
 
-def configure(table: Table, request: Request, column: str, arguments: Arguments, *, placed: bool = True) -> tuple[Any, tuple[Job, ...]]:
+def configure(
+    table: Table, request: Request, column: str, arguments: Arguments, *, placed: bool = True
+) -> tuple[Any, tuple[Job, ...]]:
     """The configuration of a row in a column with the first seed, and the jobs that it needs.
 
     Raises:
@@ -255,8 +267,8 @@ def _count_images(table: Table, request: Request, column: str) -> int:
 
 
 def run_table(table: Table, request: Request) -> tuple[Record, bool]:
-    """Runs what ``request`` chooses, from what earlier calls left, leaves record.json and report.md in its place, and returns the record
-    and whether all that was chosen came to an end.
+    """Runs what ``request`` chooses, from what earlier calls left, leaves record.json and report.md in its place, and
+    returns the record and whether all that was chosen came to an end.
 
     Raises:
         KeyboardInterrupt: a run was stopped; its checkpoint is kept.
@@ -276,7 +288,9 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
         with alone():
             hook = table.hook("after")
             result = hook(table, request, cells, values) if hook else Result()
-            plots = draw(table, out, cells, {place: outcome.value for place, outcome in values.items() if outcome.finished})
+            plots = draw(
+                table, out, cells, {place: outcome.value for place, outcome in values.items() if outcome.finished}
+            )
     else:
         plots = ()
     entries = (
@@ -311,7 +325,8 @@ def seeds_of(table: Table, request: Request) -> tuple[int, ...]:
 
 
 def choose(jobs: Mapping[tuple[Cell, int], Job], request: Request) -> list[str]:
-    """The names of the jobs of the rows, columns and the shard that are asked for. What needs the same job is in the same shard.
+    """The names of the jobs of the rows, columns and the shard that are asked for. What needs the same job is in the
+    same shard.
 
     Raises:
         ValueError: there is no such row or column.
@@ -344,7 +359,11 @@ def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:
     for figure, paper in zip(cell.figures, cell.paper, strict=True):
         found = {seed: figure.of(each.value) for seed, each in outcomes.items() if each.finished}
         values = {seed: value for seed, value in found.items() if value is not None}
-        entries.append(Entry(cell.row, cell.column, figure.title, figure.unit, paper, tuple(values.values()), failed, tuple(values)))
+        entries.append(
+            Entry(
+                cell.row, cell.column, figure.title, figure.unit, paper, tuple(values.values()), failed, tuple(values)
+            )
+        )
     return entries
 
 
@@ -370,7 +389,9 @@ def costs(table: Table, request: Request) -> list[Cost]:
     jobs = {(cell, seed): cell.job(seed) for cell in found.cells for seed in seeds_of(found.table, request)}
     chosen = set(choose(jobs, request))
     measured = _measured(request.jobs)
-    return [_cost(job, request, measured) for job in with_needs(job for job in jobs.values() if job.name in chosen).values()]
+    return [
+        _cost(job, request, measured) for job in with_needs(job for job in jobs.values() if job.name in chosen).values()
+    ]
 
 
 def _cost(job: Job, request: Request, measured: Mapping[str, float]) -> Cost:
@@ -379,7 +400,9 @@ def _cost(job: Job, request: Request, measured: Mapping[str, float]) -> Cost:
     if job.config is None:
         return Cost(job.title, state, None, None, None)
     steps = outcome.value["steps"] if outcome.finished else getattr(job.config, "steps", None)
-    per_step = job.config.batch_size * (1 + getattr(job.config, "mu", 1 if hasattr(job.config.data, "unlabeled_name") else 0))
+    per_step = job.config.batch_size * (
+        1 + getattr(job.config, "mu", 1 if hasattr(job.config.data, "unlabeled_name") else 0)
+    )
     return Cost(job.title, state, steps, None if steps is None else steps * per_step, measured.get(job.like or ""))
 
 
@@ -406,11 +429,13 @@ def _deviations(table: Table, request: Request) -> tuple[str, ...]:
     said = []
     if embedded:
         said.append(
-            "No folder of images was given: the images come inside packages, in miniature, and cells that differ in their images alone are "
-            "one run."
+            "No folder of images was given: the images come inside packages, in miniature, and cells that differ in"
+            " their images alone are one run."
         )
     if request.source.kind == "file":
-        said.append("The images are the arrays of a file, for which nothing says that they are those of the published set.")
+        said.append(
+            "The images are the arrays of a file, for which nothing says that they are those of the published set."
+        )
     if arguments:
         purpose = "; this shows that it runs, not what it reaches" if request.budget == "smoke" else ""
         pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ``--data`` says: images inside packages, a file that stands for one set, or a folder with sets in it; and which cells it serves."""
+"""What ``--data`` says: images inside packages, a file that stands for one set, or a folder with sets in it; and which
+cells it serves.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class Source:
         if self.path is not None and name in INSIDE_PACKAGES:
             return ValueError(f"--data is {self.path}; {name} comes inside packages, and it should be left out")
         if self.kind == "file" and name not in ("folder", Path(self.path or "").stem):
-            return ValueError(f"--data is {self.path}, the images of {Path(self.path or '').stem} by its name; this needs {name}")
+            return ValueError(
+                f"--data is {self.path}, the images of {Path(self.path or '').stem} by its name; this needs {name}"
+            )
         try:
             if method == "slade":
                 load_images(config)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a table or figure of a paper is: data in ``papers/*.yaml``, rows × columns of training runs with the paper's numbers beside them.
+"""What a table or figure of a paper is: data in ``papers/*.yaml``, rows × columns of training runs with the paper's
+numbers beside them.
 
-A table there has a ``title``, the ``method`` of ``ssmkernels train``, ``rows`` and ``columns`` (label: arguments), ``figures`` (what is
-read from a run), ``budgets``, and, where it has some, the paper's ``numbers`` (column: row: one text per figure), ``claims``,
-``deviations``, a ``plot``, and ``embedded`` and ``classes``: what replaces these keys on images inside packages, and on a folder of
-class folders. ``cells`` and ``after`` name functions of ``analyses/``: of cells that are no training runs, and of what is done with
-finished ones.
+A table there has a ``title``, the ``method`` of ``ssmkernels train``, ``rows`` and ``columns`` (label: arguments),
+``figures`` (what is read from a run), ``budgets``, and, where it has some, the paper's ``numbers`` (column: row: one
+text per figure), ``claims``, ``deviations``, a ``plot``, and ``embedded`` and ``classes``: what replaces these keys on
+images inside packages, and on a folder of class folders. ``cells`` and ``after`` name functions of ``analyses/``: of
+cells that are no training runs, and of what is done with finished ones.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ PAPERS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a finished job: of a run the median of ``name`` over its ``last`` evaluations, or its value in the evaluation where
-    ``best`` is highest; of anything else the value under ``name``, or the value that it is."""
+    """A number of a finished job: of a run the median of ``name`` over its ``last`` evaluations, or its value in the
+    evaluation where ``best`` is highest; of anything else the value under ``name``, or the value that it is."""
 
     title: str
     name: str
@@ -71,7 +72,9 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One entry of a table for each of its figures: the job of each seed, and what the paper says, one text per figure."""
+    """One entry of a table for each of its figures: the job of each seed, and what the paper says, one text per
+    figure.
+    """
 
     row: str
     column: str
@@ -85,9 +88,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table or figure as its file has it. Arguments are those of ``ssmkernels train``; in them ``{data}`` is what --data says,
-    ``{all}`` the number of training images, ``{steps}`` the steps of a whole run of SLADE, and ``{swav}`` the backbone that SwAV has
-    fine-tuned as the column's entry in ``swav`` says, where there are weights to start from."""
+    """A table or figure as its file has it. Arguments are those of ``ssmkernels train``; in them ``{data}`` is what
+    --data says, ``{all}`` the number of training images, ``{steps}`` the steps of a whole run of SLADE, and ``{swav}``
+    the backbone that SwAV has fine-tuned as the column's entry in ``swav`` says, where there are weights to start
+    from."""
 
     name: str
     paper: str
@@ -128,7 +132,9 @@ class Table:
         return tuple(Figure(**each) for each in self.figures)
 
     def read_claims(self) -> tuple[Claim, ...]:
-        return tuple(Claim(better, worse, self.figures[0]["title"], self.lower_is_better) for better, worse in self.claims)
+        return tuple(
+            Claim(better, worse, self.figures[0]["title"], self.lower_is_better) for better, worse in self.claims
+        )
 
     def hook(self, key: str) -> Callable[..., Any] | None:
         """The function of ``analyses`` that ``cells`` or ``after`` names, as module.function."""
@@ -136,7 +142,9 @@ class Table:
         if not name:
             return None
         module, _, function = name.partition(".")
-        found: Callable[..., Any] = getattr(importlib.import_module(f"ssmkernels.experiments.analyses.{module}"), function)
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"ssmkernels.experiments.analyses.{module}"), function
+        )
         return found
 
 
@@ -166,4 +174,8 @@ def load_tables() -> dict[str, Table]:
 def read_tables(paper: str, file: str) -> dict[str, Table]:
     """The tables of a file in ``papers/``; keys that begin with an underscore are there for others to refer to."""
     content = yaml.safe_load((Path(__file__).parent / "papers" / f"{file}.yaml").read_text(encoding="utf-8"))
-    return {name: _table({"name": name, "paper": paper, **values}) for name, values in content.items() if not name.startswith("_")}
+    return {
+        name: _table({"name": name, "paper": paper, **values})
+        for name, values in content.items()
+        if not name.startswith("_")
+    }

@@ -3,7 +3,12 @@
 
 from ssmkernels.graph import comparisons
 from ssmkernels.graph.knn import knn_graph, nearest_neighbours
-from ssmkernels.graph.propagation import MixedLabelPropagation, confidence_of, label_propagation, mixed_label_propagation
+from ssmkernels.graph.propagation import (
+    MixedLabelPropagation,
+    confidence_of,
+    label_propagation,
+    mixed_label_propagation,
+)
 from ssmkernels.graph.structure import Graph
 
 __all__ = [

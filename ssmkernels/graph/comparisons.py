@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What the paper compares mixed label propagation with (its sections 4.4 and 4.5), and two checks of its mechanism.
 
-The functions that give a W_dis [E] are for ``mixed_label_propagation(..., dissimilarity=...)``. As there, what goes with a W_dis takes
-W/w̄ for W, w̄ being the mean of the positive weights: β and μ are in units of w̄.
+The functions that give a W_dis [E] are for ``mixed_label_propagation(..., dissimilarity=...)``. As there, what goes
+with a W_dis takes W/w̄ for W, w̄ being the mean of the positive weights: β and μ are in units of w̄.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def learning_with_local_and_global_consistency(
     rtol: float = 1e-6,
     max_iter: int = 1000,
 ) -> Tensor:
-    """F [N, C] of (I − α S) F = Y with S = D^−½ W D^−½ (Zhou et al., NIPS 2003), the "original LP" with a normalised graph.
+    """F [N, C] of (I − α S) F = Y with S = D^−½ W D^−½ (Zhou et al., NIPS 2003), the "original LP" with a normalised
+    graph.
 
     Solved as (D − α W) X = D^½ Y, F = D^½ X.
 
@@ -67,7 +68,9 @@ def learning_with_local_and_global_consistency(
     root, dtype = graph.degree.sqrt()[:, None], graph.dtype
     rhs = root * system.rhs.to(dtype)
     diagonal = (1 - alpha) * graph.degree
-    x = ops.laplacian_solve(graph.crow, graph.col, alpha * graph.weight, None, diagonal, rhs, rtol=rtol, max_iter=max_iter)
+    x = ops.laplacian_solve(
+        graph.crow, graph.col, alpha * graph.weight, None, diagonal, rhs, rtol=rtol, max_iter=max_iter
+    )
     return torch.where(root > 0, root * x.solution, system.rhs.to(dtype))
 
 
@@ -79,7 +82,9 @@ def mutual_neighbour_dissimilarity(graph: Graph) -> Tensor:
     """
     mutual = check_graph(graph).mutual
     if mutual is None:
-        raise ValueError("graph.mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)")
+        raise ValueError(
+            "graph.mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)"
+        )
     return (~mutual).to(graph.dtype)
 
 
@@ -103,7 +108,9 @@ def control_dissimilarity(
     out = torch.empty_like(graph.weight)
     for begin in range(0, graph.num_edges, EDGES_AT_ONCE):
         i, j = rows[begin : begin + EDGES_AT_ONCE], col[begin : begin + EDGES_AT_ONCE]
-        out[begin : begin + EDGES_AT_ONCE] = confidence[i] * confidence[j] * (1 - (probs[i] * probs[j]).sum(dim=1)).clamp_min(0)
+        out[begin : begin + EDGES_AT_ONCE] = (
+            confidence[i] * confidence[j] * (1 - (probs[i] * probs[j]).sum(dim=1)).clamp_min(0)
+        )
     return out
 
 
@@ -132,14 +139,18 @@ def oracle_dissimilarity(
         labels = node_labels("labels", graph, labels)
         between &= (labels[rows] < 0) | (labels[col] < 0)
     entries = between.nonzero()[:, 0]
-    chosen = entries[torch.randperm(len(entries), generator=generator)[: round(fraction * len(entries))].to(entries.device)]
+    chosen = entries[
+        torch.randperm(len(entries), generator=generator)[: round(fraction * len(entries))].to(entries.device)
+    ]
     out = torch.zeros_like(graph.weight)
     out[chosen] = out[graph.reverse[chosen]] = 1
     return out
 
 
 def shuffled_dissimilarity(graph: Graph, dissimilarity: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The same weights on other edges: the values of the undirected edges permuted. If W_dis chose its edges well, this costs accuracy."""
+    """The same weights on other edges: the values of the undirected edges permuted. If W_dis chose its edges well, this
+    costs accuracy.
+    """
     dissimilarity = check_dissimilarity(check_graph(graph), dissimilarity)
     entries = (graph.rows <= graph.col).nonzero()[:, 0]
     values = dissimilarity[entries[torch.randperm(len(entries), generator=generator).to(entries.device)]]
@@ -161,7 +172,9 @@ def uniform_damping(
     rtol: float | None = None,
     max_iter: int = 1000,
 ) -> MixedLabelPropagation:
-    """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from another."""
+    """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from
+    another.
+    """
     beta = check.check_nonnegative("beta", beta)
     graph = check_graph(graph).normalized()
     dissimilarity = check_dissimilarity(graph, dissimilarity)
@@ -170,7 +183,9 @@ def uniform_damping(
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
     found = system.solve(damping=damping, rtol=rtol, max_iter=max_iter)
     system.warn("uniform_damping")
-    return MixedLabelPropagation(propagated=propagated, dissimilarity=torch.zeros_like(dissimilarity), **found._asdict())
+    return MixedLabelPropagation(
+        propagated=propagated, dissimilarity=torch.zeros_like(dissimilarity), **found._asdict()
+    )
 
 
 def lpdr(
@@ -186,14 +201,17 @@ def lpdr(
     max_iter: int = 2000,
     seed: int = 0,
 ) -> LPDR:
-    """Label propagation with dissimilarity regularisation (Zheng and Ip, 2013): (L + U − β(D_dis − W_dis)) G = (U/μ) Y, from (25).
+    """Label propagation with dissimilarity regularisation (Zheng and Ip, 2013): (L + U − β(D_dis − W_dis)) G = (U/μ) Y,
+    from (25).
 
-    The dissimilar edges are taken off the Laplacian, so the matrix may be indefinite. Conjugate gradients show that by a direction of
-    curvature <= 0; random columns are solved along with those of the labels, so that no such direction escapes them. Then the result says
-    so, a warning is given, and the scores are the stationary point, by a direct solver or MINRES. Computed in float64.
+    The dissimilar edges are taken off the Laplacian, so the matrix may be indefinite. Conjugate gradients show that by
+    a direction of curvature <= 0; random columns are solved along with those of the labels, so that no such direction
+    escapes them. Then the result says so, a warning is given, and the scores are the stationary point, by a direct
+    solver or MINRES. Computed in float64.
 
-    Section 4.5 of the paper sets λ = 1 and γ = 100 in LPDR's own notation. λ is β. γ is read as the weight of the labels, for which μ
-    stands here; by default it is that of the other methods, so that the dissimilar edges alone make a difference.
+    Section 4.5 of the paper sets λ = 1 and γ = 100 in LPDR's own notation. λ is β. γ is read as the weight of the
+    labels, for which μ stands here; by default it is that of the other methods, so that the dissimilar edges alone make
+    a difference.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -214,7 +232,14 @@ def lpdr(
     means = sum_by(component, count, random) / sum_by(component, count, torch.ones_like(random))
     random -= torch.where(has_labels[:, None], 0, means[component])
     solution, _, residuals, curvatures = ops.graph.solve_with_curvature(
-        double.crow, double.col, weight, None, system.diagonal, torch.cat([system.rhs, random], dim=1), rtol=rtol, max_iter=max_iter
+        double.crow,
+        double.col,
+        weight,
+        None,
+        system.diagonal,
+        torch.cat([system.rhs, random], dim=1),
+        rtol=rtol,
+        max_iter=max_iter,
     )
     scores, residual, curvature = solution[:, :classes], float(residuals.max()), float(curvatures.min())
     indefinite = curvature <= 0
@@ -228,7 +253,8 @@ def lpdr(
         scores, residual = _stationary_point(double, weight, system, has_labels, rtol, max_iter)
     if not residual <= 10 * rtol:
         warnings.warn(
-            f"lpdr did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter ({max_iter}) or rtol",
+            f"lpdr did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
+            f" ({max_iter}) or rtol",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -241,9 +267,13 @@ def _stationary_point(
     """The solution of an indefinite system, 0 in components without labels, and its largest relative residual."""
     from scipy import sparse
 
-    off_diagonal = sparse.csr_array((weight.cpu().numpy(), graph.col.cpu().numpy(), graph.crow.cpu().numpy()), shape=(graph.num_nodes,) * 2)
+    off_diagonal = sparse.csr_array(
+        (weight.cpu().numpy(), graph.col.cpu().numpy(), graph.crow.cpu().numpy()), shape=(graph.num_nodes,) * 2
+    )
     kept = has_labels.cpu().numpy()
-    matrix = (sparse.diags_array(off_diagonal.sum(axis=1) + system.diagonal.cpu().numpy()) - off_diagonal).tocsr()[kept][:, kept]
+    matrix = (sparse.diags_array(off_diagonal.sum(axis=1) + system.diagonal.cpu().numpy()) - off_diagonal).tocsr()[
+        kept
+    ][:, kept]
     rhs = system.rhs.cpu().numpy()[kept]
     found = _solve_indefinite(matrix, rhs, rtol, max_iter)
     lengths = np.linalg.norm(rhs, axis=0)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Solutions of the graph systems as their deviation from constants that neither rounding nor a small residual determines.
+"""Solutions of the graph systems as their deviation from constants that neither rounding nor a small residual
+determines.
 
-A X = B with A = diag(u) + D − W + D_dis + W_dis is nearly singular where u and W_dis are small beside D: A 1 = u + 2 d_dis. So it is for
-every group of nodes that only weak edges join to the rest, as the two halves of a barbell with a thin bar. A small residual says nothing of
-the constants of such groups, and an iteration in floating point loses them. They are solved for directly:
+A X = B with A = diag(u) + D − W + D_dis + W_dis is nearly singular where u and W_dis are small beside D: A 1 = u + 2
+d_dis. So it is for every group of nodes that only weak edges join to the rest, as the two halves of a barbell with a
+thin bar. A small residual says nothing of the constants of such groups, and an iteration in floating point loses them.
+They are solved for directly:
 
 1. With c = Σ B/Σ A 1 for each component and column, the right side B − A 1 c of the deviation from c sums to 0.
-2. With P the indicators of groups, (Pᵀ A P) Y = Pᵀ (B − A 1 c) gives their constants; conjugate gradients in float64 give the deviation
-   from those; what they leave of the constants is taken off by the same projection.
+2. With P the indicators of groups, (Pᵀ A P) Y = Pᵀ (B − A 1 c) gives their constants; conjugate gradients in float64
+   give the deviation from those; what they leave of the constants is taken off by the same projection.
 3. What is left of the component's own constant, (1ᵀ A X)/(1ᵀ A 1), is taken off.
 
 No sum that has to cancel is taken over strong edges: A P Y has differences along weak ones only.
@@ -43,7 +45,14 @@ class Deviation(NamedTuple):
 
 
 def solve(
-    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, totals: Tensor, *, rtol: float, max_iter: int
+    graph: Graph,
+    diagonal: Tensor,
+    dissimilarity: Tensor | None,
+    rhs: Tensor,
+    totals: Tensor,
+    *,
+    rtol: float,
+    max_iter: int,
 ) -> Deviation:
     """(diag(u) + D − W + D_dis + W_dis) X = B.
 
@@ -119,8 +128,8 @@ class Groups:
     def _matrix(self, component: Tensor) -> tuple[Tensor, Tensor]:
         """S [K] and S (Pᵀ A P) S [K, K] of the joined groups, S = diag(Pᵀ A P)^−½, on the CPU.
 
-        Pᵀ A P is all but singular on the constants of a component, which p = Pᵀ A 1 tells. With a multiple of p pᵀ added, a right
-        side that sums to 0 there has the same solution, for which p·y = 0.
+        Pᵀ A P is all but singular on the constants of a component, which p = Pᵀ A 1 tells. With a multiple of p pᵀ
+        added, a right side that sums to 0 there has the same solution, for which p·y = 0.
         """
         count = len(self.joined)
         place = torch.searchsorted(self.joined, self.group)

@@ -23,21 +23,27 @@ SPARE = 8  # candidates beyond k, so that ties at the boundary are mostly seen
 ROUNDING = 2e-5  # by which the similarity of a search may differ from the one of the pair
 
 
-def knn_graph(features: Tensor | np.ndarray | Any, k: int = 50, *, gamma: float = 3.0, backend: Backend = "auto") -> Graph:
+def knn_graph(
+    features: Tensor | np.ndarray | Any, k: int = 50, *, gamma: float = 3.0, backend: Backend = "auto"
+) -> Graph:
     """The affinity graph of mixed label propagation (Zhuang and Moulin, CVPR 2023), equation (15), exact: W = A + Aᵀ.
 
-    A_ij = max(v_i·v_j, 0)^gamma where v_i is among the k nearest neighbours of v_j; features are L2-normalised first. Mutual neighbours
-    keep their double weight, and :attr:`Graph.mutual` tells them. Edges of weight 0 (similarities up to 0, and all of a zero vector) are
-    left out. Neighbours are ranked by similarity, then by index, whatever the backend; no point is its own neighbour.
+    A_ij = max(v_i·v_j, 0)^gamma where v_i is among the k nearest neighbours of v_j; features are L2-normalised first.
+    Mutual neighbours keep their double weight, and :attr:`Graph.mutual` tells them. Edges of weight 0 (similarities up
+    to 0, and all of a zero vector) are left out. Neighbours are ranked by similarity, then by index, whatever the
+    backend; no point is its own neighbour.
 
-    Nothing of size N×N is stored: the memory is O(N·k), beside the features. Ctrl-C is taken between chunks, within a second.
+    Nothing of size N×N is stored: the memory is O(N·k), beside the features. Ctrl-C is taken between chunks, within a
+    second.
 
     Args:
-        features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor, an array, or a
+        features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor, an array,
+        or a
             scipy.sparse matrix or array, which stays sparse.
         k: neighbours of a point, in [1, N − 1].
         gamma: γ > 0.
-        backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where it is
+        backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where
+        it is
             installed. Sparse features are searched by scipy's products.
 
     Returns:
@@ -52,8 +58,11 @@ def knn_graph(features: Tensor | np.ndarray | Any, k: int = 50, *, gamma: float 
     return graph.to(features.device) if isinstance(features, Tensor) else graph
 
 
-def nearest_neighbours(features: Tensor | np.ndarray | Any, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k], on the CPU.
+def nearest_neighbours(
+    features: Tensor | np.ndarray | Any, k: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k nearest others of every row of ``features`` [N, d], normalised: ids [N, k] int64 and similarities [N, k],
+    on the CPU.
 
     Arguments, order and errors as :func:`knn_graph`.
     """
@@ -94,7 +103,9 @@ def _checked(features: Tensor | np.ndarray | Any, backend: str) -> Tensor | Any:
     if not features.is_floating_point():
         raise TypeError(f"features must be floating point, got {features.dtype}")
     if backend == "faiss" and features.device.type != "cpu":
-        raise ValueError(f"backend is 'faiss', which is for the CPU here, but features are on {features.device}; take 'torch'")
+        raise ValueError(
+            f"backend is 'faiss', which is for the CPU here, but features are on {features.device}; take 'torch'"
+        )
     features = features.detach().resolve_neg()  # numpy, which faiss takes, does not know the negative bit
     if not bool(torch.isfinite(features).all()):
         raise ValueError("features must be finite; they have NaN or infinite values")
@@ -152,9 +163,13 @@ def _normalized(features: Tensor) -> Tensor:
 
 
 def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Chunk by chunk of rows: where it begins, the ``count`` most similar points of each row, and how similar the search found them."""
+    """Chunk by chunk of rows: where it begins, the ``count`` most similar points of each row, and how similar the
+    search found them.
+    """
     nodes = len(unit)
-    if backend == "faiss" or (backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None):
+    if backend == "faiss" or (
+        backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None
+    ):
         search, size = _faiss_search(unit, count), 4096
     else:
         search, size = _torch_search(unit, count), CHUNK_BYTES // (4 * nodes)
@@ -168,7 +183,9 @@ def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, 
     try:
         import faiss
     except ImportError as error:
-        raise ImportError("backend is 'faiss', which is not installed; pip install faiss-cpu, or take backend='torch'") from error
+        raise ImportError(
+            "backend is 'faiss', which is not installed; pip install faiss-cpu, or take backend='torch'"
+        ) from error
     index = faiss.IndexFlatIP(unit.shape[1])
     index.add(unit.numpy())
 
@@ -205,7 +222,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _pairwise(unit: Tensor, rows: Tensor, others: Tensor) -> Tensor:
-    """[B, M] similarities of row b and its M others, each summed in the same order: the same for (i, j) and (j, i), and for duplicates."""
+    """[B, M] similarities of row b and its M others, each summed in the same order: the same for (i, j) and (j, i), and
+    for duplicates.
+    """
     out = torch.empty(others.shape, dtype=unit.dtype, device=unit.device)
     size = max(1, CHUNK_BYTES // (others.shape[1] * unit.shape[1] * unit.element_size() + 1))
     for begin in range(0, len(rows), size):

@@ -3,14 +3,17 @@
 
 The reading of the paper that is computed here:
 
-- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. The logits D_ii F_i of (20) then have no unit, as long as μ is small
-  beside D_ii. W_dis lies in [0, 1] whatever W is, so mixed label propagation takes W/w̄, w̄ the mean positive weight: a dissimilar
-  edge acts as β w̄ W_dis and a label as μ w̄ would on W, and W and c W give the same result.
-- **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ N_K/(m_K n_cK) on
-  its labelled rows of class c: (16) itself where every class has as many labels. Without it the class with more labels takes over.
-- **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which rounding hides. So F̃ = F − c_K is what
-  :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither the largest class, (13), nor
-  the softmax of (20) sees the constant.
+- **Scale.** (L + U) F = (U/μ) Y, the paper's F divided by μ. The logits D_ii F_i of (20) then have no unit, as long as
+  μ is small beside D_ii. W_dis lies in [0, 1] whatever W is, so mixed label propagation takes W/w̄, w̄ the mean
+  positive weight: a dissimilar edge acts as β w̄ W_dis and a label as μ w̄ would on W, and W and c W give the same
+  result.
+- **Class balance.** A component of the graph with N_K labels of m_K classes, n_cK of them of class c, has u_i = μ
+  N_K/(m_K n_cK) on its labelled rows of class c: (16) itself where every class has as many labels. Without it the class
+  with more labels takes over.
+- **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which rounding hides. So F̃ = F
+  − c_K is what
+  :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither the largest
+  class, (13), nor the softmax of (20) sees the constant.
 - **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
 """
 
@@ -83,10 +86,12 @@ def label_propagation(
     rtol: float | None = None,
     max_iter: int = 1000,
 ) -> Tensor:
-    """F̃ [N, C]: the solution F of (L + U) F = (U/μ) Y less c_K = 1/(m_K μ) in every component with labels, 0 in the others.
+    """F̃ [N, C]: the solution F of (L + U) F = (U/μ) Y less c_K = 1/(m_K μ) in every component with labels, 0 in the
+    others.
 
-    ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is (16) literally,
-    with ``balance=False, mu_unlabeled=mu`` the original label propagation, (12). W is taken as it is, at any scale, and μ with it.
+    ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is
+    (16) literally, with ``balance=False, mu_unlabeled=mu`` the original label propagation, (12). W is taken as it is,
+    at any scale, and μ with it.
 
     Args:
         graph: N nodes; F̃ comes in the dtype of its weights, and what depends on it has the accuracy of float64.
@@ -125,7 +130,8 @@ def mixed_label_propagation(
     """Pseudo-labels with confidence, from similar and dissimilar edges.
 
     With W/w̄ for W, w̄ being the mean of the positive weights, so that the result is the same for W and c W: F̃ by
-    :func:`label_propagation`, W_dis from it by (19)-(22), and G from (L + U + β(D_dis + W_dis)) G = (U/μ) Y, (23) and (24).
+    :func:`label_propagation`, W_dis from it by (19)-(22), and G from (L + U + β(D_dis + W_dis)) G = (U/μ) Y, (23) and
+    (24).
 
     Args:
         graph, labels, num_classes, balance, rtol, max_iter: as :func:`label_propagation`.
@@ -143,7 +149,9 @@ def mixed_label_propagation(
     result = mix(system, dissimilarity, beta=beta, logit_scale=logit_scale, rtol=rtol, max_iter=max_iter)
     system.warn("mixed_label_propagation")
     if normalize_confidence:
-        result = result._replace(confidence=result.confidence / result.confidence.max().clamp_min(torch.finfo(graph.dtype).tiny))
+        result = result._replace(
+            confidence=result.confidence / result.confidence.max().clamp_min(torch.finfo(graph.dtype).tiny)
+        )
     return result
 
 
@@ -172,7 +180,9 @@ def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0)
     """[E] W_dis of (22); a single class is never dissimilar to itself."""
     if propagated.shape[1] == 1:
         return torch.zeros_like(graph.weight)
-    return ops.leave_one_edge_out(graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale)
+    return ops.leave_one_edge_out(
+        graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale
+    )
 
 
 def confidence_of(probs: Tensor) -> Tensor:
@@ -212,7 +222,11 @@ class LabelSystem:
         where, which = component[self.labeled], labels[self.labeled]
 
         # The sums over components are of a few numbers each, and their order is fixed on the CPU.
-        per_class = torch.bincount(where.cpu() * classes + which.cpu(), minlength=count * classes).view(count, classes).to(graph.device)
+        per_class = (
+            torch.bincount(where.cpu() * classes + which.cpu(), minlength=count * classes)
+            .view(count, classes)
+            .to(graph.device)
+        )
         present = per_class > 0
         in_component, of_classes = per_class.sum(dim=1), present.sum(dim=1)  # N_K, m_K
         share = torch.ones(len(which), dtype=double, device=device)
@@ -236,11 +250,18 @@ class LabelSystem:
         return rounded(found.values + (found.constant - self.offset[:, None])[self.component], self.graph.dtype)
 
     def solve(
-        self, dissimilarity: Tensor | None = None, *, damping: float = 0.0, rtol: float | None = None, max_iter: int = 1000
+        self,
+        dissimilarity: Tensor | None = None,
+        *,
+        damping: float = 0.0,
+        rtol: float | None = None,
+        max_iter: int = 1000,
     ) -> Scores:
         """(L + U + D_dis + W_dis + damping) G = (U/μ) Y, and what follows from G."""
         found = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
-        largest = found.constant.amax(dim=1, keepdim=True)  # the same for every class present, where classes are balanced
+        largest = found.constant.amax(
+            dim=1, keepdim=True
+        )  # the same for every class present, where classes are balanced
         deviation = found.values + (found.constant - largest)[self.component]
         scores = deviation + largest[self.component]
         probs = scores.clamp_min(0)
@@ -268,20 +289,27 @@ class LabelSystem:
         max_iter = check.check_count("max_iter", max_iter)
         found = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
         residual = float(found.residual.max())
-        if not residual <= 10 * rtol:  # conjugate gradients may drift from the residual by rounding; NaN is no convergence
+        if (
+            not residual <= 10 * rtol
+        ):  # conjugate gradients may drift from the residual by rounding; NaN is no convergence
             self.shortfall = (
-                f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter ({max_iter}) or rtol"
+                f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
+                f" ({max_iter}) or rtol"
             )
         return found
 
 
 def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up, if need be."""
+    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up, if
+    need be.
+    """
     out, best = scores.to(dtype), scores.argmax(dim=1, keepdim=True)
     largest = out.gather(1, best)
     rival = out.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
     ahead = scores.gather(1, best) > scores.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
-    return out.scatter(1, best, torch.where(ahead & (rival >= largest), rival.nextafter(torch.full_like(rival, torch.inf)), largest))
+    return out.scatter(
+        1, best, torch.where(ahead & (rival >= largest), rival.nextafter(torch.full_like(rival, torch.inf)), largest)
+    )
 
 
 def check_graph(graph: Graph) -> Graph:
@@ -317,7 +345,9 @@ def node_labels(name: str, graph: Graph, labels: Tensor | np.ndarray) -> Tensor:
     if labels.shape != (graph.num_nodes,):
         raise ValueError(f"{name} must be [N] = [{graph.num_nodes}], got shape {list(labels.shape)}")
     if labels.device != graph.device:
-        raise ValueError(f"{name} are on {labels.device} but the graph is on {graph.device}; they must be on one device")
+        raise ValueError(
+            f"{name} are on {labels.device} but the graph is on {graph.device}; they must be on one device"
+        )
     return labels
 
 

@@ -15,17 +15,20 @@ from ssmkernels.ops import _checks as check
 class Graph:
     """A symmetric graph of N nodes; both directions of an edge are stored, so E counts each twice. It does not change.
 
-    A node may be its own neighbour (then ``reverse[e] == e``). :func:`ssmkernels.graph.knn_graph` makes one from features;
+    A node may be its own neighbour (then ``reverse[e] == e``). :func:`ssmkernels.graph.knn_graph` makes one from
+    features;
     :meth:`from_scipy`, :meth:`from_edge_index` and :meth:`from_torch_sparse` from what others have.
     ``torch.save`` and ``torch.load`` with their defaults keep one, as pickle and ``copy.deepcopy`` do: where
-    ``ssmkernels.graph`` has been imported, torch loads it with ``weights_only=True``, and what it finds is checked as here.
+    ``ssmkernels.graph`` has been imported, torch loads it with ``weights_only=True``, and what it finds is checked as
+    here.
 
     Args:
         crow: [N + 1] int32 or int64, where the entries of each row begin.
         col: [E] int32 or int64, ascending within a row, none twice.
         weight: [E] float32 or float64, finite, ≥ 0 and symmetric up to rounding.
         reverse: [E] int32 or int64, the position of (j, i) for the entry (i, j); found if not given.
-        mutual: [E] bool, whether each end of the edge is among the k nearest neighbours of the other, where that is known.
+        mutual: [E] bool, whether each end of the edge is among the k nearest neighbours of the other, where that is
+        known.
 
     Raises:
         TypeError, ValueError: naming the argument, and the entry where one is wrong.
@@ -42,7 +45,9 @@ class Graph:
     mutual: Tensor | None
     """[E] bool, or None."""
 
-    def __init__(self, crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | None = None, *, mutual: Tensor | None = None) -> None:
+    def __init__(
+        self, crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | None = None, *, mutual: Tensor | None = None
+    ) -> None:
         _check_arrays(crow, col, weight, reverse, mutual)
         crow, col = _plain(crow.long()), _plain(col.long())
         nodes, rows = len(crow) - 1, _rows(crow)
@@ -52,12 +57,15 @@ class Graph:
             entry = int((reverse.long() != found).nonzero()[0])
             place = f"(i, j) = ({int(rows[entry])}, {int(col[entry])})"
             raise ValueError(
-                f"reverse[{entry}] is {int(reverse[entry])}; it should be {int(found[entry])}, the position of (j, i) for {place}"
+                f"reverse[{entry}] is {int(reverse[entry])}; it should be {int(found[entry])}, the position of (j, i)"
+                f" for {place}"
             )
         _check_weight(weight, found, rows, col)
         if mutual is not None and not mutual.equal(mutual[found]):
             entry = int((mutual != mutual[found]).nonzero()[0])
-            raise ValueError(f"mutual must be symmetric; the entry ({int(rows[entry])}, {int(col[entry])}) differs from its mirror")
+            raise ValueError(
+                f"mutual must be symmetric; the entry ({int(rows[entry])}, {int(col[entry])}) differs from its mirror"
+            )
         self._set(crow, col.int(), _plain(weight.detach()), found, mutual)
 
     @classmethod
@@ -72,7 +80,13 @@ class Graph:
         self._components: tuple[Tensor, int] | None = None
 
     def __getstate__(self) -> dict[str, Tensor | None]:
-        return {"crow": self.crow, "col": self.col, "weight": self.weight, "reverse": self.reverse, "mutual": self.mutual}
+        return {
+            "crow": self.crow,
+            "col": self.col,
+            "weight": self.weight,
+            "reverse": self.reverse,
+            "mutual": self.mutual,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = Graph(**state)  # a file may hold anything
@@ -113,7 +127,9 @@ class Graph:
 
     @property
     def components(self) -> tuple[Tensor, int]:
-        """[N] int64, the connected component of every node over edges of positive weight, and their number. Found once."""
+        """[N] int64, the connected component of every node over edges of positive weight, and their number. Found
+        once.
+        """
         if self._components is None:
             from scipy.sparse.csgraph import connected_components
 
@@ -147,7 +163,9 @@ class Graph:
         return Graph._trusted(self.crow, self.col, _plain(weight.detach()), self.reverse, self.mutual)
 
     def normalized(self) -> Graph:
-        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there are none."""
+        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there are
+        none.
+        """
         weight = self.weight.double()
         largest = float(weight.max()) if self.num_edges else 0.0
         if largest == 0:
@@ -165,7 +183,9 @@ class Graph:
             ValueError: ``mutual`` is not known.
         """
         if self.mutual is None:
-            raise ValueError("mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)")
+            raise ValueError(
+                "mutual is None; this graph does not know which of its edges join mutual neighbours (knn_graph's do)"
+            )
         kept = self.mutual
         count = torch.zeros_like(self.crow)
         count[1:] = kept.cumsum(0)[self.crow[1:] - 1].masked_fill(self.crow[1:] == 0, 0) if len(kept) else 0
@@ -174,7 +194,8 @@ class Graph:
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> Graph:
-        """From a symmetric sparse matrix or array [N, N] of any format; entries that occur twice are added, as scipy does.
+        """From a symmetric sparse matrix or array [N, N] of any format; entries that occur twice are added, as scipy
+        does.
 
         Weights of float32 stay so, all others become float64.
         """
@@ -199,7 +220,9 @@ class Graph:
         return sparse.csr_array(tuple(arrays), shape=(self.num_nodes, self.num_nodes))
 
     @classmethod
-    def from_edge_index(cls, edge_index: Tensor, weight: Tensor | None = None, *, num_nodes: int | None = None) -> Graph:
+    def from_edge_index(
+        cls, edge_index: Tensor, weight: Tensor | None = None, *, num_nodes: int | None = None
+    ) -> Graph:
         """From pairs [2, E] in any order, both directions of each edge present; pairs that occur twice are added.
 
         Args:
@@ -210,14 +233,18 @@ class Graph:
         if not isinstance(edge_index, Tensor):
             raise TypeError(f"edge_index must be a tensor [2, E], got {type(edge_index).__name__}")
         if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"edge_index must be [2, E] int32 or int64, got {list(edge_index.shape)} {edge_index.dtype}")
+            raise ValueError(
+                f"edge_index must be [2, E] int32 or int64, got {list(edge_index.shape)} {edge_index.dtype}"
+            )
         edge_index = edge_index.long()
         top = int(edge_index.max()) + 1 if edge_index.numel() else 0
         nodes = top if num_nodes is None else check.check_integer("num_nodes", num_nodes)
         if nodes < 0:
             raise ValueError(f"num_nodes must be at least 0, got {nodes}")
         if top > nodes or (edge_index.numel() and int(edge_index.min()) < 0):
-            raise ValueError(f"edge_index must be in [0, {nodes}), got values from {int(edge_index.min())} to {top - 1}")
+            raise ValueError(
+                f"edge_index must be in [0, {nodes}), got values from {int(edge_index.min())} to {top - 1}"
+            )
         if weight is None:
             weight = torch.ones(edge_index.shape[1], device=edge_index.device)
         if not isinstance(weight, Tensor):
@@ -227,7 +254,9 @@ class Graph:
         if weight.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"weight must be float32 or float64, got {weight.dtype}")
         if weight.device != edge_index.device:
-            raise ValueError(f"weight is on {weight.device} but edge_index is on {edge_index.device}; both must be on one device")
+            raise ValueError(
+                f"weight is on {weight.device} but edge_index is on {edge_index.device}; both must be on one device"
+            )
         keys, order = (edge_index[0] * nodes + edge_index[1]).sort(stable=True)
         keys, times = keys.unique_consecutive(return_counts=True)
         begins = torch.nn.functional.pad(times.cumsum(0), (1, 0))
@@ -244,7 +273,9 @@ class Graph:
         """From a symmetric torch tensor [N, N] in CSR layout."""
         if not isinstance(matrix, Tensor) or matrix.layout != torch.sparse_csr:
             kind = matrix.layout if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise TypeError(f"matrix must be a tensor of layout torch.sparse_csr, got {kind}; .to_sparse_csr() makes one")
+            raise TypeError(
+                f"matrix must be a tensor of layout torch.sparse_csr, got {kind}; .to_sparse_csr() makes one"
+            )
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix must be [N, N], got shape {list(matrix.shape)}")
         return cls(matrix.crow_indices(), matrix.col_indices(), matrix.values())
@@ -255,7 +286,9 @@ class Graph:
         return torch.sparse_csr_tensor(self.crow, self.col.long(), self.weight, size, check_invariants=False)
 
     def __repr__(self) -> str:
-        return f"Graph(num_nodes={self.num_nodes}, num_edges={self.num_edges}, dtype={self.dtype}, device='{self.device}')"
+        return (
+            f"Graph(num_nodes={self.num_nodes}, num_edges={self.num_edges}, dtype={self.dtype}, device='{self.device}')"
+        )
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -277,7 +310,9 @@ def _check_arrays(crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | N
         if value.ndim != 1:
             raise ValueError(f"{name} must have one dimension, got shape {list(value.shape)}")
         if value.device != crow.device:
-            raise ValueError(f"{name} is on {value.device} but crow is on {crow.device}; all tensors must be on one device")
+            raise ValueError(
+                f"{name} is on {value.device} but crow is on {crow.device}; all tensors must be on one device"
+            )
         if name in ("crow", "col", "reverse") and value.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {value.dtype}")
         if name not in ("crow", "col") and value.shape != col.shape:
@@ -289,11 +324,17 @@ def _check_arrays(crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | N
     if len(crow) == 0:
         raise ValueError("crow must be [N + 1], got an empty tensor")
     if int(crow[0]) != 0 or int(crow[-1]) != len(col):
-        raise ValueError(f"crow must ascend from 0 to E = {len(col)}, the size of col; it goes from {int(crow[0])} to {int(crow[-1])}")
+        raise ValueError(
+            f"crow must ascend from 0 to E = {len(col)}, the size of col; it goes from {int(crow[0])} to"
+            f" {int(crow[-1])}"
+        )
     descents = (crow.diff() < 0).nonzero()
     if len(descents):
         i = int(descents[0])
-        raise ValueError(f"crow must ascend from 0 to E = {len(col)}; crow[{i}] is {int(crow[i])} and crow[{i + 1}] is {int(crow[i + 1])}")
+        raise ValueError(
+            f"crow must ascend from 0 to E = {len(col)}; crow[{i}] is {int(crow[i])} and crow[{i + 1}] is"
+            f" {int(crow[i + 1])}"
+        )
 
 
 def _check_rows(rows: Tensor, col: Tensor, nodes: int) -> None:
@@ -307,8 +348,8 @@ def _check_rows(rows: Tensor, col: Tensor, nodes: int) -> None:
     if bool(wrong.any()):
         entry = int(wrong.nonzero()[0])
         raise ValueError(
-            f"col must ascend within a row, none twice; row {int(rows[entry])} has {int(col[entry])} and then {int(col[entry + 1])} "
-            f"at entry {entry}"
+            f"col must ascend within a row, none twice; row {int(rows[entry])} has {int(col[entry])} and then"
+            f" {int(col[entry + 1])} at entry {entry}"
         )
 
 
@@ -327,7 +368,9 @@ def _reverse(crow: Tensor, rows: Tensor, col: Tensor) -> Tensor:
     if bool(missing.any()):
         entry = int(missing.nonzero()[0])
         i, j = int(rows[entry]), int(col[entry])
-        raise ValueError(f"the graph must be symmetric: it has the entry ({i}, {j}) but not ({j}, {i}); W + W.T makes it so")
+        raise ValueError(
+            f"the graph must be symmetric: it has the entry ({i}, {j}) but not ({j}, {i}); W + W.T makes it so"
+        )
     return found
 
 
@@ -347,7 +390,9 @@ def _check_weight(weight: Tensor, reverse: Tensor, rows: Tensor, col: Tensor) ->
     wrong = (weight - other).abs() > 16 * torch.finfo(weight.dtype).eps * torch.maximum(weight, other)
     if bool(wrong.any()):
         mirrored = cast(float, other[wrong.nonzero()[0]].item())
-        raise ValueError(f"weight must be symmetric; {entry_where(wrong)} and its mirror is {mirrored:g}; W + W.T makes it so")
+        raise ValueError(
+            f"weight must be symmetric; {entry_where(wrong)} and its mirror is {mirrored:g}; W + W.T makes it so"
+        )
 
 
 torch.serialization.add_safe_globals([Graph])

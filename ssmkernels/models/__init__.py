@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Networks: a backbone with a classifier and a projection to unit embeddings, or with pooled features and a linear embedding."""
+"""Networks: a backbone with a classifier and a projection to unit embeddings, or with pooled features and a linear
+embedding.
+"""
 
 from ssmkernels.models.bn_inception import BNInception
 from ssmkernels.models.build import build_model, parameter_groups
 from ssmkernels.models.convnet import SmallConvNet
-from ssmkernels.models.embedding import EMBEDDING_BACKBONES, EmbeddingModel, backbone_state, build_embedding_model, preprocessing
+from ssmkernels.models.embedding import (
+    EMBEDDING_BACKBONES,
+    EmbeddingModel,
+    backbone_state,
+    build_embedding_model,
+    preprocessing,
+)
 from ssmkernels.models.features import extract_features
 from ssmkernels.models.projection import ProjectionModel
 from ssmkernels.models.wide_resnet import WideResNet

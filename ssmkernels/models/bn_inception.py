@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""BN-Inception (Ioffe and Szegedy, 2015), layer for layer the Caffe network whose weights circulate as ``bn_inception-52deb4733.pth``."""
+"""BN-Inception (Ioffe and Szegedy, 2015), layer for layer the Caffe network whose weights circulate as
+``bn_inception-52deb4733.pth``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 
 
 class _Unit(NamedTuple):
-    """Output channels of the branches of an inception unit; a unit without a 1x1 branch has stride 2 and hands its input on, pooled."""
+    """Output channels of the branches of an inception unit; a unit without a 1x1 branch has stride 2 and hands its
+    input on, pooled.
+    """
 
     name: str
     conv1: int
@@ -38,10 +42,11 @@ UNITS = (
 class BNInception(nn.Module):
     """The convolutions of BN-Inception: 10.3 million parameters.
 
-    Modules are named as in Caffe, ``inception_3a_double_3x3_1`` and ``inception_3a_double_3x3_1_bn``, all of them children of this one,
-    so that the published weights load by name.
+    Modules are named as in Caffe, ``inception_3a_double_3x3_1`` and ``inception_3a_double_3x3_1_bn``, all of them
+    children of this one, so that the published weights load by name.
 
-    Shape: images [N, 3, H, W], H and W multiples of 32, BGR of 0 … 255 less the mean -> maps [N, 1024, H/32, W/32], not negative.
+    Shape: images [N, 3, H, W], H and W multiples of 32, BGR of 0 … 255 less the mean -> maps [N, 1024, H/32, W/32], not
+    negative.
     """
 
     feature_dim = 1024
@@ -65,8 +70,12 @@ class BNInception(nn.Module):
             channels = unit.conv1 + unit.conv3[1] + unit.double[1] + (unit.pool or channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        if any(side % 32 for side in images.shape[2:]):  # pooling rounds up and convolution down: their maps would not fit together
-            raise ValueError(f"images are of {images.shape[2]}x{images.shape[3]} pixels; bn-inception takes multiples of 32")
+        if any(
+            side % 32 for side in images.shape[2:]
+        ):  # pooling rounds up and convolution down: their maps would not fit together
+            raise ValueError(
+                f"images are of {images.shape[2]}x{images.shape[3]} pixels; bn-inception takes multiples of 32"
+            )
         x = _halved(self._conv("conv1_7x7_s2", images))
         x = _halved(self._conv("conv2_3x3", self._conv("conv2_3x3_reduce", x)))
         for unit in UNITS:
@@ -81,7 +90,9 @@ class BNInception(nn.Module):
         if not unit.conv1:
             return torch.cat([conv3, double, _halved(x)], dim=1)
         pooled = F.max_pool2d(x, 3, 1, 1) if unit.max_pool else F.avg_pool2d(x, 3, 1, 1)
-        return torch.cat([self._conv(f"{prefix}_1x1", x), conv3, double, self._conv(f"{prefix}_pool_proj", pooled)], dim=1)
+        return torch.cat(
+            [self._conv(f"{prefix}_1x1", x), conv3, double, self._conv(f"{prefix}_pool_proj", pooled)], dim=1
+        )
 
     def _add(self, name: str, in_channels: int, out_channels: int, size: int, stride: int = 1) -> None:
         self.add_module(name, nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2))

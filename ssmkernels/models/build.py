@@ -24,7 +24,8 @@ def build_model(
         num_classes: number of classes L.
         in_channels: channels of the images: 1 or 3; "resnet50" takes 3.
         projection_dim: size of the embeddings.
-        bn_momentum: share of the current batch in the running statistics of batch norm; by default 0.001 in wide ResNets, as published for
+        bn_momentum: share of the current batch in the running statistics of batch norm; by default 0.001 in wide
+        ResNets, as published for
             2^20 steps (short runs need more), and 0.1 elsewhere.
     """
     if bn_momentum is not None and not 0 < bn_momentum <= 1:
@@ -36,7 +37,8 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimiser, in the order of ``named_parameters``: weights, which decay, and biases and normalisation, which do not.
+    """Two groups for an optimiser, in the order of ``named_parameters``: weights, which decay, and biases and
+    normalisation, which do not.
 
     A parameter is exempt if it has at most one dimension or is named bias.
     """
@@ -55,7 +57,9 @@ def _backbone(name: str, in_channels: int, options: dict[str, float]) -> nn.Modu
         return _resnet50(in_channels, **options)
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide is None:
-        raise ValueError(f"name is {name!r}; it should be wrn-<depth>-<width>, such as wrn-28-2, or resnet50 or convnet-small")
+        raise ValueError(
+            f"name is {name!r}; it should be wrn-<depth>-<width>, such as wrn-28-2, or resnet50 or convnet-small"
+        )
     return WideResNet(int(wide[1]), int(wide[2]), in_channels, **options)
 
 

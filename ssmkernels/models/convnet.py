@@ -9,7 +9,8 @@ from ssmkernels.models.wide_resnet import LEAKY_SLOPE, conv
 
 
 class SmallConvNet(nn.Module):
-    """Four 3x3 convolutions with batch norm and leaky ReLU, the second and the fourth of stride 2, and the mean over the image.
+    """Four 3x3 convolutions with batch norm and leaky ReLU, the second and the fourth of stride 2, and the mean over
+    the image.
 
     Args:
         in_channels: channels C of the images.

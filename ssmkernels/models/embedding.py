@@ -22,15 +22,17 @@ POOLINGS = ("avg+max", "avg")
 class EmbeddingModel(nn.Module):
     """Features v_i for the graph and embeddings z_i for the proxies (mixed label propagation, section 3.3).
 
-    The maps of the backbone are pooled over the image; v is the pooled vector and z a linear function of it, both L2-normalised. The
-    default pooling, average plus maximum, and the initialisation (Kaiming's normal distribution, fan out; bias 0) are Proxy-Anchor's.
+    The maps of the backbone are pooled over the image; v is the pooled vector and z a linear function of it, both
+    L2-normalised. The default pooling, average plus maximum, and the initialisation (Kaiming's normal distribution, fan
+    out; bias 0) are Proxy-Anchor's.
 
     Args:
         backbone: images [N, C, H, W] -> maps [N, d, h, w].
         feature_dim: d.
         embedding_dim: size δ of the embeddings.
         pooling: "avg+max" or "avg".
-        freeze_bn: keep batch norm as it was loaded: its statistics are used and not updated, also in training, and its parameters have
+        freeze_bn: keep batch norm as it was loaded: its statistics are used and not updated, also in training, and its
+        parameters have
             no gradient.
 
     Shape: images [N, C, H, W] -> features [N, d], embeddings [N, δ], of norm 1, float32 under autocast.
@@ -102,10 +104,11 @@ def build_embedding_model(
     Args:
         backbone: a name of the table.
         embedding_dim: size δ of the embeddings.
-        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone, such as :func:`backbone_state` gives or,
+        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone, such as
+        :func:`backbone_state` gives or,
             for "resnet50", SwAV's authors published. A classifier, projection head or prototypes in it are ignored.
-        pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm frozen.
-        in_channels: channels of the images; only "convnet-small" takes others than 3.
+        pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm
+        frozen. in_channels: channels of the images; only "convnet-small" takes others than 3.
 
     Raises:
         FileNotFoundError: there is no file ``weights``.
@@ -114,7 +117,9 @@ def build_embedding_model(
     """
     recipe = _recipe(backbone)
     if in_channels < 1 or (in_channels != 3 and recipe.build is not _convnet_small):
-        raise ValueError(f"in_channels is {in_channels}; {backbone} takes {'at least 1' if recipe.build is _convnet_small else 3}")
+        raise ValueError(
+            f"in_channels is {in_channels}; {backbone} takes {'at least 1' if recipe.build is _convnet_small else 3}"
+        )
     network = recipe.build(in_channels)
     if weights is not None:
         _load(network, recipe, backbone, weights)
@@ -122,12 +127,16 @@ def build_embedding_model(
 
 
 def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as ``weights`` again."""
+    """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as ``weights``
+    again.
+    """
     return {key: value.cpu() for key, value in _inner(backbone).state_dict().items()}
 
 
 def preprocessing(backbone: str) -> str:
-    """The input normalisation of a backbone: "imagenet", "bgr-caffe", "half" or "native", see :func:`ssmkernels.data.retrieval_views`."""
+    """The input normalisation of a backbone: "imagenet", "bgr-caffe", "half" or "native", see
+    :func:`ssmkernels.data.retrieval_views`.
+    """
     return _recipe(backbone).normalization
 
 
@@ -142,7 +151,9 @@ class _Recipe(NamedTuple):
 
 def _resnet50(in_channels: int) -> nn.Module:
     layers = list(_require("torchvision.models", "torchvision").resnet50(weights=None).named_children())
-    return nn.Sequential(OrderedDict(layers[:-2]))  # without pooling and classifier; its forward pass is sequential, its keys remain
+    return nn.Sequential(
+        OrderedDict(layers[:-2])
+    )  # without pooling and classifier; its forward pass is sequential, its keys remain
 
 
 def _resnet50_imagenet() -> Mapping[str, Tensor]:
@@ -167,7 +178,8 @@ class _EfficientNetMaps(nn.Module):
 
 def _efficientnet_lite0(in_channels: int) -> nn.Module:
     package = _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
-    # Padding for images of any size; no stochastic depth, which would draw from the global generator and so break resuming.
+    # Padding for images of any size; no stochastic depth, which would draw from the global generator and so break
+    # resuming.
     network = package.EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
     network._fc = nn.Identity()
     return _EfficientNetMaps(network)
@@ -201,7 +213,9 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
     if weights != "imagenet":
         state = _read(weights)
     elif recipe.imagenet is None:
-        raise ValueError(f"weights is 'imagenet'; {backbone} has none that can be fetched: it should be the path of a file")
+        raise ValueError(
+            f"weights is 'imagenet'; {backbone} has none that can be fetched: it should be the path of a file"
+        )
     else:
         state = recipe.imagenet()
     if all(key.startswith("module.") for key in state):  # saved from inside DataParallel or DDP, as SwAV's is
@@ -214,7 +228,9 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
         if not key.startswith(recipe.head)
     }
     expected = target.state_dict()
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}  # old files have none, and nothing here needs them
+    counters = {
+        key for key in expected if key.endswith("num_batches_tracked")
+    }  # old files have none, and nothing here needs them
     missing, unexpected = sorted(expected.keys() - counters - state.keys()), sorted(state.keys() - expected.keys())
     reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
@@ -231,10 +247,15 @@ def _inner(network: nn.Module) -> nn.Module:
 
 def _read(path: str | Path) -> Mapping[str, Tensor]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights is {str(path)!r}, where there is no file; it should be 'imagenet' or the path of a state_dict")
+        raise FileNotFoundError(
+            f"weights is {str(path)!r}, where there is no file; it should be 'imagenet' or the path of a state_dict"
+        )
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights, {path}, hold a {type(state).__name__}; they should be a state_dict, a mapping from names to tensors")
+        raise ValueError(
+            f"weights, {path}, hold a {type(state).__name__}; they should be a state_dict, a mapping from names to"
+            " tensors"
+        )
     return state
 
 

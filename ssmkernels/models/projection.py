@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class ProjectionModel(nn.Module):
     """A classifier and a projection head on the features of a backbone (SimMatch, section 3.1).
 
-    The projection is Linear(d, d), ReLU, Linear(d, projection_dim), then L2 normalisation. Dense layers start from Glorot's normal
-    distribution, biases from 0.
+    The projection is Linear(d, d), ReLU, Linear(d, projection_dim), then L2 normalisation. Dense layers start from
+    Glorot's normal distribution, biases from 0.
 
     Args:
         backbone: images [N, C, H, W] -> features [N, d], with d as its ``feature_dim``.
@@ -28,7 +28,10 @@ class ProjectionModel(nn.Module):
                 raise ValueError(f"{name} is {value}; it should be at least 1")
         features = getattr(backbone, "feature_dim", None)
         if not isinstance(features, int):
-            raise TypeError(f"backbone has no feature_dim; {type(backbone).__name__} should have the size of its features there, an int")
+            raise TypeError(
+                f"backbone has no feature_dim; {type(backbone).__name__} should have the size of its features there,"
+                " an int"
+            )
         self.backbone = backbone
         self.classifier = nn.Linear(features, num_classes)
         self.projection = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, projection_dim))

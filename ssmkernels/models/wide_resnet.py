@@ -21,22 +21,26 @@ def conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.
 class WideResNet(nn.Module):
     """WRN-depth-width without its classifier, with the wiring of FixMatch's and MixMatch's original code.
 
-    Leaky ReLU (0.1) everywhere; three stages of (depth − 4) / 6 units. The first unit of stages 2 and 3 normalises its input for its first
-    convolution and takes its shortcut from the raw input; that of stage 1 takes the shortcut from the normalised one. (PyTorch ports that
-    feed the raw input to the convolution leave a batch norm without effect and its parameters without gradient.)
+    Leaky ReLU (0.1) everywhere; three stages of (depth − 4) / 6 units. The first unit of stages 2 and 3 normalises its
+    input for its first convolution and takes its shortcut from the raw input; that of stage 1 takes the shortcut from
+    the normalised one. (PyTorch ports that feed the raw input to the convolution leave a batch norm without effect and
+    its parameters without gradient.)
 
     Args:
         depth: 6n + 4.
         width: factor k on the channels 16, 32, 64 of the stages.
         in_channels: channels C of the images.
-        bn_momentum: share of the current batch in the running statistics of batch norm. The published 0.001 suits 2^20 steps; runs of a
+        bn_momentum: share of the current batch in the running statistics of batch norm. The published 0.001 suits 2^20
+        steps; runs of a
             few thousand need 0.01 or 0.1.
         bn_eps: ε of batch norm.
 
     Shape: images [N, C, H, W] -> features [N, ``feature_dim``], ``feature_dim`` = 64 k.
     """
 
-    def __init__(self, depth: int = 28, width: int = 2, in_channels: int = 3, *, bn_momentum: float = 0.001, bn_eps: float = 1e-3) -> None:
+    def __init__(
+        self, depth: int = 28, width: int = 2, in_channels: int = 3, *, bn_momentum: float = 0.001, bn_eps: float = 1e-3
+    ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth is {depth}; it should be 6n + 4 with n > 0")
@@ -71,7 +75,14 @@ class _Unit(nn.Module):
     """Two 3x3 convolutions, each after batch norm and activation, beside a shortcut."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, stride: int, normalised_shortcut: bool, bn_momentum: float, bn_eps: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int,
+        normalised_shortcut: bool,
+        bn_momentum: float,
+        bn_eps: float,
     ) -> None:
         super().__init__()
         self.normalised_shortcut = normalised_shortcut

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops: C++ and CUDA kernels behind plain functions, each with its reference of the same name in :mod:`ssmkernels.reference`."""
+"""The ops: C++ and CUDA kernels behind plain functions, each with its reference of the same name in
+:mod:`ssmkernels.reference`.
+"""
 
 from ssmkernels.ops.graph import LaplacianSolution, laplacian_solve, leave_one_edge_out
 from ssmkernels.ops.memory import (

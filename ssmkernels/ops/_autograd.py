@@ -2,13 +2,14 @@
 """How the ops are called and differentiated: one derivative per op, given to torch in three ways.
 
 ``torch.library.register_autograd`` makes ``torch.ops.ssmkernels.*`` differentiable for whoever calls it, torch.compile
-included, at about 40 µs a call. In eager mode that is more than a small batch takes to compute, so :func:`call` goes by a
-plain ``torch.autograd.Function`` with the same derivative; under torch.func, which refuses the other two, by one with a
-``setup_context``, which costs 20 µs more.
+included, at about 40 µs a call. In eager mode that is more than a small batch takes to compute, so :func:`call` goes by
+a plain ``torch.autograd.Function`` with the same derivative; under torch.func, which refuses the other two, by one with
+a ``setup_context``, which costs 20 µs more.
 
 The kernel of a gradient is itself an op, called through :func:`call` and registered with its own derivative
 (:func:`register`) or with one that raises (:func:`register_gradient`), so that a gradient asked for under
-``create_graph=True`` or nested torch.func.grad always has a graph. A gradient that comes out of the forward gets one from
+``create_graph=True`` or nested torch.func.grad always has a graph. A gradient that comes out of the forward gets one
+from
 :func:`gradient_of`.
 """
 
@@ -54,7 +55,8 @@ def _refuse_second_derivative(name: str) -> NoReturn:
 
 def _refuse_forward_mode(name: str) -> NoReturn:
     raise NotImplementedError(
-        f"ssmkernels: `{public_name(name)}` has no forward-mode derivative (jvp); use reverse mode, as torch.func.vjp does"
+        f"ssmkernels: `{public_name(name)}` has no forward-mode derivative (jvp); use reverse mode, as torch.func.vjp"
+        " does"
     )
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks of arguments, shared by every family: one clear error that names the argument, what it was and what it should be."""
+"""Checks of arguments, shared by every family: one clear error that names the argument, what it was and what it should
+be.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def _by_dtype(check: str, *dtypes: torch.dtype) -> dict[torch.dtype, Callable[..., bool]]:
     """The compiled library's function for each dtype."""
-    return {dtype: getattr(_library.library(), f"{check}_{str(dtype)[6:]}") for dtype in dtypes} if _library.load() else {}
+    return (
+        {dtype: getattr(_library.library(), f"{check}_{str(dtype)[6:]}") for dtype in dtypes} if _library.load() else {}
+    )
 
 
 _all_within_of = _by_dtype("all_within", torch.float32, torch.float64, torch.int32, torch.int64)
@@ -49,7 +53,9 @@ def is_matrix(value: object) -> TypeGuard[Tensor]:
 
 
 def fits(value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks below."""
+    """Whether an argument is what it should be, all in one look. What is wrong with it is found out by the checks
+    below.
+    """
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
@@ -87,12 +93,17 @@ def check_size(name: str, value: Tensor, dim: int, size: int, meaning: str) -> N
 
 def check_same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device} but {like_name} is on {like.device}; all tensors must be on one device")
+        raise ValueError(
+            f"{name} is on {value.device} but {like_name} is on {like.device}; all tensors must be on one device"
+        )
 
 
 def check_same_dtype(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.dtype != like.dtype:
-        raise TypeError(f"{name} is {value.dtype} but {like_name} is {like.dtype}; convert one of them, or call under torch.autocast")
+        raise TypeError(
+            f"{name} is {value.dtype} but {like_name} is {like.dtype}; convert one of them, or call under"
+            " torch.autocast"
+        )
 
 
 def _described(value: object) -> str:
@@ -195,7 +206,9 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with SSMKERNELS_CHECK=1."""
+    """Whether checks that read values run: on the CPU in eager mode; on CUDA, where they synchronise, only with
+    SSMKERNELS_CHECK=1.
+    """
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return False
     return tensor.is_cpu or (tensor.is_cuda and os.environ.get("SSMKERNELS_CHECK") == "1")
@@ -214,7 +227,9 @@ def is_batched(value: Tensor) -> bool:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether the values can be read where they lie: a reduction of torch takes 3 µs instead of 1, and leaves other code cold."""
+    """Whether the values can be read where they lie: a reduction of torch takes 3 µs instead of 1, and leaves other
+    code cold.
+    """
     return (
         type(value) in _PLAIN
         and value.is_cpu
@@ -241,7 +256,9 @@ def ascends_from_zero(value: Tensor, last: int) -> bool:
         return bool(read(value.data_ptr(), value.numel(), last))
     if is_batched(value):
         return True
-    return value.numel() > 0 and value[0].item() == 0 and value[-1].item() == last and not bool((value.diff() < 0).any())
+    return (
+        value.numel() > 0 and value[0].item() == 0 and value[-1].item() == last and not bool((value.diff() < 0).any())
+    )
 
 
 def check_range(name: str, value: Tensor, size: int, meaning: str) -> None:
@@ -304,7 +321,9 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def check_written(name: str, value: Tensor, read: dict[str, Tensor]) -> None:
-    """A tensor that is written has no gradient and no negative bit, and shares no memory with itself or with what is read."""
+    """A tensor that is written has no gradient and no negative bit, and shares no memory with itself or with what is
+    read.
+    """
     if torch.compiler.is_compiling() or type(value) not in _PLAIN or value.is_meta:
         return
     if value.requires_grad:
@@ -326,7 +345,9 @@ def autocast_is_enabled(device: torch.device) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as torch does."""
+    """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as torch
+    does.
+    """
     device = tensors[0].device
     if not autocast_is_enabled(device):
         return tensors

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Derivatives of the gradients, in plain PyTorch, tile by tile: nothing of the size of all pairs is stored.
 
-A gradient is a function dx = G(grad, x). Each function here takes the cotangents of the gradient's outputs, written v, and
-gives the gradients of ⟨v, G(grad, x)⟩: that of ``grad`` is the derivative of the op along v. The formulas are differentiable,
-so that derivatives of any order are right; only while they are recorded do the tiles stay in memory.
+A gradient is a function dx = G(grad, x). Each function here takes the cotangents of the gradient's outputs, written v,
+and gives the gradients of ⟨v, G(grad, x)⟩: that of ``grad`` is the derivative of the op along v. The formulas are
+differentiable, so that derivatives of any order are right; only while they are recorded do the tiles stay in memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ def _tiles(count: int, elements: int) -> Iterator[slice]:
 
 
 def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """[count, c], row i being the sum of the rows [p, c] whose index [p] is i; added in a fixed order, unlike index_add on CUDA."""
+    """[count, c], row i being the sum of the rows [p, c] whose index [p] is i; added in a fixed order, unlike index_add
+    on CUDA.
+    """
     return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)
 
 
-def aggregate(v: Tensor, grad: Tensor, query: Tensor, bank: Tensor, bank_labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def aggregate(
+    v: Tensor, grad: Tensor, query: Tensor, bank: Tensor, bank_labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Of the gradient of aggregate, dq_b = Σ_j q_j (g_j − ḡ) bank_j/t with g_j = grad[b, y_j] and ḡ = Σ_j q_j g_j.
 
     With s_j = v_b·bank_j/t and means under q: ∂grad[b, c] = Σ_{j: y_j = c} q_j (s_j − s̄), and
@@ -76,12 +80,18 @@ Coefficients = Callable[[slice, slice, Tensor], Tensor]
 
 
 def pair_ranking_loss(
-    v: Tensor, v_references: Tensor | None, grad: Tensor, rows: Tensor, references: Tensor | None, coefficients: Coefficients
+    v: Tensor,
+    v_references: Tensor | None,
+    grad: Tensor,
+    rows: Tensor,
+    references: Tensor | None,
+    coefficients: Coefficients,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of the gradient of a ranking loss, de_i = g Σ_j c_ij (e_i − r_j)/d_ij and dr_j = −g Σ_i c_ij (e_i − r_j)/d_ij.
 
-    With u_ij = v_i − v'_j and p_ij = u_ij·(e_i − r_j): ∂g = Σ_ij c_ij p_ij/d_ij, and, with r_j likewise and the other sign,
-    ∂e_i = g Σ_j c_ij (u_ij/d_ij − p_ij (e_i − r_j)/d_ij³). A pair at distance 0 has no part in it, as in the gradient.
+    With u_ij = v_i − v'_j and p_ij = u_ij·(e_i − r_j): ∂g = Σ_ij c_ij p_ij/d_ij, and, with r_j likewise and the other
+    sign, ∂e_i = g Σ_j c_ij (u_ij/d_ij − p_ij (e_i − r_j)/d_ij³). A pair at distance 0 has no part in it, as in the
+    gradient.
 
     Args:
         v, v_references: [n, d] and [m, d], cotangents of de and dr.
@@ -124,12 +134,13 @@ def pair_ranking_loss(
 
 
 def similarity_moments(v: Tensor, grad: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the gradient of the moments μ₊, σ₊², μ₋, σ₋² of the cosines s_ij = r_i·r_j, r_i = f_i/‖f_i‖, over ordered pairs i ≠ j.
+    """Of the gradient of the moments μ₊, σ₊², μ₋, σ₋² of the cosines s_ij = r_i·r_j, r_i = f_i/‖f_i‖, over ordered
+    pairs i ≠ j.
 
-    With G_ij = ∂L/∂s_ij = (g_μ + 2 g_σ (s_ij − μ))/P of the pair's part and q_i = 2 Σ_j G_ij r_j, df_i = (q_i − r_i (r_i·q_i))/‖f_i‖.
-    Along v, with a dot for the derivative: ṙ_i = (v_i − r_i (r_i·v_i))/‖f_i‖, ṡ_ij = ṙ_i·r_j + r_i·ṙ_j, μ̇ = Σ ṡ/P,
-    (σ²)˙ = 2 Σ (s − μ) ṡ/P, which are the gradient of g, and Ġ_ij = 2 g_σ (ṡ_ij − μ̇)/P. The Hessian is symmetric, so that the
-    derivative of df along v is the gradient of f.
+    With G_ij = ∂L/∂s_ij = (g_μ + 2 g_σ (s_ij − μ))/P of the pair's part and q_i = 2 Σ_j G_ij r_j, df_i = (q_i − r_i
+    (r_i·q_i))/‖f_i‖. Along v, with a dot for the derivative: ṙ_i = (v_i − r_i (r_i·v_i))/‖f_i‖, ṡ_ij = ṙ_i·r_j +
+    r_i·ṙ_j, μ̇ = Σ ṡ/P, (σ²)˙ = 2 Σ (s − μ) ṡ/P, which are the gradient of g, and Ġ_ij = 2 g_σ (ṡ_ij − μ̇)/P. The
+    Hessian is symmetric, so that the derivative of df along v is the gradient of f.
 
     Args:
         v: [n, d].
@@ -151,7 +162,10 @@ def similarity_moments(v: Tensor, grad: Tensor, features: Tensor, labels: Tensor
     def parts() -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor, Tensor]]:
         for tile in _tiles(len(features), len(features)):
             same = labels[tile, None] == labels
-            other = torch.arange(len(features), device=labels.device) != torch.arange(len(features), device=labels.device)[tile, None]
+            other = (
+                torch.arange(len(features), device=labels.device)
+                != torch.arange(len(features), device=labels.device)[tile, None]
+            )
             cosines = unit[tile] @ unit.t()
             changes = turn[tile] @ unit.t() + unit[tile] @ turn.t()
             yield tile, ((same & other).to(unit.dtype), (~same).to(unit.dtype)), cosines, changes
@@ -185,8 +199,8 @@ def pair_logits(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Of the gradient of the logits l = w2·relu(z) + b2, z = w1·φ(x_i, y_j) + b1, with active units m = [z > 0].
 
-    Along v, with a dot for the derivative: l̇ = Σ_h m (v_w2 z + w2 ż) + v_b2, the gradient of grad. The others are those of
-    Σ grad·l̇, by way of ∂z = grad·m·v_w2 and ∂ż = grad·m·w2 of each pair.
+    Along v, with a dot for the derivative: l̇ = Σ_h m (v_w2 z + w2 ż) + v_b2, the gradient of grad. The others are
+    those of Σ grad·l̇, by way of ∂z = grad·m·v_w2 and ∂ż = grad·m·w2 of each pair.
 
     Args:
         v: cotangents of the gradients of x, y, w1, b1, w2 and b2, of their shapes, dtype of grad.
@@ -228,7 +242,12 @@ def _concat_logits(
     (w_left, w_right), (v_left, v_right) = w1.chunk(2, dim=1), v_w1.chunk(2, dim=1)
     left = torch.cat([x @ w_left.t() + b1, v_x @ w_left.t() + x @ v_left.t() + v_b1], dim=1)  # z and ż side by side
     right = torch.cat([y @ w_right.t(), v_y @ w_right.t() + y @ v_right.t()], dim=1)
-    grad_left, grad_right, grad_w2, changes = torch.zeros_like(left), torch.zeros_like(right), torch.zeros_like(w2), [grad[:0]]
+    grad_left, grad_right, grad_w2, changes = (
+        torch.zeros_like(left),
+        torch.zeros_like(right),
+        torch.zeros_like(w2),
+        [grad[:0]],
+    )
     for tile, rows, columns in _pair_tiles(len(grad), len(y), 2 * len(w2), pairs, grad.device):
         z, z_change = (F.embedding(rows, left) + F.embedding(columns, right)).chunk(2, dim=1)
         active = (z > 0).to(z.dtype)
@@ -283,12 +302,18 @@ def _interacting_logits(
 
 
 def laplacian_solve(
-    v_weight: Tensor, v_dissimilarity: Tensor, v_diagonal: Tensor, crow: Tensor, col: Tensor, grad_rhs: Tensor, solution: Tensor
+    v_weight: Tensor,
+    v_dissimilarity: Tensor,
+    v_diagonal: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    grad_rhs: Tensor,
+    solution: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Of the gradients of the entries, dw_ij = −g_i·(x_i − x_j), dw^dis_ij = −g_i·(x_i + x_j) and ddiag_i = −g_i·x_i.
 
-    All are bilinear in g = grad_rhs and x = solution, by way of A = diag(s) − V with V_ij = v_w − v_dis of the entry and
-    s_i = v_diag + the row sum of v_w + v_dis: ∂g = −A x and ∂x = −Aᵀ g.
+    All are bilinear in g = grad_rhs and x = solution, by way of A = diag(s) − V with V_ij = v_w − v_dis of the entry
+    and s_i = v_diag + the row sum of v_w + v_dis: ∂g = −A x and ∂x = −Aᵀ g.
 
     Args:
         v_weight, v_dissimilarity: [E] cotangents of dw and dw^dis.

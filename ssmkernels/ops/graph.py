@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Mixed label propagation on a graph (Zhuang and Moulin, CVPR 2023): the linear systems, and the weights of dissimilar edges.
+"""Mixed label propagation on a graph (Zhuang and Moulin, CVPR 2023): the linear systems, and the weights of dissimilar
+edges.
 
-A graph is symmetric, in compressed sparse rows with both directions of an edge stored: crow [N + 1], col [E] with columns ascending in
-a row, weight [E]; ``reverse`` [E] holds the position of (j, i) for the entry (i, j). :class:`ssmkernels.graph.Graph` makes and checks all
-four. The kernels read crow and reverse as int64 and col as int32; either is taken for each.
-Dtypes: float32 and float64; half types are taken as float32, and results come so. The same input gives the same bits, for any number of
-threads. :func:`laplacian_solve` has derivatives of any order, :func:`leave_one_edge_out` a first one; a second raises.
+A graph is symmetric, in compressed sparse rows with both directions of an edge stored: crow [N + 1], col [E] with
+columns ascending in a row, weight [E]; ``reverse`` [E] holds the position of (j, i) for the entry (i, j).
+:class:`ssmkernels.graph.Graph` makes and checks all four. The kernels read crow and reverse as int64 and col as int32;
+either is taken for each. Dtypes: float32 and float64; half types are taken as float32, and results come so. The same
+input gives the same bits, for any number of threads. :func:`laplacian_solve` has derivatives of any order,
+:func:`leave_one_edge_out` a first one; a second raises.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def laplacian_solve(
     max_iter: int = 1000,
     preconditioner: Preconditioner = "jacobi",
 ) -> LaplacianSolution:
-    """Solves (diag(diagonal) + D − W + D_dis + W_dis) X = rhs by conjugate gradients, all columns at once: equations (12), (16) and (24).
+    """Solves (diag(diagonal) + D − W + D_dis + W_dis) X = rhs by conjugate gradients, all columns at once: equations
+    (12), (16) and (24).
 
     D and D_dis are the row sums of W and W_dis. A column is converged when its ``residual`` is at most ``rtol``, and
     does not change any more: every row counts alike, however small its weights, and what is left of a row is at most a
@@ -66,8 +69,8 @@ def laplacian_solve(
     matrix does not stretch, is named in a warning (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a synchronisation),
     and ``residual`` tells in any case.
 
-    Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve: ∂rhs = A⁻¹ ∂X. The
-    gradients of weight and dissimilarity are per stored entry, each taken for itself.
+    Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve:
+    ∂rhs = A⁻¹ ∂X. The gradients of weight and dissimilarity are per stored entry, each taken for itself.
 
     Args:
         crow: [N + 1] int32 or int64.
@@ -146,12 +149,14 @@ def solve_with_curvature(
     max_iter: int,
     preconditioner: Preconditioner = "jacobi",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`laplacian_solve` without its checks of values and without its warning, for matrices that may not be definite.
+    """:func:`laplacian_solve` without its checks of values and without its warning, for matrices that may not be
+    definite.
 
     Returns:
-        solution [N, C], iterations [C], residual [C], and curvature [C], the least p·A p/p·D p that conjugate gradients met in the column
-        (D = diag(A), or 1 under "none"): at most 0 shows that the matrix is not positive definite, and ends the column. A diagonal entry
-        of A that is not positive (a node without entries aside) ends them all: then it is the least of those.
+        solution [N, C], iterations [C], residual [C], and curvature [C], the least p·A p/p·D p that conjugate gradients
+        met in the column (D = diag(A), or 1 under "none"): at most 0 shows that the matrix is not positive definite,
+        and ends the column. A diagonal entry of A that is not positive (a node without entries aside) ends them all:
+        then it is the least of those.
     """
     return autograd.call(
         "laplacian_solve",
@@ -171,13 +176,15 @@ def solve_with_curvature(
 def leave_one_edge_out(
     crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, *, logit_scale: float = 4.0
 ) -> Tensor:
-    r"""How dissimilar the two ends of every edge are when each is labelled by its other neighbours only: equations (20)-(22).
+    r"""How dissimilar the two ends of every edge are when each is labelled by its other neighbours only: equations
+    (20)-(22).
 
-    With Z_ij = softmax(logit_scale·(D_ii F_i − w_ij F_j)) and ω = 1 − H/log C: out[e] = ω(Z_ij) ω(Z_ji) (1 − Z_ij·Z_ji) for e = (i, j), the
-    same for both directions. D_ii is the sum of row i. Constants added to a row of F change nothing.
+    With Z_ij = softmax(logit_scale·(D_ii F_i − w_ij F_j)) and ω = 1 − H/log C: out[e] = ω(Z_ij) ω(Z_ji) (1 − Z_ij·Z_ji)
+    for e = (i, j), the same for both directions. D_ii is the sum of row i. Constants added to a row of F change
+    nothing.
 
-    Memory is O(E + N·C), forward and backward: the [E, C] tensor of Z never exists. Differentiable in ``weight`` (per stored entry) and
-    ``propagated``.
+    Memory is O(E + N·C), forward and backward: the [E, C] tensor of Z never exists. Differentiable in ``weight`` (per
+    stored entry) and ``propagated``.
 
     Args:
         crow: [N + 1] int32 or int64.
@@ -241,12 +248,16 @@ def _check_graph(crow: Tensor, col: Tensor, weight: Tensor) -> int:
 def _check_entries(crow: Tensor, col: Tensor) -> None:
     if not check.ascends_from_zero(crow, col.shape[0]):
         first, last = crow[0].item(), crow[-1].item()
-        raise ValueError(f"crow must ascend from 0 to E = {col.shape[0]}, the size of col; it goes from {first} to {last}")
+        raise ValueError(
+            f"crow must ascend from 0 to E = {col.shape[0]}, the size of col; it goes from {first} to {last}"
+        )
     check.check_range("col", col, crow.shape[0] - 1, "the nodes of crow")
 
 
 def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The tensors there are, half types as float32 (under autocast too: these are statistics); all of one dtype and on one device."""
+    """The tensors there are, half types as float32 (under autocast too: these are statistics); all of one dtype and on
+    one device.
+    """
     given = {name: value for name, value in values.items() if value is not None}
     first = next(iter(given))
     for name, value in given.items():
@@ -270,8 +281,8 @@ def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter
     else:
         reason = f"raise max_iter ({max_iter}) or rtol"
     warnings.warn(
-        f"laplacian_solve: {count} of {len(residual)} columns did not converge to rtol = {rtol:g} (largest relative residual {worst:.2g}): "
-        f"{reason}",
+        f"laplacian_solve: {count} of {len(residual)} columns did not converge to rtol = {rtol:g} (largest relative"
+        f" residual {worst:.2g}): {reason}",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -288,12 +299,16 @@ def _fake_laplacian_solve(
     return rhs.new_empty(rhs.shape), *per_column
 
 
-def _fake_laplacian_solve_backward(crow: Tensor, col: Tensor, grad_rhs: Tensor, solution: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_laplacian_solve_backward(
+    crow: Tensor, col: Tensor, grad_rhs: Tensor, solution: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     entries, nodes = col.shape[0], crow.shape[0] - 1
     return grad_rhs.new_empty((entries,)), grad_rhs.new_empty((entries,)), grad_rhs.new_empty((nodes,))
 
 
-def _fake_leave_one_edge_out(crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, logit_scale: float) -> Tensor:
+def _fake_leave_one_edge_out(
+    crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, logit_scale: float
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 

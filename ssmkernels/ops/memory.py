@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The labelled memory of SimMatch (Zheng et al., CVPR 2022): instance matching, aggregate, unfold, and the update of the bank.
+"""The labelled memory of SimMatch (Zheng et al., CVPR 2022): instance matching, aggregate, unfold, and the update of
+the bank.
 
-Shapes: B rows (unlabelled images), D features, K slots of the bank, L classes. Features are usually L2-normalised; nothing here assumes it.
-Dtypes: float32, float64, bfloat16, float16. Results are float32 (float64 for float64), whatever the inputs. Under ``torch.autocast``
-queries and bank are taken in autocast's dtype, probabilities are not. The same input gives the same bits, for any number of threads.
+Shapes: B rows (unlabelled images), D features, K slots of the bank, L classes. Features are usually L2-normalised;
+nothing here assumes it. Dtypes: float32, float64, bfloat16, float16. Results are float32 (float64 for float64),
+whatever the inputs. Under ``torch.autocast`` queries and bank are taken in autocast's dtype, probabilities are not. The
+same input gives the same bits, for any number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class InstanceMatching(NamedTuple):
 
 
 class InstanceMatchingPartial(NamedTuple):
-    """What is known after one part of a bank: log-normalisers, and means under the distributions they normalise. No gradient."""
+    """What is known after one part of a bank: log-normalisers, and means under the distributions they normalise. No
+    gradient.
+    """
 
     log_weak: Tensor
     """[B] log Σ_j e^{w_j}; −inf for an empty part."""
@@ -65,8 +69,8 @@ def instance_matching(
     - q_agg[b, c] = Σ_{j: label j = c} q^w_j, and ``pseudo_probs`` = α ``probs_weak`` + (1 − α) q_agg;
     - q̂_j ∝ q^w_j ``probs_weak``[label_j], and ``loss`` = −Σ_j q̂_j log q^s_j.
 
-    Nothing of size B×K is stored, forward or backward: extra memory is O(B·(L + D)). Where ``probs_weak`` is zero on every class of the
-    bank, q̂ = q^w. The gradient flows to ``query_strong`` only; a second derivative raises.
+    Nothing of size B×K is stored, forward or backward: extra memory is O(B·(L + D)). Where ``probs_weak`` is zero on
+    every class of the bank, q̂ = q^w. The gradient flows to ``query_strong`` only; a second derivative raises.
 
     Args:
         query_weak: [B, D] embeddings of the weak view.
@@ -86,7 +90,9 @@ def instance_matching(
         ValueError: a shape, device, temperature, alpha, label or probability is out of range; the message names it.
     """
     _library.require(bank)
-    args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
+    args = _check_matching(
+        query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
+    )
     alpha = check.check_fraction("alpha", alpha)
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
@@ -108,12 +114,17 @@ def instance_matching_partial(
 ) -> InstanceMatchingPartial:
     """:func:`instance_matching` over one part of a bank, to be merged with the other parts.
 
-    For a bank split over chunks, files or ranks: one partial result each, :func:`merge_instance_matching` pairwise, then
+    For a bank split over chunks, files or ranks: one partial result each, :func:`merge_instance_matching` pairwise,
+    then
     :func:`finish_instance_matching`. Arguments as there; ``bank`` [K, D] may be empty.
     """
     _library.require(bank)
-    args = _check_matching(query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong)
-    return InstanceMatchingPartial(*torch.ops.ssmkernels.instance_matching_partial.default(*args, check.allow_tf32(args[2])))
+    args = _check_matching(
+        query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
+    )
+    return InstanceMatchingPartial(
+        *torch.ops.ssmkernels.instance_matching_partial.default(*args, check.allow_tf32(args[2]))
+    )
 
 
 @torch.no_grad()
@@ -121,7 +132,8 @@ def merge_instance_matching(a: InstanceMatchingPartial, b: InstanceMatchingParti
     """The partial result of two disjoint parts of a bank taken together. Empty parts merge too.
 
     Raises:
-        TypeError, ValueError: one of them is no partial result, or ``b`` is not of the same queries and classes as ``a``.
+        TypeError, ValueError: one of them is no partial result, or ``b`` is not of the same queries and classes as
+        ``a``.
     """
     _check_partial("a", a)
     _check_partial("b", b)
@@ -195,11 +207,14 @@ def finish_instance_matching(
     return InstanceMatching(pseudo_probs, partial.log_strong - partial.target_logit + slope)
 
 
-def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1) -> Tensor:
-    """Class sums of the instance similarities, equation (9): out[b, c] = Σ_{j: label j = c} softmax(query·bankᵀ / temperature)_j.
+def aggregate(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1
+) -> Tensor:
+    """Class sums of the instance similarities, equation (9): out[b, c] = Σ_{j: label j = c} softmax(query·bankᵀ /
+    temperature)_j.
 
-    Differentiable in ``query``; the backward sweeps the bank again. Nothing of size B×K is stored. Second derivatives are
-    computed in plain PyTorch, a part of the bank at a time.
+    Differentiable in ``query``; the backward sweeps the bank again. Nothing of size B×K is stored. Second derivatives
+    are computed in plain PyTorch, a part of the bank at a time.
 
     Args:
         query: [B, D].
@@ -232,8 +247,8 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
 
     out_j ∝ softmax(query·bankᵀ / temperature)_j probs[label_j].
 
-    For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is zero on every
-    class of the bank, q̂ is the softmax itself.
+    For looking at and for other losses; :func:`instance_matching` never stores them. No gradient. Where ``probs`` is
+    zero on every class of the bank, q̂ is the softmax itself.
 
     Args:
         query: [B, D].
@@ -260,10 +275,14 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
 
 
 @torch.no_grad()
-def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7) -> None:
-    """Temporal ensemble of SimMatch, in place: bank[index] ← normalise(momentum·bank[index] + (1 − momentum)·features), labels with it.
+def memory_update_(
+    bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7
+) -> None:
+    """Temporal ensemble of SimMatch, in place: bank[index] ← normalise(momentum·bank[index] + (1 − momentum)·features),
+    labels with it.
 
-    An index that occurs twice in a batch is applied in batch order. Read the bank (:func:`instance_matching`) before writing it in a step.
+    An index that occurs twice in a batch is applied in batch order. Read the bank (:func:`instance_matching`) before
+    writing it in a step.
 
     Args:
         bank: [K, D], any strides, without a gradient; written.
@@ -274,7 +293,8 @@ def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: T
         momentum: share of the old feature, in [0, 1]; 0 replaces the slot.
 
     Raises:
-        TypeError, ValueError: as :func:`instance_matching`, and where features, index or labels share memory with what is
+        TypeError, ValueError: as :func:`instance_matching`, and where features, index or labels share memory with what
+        is
             written, or two slots of the bank do; nothing is written then.
     """
     _library.require(bank)
@@ -417,7 +437,9 @@ def _fake_aggregate_backward(grad_aggregated: Tensor, query: Tensor, *rest: Any)
     return query.new_empty(query.shape, dtype=check.compute_dtype(query.dtype))
 
 
-def _fake_unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, temperature: float, allow_tf32: bool) -> Tensor:
+def _fake_unfold(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, temperature: float, allow_tf32: bool
+) -> Tensor:
     return bank.new_empty((query.shape[0], bank.shape[0]), dtype=check.compute_dtype(query.dtype))
 
 
@@ -431,7 +453,9 @@ def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(inputs[1], gradient)
 
 
-def _instance_matching_backward(ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _instance_matching_backward(
+    ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor
+) -> tuple[Tensor | None, ...]:
     query_strong, gradient = ctx.saved_tensors
     if not ctx.needs_input_grad[1]:
         return (None,) * 10

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The similarity network of MLSN (Wu, Feng and Zhou, 2020) on pairs of rows, and its focal loss.
 
-logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"), |x_i − y_j| ("absdiff") or x_i∘y_j ("product"). Of all n·m
-pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or backward. For "concat", w1·φ + b1 = A_i + B_j with two small
-matrix products, so that a pair costs O(h), and not O(h·d).
-Dtypes: float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The same input gives the
-same bits from run to run, and for any number of threads but for "concat", whose two products are torch's matrix products. Second
-derivatives of the logits are computed in plain PyTorch, a tile of pairs at a time; those of the loss raise.
+logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"), |x_i − y_j| ("absdiff") or x_i∘y_j
+("product"). Of all n·m pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or backward. For
+"concat", w1·φ + b1 = A_i + B_j with two small matrix products, so that a pair costs O(h), and not O(h·d). Dtypes:
+float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The same input
+gives the same bits from run to run, and for any number of threads but for "concat", whose two products are torch's
+matrix products. Second derivatives of the logits are computed in plain PyTorch, a tile of pairs at a time; those of the
+loss raise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def pair_logits(
 ) -> Tensor:
     """Logits of the similarity network, section 2.1 of the paper: w2·relu(w1·φ(x_i, y_j) + b1) + b2.
 
-    Memory is O(n·m) for the result, or O(p), and O((n + m)(d + h)), also in the backward. Differentiable in x, y, w1, b1, w2 and b2.
+    Memory is O(n·m) for the result, or O(p), and O((n + m)(d + h)), also in the backward. Differentiable in x, y, w1,
+    b1, w2 and b2.
 
     Args:
         x: [n, d].
@@ -80,11 +82,12 @@ def pair_focal_loss(
     ignore_index: int = -1,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Focal loss of the similarity network, equations (1) to (3) with FL = −α_t (1 − p_t)^γ log p_t as the distance (section 2.3).
+    """Focal loss of the similarity network, equations (1) to (3) with FL = −α_t (1 − p_t)^γ log p_t as the distance
+    (section 2.3).
 
-    The target of a pair is whether its labels match. A pair with an ignored label counts nowhere: its loss is 0, and a mean is taken over
-    the others (0 if there is none). With a mean or a sum the gradients are computed along with the loss, and memory is O((n + m)(d + h))
-    whatever the number of pairs. Differentiable in x, y, w1, b1, w2 and b2.
+    The target of a pair is whether its labels match. A pair with an ignored label counts nowhere: its loss is 0, and a
+    mean is taken over the others (0 if there is none). With a mean or a sum the gradients are computed along with the
+    loss, and memory is O((n + m)(d + h)) whatever the number of pairs. Differentiable in x, y, w1, b1, w2 and b2.
 
     Args:
         x, y, w1, b1, w2, b2, interaction, pairs: as for :func:`pair_logits`.
@@ -140,7 +143,8 @@ def _network(
     dtype = check.compute_dtype(x.dtype)
     b1, w2, b2 = check.cast(b1, dtype), check.cast(w2, dtype), check.cast(b2, dtype)
     if interaction == "concat" or x.is_cpu:
-        # For "concat", half types would round the two parts of w1·[x_i, y_j] and turn hidden units on and off that are near 0.
+        # For "concat", half types would round the two parts of w1·[x_i, y_j] and turn hidden units on and off that are
+        # near 0.
         x, y, w1 = check.cast(x, dtype), check.cast(y, dtype), check.cast(w1, dtype)
     return x, y, w1, b1, w2, b2, pairs, INTERACTIONS.index(interaction)
 

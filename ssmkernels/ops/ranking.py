@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The ranking losses and similarity moments of SLADE (Duan et al., CVPR 2021) over all pairs of a batch.
 
-No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The backward computes
-again only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and results in float32. Autocast leaves
-the inputs as they are, as it does for torch.cdist. The same input gives the same bits, for any number of threads. Second
-derivatives are computed in plain PyTorch, a tile of pairs at a time.
+No n×n matrix exists, forward or backward: distances and cosines are computed tile by tile, and memory is O(n·d). The
+backward computes again only the tiles in which a pair has a loss. Dtypes: float32 and float64; half types with sums and
+results in float32. Autocast leaves the inputs as they are, as it does for torch.cdist. The same input gives the same
+bits, for any number of threads. Second derivatives are computed in plain PyTorch, a tile of pairs at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ REDUCTIONS = get_args(Reduction)
 
 
 class SimilarityMoments(NamedTuple):
-    """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0 without such a pair."""
+    """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0
+    without such a pair.
+    """
 
     positive_mean: Tensor
     positive_var: Tensor
@@ -44,12 +46,14 @@ def pair_ranking_loss(
     references: Tensor | None = None,
     reference_labels: Tensor | None = None,
 ) -> Tensor:
-    """L_rank, equation (1): Σ [d − m_pos]_+ over pairs with equal labels plus Σ [m_neg − d]_+ over pairs with different ones.
+    """L_rank, equation (1): Σ [d − m_pos]_+ over pairs with equal labels plus Σ [m_neg − d]_+ over pairs with different
+    ones.
 
-    d_ij = ‖e_i − e_j‖₂ of the embeddings as given; scale them to unit length first where the loss is meant for that. Over all ordered pairs
-    i ≠ j or, with references, over all pairs (embedding i, reference j). Each of the two sums is divided by its number of non-zero terms
-    ("mean_nonzero", as pytorch-metric-learning's ContrastiveLoss does) or of pairs ("mean"), and is 0 without any. Differentiable in
-    embeddings and references; the gradient of a distance of 0 is 0.
+    d_ij = ‖e_i − e_j‖₂ of the embeddings as given; scale them to unit length first where the loss is meant for that.
+    Over all ordered pairs i ≠ j or, with references, over all pairs (embedding i, reference j). Each of the two sums is
+    divided by its number of non-zero terms ("mean_nonzero", as pytorch-metric-learning's ContrastiveLoss does) or of
+    pairs ("mean"), and is 0 without any. Differentiable in embeddings and references; the gradient of a distance of 0
+    is 0.
 
     Args:
         embeddings: e [n, d].
@@ -113,15 +117,16 @@ def mined_pair_ranking_loss(
 ) -> Tensor:
     """L_rank of pairs mined by the feature basis, equation (7): positives with s_ij ≥ T1, negatives with s_ij ≤ T2.
 
-    s_ij is the cosine of r_i and r_j, the basis features, to which no gradient flows; the cosine with a row of zeros is 0. A pair between
-    the thresholds counts nowhere; if T1 ≤ T2 a pair can be both. Everything else as in :func:`pair_ranking_loss`.
+    s_ij is the cosine of r_i and r_j, the basis features, to which no gradient flows; the cosine with a row of zeros is
+    0. A pair between the thresholds counts nowhere; if T1 ≤ T2 a pair can be both. Everything else as in
+    :func:`pair_ranking_loss`.
 
     Args:
         embeddings: e [n, d].
         basis_features: r = W_a f [n, k], not normalised.
-        positive_threshold: T1, a number, or a scalar tensor on the device of the embeddings, which is not read by the host.
-        negative_threshold: T2, likewise.
-        positive_margin, negative_margin, reduction: as in :func:`pair_ranking_loss`.
+        positive_threshold: T1, a number, or a scalar tensor on the device of the embeddings, which is not read by the
+        host. negative_threshold: T2, likewise. positive_margin, negative_margin, reduction: as in
+        :func:`pair_ranking_loss`.
 
     Returns:
         A scalar; float64 for float64, otherwise float32.
@@ -158,11 +163,12 @@ def mined_pair_ranking_loss(
 
 
 def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
-    """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with different ones.
+    """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with
+    different ones.
 
-    What the similarity-distribution loss is made of, equations (5) and (6). Between n rows of d features this takes O(n·d·min(n, d)):
-    Σ s over a class is ‖Σ r‖² of its unit rows r, and Σ s² is ‖RᵀR‖²_F. Differentiable in the features. A row of zeros has a cosine of 0
-    with any other, and no gradient.
+    What the similarity-distribution loss is made of, equations (5) and (6). Between n rows of d features this takes
+    O(n·d·min(n, d)): Σ s over a class is ‖Σ r‖² of its unit rows r, and Σ s² is ‖RᵀR‖²_F. Differentiable in the
+    features. A row of zeros has a cosine of 0 with any other, and no gradient.
 
     Args:
         features: [n, d], not normalised.
@@ -226,7 +232,9 @@ def _fake_ranking_loss(embeddings: Tensor, references: Tensor | None) -> tuple[T
     )
 
 
-def _fake_pair_ranking_loss(embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_pair_ranking_loss(
+    embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     return _fake_ranking_loss(embeddings, references)
 
 
@@ -234,7 +242,11 @@ def _fake_pair_ranking_loss_backward(
     grad_loss: Tensor, embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     dtype = check.compute_dtype(embeddings.dtype)
-    others = embeddings.new_empty(0, dtype=dtype) if references is None else references.new_empty(references.shape, dtype=dtype)
+    others = (
+        embeddings.new_empty(0, dtype=dtype)
+        if references is None
+        else references.new_empty(references.shape, dtype=dtype)
+    )
     return embeddings.new_empty(embeddings.shape, dtype=dtype), others
 
 
@@ -303,13 +315,20 @@ def _in_order_of_rows(order: Tensor, labels: Tensor) -> Tensor:
 
 
 def _coefficients(
-    weights: Tensor, margins: tuple[float, float], parts: Callable[[slice, slice], tuple[Tensor, Tensor]], references: Tensor | None
+    weights: Tensor,
+    margins: tuple[float, float],
+    parts: Callable[[slice, slice], tuple[Tensor, Tensor]],
+    references: Tensor | None,
 ) -> second_order.Coefficients:
-    """w₊ on positive pairs with a loss, −w₋ on negative ones; ``parts`` says which pairs of a tile are positive and negative."""
+    """w₊ on positive pairs with a loss, −w₋ on negative ones; ``parts`` says which pairs of a tile are positive and
+    negative.
+    """
 
     def coefficients(rows: slice, columns: slice, distances: Tensor) -> Tensor:
         positives, negatives = parts(rows, columns)
-        costs = (positives & (distances > margins[0])) * weights[0] - (negatives & (distances < margins[1])) * weights[1]
+        costs = (positives & (distances > margins[0])) * weights[0] - (negatives & (distances < margins[1])) * weights[
+            1
+        ]
         if references is not None:
             return costs
         places = (torch.arange(tile.start, tile.stop, device=distances.device) for tile in (rows, columns))
@@ -373,7 +392,8 @@ def _save_similarity_moments_backward(ctx: Any, inputs: tuple[Any, ...], output:
 
 
 def _similarity_moments_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    # The moments, an input of the gradient, are those of the features: what they add is in the gradient of the features.
+    # The moments, an input of the gradient, are those of the features: what they add is in the gradient of the
+    # features.
     grad, features, order, labels = ctx.saved_tensors
     grads = second_order.similarity_moments(v, grad, features.to(grad.dtype), _in_order_of_rows(order, labels))
     return grads[0], check.cast(grads[1], features.dtype), None, None, None
@@ -391,7 +411,9 @@ def _register() -> None:
     autograd.register("mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, _save_mined_pair_ranking_loss)
     autograd.register("similarity_moments", _similarity_moments_backward, _save_similarity_moments)
     autograd.register("pair_ranking_loss_backward", _pair_ranking_loss_second, _save_pair_ranking_loss_backward)
-    autograd.register("mined_pair_ranking_loss_backward", _mined_pair_ranking_loss_second, _save_mined_pair_ranking_loss_backward)
+    autograd.register(
+        "mined_pair_ranking_loss_backward", _mined_pair_ranking_loss_second, _save_mined_pair_ranking_loss_backward
+    )
     autograd.register("similarity_moments_backward", _similarity_moments_second, _save_similarity_moments_backward)
 
 

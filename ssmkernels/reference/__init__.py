@@ -15,7 +15,12 @@ from ssmkernels.reference.memory import (
     unfold,
 )
 from ssmkernels.reference.pairs import pair_focal_loss, pair_logits
-from ssmkernels.reference.ranking import SimilarityMoments, mined_pair_ranking_loss, pair_ranking_loss, similarity_moments
+from ssmkernels.reference.ranking import (
+    SimilarityMoments,
+    mined_pair_ranking_loss,
+    pair_ranking_loss,
+    similarity_moments,
+)
 
 __all__ = [
     "InstanceMatching",

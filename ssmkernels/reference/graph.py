@@ -43,7 +43,8 @@ def laplacian_solve(
 ) -> LaplacianSolution:
     """(diag(diagonal) + D − W + D_dis + W_dis) X = rhs through the dense matrix, which must not be singular.
 
-    What steers the iteration of :func:`ssmkernels.ops.laplacian_solve` (``initial`` and what follows) means nothing here.
+    What steers the iteration of :func:`ssmkernels.ops.laplacian_solve` (``initial`` and what follows) means nothing
+    here.
     """
     dtype = _compute_dtype(rhs.dtype)
     rows, col, nodes = _rows(crow), col.long(), len(crow) - 1
@@ -61,7 +62,9 @@ def laplacian_solve(
 
 
 def _residual(matrix: Tensor, rows: Tensor, col: Tensor, values: Tensor, rhs: Tensor, solution: Tensor) -> Tensor:
-    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, D = diag(A), or, where above a tenth, the largest share that what is left of a row has of its terms."""
+    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, D = diag(A), or, where above a tenth, the largest share that what is left of a row has
+    of its terms.
+    """
     left, inverse = rhs - matrix @ solution, 1 / matrix.diagonal()[:, None]
     norms = torch.linalg.vector_norm(inverse * rhs, dim=0)
     residual = torch.linalg.vector_norm(inverse * left, dim=0) / torch.where(norms > 0, norms, 1)
@@ -69,7 +72,9 @@ def _residual(matrix: Tensor, rows: Tensor, col: Tensor, values: Tensor, rhs: Te
     terms = (matrix.sum(dim=1, keepdim=True) * solution).abs() + rhs.abs()
     terms = terms.index_add(0, rows, flows.abs())
     resolved = 1e-12 if rhs.dtype == torch.float64 else 1e-6  # of the largest term; dense solvers round in their dtype
-    share = (left.abs() - resolved * (matrix.diagonal()[:, None] * solution).abs()).clamp_min(0) / torch.where(terms > 0, terms, 1)
+    share = (left.abs() - resolved * (matrix.diagonal()[:, None] * solution).abs()).clamp_min(0) / torch.where(
+        terms > 0, terms, 1
+    )
     imbalance = share.amax(dim=0) if len(share) else torch.zeros_like(residual)
     return torch.where(imbalance > 0.1, torch.maximum(residual, imbalance), residual)
 
@@ -77,7 +82,9 @@ def _residual(matrix: Tensor, rows: Tensor, col: Tensor, values: Tensor, rhs: Te
 def leave_one_edge_out(
     crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, *, logit_scale: float = 4.0
 ) -> Tensor:
-    """Dissimilarity [E] of the two ends of every edge, each labelled by its other neighbours only: equations (20)-(22)."""
+    """Dissimilarity [E] of the two ends of every edge, each labelled by its other neighbours only: equations
+    (20)-(22).
+    """
     dtype = _compute_dtype(propagated.dtype)
     rows, col, reverse, classes = _rows(crow), col.long(), reverse.long(), propagated.shape[1]
     weight, propagated = weight.to(dtype), propagated.to(dtype)

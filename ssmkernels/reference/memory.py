@@ -21,7 +21,9 @@ class InstanceMatchingPartial(NamedTuple):
     """What is known after a part of the bank; parts merge by their log-normalisers."""
 
     log_weak: Tensor  # [B]     log Σ_j e^{w_j}
-    log_target: Tensor  # [B]   log Σ_j e^{w_j} p[y_j]; −inf where p is zero on every class of the part, q̂ then being q^w
+    log_target: (
+        Tensor  # [B]   log Σ_j e^{w_j} p[y_j]; −inf where p is zero on every class of the part, q̂ then being q^w
+    )
     log_strong: Tensor  # [B]   log Σ_j e^{s_j}
     aggregated: Tensor  # [B, L]    class sums of q^w
     target_logit: Tensor  # [B]     Σ_j q̂_j s_j
@@ -70,7 +72,9 @@ def instance_matching(
     return InstanceMatching(pseudo_probs, -(target * log_strong).sum(dim=1))
 
 
-def aggregate(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1) -> Tensor:
+def aggregate(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, *, temperature: float = 0.1
+) -> Tensor:
     return _class_sums(_logits(query, bank.detach(), temperature).softmax(dim=1), bank_labels, num_classes)
 
 
@@ -80,7 +84,9 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
 
 
 @torch.no_grad()
-def memory_update_(bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7) -> None:
+def memory_update_(
+    bank: Tensor, bank_labels: Tensor, index: Tensor, features: Tensor, labels: Tensor, *, momentum: float = 0.7
+) -> None:
     dtype = _compute_dtype(bank.dtype)
     for row, slot in enumerate(index.tolist()):
         mixed = momentum * bank[slot].to(dtype) + (1 - momentum) * features[row].to(dtype)

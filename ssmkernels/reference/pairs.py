@@ -52,7 +52,9 @@ def pair_focal_loss(
     ignore_index: int = -1,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """FL = −α_t (1 − p_t)^γ log p_t of the logits, the target being whether the labels match; 0 for pairs with an ignored label."""
+    """FL = −α_t (1 − p_t)^γ log p_t of the logits, the target being whether the labels match; 0 for pairs with an
+    ignored label.
+    """
     logits = pair_logits(x, y, w1, b1, w2, b2, interaction=interaction, pairs=pairs)
     if pairs is None:
         left, right = x_labels[:, None], y_labels[None]

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class SimilarityMoments(NamedTuple):
-    """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0 without such a pair."""
+    """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0
+    without such a pair.
+    """
 
     positive_mean: Tensor
     positive_var: Tensor
@@ -34,12 +36,16 @@ def _in_range(rows: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return rows
     exponents = torch.frexp(rows.detach().abs().amax(dim=1, keepdim=True)).exponent
-    scale = torch.ldexp(torch.ones_like(exponents, dtype=rows.dtype), -exponents)  # torch 2.11 differentiates ldexp wrongly
+    scale = torch.ldexp(
+        torch.ones_like(exponents, dtype=rows.dtype), -exponents
+    )  # torch 2.11 differentiates ldexp wrongly
     return torch.where(exponents > 0, rows * scale, rows)
 
 
 def _cosines(rows: Tensor) -> Tensor:
-    """As products of the rows over the root of their squares', which is exact where it is 0 or ±1 and the rows are whole numbers."""
+    """As products of the rows over the root of their squares', which is exact where it is 0 or ±1 and the rows are
+    whole numbers.
+    """
     norms, rows = torch.linalg.vector_norm(rows, dim=1), _in_range(rows)
     squares = rows.square().sum(dim=1).masked_fill(norms < 1e-12, torch.inf)
     return rows @ rows.t() / (squares[:, None] * squares).sqrt()
@@ -50,7 +56,12 @@ def _off_diagonal(mask: Tensor) -> Tensor:
 
 
 def _ranking_loss(
-    distances: Tensor, positives: Tensor, negatives: Tensor, positive_margin: float, negative_margin: float, reduction: str
+    distances: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    positive_margin: float,
+    negative_margin: float,
+    reduction: str,
 ) -> Tensor:
     """Equation (1): Σ [d − m_pos]_+ over positives and Σ [m_neg − d]_+ over negatives, each reduced by itself."""
     total = distances.new_zeros(())
@@ -95,7 +106,10 @@ def mined_pair_ranking_loss(
     """Equation (7): positives are the pairs whose basis features have a cosine ≥ T1, negatives those with one ≤ T2."""
     embeddings, similarities = _computed(embeddings), _cosines(_computed(basis_features.detach()))
     distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-    positives, negatives = _off_diagonal(similarities >= positive_threshold), _off_diagonal(similarities <= negative_threshold)
+    positives, negatives = (
+        _off_diagonal(similarities >= positive_threshold),
+        _off_diagonal(similarities <= negative_threshold),
+    )
     return _ranking_loss(distances, positives, negatives, positive_margin, negative_margin, reduction)
 
 

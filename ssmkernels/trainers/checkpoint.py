@@ -12,8 +12,12 @@ import torch
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` to ``path`` atomically: whoever reads, now or after a crash, finds the old file or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")  # in the same folder, as os.replace is atomic only within a file system
+    """Writes ``state`` to ``path`` atomically: whoever reads, now or after a crash, finds the old file or the new one,
+    whole.
+    """
+    temporary = path.with_name(
+        path.name + ".tmp"
+    )  # in the same folder, as os.replace is atomic only within a file system
     with open(temporary, "wb") as file:
         torch.save(dict(state), file)
         file.flush()
@@ -29,7 +33,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
 
 
-def check_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore: tuple[str, ...], path: Path) -> None:
+def check_same_config(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, ignore: tuple[str, ...], path: Path
+) -> None:
     """Raises a ``ValueError`` that lists every setting in which a run differs from the checkpoint it wants to continue.
 
     ``ignore`` names settings, or whole groups of them, that may differ.
@@ -41,7 +47,9 @@ def check_same_config(saved: Mapping[str, Any], current: Mapping[str, Any], *, i
         if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in ignore)
     ]
     if changed:
-        raise ValueError("\n".join([f"{path} was made with other settings; restore them or start in another folder:", *changed]))
+        raise ValueError(
+            "\n".join([f"{path} was made with other settings; restore them or start in another folder:", *changed])
+        )
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

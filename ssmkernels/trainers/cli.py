@@ -42,9 +42,17 @@ METHODS = {
         ("test_NMI", *(f"test_{figure}@{k}" for figure in "RP" for k in (1, 2, 4, 8)), "test_MAP@R"),
         best=SELECTED_BY,
     ),
-    "mlsn": Method(MLSNConfig, train_mlsn, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_error", "student_error")),
+    "mlsn": Method(
+        MLSNConfig,
+        train_mlsn,
+        lambda config: f"{config.data.name}-{config.data.labels}",
+        ("ema_error", "student_error"),
+    ),
     "simmatch": Method(
-        SimMatchConfig, train_simmatch, lambda config: f"{config.data.name}-{config.data.labels}", ("ema_accuracy", "student_accuracy")
+        SimMatchConfig,
+        train_simmatch,
+        lambda config: f"{config.data.name}-{config.data.labels}",
+        ("ema_accuracy", "student_accuracy"),
     ),
     "slade": Method(
         SladeConfig,
@@ -53,7 +61,12 @@ METHODS = {
         ("test_MAP@R", "test_RP", "test_P@1"),
         best=SLADE_SELECTED_BY,
     ),
-    "swav": Method(SwAVConfig, train_swav, lambda config: f"{config.data.name}-{config.backbone}", ("test_MAP@R", "test_RP", "test_P@1")),
+    "swav": Method(
+        SwAVConfig,
+        train_swav,
+        lambda config: f"{config.data.name}-{config.backbone}",
+        ("test_MAP@R", "test_RP", "test_P@1"),
+    ),
 }
 
 
@@ -63,7 +76,9 @@ def config_names(method: str) -> list[str]:
 
 
 def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
-    """The configuration that ``argv`` describes, and whether ``--resume`` is in it. Later arguments win over earlier ones."""
+    """The configuration that ``argv`` describes, and whether ``--resume`` is in it. Later arguments win over earlier
+    ones.
+    """
     parser = _parser(method)
     values = vars(parser.instantiate(parser.parse_args(_find_configs(method, argv))))
     config_type = METHODS[method].config
@@ -87,7 +102,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not result.finished:
         again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
-        print(f"Stopped after step {result.step} of {result.steps}; the checkpoint is in {config.run.out}. To go on: {again}")
+        print(
+            f"Stopped after step {result.step} of {result.steps}; the checkpoint is in {config.run.out}. To go on:"
+            f" {again}"
+        )
         return 0
     _report(METHODS[method], result)
     print(f"The run is in {config.run.out}.")
@@ -98,10 +116,15 @@ def _report(method: Method, result: RunResult) -> None:
     if method.best is None:
         last, end = min(20, len(result.history)), result.history[-1]
         for name in method.reported:
-            print(f"{name}: {result.median(name):.4f} as the median of the last {last} evaluations, {end[name]:.4f} at the end")
+            print(
+                f"{name}: {result.median(name):.4f} as the median of the last {last} evaluations, {end[name]:.4f} at"
+                " the end"
+            )
         return
     record, count = result.best(method.best), len(result.history)
-    print(f"{method.best}: {record[method.best]:.4f}, the best of {count} evaluations, after step {record['step']}; there")
+    print(
+        f"{method.best}: {record[method.best]:.4f}, the best of {count} evaluations, after step {record['step']}; there"
+    )
     for name in method.reported:
         print(f"{name}: {record[name]:.4f}")
 
@@ -111,10 +134,14 @@ def _parser(method: str) -> ArgumentParser:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"ssmkernels train {method}",
-        usage=f"ssmkernels train {method} [--config NAME] [--data.root DIR] [--seed N] [--resume] [--SETTING VALUE ...]",
+        usage=(
+            f"ssmkernels train {method} [--config NAME] [--data.root DIR] [--seed N] [--resume] [--SETTING VALUE ...]"
+        ),
         epilog=f"Configurations that come with the package: {', '.join(config_names(method))}.",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="one of the configurations below, or the path of a YAML file")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help="one of the configurations below, or the path of a YAML file"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out, if there is one")
     parser.add_class_arguments(METHODS[method].config)
     return parser
@@ -128,14 +155,20 @@ def _find_configs(method: str, argv: Sequence[str]) -> list[str]:
             path = CONFIGS / method / f"{found[position]}.yaml"
             if not path.exists():
                 names = ", ".join(config_names(method))
-                raise ValueError(f"--config is {found[position]!r}; it should be the path of a YAML file or one of {names}")
+                raise ValueError(
+                    f"--config is {found[position]!r}; it should be the path of a YAML file or one of {names}"
+                )
             found[position] = str(path)
     return found
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:
     """``argv`` with ``--config=NAME`` in two."""
-    return [each for argument in argv for each in (argument.split("=", 1) if argument.startswith("--config=") else [argument])]
+    return [
+        each
+        for argument in argv
+        for each in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
 
 
 def _config_name(argv: Sequence[str]) -> str | None:

@@ -17,7 +17,8 @@ from ssmkernels.distributed import all_gather_rows, all_reduce_sum, is_distribut
 def top_k_accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, ks: tuple[int, ...] = (1,)
 ) -> list[float]:
-    """The share of images whose class is among the k with the highest logits, for each k, over the batches of all ranks.
+    """The share of images whose class is among the k with the highest logits, for each k, over the batches of all
+    ranks.
 
     Args:
         model: images [N, C, H, W] -> (logits [N, L], anything); it is put in eval mode for the time.
@@ -36,12 +37,15 @@ def top_k_accuracy(
 
 
 @torch.no_grad()
-def embed(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def embed(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Features v [N, d], embeddings z [N, δ] and labels [N] of all images of a data set in its order, on every rank.
 
     Args:
         model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
-        batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every R-th image.
+        batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every
+        R-th image.
     """
     training = model.training
     model.eval()
@@ -55,5 +59,7 @@ def embed(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device:
 
 
 def retrieval_figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the names of the metrics."""
+    """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the names
+    of the metrics.
+    """
     return {**metrics.retrieval(embeddings, labels), "NMI": metrics.nmi(embeddings, labels)}

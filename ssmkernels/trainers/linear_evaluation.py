@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Linear evaluation: what a linear classifier reads off the features of a frozen network.
 
-The protocol is that of SimCLR (Chen et al., ICML 2020, section B.8) and BYOL, after Kornblith et al. (CVPR 2019): a multinomial logistic
-regression with an L2 penalty, fitted by L-BFGS on features of central crops, without augmentation; the penalty is picked on validation
-images among 45 values, and the classifier fitted again on training and validation images together.
+The protocol is that of SimCLR (Chen et al., ICML 2020, section B.8) and BYOL, after Kornblith et al. (CVPR 2019): a
+multinomial logistic regression with an L2 penalty, fitted by L-BFGS on features of central crops, without augmentation;
+the penalty is picked on validation images among 45 values, and the classifier fitted again on training and validation
+images together.
 
-L-BFGS is PyTorch's, not scikit-learn's LogisticRegression: it minimises the same function, but where the features are, so that the 45 fits
-on tens of thousands of images, 2048 features and 100 classes take minutes on a GPU; and each starts from the one before.
+L-BFGS is PyTorch's, not scikit-learn's LogisticRegression: it minimises the same function, but where the features are,
+so that the 45 fits on tens of thousands of images, 2048 features and 100 classes take minutes on a GPU; and each starts
+from the one before.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def linear_evaluation(
 
     Args:
         train, validation, test: features [N, d], floating point and on one device, and their labels [N] int64.
-        penalties: values of λ to pick from, by the accuracy on the validation images; the first of several that are equal.
+        penalties: values of λ to pick from, by the accuracy on the validation images; the first of several that are
+        equal.
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties is {tuple(penalties)}; it should be at least one positive number")
@@ -78,8 +81,11 @@ def linear_evaluation(
     return LinearEvaluation(float(right_of.mean()), float((sums[0, there] / sums[1, there]).mean()), picked)
 
 
-def fit_logistic_regression(classifier: nn.Linear, features: Tensor, labels: Tensor, *, penalty: float, max_iter: int = 500) -> None:
-    """Minimises the mean cross-entropy + λ/2·‖W‖², W without the biases, from where ``classifier`` is, which it changes.
+def fit_logistic_regression(
+    classifier: nn.Linear, features: Tensor, labels: Tensor, *, penalty: float, max_iter: int = 500
+) -> None:
+    """Minimises the mean cross-entropy + λ/2·‖W‖², W without the biases, from where ``classifier`` is, which it
+    changes.
 
     Args:
         features: [N, d].
@@ -121,8 +127,8 @@ def frozen_features(
     Args:
         backbone: images [B, C, H, W] -> features [B, d]; it is put in eval mode for the time.
         mean, std: per channel, of pixels scaled to [0, 1], as the network was trained with.
-        image_size: the shorter side is resized to it by bicubic interpolation, and the central square taken; None takes images as they are.
-        workers: processes that load images.
+        image_size: the shorter side is resized to it by bicubic interpolation, and the central square taken; None takes
+        images as they are. workers: processes that load images.
     """
     transform = None if image_size is None else CentralSquare(image_size)
     batches = data.evaluation_batches(images, 256, mean=mean, std=std, transform=transform, workers=workers)
@@ -141,7 +147,9 @@ def transfer(
     workers: int = 0,
     penalties: Sequence[float] = PENALTIES,
 ) -> LinearEvaluation:
-    """:func:`linear_evaluation` of the features that ``backbone`` has of a data set; arguments as in :func:`frozen_features`."""
+    """:func:`linear_evaluation` of the features that ``backbone`` has of a data set; arguments as in
+    :func:`frozen_features`.
+    """
     train, validation, test = (
         frozen_features(backbone, part, mean=mean, std=std, image_size=image_size, device=device, workers=workers)
         for part in (images.train, images.validation, images.test)
@@ -150,7 +158,9 @@ def transfer(
 
 
 class CentralSquare:
-    """The shorter side resized to ``size`` pixels by bicubic interpolation, then the central square (SimCLR, section B.8)."""
+    """The shorter side resized to ``size`` pixels by bicubic interpolation, then the central square (SimCLR, section
+    B.8).
+    """
 
     def __init__(self, size: int = 224) -> None:
         self.size = size

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The loop around a trainer: devices, stopping and resuming, logging, evaluation, checkpoints.
 
-Devices, precision and DDP come from Lightning Fabric rather than from a full trainer framework or our own code: Fabric wraps the
-model and the optimiser and leaves the loop to us, so that a trainer's ``step`` can read like its paper's algorithm.
+Devices, precision and DDP come from Lightning Fabric rather than from a full trainer framework or our own code: Fabric
+wraps the model and the optimiser and leaves the loop to us, so that a trainer's ``step`` can read like its paper's
+algorithm.
 """
 
 from __future__ import annotations
@@ -39,14 +40,18 @@ EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of 
 
 @dataclass
 class RunConfig:
-    """Where a run happens and what it leaves behind. Nothing here changes what is learnt, so all of it may differ on resuming."""
+    """Where a run happens and what it leaves behind. Nothing here changes what is learnt, so all of it may differ on
+    resuming.
+    """
 
     out: str | None = None
     """Folder of checkpoint.pt, metrics.jsonl and tensorboard/; without one nothing is written."""
     log_every: int = 10
     """Steps between reads of the losses."""
     eval_every: int | None = None
-    """Steps between evaluations; none for the end of every epoch, which is 1024 steps where the method has no epochs."""
+    """Steps between evaluations; none for the end of every epoch, which is 1024 steps where the method has no
+    epochs.
+    """
     checkpoint_every: int | None = None
     """Steps between checkpoints; none for the end of every epoch."""
     accelerator: str = "auto"
@@ -65,7 +70,9 @@ class RunConfig:
 
 @dataclass
 class RunResult:
-    """What :func:`fit` did: ``history`` has one record per evaluation, with the training scalars since the one before."""
+    """What :func:`fit` did: ``history`` has one record per evaluation, with the training scalars since the one
+    before.
+    """
 
     finished: bool
     step: int
@@ -111,7 +118,9 @@ class Trainer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def make_fabric(*, precision: Precision = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False) -> Fabric:
+def make_fabric(
+    *, precision: Precision = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False
+) -> Fabric:
     """A launched Fabric: the ranks that ``torchrun`` started, or one device without it.
 
     Args:
@@ -122,7 +131,9 @@ def make_fabric(*, precision: Precision = "32-true", accelerator: str = "auto", 
         raise ValueError(f"precision is {precision!r}; it should be '32-true', 'bf16-mixed' or '16-mixed'")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
-    fabric = Fabric(accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision)
+    fabric = Fabric(
+        accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
+    )
     fabric.launch()
     torch.backends.cudnn.deterministic = True  # a resumed run must choose the convolutions of the interrupted one
     return fabric
@@ -144,11 +155,13 @@ def fit(
     A resumed run computes the bits of an uninterrupted one.
 
     Args:
-        config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but for the
+        config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but
+        for the
             group ``run`` and the place of the data (``data.root``).
-        resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is refused.
-        epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th.
-        best: a figure of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of the trainer's state
+        resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is
+        refused. epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th. best: a figure
+        of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of the trainer's
+        state
             are kept in ``run.out``/best.pt.
 
     Raises:
@@ -246,7 +259,9 @@ class StopSignals:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """For data-loading processes: signals to the whole group reach them too, but the main process decides when they end."""
+    """For data-loading processes: signals to the whole group reach them too, but the main process decides when they
+    end.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Deep semi-supervised metric learning with mixed label propagation (Zhuang and Moulin, CVPR 2023), sections 3.3 and 4.2.
+"""Deep semi-supervised metric learning with mixed label propagation (Zhuang and Moulin, CVPR 2023), sections 3.3 and
+4.2.
 
-A network gives unit features v and unit embeddings z; a few images of each training class have a label. For some epochs the proxy loss
-(26)-(29) is learnt on those alone. Then every epoch starts with a graph of the features of all training images, (15), on which labels are
-propagated, (16)-(24), and goes through all images with the labels and confidences that come out.
+A network gives unit features v and unit embeddings z; a few images of each training class have a label. For some epochs
+the proxy loss (26)-(29) is learnt on those alone. Then every epoch starts with a graph of the features of all training
+images, (15), on which labels are propagated, (16)-(24), and goes through all images with the labels and confidences
+that come out.
 
-Three comparisons are settings of the same trainer (``pseudo_labels``): "lp", label propagation without dissimilarities; "dssml", label
-propagation on the mutual neighbours alone, after DSSML (Zhuang and Moulin, ICASSP 2021); and "none", the proxy loss on the labelled images
-in every step, for as many steps.
+Three comparisons are settings of the same trainer (``pseudo_labels``): "lp", label propagation without dissimilarities;
+"dssml", label propagation on the mutual neighbours alone, after DSSML (Zhuang and Moulin, ICASSP 2021); and "none", the
+proxy loss on the labelled images in every step, for as many steps.
 
-Where the paper is silent, this follows the public code of Proxy-Anchor (Kim et al., CVPR 2020), whose optimiser, ε and b the paper has:
-pooling, initialisation, frozen batch norm, proxies at 100 times the learning rate, a first epoch with a fixed backbone, halved learning
-rates and clipped gradients are its settings. As in LP-DeepSSL (Iscen et al., CVPR 2019), confidences are divided by their maximum, and a
-labelled image keeps its given label, whatever G says, with the highest confidence of all. An image without a positive score has neither
-label nor weight.
+Where the paper is silent, this follows the public code of Proxy-Anchor (Kim et al., CVPR 2020), whose optimiser, ε and
+b the paper has: pooling, initialisation, frozen batch norm, proxies at 100 times the learning rate, a first epoch with
+a fixed backbone, halved learning rates and clipped gradients are its settings. As in LP-DeepSSL (Iscen et al., CVPR
+2019), confidences are divided by their maximum, and a labelled image keeps its given label, whatever G says, with the
+highest confidence of all. An image without a positive score has neither label nor weight.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ class MixedLPConfig:
     embedding_dim: int = 64
     """δ, size of the embeddings z."""
     seed: int = 1
-    """Seed of the classes' split, the labelled images, the initial head and proxies, the batches and the augmentation."""
+    """Seed of the classes' split, the labelled images, the initial head and proxies, the batches and the
+    augmentation.
+    """
 
     pseudo_labels: PseudoLabels = "mixed-lp"
     """Where labels of unlabelled images come from; "none" never uses those images."""
@@ -89,10 +93,10 @@ class MixedLPConfig:
     logit_scale: float = 4.0
     """λ, equation (20)."""
     normalize_confidence: bool = True
-    """Divide confidences by their maximum, as LP-DeepSSL does, from where the paper takes (21). Propagated labels can be nearly uniform:
-    undivided, mixed ones have .01 to 1, the others below .001. In the long run AdamW does not feel a constant factor of the gradient; but
-    coming from labelled epochs of weight 1, its second moments remember for 1/(1 − β₂) = 1000 steps, and steps are shorter until then, by
-    up to that factor."""
+    """Divide confidences by their maximum, as LP-DeepSSL does, from where the paper takes (21). Propagated labels can
+    be nearly uniform: undivided, mixed ones have .01 to 1, the others below .001. In the long run AdamW does not feel a
+    constant factor of the gradient; but coming from labelled epochs of weight 1, its second moments remember for 1/(1 −
+    β₂) = 1000 steps, and steps are shorter until then, by up to that factor."""
     epsilon: float = 32.0
     """ε of the proxy loss."""
     margin: float = 0.1
@@ -123,8 +127,23 @@ class MixedLPConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"embedding_dim": 1, "k": 1, "batch_size": 1, "labeled_epochs": 0, "epochs": 0, "warm_up_epochs": 0, "decay_every": 1}
-        at_least |= {"gamma": 0, "beta": 0, "logit_scale": 0, "learning_rate": 0, "proxy_learning_rate_scale": 0, "weight_decay": 0}
+        at_least = {
+            "embedding_dim": 1,
+            "k": 1,
+            "batch_size": 1,
+            "labeled_epochs": 0,
+            "epochs": 0,
+            "warm_up_epochs": 0,
+            "decay_every": 1,
+        }
+        at_least |= {
+            "gamma": 0,
+            "beta": 0,
+            "logit_scale": 0,
+            "learning_rate": 0,
+            "proxy_learning_rate_scale": 0,
+            "weight_decay": 0,
+        }
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
@@ -134,11 +153,16 @@ class MixedLPConfig:
         if self.labeled_epochs + self.epochs < 1:
             raise ValueError("labeled_epochs and epochs are 0; at least one of them should be positive")
         if self.data.images_per_class is not None and self.data.images_per_class < 1:
-            raise ValueError(f"data.images_per_class is {self.data.images_per_class}; it should be at least 1, or none for all images")
+            raise ValueError(
+                f"data.images_per_class is {self.data.images_per_class}; it should be at least 1, or none for all"
+                " images"
+            )
         if self.data.labels_per_class < 1:
             raise ValueError(f"data.labels_per_class is {self.data.labels_per_class}; it should be at least 1")
         if self.pseudo_labels not in get_args(PseudoLabels):
-            raise ValueError(f"pseudo_labels is {self.pseudo_labels!r}; it should be one of {', '.join(get_args(PseudoLabels))}")
+            raise ValueError(
+                f"pseudo_labels is {self.pseudo_labels!r}; it should be one of {', '.join(get_args(PseudoLabels))}"
+            )
 
 
 class MixedLP:
@@ -148,13 +172,18 @@ class MixedLP:
         config: the settings.
         images: all images; their classes are split here.
         fabric: the device, its precision and the other ranks.
-        network: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone`` as a member;
+        network: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone``
+        as a member;
             ``config.backbone`` is built if none is given.
     """
 
-    def __init__(self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, network: nn.Module | None = None) -> None:
+    def __init__(
+        self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, network: nn.Module | None = None
+    ) -> None:
         if config.batch_size % fabric.world_size:
-            raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks")
+            raise ValueError(
+                f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks"
+            )
         self.config, self.fabric = config, fabric
         if config.data.images_per_class is not None:
             images = data.first_images(images, config.data.images_per_class)
@@ -163,7 +192,9 @@ class MixedLP:
         count, classes = len(self.train), self.train.num_classes
         if config.pseudo_labels != "none" and config.k >= count:
             raise ValueError(f"k is {config.k}; it should be below {count}, the number of training images")
-        self.labeled_index = data.split_labels(self.train.labels, config.data.labels_per_class * classes, seed=config.seed)
+        self.labeled_index = data.split_labels(
+            self.train.labels, config.data.labels_per_class * classes, seed=config.seed
+        )
         self.labeled_epoch_steps = math.ceil(len(self.labeled_index) / config.batch_size)
         self.epoch_steps = math.ceil(count / config.batch_size)
         self.labeled_steps = config.labeled_epochs * self.labeled_epoch_steps
@@ -184,7 +215,9 @@ class MixedLP:
                 )
             self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
         self.network = network.to(memory_format=torch.channels_last)
-        self.backbone_parameters = [each for each in network.get_submodule("backbone").parameters() if each.requires_grad]
+        self.backbone_parameters = [
+            each for each in network.get_submodule("backbone").parameters() if each.requires_grad
+        ]
         optimizer = torch.optim.AdamW(
             [
                 {"params": [each for each in network.parameters() if each.requires_grad], "scale": 1.0},
@@ -224,7 +257,9 @@ class MixedLP:
 
     @torch.no_grad()
     def propagate_labels(self) -> None:
-        """Labels and confidences for the coming epoch, from the graph of the features of all training images as they are now."""
+        """Labels and confidences for the coming epoch, from the graph of the features of all training images as they
+        are now.
+        """
         features, _, _ = self._embed(self.train)
         found: Any = None
         if self.fabric.is_global_zero:
@@ -238,7 +273,11 @@ class MixedLP:
                 "undecided": float((labels < 0).float().mean()),
                 "cg_iterations": float(result.iterations.max()),
             }
-            found = torch.where(unlabeled, labels, self.given_labels), torch.where(unlabeled, confidence, confidence.max()), figures
+            found = (
+                torch.where(unlabeled, labels, self.given_labels),
+                torch.where(unlabeled, confidence, confidence.max()),
+                figures,
+            )
         labels, confidence, self.propagation = self.fabric.broadcast(found)
         self.labels, self.confidence = labels.to(self.fabric.device), confidence.to(self.fabric.device)
 
@@ -285,7 +324,10 @@ class MixedLP:
 
     def batches(self, start_step: int) -> Iterator[data.CollectionBatch]:
         everything = self.labeled_index if self.config.pseudo_labels == "none" else np.arange(len(self.train))
-        for index, first, end in ((self.labeled_index, 0, self.labeled_steps), (everything, self.labeled_steps, self.steps)):
+        for index, first, end in (
+            (self.labeled_index, 0, self.labeled_steps),
+            (everything, self.labeled_steps, self.steps),
+        ):
             if start_step < end:
                 yield from self._loader(index, max(first, start_step), end)
 
@@ -340,7 +382,11 @@ class MixedLP:
         )
         cuda = self.fabric.device.type == "cuda"
         return DataLoader(
-            batches, batch_size=None, num_workers=self.config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda
+            batches,
+            batch_size=None,
+            num_workers=self.config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=cuda,
         )
 
 
@@ -356,11 +402,13 @@ class _Losses(nn.Module):
         return self.proxies(embeddings, labels, confidence)
 
 
-def train_mixed_lp(config: MixedLPConfig, *, resume: bool = False, images: data.ImageCollection | None = None) -> RunResult:
+def train_mixed_lp(
+    config: MixedLPConfig, *, resume: bool = False, images: data.ImageCollection | None = None
+) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
-    Every epoch after the labelled ones ends with an evaluation; ``result.best("validation_P@8")`` is the one that the paper reports, and
-    ``run.out``/best.pt has the weights of its network.
+    Every epoch after the labelled ones ends with an evaluation; ``result.best("validation_P@8")`` is the one that the
+    paper reports, and ``run.out``/best.pt has the weights of its network.
 
     Args:
         images: all images; ``config.data`` is loaded if none are given.

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""MLSN: Metric Learning by Similarity Network for Deep Semi-Supervised Learning (Wu, Feng and Zhou, 2020), Algorithm 2.1.
+"""MLSN: Metric Learning by Similarity Network for Deep Semi-Supervised Learning (Wu, Feng and Zhou, 2020), Algorithm
+2.1.
 
 The baselines of Tables 1 and 2 are settings of the same trainer. Mean Teacher is λ2 = λ3 = 0; the Π model is that with
-``teacher="student"``; supervised-only is all three 0 and never loads unlabelled images. Training with weak labels, where of two
-unlabelled images only "same class" or "another class" is known, is ``pair_labels="weak"``.
+``teacher="student"``; supervised-only is all three 0 and never loads unlabelled images. Training with weak labels,
+where of two unlabelled images only "same class" or "another class" is known, is ``pair_labels="weak"``.
 
-The text leaves open what follows, and no code is public. Choices: L_T is the mean squared difference of the probabilities of the
-unlabelled images, whose two weak views go one to the student and one to the teacher. ŷ is the teacher's argmax. The m pairs are drawn from
-the n² labelled–labelled ones, with their labels, and the n² unlabelled–unlabelled ones, with ŷ: (3). The pairs shape the features: L_S
-flows into them, while the targets ŷ, y_sc and the teacher's probabilities are constants. y_sc = (p_1, …, p_K) / Σ p is what the
-similarity network says of the student's features of the unlabelled images and of one labelled image per class.
+The text leaves open what follows, and no code is public. Choices: L_T is the mean squared difference of the
+probabilities of the unlabelled images, whose two weak views go one to the student and one to the teacher. ŷ is the
+teacher's argmax. The m pairs are drawn from the n² labelled–labelled ones, with their labels, and the n²
+unlabelled–unlabelled ones, with ŷ: (3). The pairs shape the features: L_S flows into them, while the targets ŷ, y_sc
+and the teacher's probabilities are constants. y_sc = (p_1, …, p_K) / Σ p is what the similarity network says of the
+student's features of the unlabelled images and of one labelled image per class.
 """
 
 from __future__ import annotations
@@ -38,7 +40,13 @@ TeacherKind = Literal["ema", "student"]
 PairLabels = Literal["pseudo", "weak"]
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["constant", "cosine-7/16"]
-_CHOICES = {"teacher": TeacherKind, "pair_labels": PairLabels, "interaction": Interaction, "optimizer": Optimizer, "schedule": Schedule}
+_CHOICES = {
+    "teacher": TeacherKind,
+    "pair_labels": PairLabels,
+    "interaction": Interaction,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+}
 
 
 @dataclass
@@ -67,11 +75,13 @@ class RampConfig:
 
 @dataclass
 class MLSNConfig:
-    """Everything that determines a run. Defaults are those of the code base that MLSN most likely used, MixMatch-pytorch of August 2019.
+    """Everything that determines a run. Defaults are those of the code base that MLSN most likely used,
+    MixMatch-pytorch of August 2019.
 
-    λ2, λ3 and the focal loss of the paper are not known. Ours were picked on 8x8 digits with 20 labels and 400 steps, where Mean Teacher
-    has a test error of 15 %, with these settings 13 %, but with λ2 = λ3 = 1 and the α = .25 of object detection 30 %: a focal loss is
-    small, and the probabilities it leaves behind are timid, so that y_sc is nearly uniform and a full L_SC unlearns the labels.
+    λ2, λ3 and the focal loss of the paper are not known. Ours were picked on 8x8 digits with 20 labels and 400 steps,
+    where Mean Teacher has a test error of 15 %, with these settings 13 %, but with λ2 = λ3 = 1 and the α = .25 of
+    object detection 30 %: a focal loss is small, and the probabilities it leaves behind are timid, so that y_sc is
+    nearly uniform and a full L_SC unlearns the labels.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,7 +90,9 @@ class MLSNConfig:
     bn_momentum: float | None = None
     """Share of a batch in the running statistics of batch norm; none for the network's own, .001 in wide ResNets."""
     seed: int = 1
-    """Seed of the labelled split, the initial weights, the batches, the augmentation, the pairs and the class centers."""
+    """Seed of the labelled split, the initial weights, the batches, the augmentation, the pairs and the class
+    centers.
+    """
 
     batch_size: int = 64
     """n, labelled images of a step and as many unlabelled ones, all ranks together."""
@@ -91,13 +103,15 @@ class MLSNConfig:
     lambda_3: RampConfig = field(default_factory=lambda: RampConfig(0.1, "gaussian", 1.0))
     """λ3(t), of the co-training loss L_SC."""
     teacher: TeacherKind = "ema"
-    """Who makes the targets: the average of the student's weights (Mean Teacher), or the student itself in a second pass (Π model)."""
+    """Who makes the targets: the average of the student's weights (Mean Teacher), or the student itself in a second
+    pass (Π model).
+    """
 
     pairs: int = 512
     """m, pairs of a step out of 2n², all ranks together."""
     pair_labels: PairLabels = "pseudo"
-    """Of two unlabelled images: whether their ŷ agree, (3); or, with weak labels, whether their true classes do. The classes themselves
-    stay unknown."""
+    """Of two unlabelled images: whether their ŷ agree, (3); or, with weak labels, whether their true classes do. The
+    classes themselves stay unknown."""
     pair_threshold: float = 0.0
     """Confidence of ŷ from which an image takes part in pairs; the paper has none."""
     hidden_features: int = 512
@@ -112,8 +126,8 @@ class MLSNConfig:
     steps: int = 2**20
     """Optimiser steps of the run."""
     optimizer: Optimizer = "adamw"
-    """Adam with weights that shrink by learning_rate·weight_decay a step, all of them; or SGD with Nesterov momentum .9 and L2 on all but
-    biases and normalisation."""
+    """Adam with weights that shrink by learning_rate·weight_decay a step, all of them; or SGD with Nesterov momentum .9
+    and L2 on all but biases and normalisation."""
     learning_rate: float = 0.002
     weight_decay: float = 0.02
     schedule: Schedule = "constant"
@@ -121,8 +135,9 @@ class MLSNConfig:
     ema_decay: float = 0.999
     """Decay of the averaged model, the teacher and the one that is evaluated."""
     ema_buffers: Literal["average", "copy", "own"] = "copy"
-    """Batch-norm statistics of the averaged model, see :class:`ssmkernels.nn.EMATeacher`. Those of "copy" should lag as the weights do:
-    bn_momentum near 1 − ema_decay. On digits .1 beside .02 costs Mean Teacher 10 points; "own" has no such trap."""
+    """Batch-norm statistics of the averaged model, see :class:`ssmkernels.nn.EMATeacher`. Those of "copy" should lag as
+    the weights do: bn_momentum near 1 − ema_decay. On digits .1 beside .02 costs Mean Teacher 10 points; "own" has no
+    such trap."""
     ema_warm_up: bool = False
     """Shorter averages at the start."""
     precision: Precision = "32-true"
@@ -131,21 +146,35 @@ class MLSNConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "pairs": 1, "hidden_features": 1, "steps": 1, "focal_gamma": 0, "learning_rate": 0, "weight_decay": 0}
+        at_least = {
+            "batch_size": 1,
+            "pairs": 1,
+            "hidden_features": 1,
+            "steps": 1,
+            "focal_gamma": 0,
+            "learning_rate": 0,
+            "weight_decay": 0,
+        }
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}"
+                )
         if self.focal_alpha is not None and not 0 <= self.focal_alpha <= 1:
             raise ValueError(f"focal_alpha is {self.focal_alpha}; it should be in [0, 1], or null")
         if not 0 <= self.pair_threshold <= 1:
             raise ValueError(f"pair_threshold is {self.pair_threshold}; it should be in [0, 1]")
         if self.lambda_3.weight > 0 and self.lambda_2.weight == 0:
-            raise ValueError("lambda_3.weight is positive and lambda_2.weight 0; without L_S the similarity network learns nothing")
+            raise ValueError(
+                "lambda_3.weight is positive and lambda_2.weight 0; without L_S the similarity network learns nothing"
+            )
         if self.ema_buffers == "own" and not (self.teacher == "ema" and self.uses_unlabeled):
-            raise ValueError('ema_buffers is "own"; with no averaged teacher that sees images it should be "copy" or "average"')
+            raise ValueError(
+                'ema_buffers is "own"; with no averaged teacher that sees images it should be "copy" or "average"'
+            )
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -157,7 +186,8 @@ class MLSNConfig:
 
 
 class MLSNNetwork(nn.Module):
-    """Figure 1: features h of a backbone, the classifier C on them, and beside it the similarity network S where there is one.
+    """Figure 1: features h of a backbone, the classifier C on them, and beside it the similarity network S where there
+    is one.
 
     Shape: images [N, C, H, W] -> logits [N, K], features [N, d].
     """
@@ -172,12 +202,18 @@ class MLSNNetwork(nn.Module):
 
 
 def build_network(config: MLSNConfig, splits: data.ImageSplits) -> MLSNNetwork:
-    """The network of ``config`` for these images, freshly initialised from its seed; the same with and without a similarity network."""
+    """The network of ``config`` for these images, freshly initialised from its seed; the same with and without a
+    similarity network.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        network = models.build_model(config.model, splits.num_classes, in_channels=splits.channels, bn_momentum=config.bn_momentum)
+        network = models.build_model(
+            config.model, splits.num_classes, in_channels=splits.channels, bn_momentum=config.bn_momentum
+        )
         features = network.classifier.in_features
-        similarity = SimilarityNetwork(features, config.hidden_features, config.interaction) if config.uses_similarity else None
+        similarity = (
+            SimilarityNetwork(features, config.hidden_features, config.interaction) if config.uses_similarity else None
+        )
     return MLSNNetwork(network.backbone, network.classifier, similarity)
 
 
@@ -191,17 +227,23 @@ class MLSN:
         network: :func:`build_network` if none is given.
     """
 
-    def __init__(self, config: MLSNConfig, splits: data.ImageSplits, fabric: Fabric, *, network: MLSNNetwork | None = None) -> None:
+    def __init__(
+        self, config: MLSNConfig, splits: data.ImageSplits, fabric: Fabric, *, network: MLSNNetwork | None = None
+    ) -> None:
         for name in ("batch_size", "pairs"):
             if getattr(config, name) % fabric.world_size:
-                raise ValueError(f"{name} is {getattr(config, name)}; it should be a multiple of the {fabric.world_size} ranks")
+                raise ValueError(
+                    f"{name} is {getattr(config, name)}; it should be a multiple of the {fabric.world_size} ranks"
+                )
         self.config, self.splits, self.fabric = config, splits, fabric
         self.transforms = data.default_transforms(splits)
         self.labeled_index = data.split_labels(
             splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
         )
         network = build_network(config, splits) if network is None else network
-        self.model = network.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and on tensor cores
+        self.model = network.to(
+            memory_format=torch.channels_last
+        )  # convolutions are faster so, on CPUs and on tensor cores
         self.student, self.optimizer = fabric.setup(self.model, _optimizer(self.model, config))
         self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
         self.centers: ClassCenters | None = None
@@ -239,12 +281,16 @@ class MLSN:
         metrics = {
             "loss_labeled": loss_labeled,
             "loss_consistency": loss_consistency,
-            "pseudo_label_accuracy": (pseudo_labels == batch.unlabeled_labels).float().mean(),  # measured, never learnt from
+            "pseudo_label_accuracy": (pseudo_labels == batch.unlabeled_labels)
+            .float()
+            .mean(),  # measured, never learnt from
         }
         if self.model.similarity is not None:
             weak = config.pair_labels == "weak"
             sides = batch.unlabeled_labels if weak else pseudo_labels.where(confidence >= config.pair_threshold, -1)
-            loss_similarity = self._similarity_loss(self.model.similarity, features, torch.cat([batch.labels, sides]), step)  # L_S
+            loss_similarity = self._similarity_loss(
+                self.model.similarity, features, torch.cat([batch.labels, sides]), step
+            )  # L_S
             targets = self._similarity_labels(self.model.similarity, features.detach(), batch.labels, step)  # y_sc
             loss_cotraining = F.cross_entropy(logits[n:].float(), targets)  # L_SC
             loss = loss + config.lambda_2.at(step, config.steps) * loss_similarity
@@ -268,11 +314,15 @@ class MLSN:
         config, fabric = self.config, self.fabric
         draw = self._generator(step, 1 + fabric.global_rank)
         pairs = sample_pairs(len(labels) // 2, config.pairs // fabric.world_size, generator=draw, device=labels.device)
-        return network.focal_loss(features, features, labels, labels, pairs=pairs, alpha=config.focal_alpha, gamma=config.focal_gamma)
+        return network.focal_loss(
+            features, features, labels, labels, pairs=pairs, alpha=config.focal_alpha, gamma=config.focal_gamma
+        )
 
     @torch.no_grad()
     def _similarity_labels(self, network: SimilarityNetwork, features: Tensor, labels: Tensor, step: int) -> Tensor:
-        """y_sc [n, K] of the unlabelled rows; the centers come from the labelled rows of all ranks. Classes never seen so far get 0."""
+        """y_sc [n, K] of the unlabelled rows; the centers come from the labelled rows of all ranks. Classes never seen
+        so far get 0.
+        """
         n, classes = len(labels), self.splits.num_classes
         labeled = all_gather_rows(features[:n].float()), all_gather_rows(labels)
         self.centers = draw_class_centers(*labeled, classes, self.centers, generator=self._generator(step, 0))
@@ -341,7 +391,13 @@ class MLSN:
             exclude_labeled=not config.data.labels_in_unlabeled,
         )
         cuda = self.fabric.device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=cuda,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         for module in (self.model, self.teacher):

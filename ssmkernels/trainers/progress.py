@@ -53,11 +53,19 @@ class RunLog:
         self.read_at = time.perf_counter()
         pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file gets a line now and then
         self.bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not (bar and writes), dynamic_ncols=True, leave=False, mininterval=pause
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not (bar and writes),
+            dynamic_ncols=True,
+            leave=False,
+            mininterval=pause,
         )
         self.file = self.board = None
         if folder is not None and writes:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed by runs that write nothing
+            from torch.utils.tensorboard import (
+                SummaryWriter,
+            )  # slow to import, and not needed by runs that write nothing
 
             path = folder / "metrics.jsonl"
             kept = _records_until(path, start)  # the steps after the checkpoint are about to be done again
@@ -81,8 +89,9 @@ class RunLog:
         for number, row in enumerate(rows, start=self.step + 1):
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
-                    f"the loss of step {number} is {row['loss']} ({', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'loss')}); "
-                    "the run stops, its last checkpoint is from before; lower the learning rate or use precision 32-true"
+                    f"the loss of step {number} is {row['loss']}"
+                    f" ({', '.join(f'{k} {v:.4g}' for k, v in row.items() if k != 'loss')}); the run stops, its last"
+                    " checkpoint is from before; lower the learning rate or use precision 32-true"
                 )
         self.step += len(rows)
         now = time.perf_counter()

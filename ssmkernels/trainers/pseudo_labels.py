@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 def cluster(features: Tensor, k: int, *, seed: int) -> Tensor:
-    """The cluster of every row, [n] int64 on the CPU, numbered from 0 without gaps: k-means, the best of five starts by inertia.
+    """The cluster of every row, [n] int64 on the CPU, numbered from 0 without gaps: k-means, the best of five starts by
+    inertia.
 
-    With faiss where it is installed, otherwise with scikit-learn. They start differently, faiss from random rows and scikit-learn by
-    k-means++, so the clusters are not the same; with one of them they are a function of the arguments.
+    With faiss where it is installed, otherwise with scikit-learn. They start differently, faiss from random rows and
+    scikit-learn by k-means++, so the clusters are not the same; with one of them they are a function of the arguments.
 
     Args:
         features: [n, d], floating point, finite.
@@ -37,7 +38,13 @@ def _faiss_clusters(features: Tensor, k: int, seed: int) -> Tensor:
     rows = features.numpy()
     # All rows are learnt from, however many or few there are for a cluster.
     means = faiss.Kmeans(
-        rows.shape[1], k, niter=50, nredo=5, seed=seed % 2**31, min_points_per_centroid=1, max_points_per_centroid=len(rows)
+        rows.shape[1],
+        k,
+        niter=50,
+        nredo=5,
+        seed=seed % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(rows),
     )
     means.train(rows)
     return torch.from_numpy(means.index.search(rows, 1)[1][:, 0])

@@ -29,5 +29,7 @@ def linear_ramp_up(step: int, ramp_steps: float) -> float:
 
 
 def gaussian_ramp_up(step: int, ramp_steps: float) -> float:
-    """exp(−5 (1 − t/T)²), from .0067 to 1 at T = ``ramp_steps``, where it stays (Laine and Aila; Tarvainen and Valpola)."""
+    """exp(−5 (1 − t/T)²), from .0067 to 1 at T = ``ramp_steps``, where it stays (Laine and Aila; Tarvainen and
+    Valpola).
+    """
     return math.exp(-5 * (1 - linear_ramp_up(step, ramp_steps)) ** 2)

@@ -2,12 +2,13 @@
 """SimMatch: Semi-supervised Learning with Similarity Matching (Zheng et al., CVPR 2022), Algorithm 1.
 
 Two baselines of the paper are settings of the same trainer: FixMatch is ``alpha=1, lambda_in=0, alignment_queue=0,
-hard_pseudo_labels=True`` and never touches the memory; supervised-only is ``lambda_u=0, lambda_in=0`` and never loads unlabelled images.
+hard_pseudo_labels=True`` and never touches the memory; supervised-only is ``lambda_u=0, lambda_in=0`` and never loads
+unlabelled images.
 
-Where the text of the paper is silent, this follows its public code: q_agg aggregates the uncalibrated q^w, while p̂ and the unfolding use
-the calibrated p^w; p̂ is soft and the gate is max p̂ ≥ τ; L_in takes every unlabelled row; the memory is read before it is written; in the
-first epoch L_in is left out and p̂ = p^w. In "temporal" mode (CIFAR) the weak branch is the student, detached; in "teacher" mode (ImageNet)
-it is an EMA teacher.
+Where the text of the paper is silent, this follows its public code: q_agg aggregates the uncalibrated q^w, while p̂ and
+the unfolding use the calibrated p^w; p̂ is soft and the gate is max p̂ ≥ τ; L_in takes every unlabelled row; the memory
+is read before it is written; in the first epoch L_in is left out and p̂ = p^w. In "temporal" mode (CIFAR) the weak
+branch is the student, detached; in "teacher" mode (ImageNet) it is an EMA teacher.
 """
 
 from __future__ import annotations
@@ -112,7 +113,15 @@ class SimMatchConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "mu": 1, "steps": 1, "accumulate": 1, "alignment_queue": 0, "first_epoch_steps": 0, "warm_up_steps": 0}
+        at_least = {
+            "batch_size": 1,
+            "mu": 1,
+            "steps": 1,
+            "accumulate": 1,
+            "alignment_queue": 0,
+            "first_epoch_steps": 0,
+            "warm_up_steps": 0,
+        }
         at_least |= {"lambda_u": 0, "lambda_in": 0, "learning_rate": 0, "weight_decay": 0, "projection_dim": 1}
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
@@ -123,7 +132,10 @@ class SimMatchConfig:
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it should be positive")
         if self.ema_buffers == "own" and not (self.memory == "teacher" and self.uses_unlabeled):
-            raise ValueError('ema_buffers is "own"; with no teacher that sees images (memory "teacher") it should be "copy" or "average"')
+            raise ValueError(
+                'ema_buffers is "own"; with no teacher that sees images (memory "teacher") it should be "copy" or'
+                ' "average"'
+            )
 
     @property
     def uses_unlabeled(self) -> bool:
@@ -142,10 +154,13 @@ class SimMatch:
         config: the settings.
         splits: the images.
         fabric: the device, its precision and the other ranks.
-        model: x [N, C, H, W] -> (logits [N, L], unit embeddings [N, projection_dim]); ``config.model`` is built if none is given.
+        model: x [N, C, H, W] -> (logits [N, L], unit embeddings [N, projection_dim]); ``config.model`` is built if none
+        is given.
     """
 
-    def __init__(self, config: SimMatchConfig, splits: data.ImageSplits, fabric: Fabric, *, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, config: SimMatchConfig, splits: data.ImageSplits, fabric: Fabric, *, model: nn.Module | None = None
+    ) -> None:
         if config.batch_size % (fabric.world_size * config.accumulate):
             pieces = f"{fabric.world_size} rank(s) times accumulate, {config.accumulate}"
             raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of {pieces}")
@@ -165,7 +180,9 @@ class SimMatch:
                     projection_dim=config.projection_dim,
                     bn_momentum=config.bn_momentum,
                 )
-        self.model = model.to(memory_format=torch.channels_last)  # convolutions are faster so, on CPUs and on tensor cores
+        self.model = model.to(
+            memory_format=torch.channels_last
+        )  # convolutions are faster so, on CPUs and on tensor cores
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -180,7 +197,12 @@ class SimMatch:
         if config.uses_memory:
             labels = torch.as_tensor(splits.train.labels)[self.labeled_index]
             self.memory = LabeledMemory(
-                len(labels), config.projection_dim, classes, labels=labels, mode=config.memory, momentum=config.memory_momentum
+                len(labels),
+                config.projection_dim,
+                classes,
+                labels=labels,
+                mode=config.memory,
+                momentum=config.memory_momentum,
             ).to(fabric.device)
         self.align.to(fabric.device)
 
@@ -206,7 +228,9 @@ class SimMatch:
         return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
 
     def losses(self, batch: data.Batch, *, first_epoch: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses and metrics of a batch, and the embeddings of its labelled images that go to the memory, detached."""
+        """The losses and metrics of a batch, and the embeddings of its labelled images that go to the memory,
+        detached.
+        """
         config, rows = self.config, len(batch.labels)
         if not config.uses_unlabeled:
             logits, embeddings = self.student(batch.labeled_weak)
@@ -218,18 +242,25 @@ class SimMatch:
             with self.fabric.autocast():
                 teacher_logits, teacher_embeddings = self.teacher(torch.cat([batch.labeled_weak, batch.unlabeled_weak]))
             logits, embeddings = self.student(torch.cat([batch.labeled_weak, batch.unlabeled_strong]))
-            logits_weak, (z_labeled, z_weak) = teacher_logits[rows:], teacher_embeddings.split([rows, len(batch.unlabeled_weak)])
+            logits_weak, (z_labeled, z_weak) = (
+                teacher_logits[rows:],
+                teacher_embeddings.split([rows, len(batch.unlabeled_weak)]),
+            )
             logits_labeled, logits_strong, z_strong = logits[:rows], logits[rows:], embeddings[rows:]
         else:
             sizes = [rows, len(batch.unlabeled_weak), len(batch.unlabeled_strong)]
-            logits, embeddings = self.student(torch.cat([batch.labeled_weak, batch.unlabeled_weak, batch.unlabeled_strong]))
+            logits, embeddings = self.student(
+                torch.cat([batch.labeled_weak, batch.unlabeled_weak, batch.unlabeled_strong])
+            )
             logits_labeled, logits_weak, logits_strong = logits.split(sizes)
             z_labeled, z_weak, z_strong = embeddings.split(sizes)
 
         probs = self.align(logits_weak.detach().float().softmax(dim=1))  # p^w, calibrated
         pseudo_probs, loss_instance = probs, logits.new_zeros(())
         if self.memory is not None:
-            scale = probs if config.propagate_to_instances else torch.full_like(probs, 1 / probs.shape[1])  # a uniform one leaves q^w
+            scale = (
+                probs if config.propagate_to_instances else torch.full_like(probs, 1 / probs.shape[1])
+            )  # a uniform one leaves q^w
             t = config.temperature
             matching = self.memory.instance_matching(
                 z_weak.detach(), z_strong, scale, temperature_weak=t, temperature_strong=t, alpha=config.alpha
@@ -266,7 +297,11 @@ class SimMatch:
 
     @property
     def shown(self) -> tuple[str, ...]:
-        return ("loss", "loss_labeled", *(("loss_unlabeled", "loss_instance", "mask_rate") if self.config.uses_unlabeled else ()))
+        return (
+            "loss",
+            "loss_labeled",
+            *(("loss_unlabeled", "loss_instance", "mask_rate") if self.config.uses_unlabeled else ()),
+        )
 
     def scalars(self, means: dict[str, float]) -> dict[str, float]:
         """The means, with the accuracy of the confident pseudo-labels where there are any."""
@@ -277,7 +312,9 @@ class SimMatch:
         return scalars
 
     def evaluate(self) -> dict[str, float]:
-        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes, top-5."""
+        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes,
+        top-5.
+        """
         splits, fabric = self.splits, self.fabric
         ks = (1, 5) if splits.num_classes > 5 else (1,)
         accuracies: dict[str, float] = {}
@@ -295,7 +332,9 @@ class SimMatch:
                 worker_init_fn=ignore_stop_signals,
             )
             values = top_k_accuracy(model, batches, device=fabric.device, ks=ks)
-            accuracies |= {f"{name}_accuracy" if k == 1 else f"{name}_top{k}": value for k, value in zip(ks, values, strict=True)}
+            accuracies |= {
+                f"{name}_accuracy" if k == 1 else f"{name}_top{k}": value for k, value in zip(ks, values, strict=True)
+            }
         return accuracies
 
     def batches(self, start_step: int) -> Iterable[data.Batch]:
@@ -318,7 +357,13 @@ class SimMatch:
             exclude_labeled=not config.data.labels_in_unlabeled,
         )
         cuda = self.fabric.device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=cuda,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         for module in (self.model, self.teacher):
@@ -339,7 +384,9 @@ class SimMatch:
         return warm_up_half_cosine(step, self.config.steps, self.config.warm_up_steps)
 
 
-def train_simmatch(config: SimMatchConfig, *, resume: bool = False, splits: data.ImageSplits | None = None) -> RunResult:
+def train_simmatch(
+    config: SimMatchConfig, *, resume: bool = False, splits: data.ImageSplits | None = None
+) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
     Args:
@@ -356,4 +403,8 @@ def train_simmatch(config: SimMatchConfig, *, resume: bool = False, splits: data
 
 def _split(batch: data.Batch, pieces: int) -> list[data.Batch]:
     """A batch in ``pieces`` of as many rows each."""
-    return [batch] if pieces == 1 else [type(batch)(*columns) for columns in zip(*(each.chunk(pieces) for each in batch), strict=True)]
+    return (
+        [batch]
+        if pieces == 1
+        else [type(batch)(*columns) for columns in zip(*(each.chunk(pieces) for each in batch), strict=True)]
+    )

@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """SLADE: A Self-Training Framework For Distance Metric Learning (Duan et al., CVPR 2021).
 
-A teacher learns to embed the images of labelled classes. k-means on its embeddings of unlabelled images, of other classes, gives these
-pseudo-labels. A student learns from both sets, together with a feature basis W_a, one vector for every labelled class, whose similarities
-say which pairs of pseudo-labelled images to believe:
+A teacher learns to embed the images of labelled classes. k-means on its embeddings of unlabelled images, of other
+classes, gives these pseudo-labels. A student learns from both sets, together with a feature basis W_a, one vector for
+every labelled class, whose similarities say which pairs of pseudo-labelled images to believe:
 
-    min over θ^s, W_a of L_rank(D^l; θ^s) + λ1 L_rank(D^u; θ^s) + λ2 (L_CE(D^l) + L_SD(D^u))        (L_Basis in the parentheses)
+    min over θ^s, W_a of L_rank(D^l; θ^s) + λ1 L_rank(D^u; θ^s) + λ2 (L_CE(D^l) + L_SD(D^u))        (L_Basis in the
+    parentheses)
 
-with the pairs of D^u mined: positive from a similarity T1 = μ⁺ on, negative up to T2 = μ⁻, the running means that L_SD keeps. The student
-is the teacher of the next round.
+with the pairs of D^u mined: positive from a similarity T1 = μ⁺ on, negative up to T2 = μ⁻, the running means that L_SD
+keeps. The student is the teacher of the next round.
 
-The rows of the ablations are settings of the same trainer: ``student`` is "none" for the teacher alone, "pseudo-labels" for L_rank on the
-pseudo-labels, "basis" for these and L_Basis, "mining" for all of it; ``similarity_loss`` puts another loss in the place of L_SD.
+The rows of the ablations are settings of the same trainer: ``student`` is "none" for the teacher alone, "pseudo-labels"
+for L_rank on the pseudo-labels, "basis" for these and L_Basis, "mining" for all of it; ``similarity_loss`` puts another
+loss in the place of L_SD.
 
-Where the paper is silent: a student starts from the weights that the teacher started from, not from the teacher's. It then owes the teacher
-its pseudo-labels alone and none of its mistakes, and after ``student_steps`` = ``teacher_steps``, the default, it has had as many steps
-as the teacher, so that the rows compare; ``student`` "none" with more ``teacher_steps`` tells what more steps on labelled images would do.
-W_a, the running moments and the optimiser start anew with each student. The teacher is the network at the end of its steps. L_rank is
-one loss in all its places: the multi-similarity loss too is taken over mined pairs, since sums of different losses, whose sizes differ by
-orders of magnitude, would need another λ1. The protocol is that of Musgrave et al. (ECCV 2020), on whose code the paper builds: the last
-classes to test on, the others in class-disjoint folds, one to validate on.
+Where the paper is silent: a student starts from the weights that the teacher started from, not from the teacher's. It
+then owes the teacher its pseudo-labels alone and none of its mistakes, and after ``student_steps`` = ``teacher_steps``,
+the default, it has had as many steps as the teacher, so that the rows compare; ``student`` "none" with more
+``teacher_steps`` tells what more steps on labelled images would do. W_a, the running moments and the optimiser start
+anew with each student. The teacher is the network at the end of its steps. L_rank is one loss in all its places: the
+multi-similarity loss too is taken over mined pairs, since sums of different losses, whose sizes differ by orders of
+magnitude, would need another λ1. The protocol is that of Musgrave et al. (ECCV 2020), on whose code the paper builds:
+the last classes to test on, the others in class-disjoint folds, one to validate on.
 """
 
 from __future__ import annotations
@@ -59,8 +62,8 @@ from ssmkernels.trainers.slade_data import load_images, make_views, split_images
 Stage = Literal["teacher", "warm-up", "joint"]
 
 SELECTED_BY = "final_MAP@R"
-"""MAP@R among the validation classes, once the network is trained that the run is for: the last student, or the teacher where there is
-none. 0 before."""
+"""MAP@R among the validation classes, once the network is trained that the run is for: the last student, or the teacher
+where there is none. 0 before."""
 EVALUATED_EVERY = 200
 """Steps between evaluations, by default: Musgrave's two epochs of 100."""
 FIGURES = ("MAP@R", "RP", "P@1")
@@ -82,7 +85,8 @@ class Slade:
         images: the labelled collection; its classes are split here.
         fabric: the device, its precision and the other ranks.
         unlabeled_images: the unlabelled collection where there is one; none is needed for the teacher alone.
-        network: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]); ``config.backbone`` is built if none is given.
+        network: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]); ``config.backbone`` is built if
+        none is given.
     """
 
     def __init__(
@@ -96,13 +100,15 @@ class Slade:
     ) -> None:
         if config.batch_size % (config.per_class * fabric.world_size):
             raise ValueError(
-                f"batch_size is {config.batch_size}; it should be a multiple of per_class, {config.per_class}, times the "
-                f"{fabric.world_size} ranks"
+                f"batch_size is {config.batch_size}; it should be a multiple of per_class, {config.per_class}, times"
+                f" the {fabric.world_size} ranks"
             )
         self.config, self.fabric = config, fabric
         self.images = split_images(config.data, images, unlabeled_images, seed=config.seed)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
-            raise ValueError(f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images")
+            raise ValueError(
+                f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images"
+            )
         self.labels = torch.as_tensor(self.images.labeled.labels, device=fabric.device)
         self.pseudo_labels = torch.empty(0, dtype=torch.int64, device=fabric.device)  # of the running round
         self.clustering: dict[str, float] = {}
@@ -123,11 +129,16 @@ class Slade:
     @property
     def unlabeled(self) -> data.ImageCollection:
         if self.images.unlabeled is None:
-            raise ValueError(f"unlabeled_images is None; it should be the images of {self.config.data.unlabeled_name}, data.unlabeled_name")
+            raise ValueError(
+                f"unlabeled_images is None; it should be the images of {self.config.data.unlabeled_name},"
+                " data.unlabeled_name"
+            )
         return self.images.unlabeled
 
     def start_round(self) -> None:
-        """The network so far becomes the teacher, whose clusters are the pseudo-labels, and everything that learns starts again."""
+        """The network so far becomes the teacher, whose clusters are the pseudo-labels, and everything that learns
+        starts again.
+        """
         embeddings, true_labels = self._embed(self.unlabeled)
         found: Any = None
         if self.fabric.is_global_zero:
@@ -156,9 +167,13 @@ class Slade:
         self.fabric.backward(losses["loss"])
         for parameter in self.basis_parameters:
             if parameter.grad is not None:
-                parameter.grad = all_reduce_mean(parameter.grad)  # of the whole batch on every rank, equal but for rounding
+                parameter.grad = all_reduce_mean(
+                    parameter.grad
+                )  # of the whole batch on every rank, equal but for rounding
         self.optimizer.step()
-        self.final = step >= self.config.steps - (self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps)
+        self.final = step >= self.config.steps - (
+            self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps
+        )
         return {name: value.detach() for name, value in losses.items()}
 
     def losses(self, batch: SladeBatch, stage: Stage) -> dict[str, Tensor]:
@@ -186,7 +201,9 @@ class Slade:
             loss = config.lambda_2 * (losses["loss_cross_entropy"] + losses["loss_similarity"])
         if stage == "joint":
             losses["loss_labeled"] = self.rank(f_l, labels)
-            losses["loss_unlabeled"] = self._mined_rank(f_u) if config.student == "mining" else self.rank(f_u, pseudo_labels)
+            losses["loss_unlabeled"] = (
+                self._mined_rank(f_u) if config.student == "mining" else self.rank(f_u, pseudo_labels)
+            )
             loss = losses["loss_labeled"] + config.lambda_1 * losses["loss_unlabeled"] + loss
         return {"loss": loss, **losses}
 
@@ -206,8 +223,13 @@ class Slade:
         similarities = self.basis.similarities(embeddings.detach())
         others = ~torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
         # As long as T1 < T2 a pair can be both, which eq. (1) lets cancel out; a loss of exponentials cannot take it.
-        positives, negatives = (similarities >= t_1) & others & (similarities > t_2), (similarities <= t_2) & others & (similarities < t_1)
-        return self.rank(embeddings, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True)))
+        positives, negatives = (
+            (similarities >= t_1) & others & (similarities > t_2),
+            (similarities <= t_2) & others & (similarities < t_1),
+        )
+        return self.rank(
+            embeddings, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True))
+        )
 
     def scalars(self, means: dict[str, float]) -> dict[str, float]:
         """The means, with the figures of the clustering of the running round and the moments of the similarities."""
@@ -248,8 +270,8 @@ class Slade:
         return ends
 
     def batches(self, start_step: int) -> Iterator[SladeBatch]:
-        """The batches of every step from ``start_step`` on. A round starts when its first batch is asked for, after the last step of the
-        one before; on resuming within a round, with the pseudo-labels of the checkpoint."""
+        """The batches of every step from ``start_step`` on. A round starts when its first batch is asked for, after the
+        last step of the one before; on resuming within a round, with the pseudo-labels of the checkpoint."""
         config = self.config
         for labeled in self._loader(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0):
             yield SladeBatch(labeled, None)
@@ -284,7 +306,9 @@ class Slade:
     def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
         """Embeddings and true labels of all images."""
         broadcast_buffers(self.model)
-        _, embeddings, labels = embed(self.model, _evaluation_batches(self.config, images, self.fabric), device=self.fabric.device)
+        _, embeddings, labels = embed(
+            self.model, _evaluation_batches(self.config, images, self.fabric), device=self.fabric.device
+        )
         return embeddings, labels
 
     def _loader(
@@ -310,7 +334,11 @@ class Slade:
         )
         cuda = self.fabric.device.type == "cuda"
         return DataLoader(
-            batches, batch_size=None, num_workers=self.config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda
+            batches,
+            batch_size=None,
+            num_workers=self.config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=cuda,
         )
 
 
@@ -323,8 +351,9 @@ def train_slade(
 ) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
-    ``result.best("final_MAP@R")`` is the evaluation of the last student (of the teacher, where ``student`` is "none") that is best on the
-    validation classes, and ``run.out``/best.pt has the weights of its network. With ``data.fold`` None this is :func:`train_folds`.
+    ``result.best("final_MAP@R")`` is the evaluation of the last student (of the teacher, where ``student`` is "none")
+    that is best on the validation classes, and ``run.out``/best.pt has the weights of its network. With ``data.fold``
+    None this is :func:`train_folds`.
 
     Args:
         images: the labelled collection; ``config.data`` is loaded if none is given.
@@ -357,11 +386,12 @@ def train_folds(
     images: data.ImageCollection | None = None,
     unlabeled_images: data.ImageCollection | None = None,
 ) -> RunResult:
-    """Trains a network for every fold, in ``run.out``/fold0, fold1, …, and tests their embeddings together: Musgrave's protocol.
+    """Trains a network for every fold, in ``run.out``/fold0, fold1, …, and tests their embeddings together: Musgrave's
+    protocol.
 
-    The history of a finished result is one record: ``test_MAP@R`` and so on of the concatenated embeddings (4 folds of 128 are the "512" of
-    the tables), ``separate_test_MAP@R`` and so on the mean over the networks by themselves (the "128"), and the mean over the folds of
-    their best validation figures. It is in ``run.out``/metrics.jsonl too.
+    The history of a finished result is one record: ``test_MAP@R`` and so on of the concatenated embeddings (4 folds of
+    128 are the "512" of the tables), ``separate_test_MAP@R`` and so on the mean over the networks by themselves (the
+    "128"), and the mean over the folds of their best validation figures. It is in ``run.out``/metrics.jsonl too.
 
     Args:
         resume: go on with the folds that are not finished.
@@ -380,7 +410,10 @@ def train_folds(
         if not results[-1].finished:
             break
     done = RunResult(
-        finished=results[-1].finished, step=sum(each.step for each in results), steps=config.data.folds * config.steps, history=[]
+        finished=results[-1].finished,
+        step=sum(each.step for each in results),
+        steps=config.data.folds * config.steps,
+        history=[],
     )
     if done.finished:
         records = [result.best(SELECTED_BY) for result in results]
@@ -394,15 +427,16 @@ def train_folds(
 
 
 def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) -> dict[str, float]:
-    """Retrieval among the test classes with the networks of all folds, each with its best.pt in ``run.out``/fold0, fold1, ….
+    """Retrieval among the test classes with the networks of all folds, each with its best.pt in ``run.out``/fold0,
+    fold1, ….
 
     Args:
         config: what :func:`train_folds` was called with.
         images: the labelled collection.
 
     Returns:
-        ``test_*`` of the embeddings side by side, each of norm 1, and ``separate_test_*``, the mean over the networks by themselves, for
-        MAP@R, RP and P@1.
+        ``test_*`` of the embeddings side by side, each of norm 1, and ``separate_test_*``, the mean over the networks
+        by themselves, for MAP@R, RP and P@1.
     """
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     test, _ = tested_images(config.data, images, seed=config.seed)
@@ -436,7 +470,9 @@ def _of_folds(config: SladeConfig) -> Iterator[SladeConfig]:
         yield replace(config, data=replace(config.data, fold=fold), run=run)
 
 
-def _evaluation_batches(config: SladeConfig, images: data.ImageCollection, fabric: Fabric) -> Iterable[tuple[Tensor, Tensor]]:
+def _evaluation_batches(
+    config: SladeConfig, images: data.ImageCollection, fabric: Fabric
+) -> Iterable[tuple[Tensor, Tensor]]:
     views = make_views(config.data, images, models.preprocessing(config.backbone))
     return data.evaluation_batches(
         images.images,
@@ -467,11 +503,15 @@ def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMo
         return LocalCrossEntropy(momentum=config.moment_momentum)
     if config.similarity_loss == "global-ce":
         return GlobalCrossEntropy(num_basis, config.k, momentum=config.moment_momentum)
-    return SimilarityDistributionLoss(config.sd_margin, config.sd_variance_weight, config.moment_momentum, config.moment_gradient)
+    return SimilarityDistributionLoss(
+        config.sd_margin, config.sd_variance_weight, config.moment_momentum, config.moment_gradient
+    )
 
 
 def _optimizer(config: SladeConfig, network: nn.Module, basis_parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": [each for each in network.parameters() if each.requires_grad], "lr": config.learning_rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in network.parameters() if each.requires_grad], "lr": config.learning_rate}
+    ]
     if basis_parameters:
         groups.append({"params": basis_parameters, "lr": config.basis_learning_rate})
     if config.optimizer == "adamw":

@@ -25,13 +25,17 @@ _CHOICES = {
 
 @dataclass
 class SladeConfig:
-    """Everything that determines a run. Defaults are the paper's as far as they are known, and Musgrave's for CUB-200."""
+    """Everything that determines a run. Defaults are the paper's as far as they are known, and Musgrave's for
+    CUB-200.
+    """
 
     data: SladeDataConfig = field(default_factory=SladeDataConfig)
     backbone: str = "resnet50"
     """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
     weights: str | None = None
-    """Its initial weights: a file (SwAV's, say), "imagenet" where the backbone has a source of them, none for random ones."""
+    """Its initial weights: a file (SwAV's, say), "imagenet" where the backbone has a source of them, none for random
+    ones.
+    """
     pooling: Literal["avg+max", "avg"] = "avg"
     """What makes features of the last maps."""
     freeze_bn: bool = True
@@ -66,7 +70,9 @@ class SladeConfig:
     """λ of the multi-similarity loss, the cosine between positives and negatives."""
 
     similarity_loss: SimilarityLoss = "sd"
-    """The loss of the similarities of pseudo-labelled pairs: of their distributions, or a cross-entropy, see :mod:`ssmkernels.nn`."""
+    """The loss of the similarities of pseudo-labelled pairs: of their distributions, or a cross-entropy, see
+    :mod:`ssmkernels.nn`.
+    """
     sd_margin: float = 0.5
     """m of L_SD, by which μ⁺ should exceed μ⁻; not published."""
     sd_variance_weight: float = 1.0
@@ -99,8 +105,23 @@ class SladeConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"embedding_dim": 1, "rounds": 1, "k": 2, "teacher_steps": 1, "student_steps": 1, "warm_up_steps": 0, "per_class": 2}
-        at_least |= {"lambda_1": 0, "lambda_2": 0, "positive_margin": 0, "negative_margin": 0, "sd_margin": 0, "sd_variance_weight": 0}
+        at_least = {
+            "embedding_dim": 1,
+            "rounds": 1,
+            "k": 2,
+            "teacher_steps": 1,
+            "student_steps": 1,
+            "warm_up_steps": 0,
+            "per_class": 2,
+        }
+        at_least |= {
+            "lambda_1": 0,
+            "lambda_2": 0,
+            "positive_margin": 0,
+            "negative_margin": 0,
+            "sd_margin": 0,
+            "sd_variance_weight": 0,
+        }
         at_least |= {"learning_rate": 0, "basis_learning_rate": 0, "weight_decay": 0}
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
@@ -112,10 +133,13 @@ class SladeConfig:
             raise ValueError(f"moment_momentum is {self.moment_momentum}; it should be in [0, 1)")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}"
+                )
         if self.batch_size < 2 * self.per_class or self.batch_size % self.per_class:
             raise ValueError(
-                f"batch_size is {self.batch_size}; it should be a multiple of per_class, {self.per_class}, of two or more classes"
+                f"batch_size is {self.batch_size}; it should be a multiple of per_class, {self.per_class}, of two or"
+                " more classes"
             )
 
     @property

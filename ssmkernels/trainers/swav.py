@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """SwAV (Caron et al., NeurIPS 2020): a backbone fine-tuned on images without their labels, where SLADE starts from.
 
-Two large crops of each image and several small ones get unit embeddings z and scores z·c_k for prototypes c_k. The scores of a large crop
-in the whole batch, balanced over the prototypes by Sinkhorn and Knopp's scaling, are its code q; all other crops of the image predict it:
+Two large crops of each image and several small ones get unit embeddings z and scores z·c_k for prototypes c_k. The
+scores of a large crop in the whole batch, balanced over the prototypes by Sinkhorn and Knopp's scaling, are its code q;
+all other crops of the image predict it:
 
-    L = 1/2 Σ_{i ∈ large} 1/(V + 1) Σ_{v ≠ i} −Σ_k q_ik log softmax_k(z_v·c / τ),                                         (2), (6)
+    L = 1/2 Σ_{i ∈ large} 1/(V + 1) Σ_{v ≠ i} −Σ_k q_ik log softmax_k(z_v·c / τ),
+    (2), (6)
 
-with a queue of earlier embeddings beside the batch where it is too small to balance. Prototypes stay fixed for the first epoch.
+with a queue of earlier embeddings beside the batch where it is too small to balance. Prototypes stay fixed for the
+first epoch.
 
-Settings are those of the authors' recipe for batches of 256, optimiser included: SGD with LARC (You et al., 2017), which takes the step of
-each parameter in proportion to its norm. It needs no rate of its own for every backbone and for weights as different as ImageNet's and
-those of a new head. Fine-tuning departs from that recipe in the number of prototypes, 3000 for the 1.3 million images of ImageNet, and in
-the rate and the epochs of the configurations that come with the package; what SLADE used was not published.
+Settings are those of the authors' recipe for batches of 256, optimiser included: SGD with LARC (You et al., 2017),
+which takes the step of each parameter in proportion to its norm. It needs no rate of its own for every backbone and for
+weights as different as ImageNet's and those of a new head. Fine-tuning departs from that recipe in the number of
+prototypes, 3000 for the 1.3 million images of ImageNet, and in the rate and the epochs of the configurations that come
+with the package; what SLADE used was not published.
 """
 
 from __future__ import annotations
@@ -60,18 +64,24 @@ class SwAVDataConfig:
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"data.test_fraction is {self.test_fraction}; it should be between 0 and 1")
         if self.unlabeled_name is None and self.unlabeled_root is not None:
-            raise ValueError(f"data.unlabeled_root is {self.unlabeled_root!r} without data.unlabeled_name; it should have one")
+            raise ValueError(
+                f"data.unlabeled_root is {self.unlabeled_root!r} without data.unlabeled_name; it should have one"
+            )
 
 
 @dataclass
 class SwAVConfig:
-    """Everything that determines a run. Defaults are SwAV's for batches of 256 but for ``num_prototypes`` and ``epochs``."""
+    """Everything that determines a run. Defaults are SwAV's for batches of 256 but for ``num_prototypes`` and
+    ``epochs``.
+    """
 
     data: SwAVDataConfig = field(default_factory=SwAVDataConfig)
     backbone: str = "resnet50"
     """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
     weights: str | None = None
-    """Its initial weights: a file, such as SwAV's own, "imagenet" where the backbone has a source of them, none for random ones."""
+    """Its initial weights: a file, such as SwAV's own, "imagenet" where the backbone has a source of them, none for
+    random ones.
+    """
     hidden_dim: int = 2048
     """Width of the projection head."""
     embedding_dim: int = 128
@@ -122,8 +132,21 @@ class SwAVConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {"hidden_dim": 1, "embedding_dim": 1, "num_prototypes": 1, "sinkhorn_iterations": 1, "batch_size": 1, "epochs": 1}
-        at_least |= {"queue_length": 0, "queue_from_epoch": 0, "freeze_prototypes_epochs": 0, "small_crops": 0, "learning_rate": 0}
+        at_least = {
+            "hidden_dim": 1,
+            "embedding_dim": 1,
+            "num_prototypes": 1,
+            "sinkhorn_iterations": 1,
+            "batch_size": 1,
+            "epochs": 1,
+        }
+        at_least |= {
+            "queue_length": 0,
+            "queue_from_epoch": 0,
+            "freeze_prototypes_epochs": 0,
+            "small_crops": 0,
+            "learning_rate": 0,
+        }
         at_least |= {"final_learning_rate": 0, "weight_decay": 0}
         for name, lowest in at_least.items():
             if not getattr(self, name) >= lowest:
@@ -132,7 +155,9 @@ class SwAVConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
         if self.queue_length % self.batch_size:
-            raise ValueError(f"queue_length is {self.queue_length}; it should be a multiple of batch_size, {self.batch_size}, or 0")
+            raise ValueError(
+                f"queue_length is {self.queue_length}; it should be a multiple of batch_size, {self.batch_size}, or 0"
+            )
 
 
 class SwAV:
@@ -145,9 +170,13 @@ class SwAV:
         fabric: the device, its precision and the other ranks.
     """
 
-    def __init__(self, config: SwAVConfig, images: data.ImageCollection, evaluation_images: data.ImageCollection, fabric: Fabric) -> None:
+    def __init__(
+        self, config: SwAVConfig, images: data.ImageCollection, evaluation_images: data.ImageCollection, fabric: Fabric
+    ) -> None:
         if config.batch_size % fabric.world_size:
-            raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks")
+            raise ValueError(
+                f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks"
+            )
         self.config, self.fabric, self.images, self.evaluation_images = config, fabric, images, evaluation_images
         self.epoch_steps = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.epoch_steps
@@ -178,7 +207,9 @@ class SwAV:
         optimizer = torch.optim.SGD(self.network.parameters(), lr=config.learning_rate, momentum=0.9)
         self.crops, self.optimizer = fabric.setup(self.network, optimizer)
         # Embeddings of earlier first and second crops, this rank's share, the latest first.
-        self.queue = torch.zeros(2, config.queue_length // fabric.world_size, config.embedding_dim, device=fabric.device)
+        self.queue = torch.zeros(
+            2, config.queue_length // fabric.world_size, config.embedding_dim, device=fabric.device
+        )
 
     def step(self, batch: data.MultiCropBatch, step: int) -> dict[str, Tensor]:
         config, fabric = self.config, self.fabric
@@ -203,7 +234,9 @@ class SwAV:
         z, scores = self.crops(batch.large, batch.small)
         scores = scores.reshape(-1, count, config.num_prototypes)  # crop by crop
         log_p = (scores / config.temperature).log_softmax(dim=2)
-        codes = torch.stack([self._codes(z.detach()[i * count : (i + 1) * count], scores.detach()[i], i, step) for i in range(2)])
+        codes = torch.stack(
+            [self._codes(z.detach()[i * count : (i + 1) * count], scores.detach()[i], i, step) for i in range(2)]
+        )
         # −Σ_k q_ik log p_vk, the mean over images, for every code i and every crop v; then without v = i.
         every = -torch.einsum("ibk,vbk->iv", codes, log_p) / count
         loss = (every.sum() - every[0, 0] - every[1, 1]) / (2 * (len(log_p) - 1))
@@ -269,7 +302,13 @@ class SwAV:
             world_size=fabric.world_size,
         )
         cuda = fabric.device.type == "cuda"
-        return DataLoader(batches, batch_size=None, num_workers=config.run.workers, worker_init_fn=ignore_stop_signals, pin_memory=cuda)
+        return DataLoader(
+            batches,
+            batch_size=None,
+            num_workers=config.run.workers,
+            worker_init_fn=ignore_stop_signals,
+            pin_memory=cuda,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         broadcast_buffers(self.network)
@@ -332,7 +371,10 @@ def load_images(config: SwAVDataConfig) -> tuple[data.ImageCollection, data.Imag
     images = data.load_collection(config.name, config.root)
     count = images.num_classes - math.ceil(images.num_classes * config.test_fraction - 1e-9)
     if count < 1:
-        raise ValueError(f"data.test_fraction is {config.test_fraction}; of {images.num_classes} classes it should leave one to learn from")
+        raise ValueError(
+            f"data.test_fraction is {config.test_fraction}; of {images.num_classes} classes it should leave one to"
+            " learn from"
+        )
     learnt = data.class_subset(images, np.arange(count))
     if config.unlabeled_name is not None:
         learnt = data.unite(learnt, data.load_collection(config.unlabeled_name, config.unlabeled_root))
@@ -362,7 +404,15 @@ def train_swav(
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric)
     ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
-    result = fit(trainer, fabric=fabric, steps=trainer.steps, run=config.run, config=asdict(config), resume=resume, epoch_ends=ends)
+    result = fit(
+        trainer,
+        fabric=fabric,
+        steps=trainer.steps,
+        run=config.run,
+        config=asdict(config),
+        resume=resume,
+        epoch_ends=ends,
+    )
     if result.finished and config.run.out is not None and fabric.is_global_zero:
         save_checkpoint(Path(config.run.out) / "backbone.pt", models.backbone_state(trainer.network.backbone))
     return result

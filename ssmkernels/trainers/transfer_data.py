@@ -13,7 +13,9 @@ import numpy as np
 from ssmkernels import data
 
 HELD_OUT = 0.2
-"""Share of the training images to validate on, where there is no official split of them; a fixed draw in proportion to the classes."""
+"""Share of the training images to validate on, where there is no official split of them; a fixed draw in proportion to
+the classes.
+"""
 
 
 class TransferImages(NamedTuple):
@@ -44,16 +46,20 @@ _SOURCES = {
         hint="Its first address is gone: get a copy, such as the one on kaggle.com, and lay it out like this.",
     ),
     "dtd": _Source("DTD", ("train", "val", "test"), "dtd/dtd/ with images/ and labels/"),
-    "pets": _Source("OxfordIIITPet", ("trainval", "test"), "oxford-iiit-pet/ with images/ and annotations/", loads_paths=False),
-    "flowers102": _Source("Flowers102", ("train", "val", "test"), "flowers-102/ with jpg/, imagelabels.mat and setid.mat"),
+    "pets": _Source(
+        "OxfordIIITPet", ("trainval", "test"), "oxford-iiit-pet/ with images/ and annotations/", loads_paths=False
+    ),
+    "flowers102": _Source(
+        "Flowers102", ("train", "val", "test"), "flowers-102/ with jpg/, imagelabels.mat and setid.mat"
+    ),
 }
 _IN_MEMORY = ("cifar10", "cifar100", "digits", "mnist5k")
 TRANSFER_SETS = (*_SOURCES, *_IN_MEMORY)
 
 
 def load_transfer_images(name: str, root: str | Path | None = None) -> TransferImages:
-    """The data set ``name``: food101, cars196, dtd (its first split), pets, flowers102, as torchvision downloads them; cifar10 and
-    cifar100; digits and mnist5k, which are inside packages.
+    """The data set ``name``: food101, cars196, dtd (its first split), pets, flowers102, as torchvision downloads them;
+    cifar10 and cifar100; digits and mnist5k, which are inside packages.
 
     Args:
         root: the folder of the data (by default ``data``).
@@ -76,19 +82,26 @@ def _read(name: str, source: _Source, root: Path) -> list[data.FileImages]:
     try:
         reader = getattr(importlib.import_module("torchvision.datasets"), source.reader)
     except ImportError as error:
-        raise ImportError(f"{name} needs torchvision ({error}); install it with: pip install 'ssmkernels[train]'") from error
+        raise ImportError(
+            f"{name} needs torchvision ({error}); install it with: pip install 'ssmkernels[train]'"
+        ) from error
     options: dict[str, Any] = {"loader": _path} if source.loads_paths else {}
     try:
         parts = [reader(root, split=split, **options) for split in source.splits]
     except (RuntimeError, FileNotFoundError) as error:
-        fetch = f"fetch it with\n  python -c \"from torchvision.datasets import {source.reader}; {source.reader}('{root}', download=True)\""
+        fetch = (
+            f"fetch it with\n  python -c \"from torchvision.datasets import {source.reader}; {source.reader}('{root}',"
+            ' download=True)"'
+        )
         raise FileNotFoundError(
             f"{name}: looked for {source.looked_for} in {root.resolve()} and found none, or an incomplete one. "
             + (source.hint or f"Give the folder that it lies in as root, or {fetch}")
         ) from error
     samples = [_samples(part, source) for part in parts]
     classes = 1 + max(label for part in samples for _, label in part)
-    return [data.FileImages([path for path, _ in part], np.array([label for _, label in part]), classes) for part in samples]
+    return [
+        data.FileImages([path for path, _ in part], np.array([label for _, label in part]), classes) for part in samples
+    ]
 
 
 def _samples(part: Any, source: _Source) -> Sequence[tuple[str | Path, int]]:

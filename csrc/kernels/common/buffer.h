@@ -14,7 +14,8 @@ namespace ssmkernels::SSM_ISA {
 template <class Real>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<Real*>(::operator new(size * sizeof(Real), std::align_val_t{64}))) {}
+  explicit Buffer(int64_t size)
+      : data_(static_cast<Real*>(::operator new(size * sizeof(Real), std::align_val_t{64}))) {}
   ~Buffer() {
     ::operator delete(data_, std::align_val_t{64});
   }

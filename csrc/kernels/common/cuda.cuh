@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CUDA kernels share: how one is launched, how device memory handed in as one piece is cut up, sums over a warp and a block.
+// What the CUDA kernels share: how one is launched, how device memory handed in as one piece is cut up, sums over a
+// warp and a block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,8 +18,8 @@ namespace ssmkernels::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Stands for log 0 where −inf would make NaN of a difference, of numbers that are not large. References of sums start halfway, so that
-// 2^(kLogZero − reference) is 0.
+// Stands for log 0 where −inf would make NaN of a difference, of numbers that are not large. References of sums start
+// halfway, so that 2^(kLogZero − reference) is 0.
 template <class Real>
 inline constexpr Real kLogZero = Real(-1e30);
 
@@ -34,8 +35,8 @@ inline const char* message(cudaError_t status) {
   return cudaGetErrorString(status);
 }
 
-// Static shared memory of a kernel: SSM_SHARED(sums, Real[kWarps][32]) declares `sums` of that type. The emulator of the tests, which
-// counts it, has its own.
+// Static shared memory of a kernel: SSM_SHARED(sums, Real[kWarps][32]) declares `sums` of that type. The emulator of
+// the tests, which counts it, has its own.
 #ifndef SSM_SHARED
 #define SSM_SHARED(name, ...) __shared__ std::type_identity_t<__VA_ARGS__> name
 #endif
@@ -48,8 +49,9 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Lets a kernel have as much dynamic shared memory as the device has beside its static: beyond 48 KiB, both counted, it has to ask. Once
-// per kernel and device and to the most there is, so that calls of different sizes in several threads do not take it from each other.
+// Lets a kernel have as much dynamic shared memory as the device has beside its static: beyond 48 KiB, both counted, it
+// has to ask. Once per kernel and device and to the most there is, so that calls of different sizes in several threads
+// do not take it from each other.
 inline const char* allow_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -59,8 +61,10 @@ inline const char* allow_shared_memory(const void* kernel) {
   if (allowed.contains({kernel, device})) return nullptr;
   cudaFuncAttributes attributes{};
   if (const char* error = message(cudaFuncGetAttributes(&attributes, kernel))) return error;
-  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(attributes.sharedSizeBytes);
-  if (const char* error = message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most))) return error;
+  const int most =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(attributes.sharedSizeBytes);
+  if (const char* error = message(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)))
+    return error;
   allowed.insert({kernel, device});
   return nullptr;
 }
@@ -69,15 +73,17 @@ inline const char* allow_shared_memory(const void* kernel) {
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int64_t shared_bytes) {
   int blocks = 0;
-  const cudaError_t status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+  const cudaError_t status =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
   if (message(status)) return 0;
   return int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-// Launches a one-dimensional grid. Nothing is launched for no blocks. The blocks of a cooperative grid all run at once, or it fails.
+// Launches a one-dimensional grid. Nothing is launched for no blocks. The blocks of a cooperative grid all run at once,
+// or it fails.
 template <bool kCooperative = false, class... Parameters>
-const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
-                   std::type_identity_t<Parameters>... arguments) {
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 thread blocks";
   if (shared_bytes > 0)
@@ -138,8 +144,8 @@ __device__ Real warp_max(Real x) {
   return x;
 }
 
-// ‖x‖ = norm/scale of element(k), k < size, spread over the lanes of a warp. In double, and of doubles whose squares leave its range, of
-// the vector times a power of two.
+// ‖x‖ = norm/scale of element(k), k < size, spread over the lanes of a warp. In double, and of doubles whose squares
+// leave its range, of the vector times a power of two.
 struct ScaledNorm {
   double norm, scale;
 };
@@ -147,7 +153,8 @@ template <class F>
 __device__ ScaledNorm warp_norm(int64_t size, F element) {
   const int lane = threadIdx.x % 32;
   double squares = 0, largest = 0;
-  for (int64_t k = lane; k < size; k += 32) squares += static_cast<double>(element(k)) * static_cast<double>(element(k));
+  for (int64_t k = lane; k < size; k += 32)
+    squares += static_cast<double>(element(k)) * static_cast<double>(element(k));
   squares = warp_sum(squares);
   if (squares > 1e-280 && squares < 1e300) return {sqrt(squares), 1};
   for (int64_t k = lane; k < size; k += 32) {
@@ -190,8 +197,8 @@ __device__ Real block_max(Real x, Real* scratch) {
   return block_max(x, scratch, kWarps);
 }
 
-// Barrier of `blocks` blocks of a cooperative grid; what they wrote before it they all read after it. `arrivals` starts at 0 and only
-// grows.
+// Barrier of `blocks` blocks of a cooperative grid; what they wrote before it they all read after it. `arrivals` starts
+// at 0 and only grows.
 __device__ inline void barrier(unsigned long long* arrivals, unsigned blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The instruction sets a CPU kernel is compiled for, and the one in use. Every x.cpp of a kernel is compiled once per set with
-// SSM_ISA defined as its name, and puts its code in namespace ssmkernels::SSM_ISA.
+// The instruction sets a CPU kernel is compiled for, and the one in use. Every x.cpp of a kernel is compiled once per
+// set with SSM_ISA defined as its name, and puts its code in namespace ssmkernels::SSM_ISA.
 #pragma once
 
 namespace ssmkernels {
@@ -14,7 +14,8 @@ const char* isa_name(Isa isa);
 
 }  // namespace ssmkernels
 
-// SSM_PER_ISA(signature;) declares a kernel in each of those namespaces; SSM_CALL_ISA(name, args...) calls the one in use.
+// SSM_PER_ISA(signature;) declares a kernel in each of those namespaces; SSM_CALL_ISA(name, args...) calls the one in
+// use.
 #if defined(__x86_64__) && !defined(SSM_BASELINE_ONLY)
 #define SSM_PER_ISA(...)           \
   namespace ssmkernels::baseline { \

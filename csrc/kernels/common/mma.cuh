@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The instructions that C++ has no name for: asynchronous copies, tensor core products and the loads that feed them, conversions.
-// Fragment layouts are those of the PTX ISA, "warp-level matrix instructions". With g = lane/4 and t = lane%4, a thread holds of a 16×8
-// product the elements (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
+// The instructions that C++ has no name for: asynchronous copies, tensor core products and the loads that feed them,
+// conversions. Fragment layouts are those of the PTX ISA, "warp-level matrix instructions". With g = lane/4 and t =
+// lane%4, a thread holds of a 16×8 product the elements (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,7 +34,9 @@ __device__ inline uint32_t shared_address(const void* p) {
 
 // 16 bytes from global to shared memory, or 16 zero bytes; both addresses are multiples of 16.
 __device__ inline void copy_async(void* shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(inside ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(inside ? 16 : 0)
+               : "memory");
 }
 __device__ inline void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

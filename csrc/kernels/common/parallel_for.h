@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How a kernel is handed its threads. The library owns no thread pool: torch's is handed in by the binding, a C++ user hands in theirs.
+// How a kernel is handed its threads. The library owns no thread pool: torch's is handed in by the binding, a C++ user
+// hands in theirs.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ class FunctionRef<Result(Args...)> {
 
 using RangeBody = FunctionRef<void(int64_t begin, int64_t end)>;
 
-// parallel_for(n, body) calls body on disjoint ranges that cover [0, n), in any order, on any threads. Kernels cut their work by shape
-// alone, never by the number of threads, so that the bits of a result do not depend on it.
+// parallel_for(n, body) calls body on disjoint ranges that cover [0, n), in any order, on any threads. Kernels cut
+// their work by shape alone, never by the number of threads, so that the bits of a result do not depend on it.
 using ParallelFor = FunctionRef<void(int64_t n, RangeBody body)>;
 
 inline constexpr auto serial_for = [](int64_t n, RangeBody body) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Vectors of the instruction set this file is compiled for, as GCC/Clang vector types: + - * / and comparisons work lane by lane, and the
-// compiler picks the instructions. Everything lives in the instruction set's namespace, so that no two sets share a symbol.
+// Vectors of the instruction set this file is compiled for, as GCC/Clang vector types: + - * / and comparisons work
+// lane by lane, and the compiler picks the instructions. Everything lives in the instruction set's namespace, so that
+// no two sets share a symbol.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@
 
 namespace ssmkernels::SSM_ISA {
 
-// SSM_AVX512_LANES: vectors as wide as AVX-512's, so every sum in its order, out of narrower instructions: the set "avx512" can then be
-// tested, if not timed, on a processor without it.
+// SSM_AVX512_LANES: vectors as wide as AVX-512's, so every sum in its order, out of narrower instructions: the set
+// "avx512" can then be tested, if not timed, on a processor without it.
 #if defined(__AVX512F__) || defined(SSM_AVX512_LANES)
 inline constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -162,18 +163,21 @@ static inline Vec<double> exp_reduced(Vec<double> r) {
   return p * r + 1.0;
 }
 
-// e^x: x = n ln2 + r with |r| <= ln2/2 and ln2 in two parts, then e^r times 2^n. About 1 ulp. Below the smallest normal number: exactly 0
-// (−inf too). NaN stays NaN. The arguments here are logits less their maximum: the top of the range is not looked after.
+// e^x: x = n ln2 + r with |r| <= ln2/2 and ln2 in two parts, then e^r times 2^n. About 1 ulp. Below the smallest normal
+// number: exactly 0 (−inf too). NaN stays NaN. The arguments here are logits less their maximum: the top of the range
+// is not looked after.
 #if defined(__AVX512F__)
 static inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> n = _mm512_maskz_roundscale_ps(0xffff, x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<float> n =
+      _mm512_maskz_roundscale_ps(0xffff, x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
   const auto normal = _mm512_cmp_ps_mask(x, broadcast(-87.3f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, exp_reduced(r), n);
 }
 
 static inline Vec<double> exp(Vec<double> x) {
-  const Vec<double> n = _mm512_maskz_roundscale_pd(0xff, x * 1.4426950408889634074, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec<double> n =
+      _mm512_maskz_roundscale_pd(0xff, x * 1.4426950408889634074, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec<double> r = x - n * 6.93145751953125e-1 - n * 1.42860682030941723212e-6;
   const auto normal = _mm512_cmp_pd_mask(x, broadcast(-708.0), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_pd(normal, exp_reduced(r), n);
@@ -204,7 +208,8 @@ static inline Vec<double> exp(Vec<double> x) {
 }
 #endif
 
-// log x for x > 0 (subnormal too); inf and NaN stay what they are: x = 2^n m with m in [√½, √2), log m = 2 artanh((m − 1)/(m + 1)).
+// log x for x > 0 (subnormal too); inf and NaN stay what they are: x = 2^n m with m in [√½, √2), log m = 2 artanh((m −
+// 1)/(m + 1)).
 static inline Vec<float> log(Vec<float> x) {
   using V = Vec<float>;
   using Bits = VectorOf<float>::Bits;
@@ -278,7 +283,8 @@ static inline float to_real(bfloat16 x) {
   std::memcpy(&out, &bits, sizeof out);
   return out;
 }
-// float16 has 5 bits of exponent: moved to float's place and scaled by 2^112, subnormals come out right; inf and NaN keep their exponent.
+// float16 has 5 bits of exponent: moved to float's place and scaled by 2^112, subnormals come out right; inf and NaN
+// keep their exponent.
 static inline float to_real(float16 x) {
   const uint32_t magnitude = (uint32_t{x.bits} & 0x7fff) << 13;
   float scaled;

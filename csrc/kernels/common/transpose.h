@@ -8,7 +8,8 @@
 
 namespace ssmkernels::SSM_ISA {
 
-// Lanes of a and b in turn, in runs of kRun: those of a's even runs and, between them, b's even runs (kOdd: the odd ones of both).
+// Lanes of a and b in turn, in runs of kRun: those of a's even runs and, between them, b's even runs (kOdd: the odd
+// ones of both).
 template <int kRun, bool kOdd, class V, int... kLane>
 static inline V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int lanes = sizeof...(kLane);
@@ -58,7 +59,8 @@ static inline Vec<Real> sum_lanes(Vec<Real> (&v)[kLanes<Real>]) {
 
 // to[column][row] = from[row][column]; rows and columns are multiples of kLanes.
 template <class Real>
-static inline void transpose_tile(const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to, int64_t to_stride) {
+static inline void transpose_tile(const Real* from, int64_t from_stride, int64_t rows, int64_t columns, Real* to,
+                                  int64_t to_stride) {
   for (int64_t row = 0; row < rows; row += kLanes<Real>)
     for (int64_t column = 0; column < columns; column += kLanes<Real>) {
       Vec<Real> block[kLanes<Real>];

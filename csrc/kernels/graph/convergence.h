@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// When conjugate gradients stop in one column; the same on CPU and GPU. laplacian_solve.h says what is asked of the residual.
+// When conjugate gradients stop in one column; the same on CPU and GPU. laplacian_solve.h says what is asked of the
+// residual.
 #pragma once
 
 #include <cmath>
@@ -70,9 +71,9 @@ SSM_HOST_DEVICE inline double imbalance(double residual, double terms, double di
   return excess > 0 ? excess / terms : 0;
 }
 
-// The iterations run until their own residual, that of the recurrence, says that a column is done. Then the residual of its solution is
-// computed. If that is larger (in float32, rounding makes the two drift apart), the column starts again from it; if a row is not balanced,
-// it goes on. It is given up where starting again does not halve the residual.
+// The iterations run until their own residual, that of the recurrence, says that a column is done. Then the residual of
+// its solution is computed. If that is larger (in float32, rounding makes the two drift apart), the column starts again
+// from it; if a row is not balanced, it goes on. It is given up where starting again does not halve the residual.
 class Convergence {
  public:
   Convergence() = default;
@@ -103,7 +104,8 @@ class Convergence {
 
   // Whether the column goes on from what was measured.
   SSM_HOST_DEVICE bool judge() {
-    const bool is_solved = relative_ <= rtol_ && imbalance_ <= kBalanced, is_stuck = restarts_ && !(relative_ <= last_ / 2);
+    const bool is_solved = relative_ <= rtol_ && imbalance_ <= kBalanced,
+               is_stuck = restarts_ && !(relative_ <= last_ / 2);
     if (is_solved || is_stuck || iterations_ >= max_iter_ || relative_ != relative_) has_ended_ = true;
     is_active_ = false;
     if (has_ended_) return false;

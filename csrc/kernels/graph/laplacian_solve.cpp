@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Columns are solved in blocks of one or two cache lines per node: the block's four vectors of CG (x, r, p, q) and nothing else are then
-// read and written while it converges, and a neighbour's row is whole lines. Two lines take two thirds of the time per column of one, as
-// the matrix is read half as often; four take more, as the vectors leave the cache. The nodes of a large graph are renumbered breadth
-// first, so that neighbours lie near each other: that takes a fifth to a third of the time of each iteration. Sums over the nodes are taken
-// chunk by chunk, in their order.
+// Columns are solved in blocks of one or two cache lines per node: the block's four vectors of CG (x, r, p, q) and
+// nothing else are then read and written while it converges, and a neighbour's row is whole lines. Two lines take two
+// thirds of the time per column of one, as the matrix is read half as often; four take more, as the vectors leave the
+// cache. The nodes of a large graph are renumbered breadth first, so that neighbours lie near each other: that takes a
+// fifth to a third of the time of each iteration. Sums over the nodes are taken chunk by chunk, in their order.
 #include "laplacian_solve.h"
 
 #include <limits>
@@ -49,7 +49,8 @@ struct Row {
 
 constexpr int64_t kRenumbered = 4096;  // nodes, from which on a vector of a block leaves the second cache
 
-// A times a power of two that makes its largest diagonal entry about 1, with its nodes renumbered and its columns checked.
+// A times a power of two that makes its largest diagonal entry about 1, with its nodes renumbered and its columns
+// checked.
 template <class Real>
 struct Matrix {
   int64_t nodes, edges, chunks;
@@ -136,7 +137,8 @@ Matrix<Real>::Matrix(const LaplacianSolve<Real>& in, ParallelFor parallel_for)
         for (int64_t k = 0; k < graph.crow[node + 1] - first; ++k) {
           const int64_t e = first + k, j = graph.col[e], to = crow.data()[i] + k;
           const bool valid = j >= 0 && j < nodes;
-          const Real similar = valid ? in.weight[e] : Real(0), dissimilar = valid && in.dissimilarity ? in.dissimilarity[e] : Real(0);
+          const Real similar = valid ? in.weight[e] : Real(0),
+                     dissimilar = valid && in.dissimilarity ? in.dissimilarity[e] : Real(0);
           col.data()[to] = valid ? position.data()[j] : static_cast<int32_t>(i);
           value.data()[to] = j == node ? Real(0) : similar - dissimilar;
           sum += 2 * static_cast<double>(dissimilar);
@@ -175,18 +177,22 @@ Matrix<Real>::Matrix(const LaplacianSolve<Real>& in, ParallelFor parallel_for)
       excess.data()[i] = static_cast<Real>(shrink * excess.data()[i]);
       inverse.data()[i] = a == 0 ? Real(0) : static_cast<Real>(reciprocal < kMost ? reciprocal : kMost);
       step.data()[i] = jacobi || a == 0 ? inverse.data()[i] : Real(1);
-      for (int64_t e = crow.data()[i]; e < crow.data()[i + 1]; ++e) value.data()[e] = static_cast<Real>(shrink * value.data()[e]);
+      for (int64_t e = crow.data()[i]; e < crow.data()[i + 1]; ++e)
+        value.data()[e] = static_cast<Real>(shrink * value.data()[e]);
     });
   });
 }
 
-// Row i of A p. As the sum of what flows over each edge and not of the terms of the row, so that it is 0 exactly where p is constant and
-// there is no excess: however weak the edges that tie a part of the graph to the rest, rounding among its other edges does not cover them.
+// Row i of A p. As the sum of what flows over each edge and not of the terms of the row, so that it is 0 exactly where
+// p is constant and there is no excess: however weak the edges that tie a part of the graph to the rest, rounding among
+// its other edges does not cover them.
 template <int kLines, class Real>
 Row<Real, kLines> multiply(const Matrix<Real>& matrix, const Real* p, int64_t i) {
   using Row = SSM_ISA::Row<Real, kLines>;
   constexpr int64_t kColumns = Row::kColumns;
-  constexpr int kWays = Row::kVectors == 1 ? 4 : Row::kVectors == 2 ? 2 : 1;  // independent sums, to hide the latency of an addition
+  constexpr int kWays = Row::kVectors == 1   ? 4
+                        : Row::kVectors == 2 ? 2
+                                             : 1;  // independent sums, to hide the latency of an addition
   const int32_t* col = matrix.col.data();
   const Real* value = matrix.value.data();
   const Row own = Row::at(p + i * kColumns);
@@ -199,15 +205,16 @@ Row<Real, kLines> multiply(const Matrix<Real>& matrix, const Real* p, int64_t i)
       for (int way = 0; way < kWays; ++way)
         for (int line = 0; line < kLines; ++line)
           __builtin_prefetch(p + int64_t{col[e + way + kPrefetch]} * kColumns + line * (kColumns / kLines));
-    for (int way = 0; way < kWays; ++way) sums[way].add_difference(value[e + way], own, Row::at(p + int64_t{col[e + way]} * kColumns));
+    for (int way = 0; way < kWays; ++way)
+      sums[way].add_difference(value[e + way], own, Row::at(p + int64_t{col[e + way]} * kColumns));
   }
   for (; e < end; ++e) sums[0].add_difference(value[e], own, Row::at(p + int64_t{col[e]} * kColumns));
   for (int way = 1; way < kWays; ++way) sums[0].add(Real(1), sums[way]);
   return sums[0];
 }
 
-// One block of columns. Its iterates are numbers of the problem times powers of two: a column's right side is such that the largest entry
-// of D⁻¹ b (or of the start) is about 1.
+// One block of columns. Its iterates are numbers of the problem times powers of two: a column's right side is such that
+// the largest entry of D⁻¹ b (or of the start) is about 1.
 template <class Real, int kLines>
 class Block {
   using Row = SSM_ISA::Row<Real, kLines>;
@@ -227,7 +234,8 @@ class Block {
   };
 
  public:
-  Block(const LaplacianSolve<Real>& in, const Matrix<Real>& matrix, const LaplacianSolution<Real>& out, ParallelFor parallel_for)
+  Block(const LaplacianSolve<Real>& in, const Matrix<Real>& matrix, const LaplacianSolution<Real>& out,
+        ParallelFor parallel_for)
       : in_(in),
         matrix_(matrix),
         out_(out),
@@ -286,8 +294,9 @@ class Block {
   // body(i, totals) for every row.
   template <class F>
   Totals reduce_rows(const F& body) {
-    return reduce(
-        [&](int64_t chunk, Totals& of_chunk) { for_rows(chunk, chunk + 1, matrix_.nodes, [&](int64_t i) { body(i, of_chunk); }); });
+    return reduce([&](int64_t chunk, Totals& of_chunk) {
+      for_rows(chunk, chunk + 1, matrix_.nodes, [&](int64_t i) { body(i, of_chunk); });
+    });
   }
 
   // Where the row begins, of this block's columns, in the matrices of the problem.
@@ -307,10 +316,12 @@ class Block {
     for (int c = 0; c < count_; ++c) unit[c] = PowerOf2(-exponent_of(top.most[0][c]));
     const Totals jacobi = reduce_rows([&](int64_t i, Totals& of) {  // D⁻¹ b
       for (int c = 0; c < count_; ++c)
-        of.most[0][c] = largest_or_nan(of.most[0][c], magnitude(unit[c] * in_.rhs[at(i) + c] * matrix_.inverse.data()[i]));
+        of.most[0][c] =
+            largest_or_nan(of.most[0][c], magnitude(unit[c] * in_.rhs[at(i) + c] * matrix_.inverse.data()[i]));
     });
     for (int c = 0; c < count_; ++c) {
-      const bool is_finite = matrix_.is_finite && top.most[0][c] - top.most[0][c] == 0 && top.most[1][c] - top.most[1][c] == 0;
+      const bool is_finite =
+          matrix_.is_finite && top.most[0][c] - top.most[0][c] == 0 && top.most[1][c] - top.most[1][c] == 0;
       int exponent = exponent_of(top.most[0][c]) + exponent_of(jacobi.most[0][c]);
       if (top.most[1][c] > 0) exponent = max<int>(exponent, exponent_of(top.most[1][c]) + matrix_.exponent);
       shrink_[c] = PowerOf2(-exponent);
@@ -365,7 +376,8 @@ class Block {
         of.sum[0][c] += r * step * r;
         of.sum[1][c] += z * z;
         if (inverse > 0)
-          of.most[0][c] = largest_or_nan(of.most[0][c], imbalance(r, terms[c] + magnitude(b), diagonal, x[c], size.most[0][c]));
+          of.most[0][c] =
+              largest_or_nan(of.most[0][c], imbalance(r, terms[c] + magnitude(b), diagonal, x[c], size.most[0][c]));
       }
       for (int c = count_; c < kColumns; ++c) q_[i * kColumns + c] = 0;
     });
@@ -452,7 +464,9 @@ class Block {
       for_rows(begin, end, matrix_.nodes, [&](int64_t i) {
         const bool is_known = matrix_.inverse.data()[i] != 0;
         for (int c = 0; c < count_; ++c) {
-          Real value = is_known ? static_cast<Real>(grow_[c] * x_[i * kColumns + c]) : in_.initial ? in_.initial[at(i) + c] : Real(0);
+          Real value = is_known      ? static_cast<Real>(grow_[c] * x_[i * kColumns + c])
+                       : in_.initial ? in_.initial[at(i) + c]
+                                     : Real(0);
           if (!column_[c].has_right_side()) value = 0;
           out_.solution[at(i) + c] = column_[c].is_finite() ? value : kNaN;
         }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One cooperative launch runs all iterations. Columns are cut into tiles that one row of a warp holds in registers; a team of blocks solves
-// a tile, then its next one, with barriers of its own. An iteration is three sweeps (q = A p; x and r; p) and moves, of N = 60k, E = 5M, C
-// = 100 in float32, 2.0 GB of neighbours' rows from the L2 cache, 40 MB of graph and 13 vectors of 24 MB (x is in double precision).
+// One cooperative launch runs all iterations. Columns are cut into tiles that one row of a warp holds in registers; a
+// team of blocks solves a tile, then its next one, with barriers of its own. An iteration is three sweeps (q = A p; x
+// and r; p) and moves, of N = 60k, E = 5M, C = 100 in float32, 2.0 GB of neighbours' rows from the L2 cache, 40 MB of
+// graph and 13 vectors of 24 MB (x is in double precision).
 #include "../common/mma.cuh"
 #include "convergence.h"
 #include "laplacian_solve.h"
@@ -48,14 +49,14 @@ struct Solve {
   LaplacianSolve<Real> in;
   LaplacianSolution<Real> out;
   Plan plan;
-  Real* value;                   // [E]  −A_ij, 0 on its diagonal and where the column is none
-  Real* excess;                  // [N]  u_i + 2 Σ_j w_dis,ij
-  Real* diagonal;                // [N]  A_ii
-  double* extremes;              // [blocks][2]  less than or equal to 0 if A is not definite; the largest A_ii, or infinity
-  double* x;                     // [teams][N][pitch]
-  Real* vectors;                 // [teams][3][N][pitch]
-  double* partials;              // [teams][pitch][2][parts]
-  Column<Real>* columns;         // [teams][pitch]
+  Real* value;            // [E]  −A_ij, 0 on its diagonal and where the column is none
+  Real* excess;           // [N]  u_i + 2 Σ_j w_dis,ij
+  Real* diagonal;         // [N]  A_ii
+  double* extremes;       // [blocks][2]  less than or equal to 0 if A is not definite; the largest A_ii, or infinity
+  double* x;              // [teams][N][pitch]
+  Real* vectors;          // [teams][3][N][pitch]
+  double* partials;       // [teams][pitch][2][parts]
+  Column<Real>* columns;  // [teams][pitch]
   unsigned long long* arrivals;  // [1 + teams]  of all blocks, and of each team
   int* active;                   // [teams]
 };
@@ -126,8 +127,8 @@ class Solver {
     barrier(solve_.arrivals + 1 + team_, static_cast<unsigned>(plan_.parts));
   }
 
-  // A's diagonal, the sums of its rows, its other entries with both weights merged, and whether the diagonal shows that A is not definite;
-  // then all of it times a power of two that makes the largest diagonal entry about 1.
+  // A's diagonal, the sums of its rows, its other entries with both weights merged, and whether the diagonal shows that
+  // A is not definite; then all of it times a power of two that makes the largest diagonal entry about 1.
   __device__ __noinline__ void scale_matrix() {
     const Csr& graph = in_.graph;
     const int64_t warps = int64_t{gridDim.x} * plan_.warps, first = int64_t{blockIdx.x} * plan_.warps + warp_;
@@ -174,7 +175,8 @@ class Solver {
     const PowerOf2 shrink(-exponent_);
     for (int64_t i = first; i < graph.nodes; i += warps) {
       const Range entries = entries_of(graph, i);
-      for (int64_t e = entries.begin + lane_; e < entries.end; e += 32) solve_.value[e] = static_cast<Real>(shrink * solve_.value[e]);
+      for (int64_t e = entries.begin + lane_; e < entries.end; e += 32)
+        solve_.value[e] = static_cast<Real>(shrink * solve_.value[e]);
       if (lane_ > 0) continue;
       solve_.diagonal[i] = static_cast<Real>(shrink * solve_.diagonal[i]);
       solve_.excess[i] = static_cast<Real>(shrink * solve_.excess[i]);
@@ -193,9 +195,9 @@ class Solver {
     return in_.jacobi || inverse == 0 ? inverse : Real(1);
   }
 
-  // Row i of A v, in every group of lanes. As the sum of what flows over each edge and not of the terms of the row, so that it is 0 exactly
-  // where v is constant and there is no excess: however weak the edges that tie a part of the graph to the rest, rounding among its other
-  // edges does not cover them.
+  // Row i of A v, in every group of lanes. As the sum of what flows over each edge and not of the terms of the row, so
+  // that it is 0 exactly where v is constant and there is no excess: however weak the edges that tie a part of the
+  // graph to the rest, rounding among its other edges does not cover them.
   __device__ Columns multiply(const Real* v, int64_t i) const {
     const Csr& graph = in_.graph;
     const uint32_t row_bytes = plan_.pitch() * sizeof(Real);
@@ -289,7 +291,8 @@ class Solver {
     return out;
   }
 
-  // body(i, place of the lane's columns in a vector), for the rows of this block; lanes that hold no columns take no part.
+  // body(i, place of the lane's columns in a vector), for the rows of this block; lanes that hold no columns take no
+  // part.
   template <class F>
   __device__ void for_rows(const F& body) const {
     const int64_t nodes = in_.graph.nodes, end = nodes * (part_ + 1) / plan_.parts;
@@ -298,7 +301,8 @@ class Solver {
       body(i, i * plan_.pitch() + at_);
   }
 
-  // Sums (maxima) of two quantities over all rows, in the order of the blocks; each(column, first, second) is called once per column.
+  // Sums (maxima) of two quantities over all rows, in the order of the blocks; each(column, first, second) is called
+  // once per column.
   template <bool kMax = false, class F>
   __device__ void reduce(const Columns& first, const Columns& second, const F& each) const {
     const auto combine = [](double a, double b) { return kMax ? max(a, b) : a + b; };
@@ -334,8 +338,8 @@ class Solver {
     wait_for_team();
   }
 
-  // The powers of two of every column, and x = the start. A column's right side is such that the largest entry of D⁻¹ b (or of the start)
-  // is about 1.
+  // The powers of two of every column, and x = the start. A column's right side is such that the largest entry of D⁻¹ b
+  // (or of the start) is about 1.
   __device__ __noinline__ void start() {
     if (part_ == 0 && threadIdx.x == 0) *active_ = 0;
     Columns top{}, top_start{};
@@ -418,8 +422,8 @@ class Solver {
         along.v[k] += static_cast<Real>(r * step * r);
         squares.v[k] += static_cast<Real>(z * z);
         if (inverse > 0)
-          worst.v[k] =
-              max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i], x.v[k], columns_[at_ + k].first)));
+          worst.v[k] = max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i],
+                                                                   x.v[k], columns_[at_ + k].first)));
       }
       store(q_ + at, q);
     }
@@ -490,7 +494,8 @@ class Solver {
     });
   }
 
-  // p = z + β p of the columns under way; those that wait keep theirs. Columns that start again take their residual from q before.
+  // p = z + β p of the columns under way; those that wait keep theirs. Columns that start again take their residual
+  // from q before.
   __device__ void update_directions() const {
     const Columns beta = of_columns(&Column<Real>::beta), fresh = of_columns(&Column<Real>::fresh);
     for_rows([&](int64_t i, int64_t at) {
@@ -564,7 +569,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) solve_laplacian(const __gr
 
 template <class Real>
 auto solver_of(const Plan& plan) {
-  return plan.width == 1 ? solve_laplacian<Real, 1> : plan.width == 2 ? solve_laplacian<Real, 2> : solve_laplacian<Real, kWidest<Real>>;
+  return plan.width == 1   ? solve_laplacian<Real, 1>
+         : plan.width == 2 ? solve_laplacian<Real, 2>
+                           : solve_laplacian<Real, kWidest<Real>>;
 }
 
 template <class Real>
@@ -576,7 +583,9 @@ Plan plan_of(int64_t nodes, int64_t columns) {
   plan.packs = static_cast<int>(ceil_div(packs, max<int64_t>(plan.tiles, 1)));
   plan.lanes = lanes_for(plan.packs, 32);
   plan.warps = kMostWarps;
-  const auto resident = [&] { return resident_blocks(solver_of<Real>(plan), plan.threads(), plan.shared_bytes(sizeof(Real))); };
+  const auto resident = [&] {
+    return resident_blocks(solver_of<Real>(plan), plan.threads(), plan.shared_bytes(sizeof(Real)));
+  };
   int64_t blocks = resident();  // they wait for each other, so all must run at once
   while (blocks == 0 && plan.warps > 1) {
     plan.warps /= 2;
@@ -584,7 +593,8 @@ Plan plan_of(int64_t nodes, int64_t columns) {
   }
   // One fills a multiprocessor; without any the launch says what is wrong.
   blocks = max<int64_t>(min<int64_t>(blocks, device_attribute(cudaDevAttrMultiProcessorCount)), 1);
-  plan.teams = min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, plan.warps * kRowsPerWarp), 1), 1), plan.tiles);
+  plan.teams =
+      min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, plan.warps * kRowsPerWarp), 1), 1), plan.tiles);
   plan.parts = min(max<int64_t>(ceil_div<int64_t>(nodes, plan.warps), 1), blocks / max<int64_t>(plan.teams, 1));
   return plan;
 }
@@ -613,7 +623,8 @@ inline constexpr int kOwn = 4;  // columns of a lane that stay in registers
 
 // One warp per row; a neighbour takes `lanes` lanes, so that 32/lanes are under way at a time.
 template <class Real>
-__global__ void __launch_bounds__(32 * kBackwardWarps) sample_products(const __grid_constant__ LaplacianSolveBackward<Real> in, int lanes) {
+__global__ void __launch_bounds__(32 * kBackwardWarps)
+    sample_products(const __grid_constant__ LaplacianSolveBackward<Real> in, int lanes) {
   const Csr& graph = in.graph;
   const int64_t i = int64_t{blockIdx.x} * kBackwardWarps + threadIdx.x / 32, columns = in.columns;
   if (i >= graph.nodes) return;
@@ -664,25 +675,31 @@ int64_t laplacian_solve_workspace(const LaplacianSolve<Real>& in) {
 }
 
 template <class Real>
-const char* laplacian_solve(const LaplacianSolve<Real>& in, const LaplacianSolution<Real>& out, void* memory, CudaStream stream) {
+const char* laplacian_solve(const LaplacianSolve<Real>& in, const LaplacianSolution<Real>& out, void* memory,
+                            CudaStream stream) {
   if (in.columns == 0) return nullptr;
   Workspace workspace(memory);
   Solve<Real> solve = take_solve(in, workspace);
   solve.out = out;
   const Plan& plan = solve.plan;
-  if (const char* error = message(cudaMemsetAsync(solve.arrivals, 0, (1 + plan.teams) * sizeof *solve.arrivals, stream))) return error;
-  return launch<true>(solver_of<Real>(plan), plan.teams * plan.parts, plan.threads(), plan.shared_bytes(sizeof(Real)), stream, solve);
+  if (const char* error =
+          message(cudaMemsetAsync(solve.arrivals, 0, (1 + plan.teams) * sizeof *solve.arrivals, stream)))
+    return error;
+  return launch<true>(solver_of<Real>(plan), plan.teams * plan.parts, plan.threads(), plan.shared_bytes(sizeof(Real)),
+                      stream, solve);
 }
 
 template <class Real>
 const char* laplacian_solve_backward(const LaplacianSolveBackward<Real>& in, CudaStream stream) {
   const int lanes = lanes_for(ceil_div<int64_t>(in.columns, kOwn), 32);
-  return launch(sample_products<Real>, ceil_div<int64_t>(in.graph.nodes, kBackwardWarps), 32 * kBackwardWarps, 0, stream, in, lanes);
+  return launch(sample_products<Real>, ceil_div<int64_t>(in.graph.nodes, kBackwardWarps), 32 * kBackwardWarps, 0,
+                stream, in, lanes);
 }
 
-#define SSM_INSTANTIATE(Real)                                                                                           \
-  template int64_t laplacian_solve_workspace(const LaplacianSolve<Real>&);                                              \
-  template const char* laplacian_solve(const LaplacianSolve<Real>&, const LaplacianSolution<Real>&, void*, CudaStream); \
+#define SSM_INSTANTIATE(Real)                                                                              \
+  template int64_t laplacian_solve_workspace(const LaplacianSolve<Real>&);                                 \
+  template const char* laplacian_solve(const LaplacianSolve<Real>&, const LaplacianSolution<Real>&, void*, \
+                                       CudaStream);                                                        \
   template const char* laplacian_solve_backward(const LaplacianSolveBackward<Real>&, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

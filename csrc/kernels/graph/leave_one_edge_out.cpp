@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The exponentials are what costs. On the side of the row that is computed e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}: the first factor is
-// one per node, and the second's argument is small (one edge out of many), so that it mostly is the polynomial alone, without the reduction
-// of its range. The other side's would have to be read, which costs more than it saves. Logits are taken less their node's maximum as soon
-// as they are made, and where F_i is a large constant and small differences the constant is taken off first, which no softmax sees. A
-// vector's worth of entries of a row is computed at once: for few classes with the pairs in the lanes, the rows of their other nodes being
-// transposed; for many with the classes in the lanes, and only what follows from their sums with the pairs there.
+// The exponentials are what costs. On the side of the row that is computed e^{a_ij} = e^{λ D_ii F_i} e^{−λ w_ij F_j}:
+// the first factor is one per node, and the second's argument is small (one edge out of many), so that it mostly is the
+// polynomial alone, without the reduction of its range. The other side's would have to be read, which costs more than
+// it saves. Logits are taken less their node's maximum as soon as they are made, and where F_i is a large constant and
+// small differences the constant is taken off first, which no softmax sees. A vector's worth of entries of a row is
+// computed at once: for few classes with the pairs in the lanes, the rows of their other nodes being transposed; for
+// many with the classes in the lanes, and only what follows from their sums with the pairs there.
 #include "leave_one_edge_out.h"
 
 #include <limits>
@@ -18,8 +19,9 @@ namespace ssmkernels::SSM_ISA {
 namespace {
 
 constexpr int64_t kRowsPerTask = 32;
-constexpr int kAhead = 2;   // pairs between fetching the row of the other node and computing with it
-constexpr int kIntoL2 = 2;  // where fetching waits for the few lines that may be on their way to L1, the work behind it does too
+constexpr int kAhead = 2;  // pairs between fetching the row of the other node and computing with it
+constexpr int kIntoL2 =
+    2;  // where fetching waits for the few lines that may be on their way to L1, the work behind it does too
 
 template <class Real>
 struct Node {
@@ -29,7 +31,8 @@ struct Node {
   Real reach;           // λ max_c |centred|
 };
 
-// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, top and reach, to be transposed with it.
+// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, top and reach, to be
+// transposed with it.
 template <class Real>
 inline constexpr int kReachLane = kLanes<Real> - 1;
 template <class Real>
@@ -69,7 +72,8 @@ class Nodes {
   // Fetches the values of a node into the cache, while others are computed.
   void prefetch(int64_t i) const {
     const char* values = reinterpret_cast<const char*>(centred(i));
-    for (int64_t byte = 0; byte < row_ * static_cast<int64_t>(sizeof(Real)); byte += 64) __builtin_prefetch(values + byte, 0, kIntoL2);
+    for (int64_t byte = 0; byte < row_ * static_cast<int64_t>(sizeof(Real)); byte += 64)
+      __builtin_prefetch(values + byte, 0, kIntoL2);
   }
 
   void prepare(const LeaveOneEdgeOut<Real>& in, ParallelFor parallel_for) {
@@ -133,7 +137,8 @@ struct Row {
   Real* logits;  // [C]  scale·centred − top
   Real* factor;  // [C]  e^logits, and 0 up to the end of the vector
 
-  Row(const Nodes<Real>& nodes, int64_t i, Real* scratch) : node(nodes[i]), logits(scratch), factor(scratch + nodes.stride) {
+  Row(const Nodes<Real>& nodes, int64_t i, Real* scratch)
+      : node(nodes[i]), logits(scratch), factor(scratch + nodes.stride) {
     for (int64_t c = 0; c < nodes.stride; c += kLanes<Real>) {
       const Vec<Real> logit = load(node.centred + c) * node.scale - node.top;
       store(logits + c, logit);
@@ -146,7 +151,8 @@ struct Row {
   }
 };
 
-// Over the classes of one pair, or of a vector of pairs: with e = e^{a − shift} of each side, Σ e, Σ e (a − shift), and Σ e_ij e_ji.
+// Over the classes of one pair, or of a vector of pairs: with e = e^{a − shift} of each side, Σ e, Σ e (a − shift), and
+// Σ e_ij e_ji.
 template <class Real>
 struct Sums {
   Vec<Real> sum_i{}, sum_j{}, moment_i{}, moment_j{}, dot{};
@@ -188,7 +194,8 @@ Vec<Real> bounded(Vec<Real> logits) {
   return max(broadcast(kLogZero<Real>), logits);
 }
 
-// Calls each(c, e_i, a_i, e_j, a_j) for every vector of classes of one pair; the a are relative to the shift that the e are.
+// Calls each(c, e_i, a_i, e_j, a_j) for every vector of classes of one pair; the a are relative to the shift that the e
+// are.
 template <class Real, class F>
 void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
   const Row<Real>& row = pair.row;
@@ -196,7 +203,9 @@ void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
   Real shift_i = 0, shift_j = 0;
   const auto argument = [&](int64_t c) { return load(j.centred + c) * pair.logit_weight; };
   const auto logit_i = [&](int64_t c) { return load(row.logits + c) - argument(c); };
-  const auto logit_j = [&](int64_t c) { return (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored; };
+  const auto logit_j = [&](int64_t c) {
+    return (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored;
+  };
   const Real reach_i = pair.logit_weight * j.reach, reach_j = pair.mirrored * i.reach;
   if (reach_i <= static_cast<Real>(kExpReduced) && reach_j <= kModerate<Real>) {
     for (int64_t c = 0; c < classes; c += kLanes<Real>) {
@@ -333,9 +342,11 @@ struct Columns {
 
 // Calls each(c, e_i, a_i, e_j, a_j) for every class; the a are relative to the shift that the e are.
 template <class Real, class F>
-void for_each_class(const Row<Real>& row, const Pairs<Real>& pairs, int at, const Columns<Real>& centred, int64_t classes, const F& each) {
+void for_each_class(const Row<Real>& row, const Pairs<Real>& pairs, int at, const Columns<Real>& centred,
+                    int64_t classes, const F& each) {
   const Node<Real>& i = row.node;
-  const Vec<Real> scale = centred.of[kScaleLane<Real>], top = centred.of[kTopLane<Real>], reach = centred.of[kReachLane<Real>];
+  const Vec<Real> scale = centred.of[kScaleLane<Real>], top = centred.of[kTopLane<Real>],
+                  reach = centred.of[kReachLane<Real>];
   const Vec<Real> logit_weight = load(pairs.logit_weight + at), mirrored = load(pairs.mirrored + at);
   Vec<Real> shift_i{}, shift_j{};
   const auto logit_i = [&](int64_t c) { return row.logits[c] - centred.of[c] * logit_weight; };
@@ -355,8 +366,8 @@ void for_each_class(const Row<Real>& row, const Pairs<Real>& pairs, int at, cons
   }
 }
 
-// Lanes are classes: calls each(k, c, e_i, a_i, e_j, a_j) for every pair k and vector of classes, and sums along the lanes of all pairs at
-// once.
+// Lanes are classes: calls each(k, c, e_i, a_i, e_j, a_j) for every pair k and vector of classes, and sums along the
+// lanes of all pairs at once.
 template <class Real, class F>
 Sums<Real> wide_sums(const Nodes<Real>& nodes, const Row<Real>& row, const Pairs<Real>& pairs, int at, const F& each) {
   const int size = min(pairs.size - at, kLanes<Real>);
@@ -365,8 +376,8 @@ Sums<Real> wide_sums(const Nodes<Real>& nodes, const Row<Real>& row, const Pairs
     Sums<Real> sums;
     if (at + k + kAhead < pairs.size) nodes.prefetch(pairs.other[at + k + kAhead]);
     if (k < size)
-      for_each_vector<Real>({row, nodes[pairs.other[at + k]], pairs.logit_weight[at + k], pairs.mirrored[at + k]}, nodes.classes,
-                            [&](int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
+      for_each_vector<Real>({row, nodes[pairs.other[at + k]], pairs.logit_weight[at + k], pairs.mirrored[at + k]},
+                            nodes.classes, [&](int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
                               sums.add(e_i, a_i, e_j, a_j);
                               each(k, c, e_i, a_i, e_j, a_j);
                             });
@@ -391,13 +402,15 @@ template <class Real>
 Sums<Real> sums_of(const Nodes<Real>& nodes, const Row<Real>& row, const Pairs<Real>& pairs, int at) {
   if (!nodes.is_narrow()) return wide_sums(nodes, row, pairs, at, [](auto...) {});
   Sums<Real> sums;
-  for_each_class(row, pairs, at, Columns<Real>(nodes, pairs.other + at), nodes.classes,
-                 [&](int64_t, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) { sums.add(e_i, a_i, e_j, a_j); });
+  for_each_class(
+      row, pairs, at, Columns<Real>(nodes, pairs.other + at), nodes.classes,
+      [&](int64_t, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) { sums.add(e_i, a_i, e_j, a_j); });
   return sums;
 }
 
-// A pair is computed by one of its rows: by i if j is among the N/2 nodes that follow it, cyclically. Every row then owns about half of its
-// pairs, and finds them in two runs of its entries. (With i < j as the rule, a row's partners would be spread over more of the memory.)
+// A pair is computed by one of its rows: by i if j is among the N/2 nodes that follow it, cyclically. Every row then
+// owns about half of its pairs, and finds them in two runs of its entries. (With i < j as the rule, a row's partners
+// would be spread over more of the memory.)
 struct Runs {
   int64_t begin[2], end[2];
 
@@ -421,10 +434,11 @@ struct Runs {
   }
 };
 
-// Calls each() with `pairs` full of entries of some runs of a row, until there are no more; each() empties them, or puts others in their
-// place.
+// Calls each() with `pairs` full of entries of some runs of a row, until there are no more; each() empties them, or
+// puts others in their place.
 template <class Real, class F>
-void for_each_pairs(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& runs, Pairs<Real>*& pairs, const F& each) {
+void for_each_pairs(const LeaveOneEdgeOut<Real>& in, int64_t node, const Runs& runs, Pairs<Real>*& pairs,
+                    const F& each) {
   int64_t at = runs.begin[0], next = runs.begin[1];
   while (at < runs.end[0] || next < runs.end[1]) {
     pairs->node = node;
@@ -441,7 +455,8 @@ struct RowGradient {
   const Row<Real>& row;
   Real *own, *others, *saved;
   Real inverse_log_classes;
-  Vec<Real> own_of[kLanes<Real>] = {}, others_of[kLanes<Real>] = {};  // with few classes: of each class, with the pairs in the lanes
+  Vec<Real> own_of[kLanes<Real>] = {},
+            others_of[kLanes<Real>] = {};  // with few classes: of each class, with the pairs in the lanes
 
   // Σ_c G r_ij F_j of each pair in the lanes; r sums to 0, so that centring F_j changes nothing.
   Vec<Real> add(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
@@ -456,17 +471,19 @@ struct RowGradient {
 
  private:
   Vec<Real> add_narrow(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
-    if (nodes.classes < 2) __builtin_unreachable();  // or the compiler warns of arrays that a loop over no classes would leave unset
+    if (nodes.classes < 2)
+      __builtin_unreachable();  // or the compiler warns of arrays that a loop over no classes would leave unset
     const Columns<Real> centred(nodes, pairs.other + at);
     Vec<Real> e_i[kLanes<Real>], a_i[kLanes<Real>], e_j[kLanes<Real>], a_j[kLanes<Real>];
     Sums<Real> sums;
-    for_each_class(row, pairs, at, centred, nodes.classes, [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
-      sums.add(ei, ai, ej, aj);
-      e_i[c] = ei;
-      a_i[c] = bounded<Real>(ai);
-      e_j[c] = ej;
-      a_j[c] = bounded<Real>(aj);
-    });
+    for_each_class(row, pairs, at, centred, nodes.classes,
+                   [&](int64_t c, Vec<Real> ei, Vec<Real> ai, Vec<Real> ej, Vec<Real> aj) {
+                     sums.add(ei, ai, ej, aj);
+                     e_i[c] = ei;
+                     a_i[c] = bounded<Real>(ai);
+                     e_j[c] = ej;
+                     a_j[c] = bounded<Real>(aj);
+                   });
     const Slopes<Real> slopes(sums, inverse_log_classes, grad);
     const Vec<Real> mirrored = load(pairs.mirrored + at);
     Vec<Real> along{};
@@ -482,8 +499,8 @@ struct RowGradient {
 
   Vec<Real> add_wide(const Pairs<Real>& pairs, int at, Vec<Real> grad) {
     const int64_t stride = nodes.stride;
-    const Sums<Real> sums =
-        wide_sums(nodes, row, pairs, at, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
+    const Sums<Real> sums = wide_sums(
+        nodes, row, pairs, at, [&](int k, int64_t c, Vec<Real> e_i, Vec<Real> a_i, Vec<Real> e_j, Vec<Real> a_j) {
           Real* kept = saved + 4 * (k * stride + c);
           store(kept, e_i);
           store(kept + kLanes<Real>, bounded<Real>(a_i));
@@ -536,7 +553,8 @@ void leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, Pa
         const Sums<Real> sums = sums_of(nodes, row, pairs, at);
         store(pairs.mirrored + at, Confidences<Real>(sums, inverse_log_classes).dissimilarity());
       }
-      for (int k = 0; k < pairs.size; ++k) dissimilarity[pairs.entry[k]] = dissimilarity[pairs.mirror[k]] = pairs.mirrored[k];
+      for (int k = 0; k < pairs.size; ++k)
+        dissimilarity[pairs.entry[k]] = dissimilarity[pairs.mirror[k]] = pairs.mirrored[k];
       pairs.size = 0;
     };
     for (int64_t i = begin * kRowsPerTask; i < end * kRowsPerTask && i < in.graph.nodes; ++i)
@@ -556,7 +574,8 @@ void leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilarity, Pa
 }
 
 template <class Real>
-void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOneEdgeOutBackward<Real>& out, ParallelFor parallel_for) {
+void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOneEdgeOutBackward<Real>& out,
+                                 ParallelFor parallel_for) {
   Nodes<Real> nodes(in);
   nodes.prepare(in, parallel_for);
   const int64_t stride = nodes.stride, tasks = (in.graph.nodes + kRowsPerTask - 1) / kRowsPerTask;
@@ -588,7 +607,8 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
       });
       gradient.finish();
       Vec<Real> along{};
-      for (int64_t c = 0; c < stride; c += kLanes<Real>) along += load(own + c) * load_classes(row.node.centred, c, in.classes);
+      for (int64_t c = 0; c < stride; c += kLanes<Real>)
+        along += load(own + c) * load_classes(row.node.centred, c, in.classes);
       const Real grad_degree = lambda * sum_lanes<Real>(along);
       for (int64_t e = first; e < last; ++e) out.grad_weight[e] += grad_degree;
       Real* grad = out.grad_propagated + i * in.classes;
@@ -597,9 +617,10 @@ void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOne
   });
 }
 
-#define SSM_INSTANTIATE(Real)                                                         \
-  template void leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, ParallelFor); \
-  template void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, ParallelFor);
+#define SSM_INSTANTIATE(Real)                                                                                   \
+  template void leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, ParallelFor);                           \
+  template void leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, \
+                                            ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 

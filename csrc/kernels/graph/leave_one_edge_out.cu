@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Three kernels. A row's degree and F_i less the middle of its range, once. Then the pairs: a warp takes a stretch of entries, keeps those
-// that their row owns, and spreads each over a few lanes; its softmaxes are taken in one sweep over the classes, against a reference known
-// beforehand. The backward keeps four numbers of each softmax, and a third kernel gathers by rows. Logits are in units of log 2, so that a
-// power of two is one instruction. Of N = 60k, E = 5M, C = 100 in float32: 1.0 GB of rows from the L2 cache and 500M powers forward,
-// 2.0 GB and 1000M more in the gather.
+// Three kernels. A row's degree and F_i less the middle of its range, once. Then the pairs: a warp takes a stretch of
+// entries, keeps those that their row owns, and spreads each over a few lanes; its softmaxes are taken in one sweep
+// over the classes, against a reference known beforehand. The backward keeps four numbers of each softmax, and a third
+// kernel gathers by rows. Logits are in units of log 2, so that a power of two is one instruction. Of N = 60k, E = 5M,
+// C = 100 in float32: 1.0 GB of rows from the L2 cache and 500M powers forward, 2.0 GB and 1000M more in the gather.
 #include "../common/mma.cuh"
 #include "leave_one_edge_out.h"
 #include "row.cuh"
@@ -24,7 +24,8 @@ struct alignas(4 * sizeof(Real)) Node {
   Real reach;   // max_c |f_ic|
 };
 
-// What the backward keeps of Z_ij, with e = 2^{a − top_i − reference}: not its normaliser, whose rounding would scale the whole softmax.
+// What the backward keeps of Z_ij, with e = 2^{a − top_i − reference}: not its normaliser, whose rounding would scale
+// the whole softmax.
 template <class Real>
 struct alignas(4 * sizeof(Real)) Softmax {
   Real reference;
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(const __grid_constant__
   if (lane == 0) problem.nodes[i] = {degree, max(degree * a, degree * b), max(fabs(a), fabs(b))};
 }
 
-// Whether row i is the one to compute the pair (i, j): each pair has one owner, and every row owns about half of its pairs.
+// Whether row i is the one to compute the pair (i, j): each pair has one owner, and every row owns about half of its
+// pairs.
 __device__ inline bool owns(int64_t i, int64_t j) {
   return (i + j) % 2 == 0 ? i <= j : i > j;
 }
@@ -139,7 +141,8 @@ __device__ Real confidence(Real sum, Real mean, Real inverse_log_classes) {
   return not_negative(1 - not_negative(log2(sum) - mean) * inverse_log_classes);
 }
 
-// 2^x is 0 from here on down in any dtype. Logits are cut here where they are multiplied: 0 times what is below −∞ would be NaN.
+// 2^x is 0 from here on down in any dtype. Logits are cut here where they are multiplied: 0 times what is below −∞
+// would be NaN.
 template <class Real>
 inline constexpr Real kPowerZero = -2000;
 template <class Real>
@@ -184,7 +187,8 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
         reference_j = top_j;
       }
     }
-    Real sum_i = 0, sum_j = 0, moment_i = 0, moment_j = 0, dot = 0;  // with a less its references and e = 2^a: Σ e, Σ e a, Σ e_ij e_ji
+    Real sum_i = 0, sum_j = 0, moment_i = 0, moment_j = 0,
+         dot = 0;  // with a less its references and e = 2^a: Σ e, Σ e a, Σ e_ij e_ji
 #pragma unroll 2
     for (int64_t pack = first_pack; pack < problem.packs; pack += lanes) {
       const Pack<Real, kWidth> x = load<kWidth>(f_i + pack * kWidth), y = load<kWidth>(f_j + pack * kWidth);
@@ -220,7 +224,8 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
   }
 }
 
-// What the derivatives need of an entry, with a less its references: G r_ij = e_ij (constant_i + linear_i a_ij − both e_ji), r_ji likewise.
+// What the derivatives need of an entry, with a less its references: G r_ij = e_ij (constant_i + linear_i a_ij − both
+// e_ji), r_ji likewise.
 template <class Real>
 struct Slopes {
   int j;
@@ -248,7 +253,8 @@ struct Slopes {
 
 // Of the entry e < end of row i; where there is none, what adds nothing.
 template <class Real>
-__device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad_dissimilarity, int64_t i, int64_t e, int64_t end) {
+__device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad_dissimilarity, int64_t i, int64_t e,
+                                  int64_t end) {
   Slopes<Real> slopes{};
   slopes.j = static_cast<int>(i);
   slopes.reference_i = slopes.reference_j = kLargest<Real>;
@@ -276,11 +282,12 @@ __device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad
   return slopes;
 }
 
-// One warp per row: `lanes` lanes hold kPacks packs each of the row's classes, a panel of them at a time, and 32/lanes entries are under
-// way.
+// One warp per row: `lanes` lanes hold kPacks packs each of the row's classes, a panel of them at a time, and 32/lanes
+// entries are under way.
 template <class Real, int kPacks, bool kPadded>
 __global__ void __launch_bounds__(32 * kGatherWarps, 2)
-    gather_gradients(const __grid_constant__ Problem<Real> problem, const __grid_constant__ LeaveOneEdgeOutBackward<Real> out, int lanes) {
+    gather_gradients(const __grid_constant__ Problem<Real> problem,
+                     const __grid_constant__ LeaveOneEdgeOutBackward<Real> out, int lanes) {
   constexpr int kWidth = kWidest<Real>;
   const LeaveOneEdgeOut<Real>& in = problem.in;
   const int lane = threadIdx.x % 32, groups = 32 / lanes, group = lane / lanes;
@@ -329,7 +336,8 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
         const Real of_entry = __shfl_sync(kAllLanes, sum, lane % groups * lanes);
         if (lane / groups == round) along = of_entry;
       }
-      if (base + lane < entries.end) out.grad_weight[base + lane] = panel == 0 ? along : out.grad_weight[base + lane] + along;
+      if (base + lane < entries.end)
+        out.grad_weight[base + lane] = panel == 0 ? along : out.grad_weight[base + lane] + along;
     }
     Real sum = 0;
 #pragma unroll
@@ -364,10 +372,13 @@ Problem<Real> take_problem(const LeaveOneEdgeOut<Real>& in, bool with_gradients,
 template <bool kBackward, class Real>
 const char* launch_pairs(const Problem<Real>& problem, cudaStream_t stream) {
   const Csr& graph = problem.in.graph;
-  if (const char* error = launch(prepare_rows<Real>, ceil_div<int64_t>(graph.nodes, kWarps), kThreads, 0, stream, problem)) return error;
+  if (const char* error =
+          launch(prepare_rows<Real>, ceil_div<int64_t>(graph.nodes, kWarps), kThreads, 0, stream, problem))
+    return error;
   const bool padded = problem.in.classes % kWidest<Real> != 0;
   const auto kernel = padded ? compute_pairs<Real, true, kBackward> : compute_pairs<Real, false, kBackward>;
-  // Two packs or more to a lane: what a pair costs beside its classes is shared by fewer lanes. Eight lanes read whole lines.
+  // Two packs or more to a lane: what a pair costs beside its classes is shared by fewer lanes. Eight lanes read whole
+  // lines.
   const int lanes = lanes_for(ceil_div<int64_t>(problem.packs, 2), 8);
   return launch(kernel, ceil_div<int64_t>(graph.edges, kWarps * kStretch), kThreads, 0, stream, problem, lanes);
 }
@@ -377,7 +388,8 @@ const char* launch_gather(const Problem<Real>& problem, const LeaveOneEdgeOutBac
   const bool padded = problem.in.classes % kWidest<Real> != 0;
   const auto kernel = padded ? gather_gradients<Real, kPacks, true> : gather_gradients<Real, kPacks, false>;
   const int lanes = lanes_for(ceil_div<int64_t>(problem.packs, kPacks), 32);
-  return launch(kernel, ceil_div<int64_t>(problem.in.graph.nodes, kGatherWarps), 32 * kGatherWarps, 0, stream, problem, out, lanes);
+  return launch(kernel, ceil_div<int64_t>(problem.in.graph.nodes, kGatherWarps), 32 * kGatherWarps, 0, stream, problem,
+                out, lanes);
 }
 
 }  // namespace
@@ -396,27 +408,31 @@ const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>& in, Real* dissimilar
   Problem<Real> problem = take_problem(in, false, workspace);
   problem.dissimilarity = dissimilarity;
   // Entries whose pair has no owner stay 0.
-  if (const char* error = message(cudaMemsetAsync(dissimilarity, 0, in.graph.edges * sizeof(Real), stream))) return error;
+  if (const char* error = message(cudaMemsetAsync(dissimilarity, 0, in.graph.edges * sizeof(Real), stream)))
+    return error;
   return launch_pairs<false>(problem, stream);
 }
 
 template <class Real>
-const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOneEdgeOutBackward<Real>& out, void* memory,
-                                        CudaStream stream) {
+const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>& in, const LeaveOneEdgeOutBackward<Real>& out,
+                                        void* memory, CudaStream stream) {
   if (in.graph.nodes == 0) return nullptr;
   Workspace workspace(memory);
   const Problem<Real> problem = take_problem(in, true, workspace);
-  if (const char* error = message(cudaMemsetAsync(problem.softmaxes, 0, in.graph.edges * sizeof *problem.softmaxes, stream))) return error;
+  if (const char* error =
+          message(cudaMemsetAsync(problem.softmaxes, 0, in.graph.edges * sizeof *problem.softmaxes, stream)))
+    return error;
   if (const char* error = launch_pairs<true>(problem, stream)) return error;
   return problem.packs == 1    ? launch_gather<1>(problem, out, stream)
          : problem.packs <= 16 ? launch_gather<2>(problem, out, stream)
                                : launch_gather<4>(problem, out, stream);
 }
 
-#define SSM_INSTANTIATE(Real)                                                                      \
-  template int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&, bool);               \
-  template const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, void*, CudaStream); \
-  template const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, void*, CudaStream);
+#define SSM_INSTANTIATE(Real)                                                                                          \
+  template int64_t leave_one_edge_out_workspace(const LeaveOneEdgeOut<Real>&, bool);                                   \
+  template const char* leave_one_edge_out(const LeaveOneEdgeOut<Real>&, Real*, void*, CudaStream);                     \
+  template const char* leave_one_edge_out_backward(const LeaveOneEdgeOut<Real>&, const LeaveOneEdgeOutBackward<Real>&, \
+                                                   void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the CUDA kernels of the graph family share: rows of a graph that may not be one (on a GPU its arrays are not checked: what lies
-// outside is left out), values that are read and written together, and the lanes of a warp in groups.
+// What the CUDA kernels of the graph family share: rows of a graph that may not be one (on a GPU its arrays are not
+// checked: what lies outside is left out), values that are read and written together, and the lanes of a warp in
+// groups.
 #pragma once
 
 #include "../common/cuda.cuh"
@@ -35,7 +36,8 @@ __device__ void store(Real* to, const Pack<Real, kWidth>& pack) {
 // Row i of a matrix whose rows have `bytes` bytes: one instruction, where 64-bit numbers take seven.
 template <class Real>
 __device__ const Real* row_at(const Real* matrix, int32_t i, uint32_t bytes) {
-  return reinterpret_cast<const Real*>(reinterpret_cast<const char*>(matrix) + uint64_t{static_cast<uint32_t>(i)} * bytes);
+  return reinterpret_cast<const Real*>(reinterpret_cast<const char*>(matrix) +
+                                       uint64_t{static_cast<uint32_t>(i)} * bytes);
 }
 
 struct Range {
@@ -59,7 +61,8 @@ inline int lanes_for(int64_t packs, int most) {
   return lanes;
 }
 
-// Lanes in groups of `lanes`, a power of two: sums and maxima within a group, and over the lanes of one place in their groups.
+// Lanes in groups of `lanes`, a power of two: sums and maxima within a group, and over the lanes of one place in their
+// groups.
 template <class Real>
 __device__ Real sum_in_group(Real x, int lanes) {
   for (int step = 1; step < lanes; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);

@@ -34,7 +34,8 @@ void add_tile(const Tile<Real>& tile, const Real* scores, int64_t classes, int v
   for (int slot = 0; slot < tile.slots;) {  // runs of one class
     const int64_t label = tile.labels[slot];
     Vec<Real> run{};
-    for (; slot < tile.slots && tile.labels[slot] == label; ++slot) run += exp(load(scores + slot * kPanel<Real> + lane) - top);
+    for (; slot < tile.slots && tile.labels[slot] == label; ++slot)
+      run += exp(load(scores + slot * kPanel<Real> + lane) - top);
     Real* at = state.class_sums + class_row(label, classes) * kPanel<Real> + lane;
     store(at, load(at) + run);
     store(state.sum + lane, load(state.sum + lane) + run);
@@ -57,7 +58,8 @@ void merge(const State<Real>& state, const State<Real>& other, int64_t classes, 
 }  // namespace
 
 template <class Storage>
-void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<Storage>>& result, ParallelFor parallel_for) {
+void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<Storage>>& result,
+               ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   const Partition cut = partition<Real>(problem.rows, bank.slots);
@@ -74,8 +76,8 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
       const State<Real> state = state_of(task);
       const int64_t first = task % cut.splits * cut.split_size;
       const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
-      pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows, static_cast<Real>(1 / problem.temperature),
-                 query);
+      pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows,
+                 static_cast<Real>(1 / problem.temperature), query);
       fill(state.maximum, kPanel<Real>, kMinusInfinity<Real>);
       fill(state.sum, (1 + bank.classes + 1) * kPanel<Real>, Real(0));
       for (int64_t slot = first; slot < last; slot += kTile) {
@@ -89,7 +91,8 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
     for (int64_t panel = begin; panel < end; ++panel) {
       const State<Real> state = state_of(panel * cut.splits);
       for (int v = 0; v < 2; ++v) {
-        for (int64_t split = 1; split < cut.splits; ++split) merge(state, state_of(panel * cut.splits + split), bank.classes, v);
+        for (int64_t split = 1; split < cut.splits; ++split)
+          merge(state, state_of(panel * cut.splits + split), bank.classes, v);
         const int64_t lane = v * kLanes<Real>;
         const Vec<Real> sum = load(state.sum + lane);
         store(state.maximum + lane, load(state.maximum + lane) + log(sum));
@@ -102,7 +105,8 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
 }
 
 template <class Storage>
-void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackward<Compute<Storage>>& backward, ParallelFor parallel_for) {
+void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackward<Compute<Storage>>& backward,
+                        ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   const Partition cut = partition<Real>(problem.rows, bank.slots);
@@ -142,7 +146,8 @@ void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackwa
           const Vec<Real> shift = load(log_normalizer + lane);
           for (int i = 0; i < tile.slots; ++i) {
             Real* at = weights + i * kPanel<Real> + lane;
-            store(at, exp(load(at) - shift) * load(slopes + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane));
+            store(at,
+                  exp(load(at) - shift) * load(slopes + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane));
           }
         }
         add_means(tile, bank.dim, weights, grad);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21 GFLOP (scores, means).
+// Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21
+// GFLOP (scores, means).
 #include "aggregate.h"
 #include "class_order.cuh"
 #include "class_table.cuh"
@@ -54,7 +55,8 @@ class Forward {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
+      for (int i = 0; i < 4; ++i)
+        scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
     runs_.add(scores[0], tile.labels, track_);
   }
 
@@ -63,7 +65,9 @@ class Forward {
     runs_.close(track_);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      if (place.writes(r)) arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], track_.sum[r]};
+      if (place.writes(r))
+        arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r],
+                                                                                     track_.sum[r]};
   }
 
  private:
@@ -73,7 +77,8 @@ class Forward {
   Track<Real> track_;
 };
 
-// The softmax is taken anew rather than from the forward's log-normaliser, whose rounding at large logits would scale the whole gradient.
+// The softmax is taken anew rather than from the forward's log-normaliser, whose rounding at large logits would scale
+// the whole gradient.
 template <class Engine>
 class Backward {
   using Real = typename Engine::Real;
@@ -125,7 +130,8 @@ class Backward {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Real sum = row_sum(track_.sum[r]);
-      if (place.writes(r)) arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
+      if (place.writes(r))
+        arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
     }
     arguments_.means.put(means, place);
   }
@@ -138,8 +144,8 @@ class Backward {
   Real slopes_[kBlocks][4];
 };
 
-// (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the row: half types have
-// a narrow range.
+// (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the
+// row: half types have a narrow range.
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
     slope_table(const Real* grad, const Real* aggregated, int64_t rows, int64_t classes, Real* table, Real* row_scale) {
@@ -195,7 +201,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_aggregate(const __grid
   SSM_SHARED(scratch, Real[kMergeWarps]);
   const int64_t row = blockIdx.x;
   Real top = kLowest<Real>, sum = 0;
-  for (int64_t s = threadIdx.x; s < in.splits; s += kThreads) top = max(top, in.rows[s * in.padded_rows + row].reference);
+  for (int64_t s = threadIdx.x; s < in.splits; s += kThreads)
+    top = max(top, in.rows[s * in.padded_rows + row].reference);
   top = block_max<kMergeWarps>(top, scratch);
   for (int64_t s = threadIdx.x; s < in.splits; s += kThreads) {
     const RowSum<Real> part = in.rows[s * in.padded_rows + row];
@@ -277,14 +284,15 @@ int64_t aggregate_workspace(const Aggregate<Storage>& problem) {
 }
 
 template <class Storage>
-const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<Storage>>& result, void* memory, CudaStream stream) {
+const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<Storage>>& result, void* memory,
+                      CudaStream stream) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const ForwardScratch<Real> scratch = take_forward(problem, workspace);
-  const SweepInput<Storage> in =
-      sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, false));
+  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
+                                             cut_of(bank, problem.rows, false));
   Merge<Real> merge{};
   merge.rows = scratch.rows;
   merge.padded_rows = in.cut.padded_rows();
@@ -299,9 +307,10 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
     if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
-      return launch_sweep<Engine, Forward<Engine>>(
-          in, {static_cast<Real>(kLog2e / problem.temperature), scratch.rows, scratch.classes_sums, merge.classes_pitch, merge.padded_rows},
-          stream);
+      return launch_sweep<Engine, Forward<Engine>>(in,
+                                                   {static_cast<Real>(kLog2e / problem.temperature), scratch.rows,
+                                                    scratch.classes_sums, merge.classes_pitch, merge.padded_rows},
+                                                   stream);
     });
     if (error) return error;
   }
@@ -309,8 +318,8 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
 }
 
 template <class Storage>
-const char* aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackward<Compute<Storage>>& backward, void* memory,
-                               CudaStream stream) {
+const char* aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackward<Compute<Storage>>& backward,
+                               void* memory, CudaStream stream) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
@@ -319,13 +328,16 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   const SweepInput<Storage> in =
       sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, true));
   if (bank.slots > 0) {
-    if (const char* error = launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, backward.grad_aggregated,
-                                   backward.aggregated, problem.rows, bank.classes, scratch.slopes, scratch.row_scale))
+    if (const char* error =
+            launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, backward.grad_aggregated,
+                   backward.aggregated, problem.rows, bank.classes, scratch.slopes, scratch.row_scale))
       return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       return launch_sweep<Engine, Backward<Engine>>(
-          in, {scratch.slopes, bank.classes, static_cast<Real>(kLog2e / problem.temperature), scratch.rows, scratch.means}, stream);
+          in,
+          {scratch.slopes, bank.classes, static_cast<Real>(kLog2e / problem.temperature), scratch.rows, scratch.means},
+          stream);
     });
     if (error) return error;
   }
@@ -342,10 +354,12 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   return launch(merge_aggregate<Real, true>, problem.rows, 32 * kMergeWarps, 0, stream, merge);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                          \
-  template int64_t aggregate_workspace(const Aggregate<Storage>&);                                                        \
-  template const char* aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, void*, CudaStream); \
-  template const char* aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, void*, CudaStream);
+#define SSM_INSTANTIATE(Storage)                                                                                 \
+  template int64_t aggregate_workspace(const Aggregate<Storage>&);                                               \
+  template const char* aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, void*,     \
+                                 CudaStream);                                                                    \
+  template const char* aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, \
+                                          void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 SSM_INSTANTIATE(bfloat16)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Aggregate of SimMatch (CVPR 2022), equation (9): class sums of the instance similarities, differentiable in the query.
+// Aggregate of SimMatch (CVPR 2022), equation (9): class sums of the instance similarities, differentiable in the
+// query.
 //
 //   s = query·bankᵀ/t,  q = softmax(s),  aggregated[c] = Σ_{j: y_j = c} q_j
 //   ∂/∂query of Σ_c g_c aggregated[c] = Σ_j q_j (g[y_j] − Σ_c g_c aggregated[c]) bank_j / t
@@ -38,9 +39,10 @@ struct AggregateBackward {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(template <class Storage> void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor);
-            template <class Storage>
-            void aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, ParallelFor);)
+SSM_PER_ISA(template <class Storage>
+            void aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, ParallelFor);
+            template <class Storage> void aggregate_backward(const Aggregate<Storage>&,
+                                                             const AggregateBackward<Compute<Storage>>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 
@@ -49,6 +51,7 @@ int64_t aggregate_workspace(const Aggregate<Storage>&);  // bytes, forward and b
 template <class Storage>
 const char* aggregate(const Aggregate<Storage>&, const AggregateResult<Compute<Storage>>&, void* workspace, CudaStream);
 template <class Storage>
-const char* aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, void* workspace, CudaStream);
+const char* aggregate_backward(const Aggregate<Storage>&, const AggregateBackward<Compute<Storage>>&, void* workspace,
+                               CudaStream);
 
 }  // namespace ssmkernels::cuda

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The slots of a bank in the order of their classes, bank order within a class: a stable counting sort, by digits where there are many
-// classes. A sweep in this order closes each class once per split, so class sums need neither atomics nor a second visit.
+// The slots of a bank in the order of their classes, bank order within a class: a stable counting sort, by digits where
+// there are many classes. A sweep in this order closes each class once per split, so class sums need neither atomics
+// nor a second visit.
 #pragma once
 
 #include "../common/cuda.cuh"
@@ -49,9 +50,11 @@ static __global__ void __launch_bounds__(kChunk) count_digits(OrderPass pass) {
   for (int bin = threadIdx.x; bin < pass.bins; bin += kChunk) count[bin] = 0;
   __syncthreads();
   const int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x;
-  if (at < pass.slots) atomicAdd(&count[pass.digit(pass.slot(at).label)], 1u);  // integers: any order gives the same count
+  if (at < pass.slots)
+    atomicAdd(&count[pass.digit(pass.slot(at).label)], 1u);  // integers: any order gives the same count
   __syncthreads();
-  for (int bin = threadIdx.x; bin < pass.bins; bin += kChunk) pass.counts[int64_t{blockIdx.x} * pass.bins + bin] = count[bin];
+  for (int bin = threadIdx.x; bin < pass.bins; bin += kChunk)
+    pass.counts[int64_t{blockIdx.x} * pass.bins + bin] = count[bin];
 }
 
 // counts[chunk][bin] becomes the sum over the chunks before it, totals[bin] the sum over all.
@@ -78,7 +81,8 @@ static __global__ void __launch_bounds__(kScanBins* kScanParts) scan_chunks(Orde
   }
 }
 
-// Each slot goes behind those of smaller digits, those of its digit in earlier chunks, and those of its digit before it in this chunk.
+// Each slot goes behind those of smaller digits, those of its digit in earlier chunks, and those of its digit before it
+// in this chunk.
 static __global__ void __launch_bounds__(kChunk) place_slots(OrderPass pass) {
   constexpr int kBinsEach = kBins / kChunk;
   SSM_SHARED(bases, uint32_t[kBins]);
@@ -115,7 +119,8 @@ static __global__ void __launch_bounds__(kChunk) place_slots(OrderPass pass) {
   int rank = 0;
   for (int other = 0; other < static_cast<int>(threadIdx.x); ++other) rank += digits[other] == digit;
   __syncthreads();
-  if (at < pass.slots) pass.to[int64_t{bases[digit]} + pass.counts[int64_t{blockIdx.x} * pass.bins + digit] + rank] = slot;
+  if (at < pass.slots)
+    pass.to[int64_t{bases[digit]} + pass.counts[int64_t{blockIdx.x} * pass.bins + digit] + rank] = slot;
 }
 
 // A thread a class: a binary search. The work is the same wherever the labels of the bank end.
@@ -170,7 +175,9 @@ const char* sort_by_class(const Bank<Storage>& bank, const ClassOrder& order, cu
     const int64_t highest = bank.classes >> pass.shift;
     pass.bins = highest < kBins ? static_cast<int>(highest) + 1 : kBins;
     if (const char* error = launch(count_digits, pass.chunks, kChunk, 0, stream, pass)) return error;
-    if (const char* error = launch(scan_chunks, ceil_div(pass.bins, kScanBins), kScanBins * kScanParts, 0, stream, pass)) return error;
+    if (const char* error =
+            launch(scan_chunks, ceil_div(pass.bins, kScanBins), kScanBins * kScanParts, 0, stream, pass))
+      return error;
     if (const char* error = launch(place_slots, pass.chunks, kChunk, 0, stream, pass)) return error;
     pass.labels = nullptr;
     pass.from = pass.to;

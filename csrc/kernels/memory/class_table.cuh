@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What a query row says of each class, laid out for a sweep: table[row / 8][class][row % 8], classes 0 … L, where L stands for no class.
-// The eight rows that a warp asks for at once then lie in one 32-byte sector.
-// Rows are padded to whole tiles.
+// What a query row says of each class, laid out for a sweep: table[row / 8][class][row % 8], classes 0 … L, where L
+// stands for no class. The eight rows that a warp asks for at once then lie in one 32-byte sector. Rows are padded to
+// whole tiles.
 #pragma once
 
 #include "sweep.cuh"
@@ -19,11 +19,12 @@ inline int64_t table_blocks(const Cut& cut) {
   return cut.padded_rows() / kTableRows;
 }
 
-// log₂ p, −inf where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0 throughout: there
-// the target distribution is the softmax alone.
+// log₂ p, −inf where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0
+// throughout: there the target distribution is the softmax alone.
 template <class Real>
 __global__ void __launch_bounds__(32 * kTableRows)
-    log_probs_table(const Real* probs, const unsigned char* present, int64_t rows, int64_t classes, Real* table, unsigned char* known) {
+    log_probs_table(const Real* probs, const unsigned char* present, int64_t rows, int64_t classes, Real* table,
+                    unsigned char* known) {
   SSM_SHARED(any, bool[kTableRows]);
   const int64_t first_row = int64_t{blockIdx.x} * kTableRows;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -21,7 +21,8 @@ struct State {
   }
 
   State(Real* memory, int64_t classes, int64_t dim) {
-    Real** const scalars[] = {&max_weak, &max_target, &max_strong, &sum_weak, &sum_target, &sum_strong, &target_logit, &unknown};
+    Real** const scalars[] = {&max_weak,   &max_target, &max_strong,   &sum_weak,
+                              &sum_target, &sum_strong, &target_logit, &unknown};
     for (Real** scalar : scalars) {
       *scalar = memory;
       memory += kPanel<Real>;
@@ -53,8 +54,10 @@ class Sweep {
   }
 
   void run(int64_t first_row, int64_t first_slot, int64_t end_slot, const State<Real>& state) {
-    pack_panel(problem_.query_weak, bank_.dim, first_row, problem_.rows, static_cast<Real>(1 / problem_.temperature_weak), weak_);
-    pack_panel(problem_.query_strong, bank_.dim, first_row, problem_.rows, static_cast<Real>(1 / problem_.temperature_strong), strong_);
+    pack_panel(problem_.query_weak, bank_.dim, first_row, problem_.rows,
+               static_cast<Real>(1 / problem_.temperature_weak), weak_);
+    pack_panel(problem_.query_strong, bank_.dim, first_row, problem_.rows,
+               static_cast<Real>(1 / problem_.temperature_strong), strong_);
     pack_log_probs(problem_.probs_weak, bank_.classes, first_row, problem_.rows, present_, log_probs_, state.unknown);
     fill(state.max_weak, 3 * kPanel<Real>, kMinusInfinity<Real>);
     fill(state.sum_weak, 4 * kPanel<Real>, Real(0));
@@ -113,10 +116,12 @@ class Sweep {
     }
   }
 
-  // Turns the tile's scores into the weights of the two means, in place, and adds up everything that is not a mean. Sums are taken over the
-  // tile, and over runs of one class, before they join the long ones: fewer roundings, and in a class-sorted bank hardly any traffic.
+  // Turns the tile's scores into the weights of the two means, in place, and adds up everything that is not a mean.
+  // Sums are taken over the tile, and over runs of one class, before they join the long ones: fewer roundings, and in a
+  // class-sorted bank hardly any traffic.
   void exponentiate(const Tile<Real>& tile, int v, const State<Real>& state) {
-    const Vec<Real> max_weak = load(state.max_weak + v * kWidth), max_target = to_subtract(load(state.max_target + v * kWidth)),
+    const Vec<Real> max_weak = load(state.max_weak + v * kWidth),
+                    max_target = to_subtract(load(state.max_target + v * kWidth)),
                     max_strong = load(state.max_strong + v * kWidth);
     Vec<Real> sum_weak{}, sum_target{}, sum_strong{}, target_logit{}, run{};
     int64_t run_label = tile.labels[0];
@@ -174,16 +179,23 @@ void merge(const State<Real>& state, const State<Real>& other, int64_t classes, 
     } sums[3];
   };
   const Group groups[] = {
-      {state.max_weak, other.max_weak, {{state.sum_weak, other.sum_weak, 1}, {state.class_sums, other.class_sums, classes + 1}, {}}},
+      {state.max_weak,
+       other.max_weak,
+       {{state.sum_weak, other.sum_weak, 1}, {state.class_sums, other.class_sums, classes + 1}, {}}},
       {state.max_target,
        other.max_target,
-       {{state.sum_target, other.sum_target, 1}, {state.target_logit, other.target_logit, 1}, {state.target_mean, other.target_mean, dim}}},
-      {state.max_strong, other.max_strong, {{state.sum_strong, other.sum_strong, 1}, {state.strong_mean, other.strong_mean, dim}, {}}},
+       {{state.sum_target, other.sum_target, 1},
+        {state.target_logit, other.target_logit, 1},
+        {state.target_mean, other.target_mean, dim}}},
+      {state.max_strong,
+       other.max_strong,
+       {{state.sum_strong, other.sum_strong, 1}, {state.strong_mean, other.strong_mean, dim}, {}}},
   };
   for (const Group& group : groups) {
     for (int v = 0; v < 2; ++v) {
       const int64_t lane = v * kLanes<Real>;
-      const Vec<Real> a = load(group.max + lane), b = load(group.other_max + lane), top = max(a, b), shift = to_subtract(top);
+      const Vec<Real> a = load(group.max + lane), b = load(group.other_max + lane), top = max(a, b),
+                      shift = to_subtract(top);
       const Vec<Real> keep = exp(a - shift), take = exp(b - shift);
       store(group.max + lane, top);
       for (const auto& sum : group.sums)
@@ -200,7 +212,8 @@ template <class Real>
 void normalize(const State<Real>& state, int64_t classes, int64_t dim) {
   for (int v = 0; v < 2; ++v) {
     const int64_t lane = v * kLanes<Real>;
-    const Vec<Real> weak = load(state.sum_weak + lane), target = load(state.sum_target + lane), strong = load(state.sum_strong + lane);
+    const Vec<Real> weak = load(state.sum_weak + lane), target = load(state.sum_target + lane),
+                    strong = load(state.sum_strong + lane);
     store(state.max_weak + lane, load(state.max_weak + lane) + log(weak));
     store(state.max_target + lane, load(state.max_target + lane) + log(target));
     store(state.max_strong + lane, load(state.max_strong + lane) + log(strong));
@@ -213,7 +226,8 @@ void normalize(const State<Real>& state, int64_t classes, int64_t dim) {
 
 // Sweeps every panel over the whole bank and hands each one's normalised state to finish(first_row, state).
 template <class Storage, class Finish>
-void sweep_bank(const InstanceMatching<Storage>& problem, bool with_means, ParallelFor parallel_for, const Finish& finish) {
+void sweep_bank(const InstanceMatching<Storage>& problem, bool with_means, ParallelFor parallel_for,
+                const Finish& finish) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   const Partition cut = partition<Real>(problem.rows, bank.slots);
@@ -228,13 +242,15 @@ void sweep_bank(const InstanceMatching<Storage>& problem, bool with_means, Paral
     Sweep<Storage> sweep(problem, with_means, present.data());
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first_slot = task % cut.splits * cut.split_size, end_slot = first_slot + cut.split_size;
-      sweep.run(task / cut.splits * kPanel<Real>, first_slot, end_slot < bank.slots ? end_slot : bank.slots, state_of(task));
+      sweep.run(task / cut.splits * kPanel<Real>, first_slot, end_slot < bank.slots ? end_slot : bank.slots,
+                state_of(task));
     }
   });
   parallel_for(cut.panels, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       const State<Real> state = state_of(panel * cut.splits);
-      for (int64_t split = 1; split < cut.splits; ++split) merge(state, state_of(panel * cut.splits + split), bank.classes, means);
+      for (int64_t split = 1; split < cut.splits; ++split)
+        merge(state, state_of(panel * cut.splits + split), bank.classes, means);
       normalize(state, bank.classes, means);
       finish(panel * kPanel<Real>, state);
     }
@@ -258,14 +274,15 @@ void instance_matching(const InstanceMatching<Storage>& problem, const InstanceM
             alpha * problem.probs_weak[row * classes + c] + (1 - alpha) * state.class_sums[c * kPanel<Real> + lane];
       if (!result.gradient) continue;
       for (int64_t d = 0; d < dim; ++d)
-        result.gradient[row * dim + d] = scale * (state.strong_mean[d * kPanel<Real> + lane] - state.target_mean[d * kPanel<Real> + lane]);
+        result.gradient[row * dim + d] =
+            scale * (state.strong_mean[d * kPanel<Real> + lane] - state.target_mean[d * kPanel<Real> + lane]);
     }
   });
 }
 
 template <class Storage>
-void instance_matching_partial(const InstanceMatching<Storage>& problem, const InstanceMatchingPartial<Compute<Storage>>& partial,
-                               ParallelFor parallel_for) {
+void instance_matching_partial(const InstanceMatching<Storage>& problem,
+                               const InstanceMatchingPartial<Compute<Storage>>& partial, ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const int64_t classes = problem.bank.classes, dim = problem.bank.dim, rows = problem.rows;
   if (problem.bank.slots == 0) {
@@ -291,9 +308,11 @@ void instance_matching_partial(const InstanceMatching<Storage>& problem, const I
   });
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                   \
-  template void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, ParallelFor); \
-  template void instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);
+#define SSM_INSTANTIATE(Storage)                                                                                     \
+  template void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, \
+                                  ParallelFor);                                                                      \
+  template void instance_matching_partial(const InstanceMatching<Storage>&,                                          \
+                                          const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 SSM_INSTANTIATE(bfloat16)

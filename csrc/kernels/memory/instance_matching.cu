@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of means). Its floor is the
-// products, on the tensor cores. Kernels: the class order of the slots, log p by class, the sweep, the merge of the splits.
+// Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of
+// means). Its floor is the products, on the tensor cores. Kernels: the class order of the slots, log p by class, the
+// sweep, the merge of the splits.
 #include "class_order.cuh"
 #include "class_table.cuh"
 #include "instance_matching.h"
@@ -101,10 +102,12 @@ class Matching {
     runs_.close(weak_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Real target = row_sum(target_.sum[r]), strong = row_sum(strong_.sum[r]), target_logit = row_sum(target_logit_[r]);
+      const Real target = row_sum(target_.sum[r]), strong = row_sum(strong_.sum[r]),
+                 target_logit = row_sum(target_logit_[r]);
       if (place.writes(r))
         arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {
-            weak_.reference[r], weak_.sum[r], target_.reference[r], target, strong_.reference[r], strong, target_logit, 0};
+            weak_.reference[r],   weak_.sum[r], target_.reference[r], target,
+            strong_.reference[r], strong,       target_logit,         0};
     }
     if constexpr (kGradient) arguments_.means.put(means, place);
   }
@@ -130,7 +133,8 @@ struct Scratch {
 };
 
 template <class Storage>
-Scratch<Compute<Storage>> take_scratch(const InstanceMatching<Storage>& problem, bool with_means, Workspace& workspace) {
+Scratch<Compute<Storage>> take_scratch(const InstanceMatching<Storage>& problem, bool with_means,
+                                       Workspace& workspace) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   const Cut cut = cut_of(bank, problem.rows, with_means);
@@ -165,7 +169,8 @@ struct Merge {
 
 // One block per row. Splits are merged in their order.
 template <class Real>
-__global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) merge_matching(const __grid_constant__ Merge<Real> in) {
+__global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5)
+    merge_matching(const __grid_constant__ Merge<Real> in) {
   constexpr int kThreads = 32 * kMergeWarps;
   SSM_SHARED(scratch, Real[kMergeWarps]);
   const int64_t row = blockIdx.x, splits = in.splits;
@@ -228,7 +233,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) m
       in.partial.aggregated[row * in.classes + c] = aggregated;
     else
       in.result.pseudo_probs[row * in.classes + c] =
-          static_cast<Real>(in.result.alpha) * in.probs[row * in.classes + c] + static_cast<Real>(1 - in.result.alpha) * aggregated;
+          static_cast<Real>(in.result.alpha) * in.probs[row * in.classes + c] +
+          static_cast<Real>(1 - in.result.alpha) * aggregated;
   }
   if (in.means.count == 0) return;
   for (int64_t d = threadIdx.x; d < in.dim; d += kThreads) {
@@ -251,20 +257,22 @@ __global__ void __launch_bounds__(32 * kMergeWarps, sizeof(Real) == 8 ? 3 : 5) m
 
 template <class Storage>
 const char* run(const InstanceMatching<Storage>& problem, const InstanceMatchingPartial<Compute<Storage>>& partial,
-                const InstanceMatchingResult<Compute<Storage>>& result, bool with_means, void* memory, cudaStream_t stream) {
+                const InstanceMatchingResult<Compute<Storage>>& result, bool with_means, void* memory,
+                cudaStream_t stream) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Real> scratch = take_scratch(problem, with_means, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
-                                             cut_of(bank, problem.rows, with_means));
+  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong,
+                                             problem.rows, cut_of(bank, problem.rows, with_means));
   const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
 
   if (bank.slots > 0) {
     if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
-    if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs_weak,
-                                   scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
+    if (const char* error =
+            launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs_weak,
+                   scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
       return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
@@ -273,7 +281,8 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
         return launch_sweep<Engine, Operation>(
             in,
             {scratch.log_probs, bank.classes, static_cast<Real>(kLog2e / problem.temperature_weak),
-             static_cast<Real>(kLog2e / problem.temperature_strong), scratch.rows, scratch.classes_sums, pitch, scratch.means},
+             static_cast<Real>(kLog2e / problem.temperature_strong), scratch.rows, scratch.classes_sums, pitch,
+             scratch.means},
             stream);
       };
       return with_means ? sweep_with(std::type_identity<Matching<Engine, true>>{})
@@ -282,8 +291,8 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
     if (error) return error;
   }
   return launch(merge_matching<Real>, problem.rows, 32 * kMergeWarps, 2 * in.cut.splits * sizeof(Real), stream,
-                Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak, scratch.means,
-                            pitch, bank.classes, bank.dim, in.cut.splits, in.cut.split_size,
+                Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak,
+                            scratch.means, pitch, bank.classes, bank.dim, in.cut.splits, in.cut.split_size,
                             static_cast<Real>(1 / problem.temperature_strong), partial, result});
 }
 
@@ -297,23 +306,25 @@ int64_t instance_matching_workspace(const InstanceMatching<Storage>& problem, bo
 }
 
 template <class Storage>
-const char* instance_matching(const InstanceMatching<Storage>& problem, const InstanceMatchingResult<Compute<Storage>>& result,
-                              void* workspace, CudaStream stream) {
+const char* instance_matching(const InstanceMatching<Storage>& problem,
+                              const InstanceMatchingResult<Compute<Storage>>& result, void* workspace,
+                              CudaStream stream) {
   return run(problem, {}, result, result.gradient != nullptr, workspace, stream);
 }
 
 template <class Storage>
-const char* instance_matching_partial(const InstanceMatching<Storage>& problem, const InstanceMatchingPartial<Compute<Storage>>& partial,
-                                      void* workspace, CudaStream stream) {
+const char* instance_matching_partial(const InstanceMatching<Storage>& problem,
+                                      const InstanceMatchingPartial<Compute<Storage>>& partial, void* workspace,
+                                      CudaStream stream) {
   return run(problem, partial, {}, partial.target_mean != nullptr, workspace, stream);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                     \
-  template int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool);                                              \
-  template const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, void*,   \
-                                         CudaStream);                                                                                \
-  template const char* instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&, \
-                                                 void*, CudaStream);
+#define SSM_INSTANTIATE(Storage)                                                                              \
+  template int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool);                       \
+  template const char* instance_matching(const InstanceMatching<Storage>&,                                    \
+                                         const InstanceMatchingResult<Compute<Storage>>&, void*, CudaStream); \
+  template const char* instance_matching_partial(const InstanceMatching<Storage>&,                            \
+                                                 const InstanceMatchingPartial<Compute<Storage>>&, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 SSM_INSTANTIATE(bfloat16)

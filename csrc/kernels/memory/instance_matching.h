@@ -9,9 +9,9 @@
 //   p̂   = α p^w + (1 − α) q_agg                             (10)
 //   loss = −Σ_j q̂_j log q^s_j = log Σ_j e^{s_j} − Σ_j q̂_j s_j
 //   ∂loss/∂query_strong = (mˢ − m̂)/t_s,  mˢ = Σ_j q^s_j bank_j,  m̂ = Σ_j q̂_j bank_j
-// Every sum over j is the mean of something under a softmax (of w, of w + log p^w[y], of s), so it is kept with its log-normaliser while
-// the sweep goes on (online softmax), two parts of a bank merge by their log-normalisers, and nothing of size B×K is stored.
-// Where p^w is zero on every class of the bank, q̂ = q^w.
+// Every sum over j is the mean of something under a softmax (of w, of w + log p^w[y], of s), so it is kept with its
+// log-normaliser while the sweep goes on (online softmax), two parts of a bank merge by their log-normalisers, and
+// nothing of size B×K is stored. Where p^w is zero on every class of the bank, q̂ = q^w.
 #pragma once
 
 #include "../common/isa.h"
@@ -35,8 +35,9 @@ struct InstanceMatching {
 // What is known after part of a bank: log-normalisers, and means under the distributions they normalise.
 template <class Real>
 struct InstanceMatchingPartial {
-  Real* log_weak;      // [B]     log Σ_j e^{w_j}
-  Real* log_target;    // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, and then q̂ below is q^w
+  Real* log_weak;  // [B]     log Σ_j e^{w_j}
+  Real* log_target;  // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, and then q̂ below
+                     // is q^w
   Real* log_strong;    // [B]     log Σ_j e^{s_j}
   Real* aggregated;    // [B, L]  q_agg
   Real* target_logit;  // [B]     Σ_j q̂_j s_j
@@ -56,22 +57,24 @@ struct InstanceMatchingResult {
 }  // namespace ssmkernels
 
 SSM_PER_ISA(template <class Storage>
-            void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, ParallelFor);
-            template <class Storage> void instance_matching_partial(const InstanceMatching<Storage>&,
-                                                                    const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);)
+            void instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&,
+                                   ParallelFor);
+            template <class Storage>
+            void instance_matching_partial(const InstanceMatching<Storage>&,
+                                           const InstanceMatchingPartial<Compute<Storage>>&, ParallelFor);)
 
-// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size; nothing
-// synchronises.
+// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size;
+// nothing synchronises.
 namespace ssmkernels::cuda {
 
 template <class Storage>
 int64_t instance_matching_workspace(const InstanceMatching<Storage>&, bool with_gradient);  // bytes
 
 template <class Storage>
-const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&, void* workspace,
-                              CudaStream);
+const char* instance_matching(const InstanceMatching<Storage>&, const InstanceMatchingResult<Compute<Storage>>&,
+                              void* workspace, CudaStream);
 template <class Storage>
-const char* instance_matching_partial(const InstanceMatching<Storage>&, const InstanceMatchingPartial<Compute<Storage>>&, void* workspace,
-                                      CudaStream);
+const char* instance_matching_partial(const InstanceMatching<Storage>&,
+                                      const InstanceMatchingPartial<Compute<Storage>>&, void* workspace, CudaStream);
 
 }  // namespace ssmkernels::cuda

@@ -7,7 +7,8 @@
 namespace ssmkernels::SSM_ISA {
 namespace {
 
-constexpr int64_t kShards = 16;  // a slot belongs to one shard, so its updates stay in batch order for any number of threads
+constexpr int64_t kShards =
+    16;  // a slot belongs to one shard, so its updates stay in batch order for any number of threads
 
 template <class Storage>
 void update_slot(const MemoryUpdate<Storage>& problem, int64_t row) {
@@ -16,7 +17,9 @@ void update_slot(const MemoryUpdate<Storage>& problem, int64_t row) {
   Storage* feature = problem.features + slot * problem.row_stride;
   const Storage* fresh = problem.new_features + row * problem.dim;
   const Real momentum = static_cast<Real>(problem.momentum), rest = static_cast<Real>(1 - problem.momentum);
-  auto mixed = [&](int64_t d) { return momentum * to_real(feature[d * problem.column_stride]) + rest * to_real(fresh[d]); };
+  auto mixed = [&](int64_t d) {
+    return momentum * to_real(feature[d * problem.column_stride]) + rest * to_real(fresh[d]);
+  };
   double squares = 0;
   for (int64_t d = 0; d < problem.dim; ++d) squares += static_cast<double>(mixed(d)) * mixed(d);
   const ScaledNorm length = scaled_norm(squares, problem.dim, mixed);

@@ -9,8 +9,9 @@ namespace {
 
 inline constexpr int kUpdateWarps = 4;
 
-// One warp per element of the batch. The first one of an index applies the whole chain of its duplicates, in batch order; each application
-// rounds to storage, as a loop over the batch would. A lane reads and writes its own columns only.
+// One warp per element of the batch. The first one of an index applies the whole chain of its duplicates, in batch
+// order; each application rounds to storage, as a loop over the batch would. A lane reads and writes its own columns
+// only.
 template <class Storage>
 __global__ void __launch_bounds__(32 * kUpdateWarps) update_slots(const __grid_constant__ MemoryUpdate<Storage> in) {
   using Real = Compute<Storage>;
@@ -29,7 +30,9 @@ __global__ void __launch_bounds__(32 * kUpdateWarps) update_slots(const __grid_c
     for (; same != 0; same &= same - 1) {
       const int64_t row = base + __ffs(same) - 1;
       const Storage* added = in.new_features + row * in.dim;
-      const auto mixed = [&](int64_t d) { return keep * to_real(features[d * in.column_stride]) + take * to_real(added[d]); };
+      const auto mixed = [&](int64_t d) {
+        return keep * to_real(features[d * in.column_stride]) + take * to_real(added[d]);
+      };
       const ScaledNorm length = warp_norm(in.dim, mixed);
       const double factor = 1 / (length.norm < 1e-12 ? 1e-12 : length.norm);  // NaN stays NaN
       for (int64_t d = lane; d < in.dim; d += 32)
@@ -43,7 +46,8 @@ __global__ void __launch_bounds__(32 * kUpdateWarps) update_slots(const __grid_c
 
 template <class Storage>
 const char* memory_update(const MemoryUpdate<Storage>& problem, CudaStream stream) {
-  return launch(update_slots<Storage>, ceil_div<int64_t>(problem.rows, kUpdateWarps), 32 * kUpdateWarps, 0, stream, problem);
+  return launch(update_slots<Storage>, ceil_div<int64_t>(problem.rows, kUpdateWarps), 32 * kUpdateWarps, 0, stream,
+                problem);
 }
 
 #define SSM_INSTANTIATE(Storage) template const char* memory_update(const MemoryUpdate<Storage>&, CudaStream);

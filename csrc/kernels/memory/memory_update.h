@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Temporal ensemble of SimMatch (CVPR 2022): slot ← normalise(m·old + (1 − m)·new), label ← new label.
-// An index that occurs twice is applied in batch order. Normalising divides by max(‖x‖, 1e-12); a NaN makes NaN of its slot.
-// An index outside [0, K) is skipped.
+// An index that occurs twice is applied in batch order. Normalising divides by max(‖x‖, 1e-12); a NaN makes NaN of its
+// slot. An index outside [0, K) is skipped.
 #pragma once
 
 #include "../common/isa.h"
@@ -12,9 +12,9 @@ namespace ssmkernels {
 
 template <class Storage>
 struct MemoryUpdate {
-  Storage* features;            // [K, D], element (k, d) at features[k * row_stride + d * column_stride]; read and written
-  int64_t* labels;              // [K], element k at labels[k * label_stride]; written
-  const int64_t* index;         // [B]
+  Storage* features;     // [K, D], element (k, d) at features[k * row_stride + d * column_stride]; read and written
+  int64_t* labels;       // [K], element k at labels[k * label_stride]; written
+  const int64_t* index;  // [B]
   const Storage* new_features;  // [B, D], rows contiguous
   const int64_t* new_labels;    // [B]
   int64_t slots;                // K

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // How the CPU kernels of this family sweep a bank: queries lie in the lanes.
 //
-// A panel is kPanel query rows, stored [D][kPanel]; a tile is up to kTile slots of the bank. In both products of a sweep (scores,
-// tile·panel, [slots][kPanel]; and means, tileᵀ·weights, [D][kPanel]) an element of the bank is then one broadcast operand and a vector is
-// kPanel queries, so the bank is read in place, without packing, and the softmax between the two products runs along the lanes without
-// shuffles. Labels select whole vectors: a bank need not be sorted, and a class-sorted one only gains locality.
+// A panel is kPanel query rows, stored [D][kPanel]; a tile is up to kTile slots of the bank. In both products of a
+// sweep (scores, tile·panel, [slots][kPanel]; and means, tileᵀ·weights, [D][kPanel]) an element of the bank is then one
+// broadcast operand and a vector is kPanel queries, so the bank is read in place, without packing, and the softmax
+// between the two products runs along the lanes without shuffles. Labels select whole vectors: a bank need not be
+// sorted, and a class-sorted one only gains locality.
 #pragma once
 
 #include "../common/buffer.h"
@@ -21,7 +22,8 @@ inline constexpr int kTasks = 16;  // a small batch is cut along the bank too, u
 template <class Real>
 inline constexpr Real kMinusInfinity = -static_cast<Real>(__builtin_inf());
 
-// A maximum of logits that something is less: of none of them, −inf, 0 instead, which makes 0 of e^(−inf − 0) and not NaN of −inf + inf.
+// A maximum of logits that something is less: of none of them, −inf, 0 instead, which makes 0 of e^(−inf − 0) and not
+// NaN of −inf + inf.
 template <class V>
 static inline V to_subtract(V maximum) {
   return maximum == -__builtin_inf() ? V{} : maximum;
@@ -48,17 +50,20 @@ static inline Partition partition(int64_t rows, int64_t slots) {
 
 // packed[d][lane] = scale · rows[first + lane][d], and 0 in the lanes past `count`.
 template <class Storage, class Real>
-static inline void pack_panel(const Storage* rows, int64_t dim, int64_t first, int64_t count, Real scale, Real* packed) {
+static inline void pack_panel(const Storage* rows, int64_t dim, int64_t first, int64_t count, Real scale,
+                              Real* packed) {
   for (int64_t lane = 0; lane < kPanel<Real>; ++lane) {
     const bool inside = first + lane < count;
     const Storage* row = rows + (inside ? first + lane : 0) * dim;
-    for (int64_t d = 0; d < dim; ++d) packed[d * kPanel<Real> + lane] = inside ? scale * static_cast<Real>(to_real(row[d])) : Real(0);
+    for (int64_t d = 0; d < dim; ++d)
+      packed[d * kPanel<Real> + lane] = inside ? scale * static_cast<Real>(to_real(row[d])) : Real(0);
   }
 }
 
 template <class Real>
 struct Tile {
-  const Real* features;  // element (slot, d) at features[slot * stride + d], or at features[d * stride + slot] if transposed
+  const Real*
+      features;  // element (slot, d) at features[slot * stride + d], or at features[d * stride + slot] if transposed
   const int64_t* labels;
   int64_t stride;
   int slots;
@@ -68,12 +73,14 @@ struct Tile {
 // The scratch a tile needs: none where the bank, [K, D] or [D, K] in memory, can be read in place.
 template <class Storage>
 static inline int64_t tile_scratch(const Bank<Storage>& bank) {
-  const bool in_place = sizeof(Storage) == sizeof(Compute<Storage>) && (bank.column_stride == 1 || bank.row_stride == 1);
+  const bool in_place =
+      sizeof(Storage) == sizeof(Compute<Storage>) && (bank.column_stride == 1 || bank.row_stride == 1);
   return in_place ? 0 : kTile * bank.dim;
 }
 
 template <class Storage>
-static inline Tile<Compute<Storage>> load_tile(const Bank<Storage>& bank, int64_t first, int64_t end, Compute<Storage>* scratch) {
+static inline Tile<Compute<Storage>> load_tile(const Bank<Storage>& bank, int64_t first, int64_t end,
+                                               Compute<Storage>* scratch) {
   using Real = Compute<Storage>;
   Tile<Real> tile;
   tile.slots = static_cast<int>(end - first < kTile ? end - first : kTile);
@@ -101,7 +108,8 @@ static inline Tile<Compute<Storage>> load_tile(const Bank<Storage>& bank, int64_
   return tile;
 }
 
-// out[i] (+)= Σ_k a(i, k)·b[k] for kRows rows of kPanel lanes held in registers; a(i, k) = a[i·stride + k] or, transposed, a[k·stride + i].
+// out[i] (+)= Σ_k a(i, k)·b[k] for kRows rows of kPanel lanes held in registers; a(i, k) = a[i·stride + k] or,
+// transposed, a[k·stride + i].
 template <class Real, int kRows, bool kTransposed, bool kAccumulate>
 static inline void multiply_block(const Real* a, int64_t stride, int64_t steps, const Real* b, Real* out) {
   Vec<Real> sum[kRows][2];
@@ -147,9 +155,10 @@ template <class Real, bool kTransposed, bool kAccumulate>
 static void multiply(int64_t rows, const Real* a, int64_t stride, int64_t steps, const Real* b, Real* out) {
   int64_t i = 0;
   for (; i + kBlock <= rows; i += kBlock)
-    multiply_block<Real, kBlock, kTransposed, kAccumulate>(a + (kTransposed ? i : i * stride), stride, steps, b, out + i * kPanel<Real>);
-  multiply_edge<Real, kBlock - 1, kTransposed, kAccumulate>(rows - i, a + (kTransposed ? i : i * stride), stride, steps, b,
-                                                            out + i * kPanel<Real>);
+    multiply_block<Real, kBlock, kTransposed, kAccumulate>(a + (kTransposed ? i : i * stride), stride, steps, b,
+                                                           out + i * kPanel<Real>);
+  multiply_edge<Real, kBlock - 1, kTransposed, kAccumulate>(rows - i, a + (kTransposed ? i : i * stride), stride, steps,
+                                                            b, out + i * kPanel<Real>);
 }
 
 // scores[slot][lane] = bank_slot · query_lane
@@ -194,11 +203,11 @@ static inline void mark_present(const int64_t* labels, int64_t slots, int64_t cl
   for (int64_t slot = 0; slot < slots; ++slot) present[class_row(labels[slot], classes)] = 1;
 }
 
-// log_probs[c][lane] = log probs[first + lane][c], −inf where it is 0 or of no class. A lane whose probs are 0 on every class present
-// is marked unknown and gets 0 throughout: there q̂ = q^w.
+// log_probs[c][lane] = log probs[first + lane][c], −inf where it is 0 or of no class. A lane whose probs are 0 on every
+// class present is marked unknown and gets 0 throughout: there q̂ = q^w.
 template <class Real>
-static inline void pack_log_probs(const Real* probs, int64_t classes, int64_t first, int64_t count, const unsigned char* present,
-                                  Real* log_probs, Real* unknown) {
+static inline void pack_log_probs(const Real* probs, int64_t classes, int64_t first, int64_t count,
+                                  const unsigned char* present, Real* log_probs, Real* unknown) {
   fill(unknown, kPanel<Real>, Real(1));
   for (int64_t c = 0; c < classes; ++c) {
     Real* out = log_probs + c * kPanel<Real>;

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // How the CUDA kernels of this family sweep a bank, in the manner of FlashAttention-2.
 //
-// A block of four warps owns 64 query rows, 16 to a warp, and a split of the bank. Tiles of slots pass through a ring in shared memory
-// (cp.async). From a tile a warp takes the scores of its rows, hands them to the operation, which turns scores into
-// weights, and adds the weighted slots to the means in its registers: weak and strong rows share every fragment of the tile. A dimension
-// wider than a chunk makes a block per chunk; each takes its scores over all chunks, its own last, and the means of its own.
+// A block of four warps owns 64 query rows, 16 to a warp, and a split of the bank. Tiles of slots pass through a ring
+// in shared memory (cp.async). From a tile a warp takes the scores of its rows, hands them to the operation, which
+// turns scores into weights, and adds the weighted slots to the means in its registers: weak and strong rows share
+// every fragment of the tile. A dimension wider than a chunk makes a block per chunk; each takes its scores over all
+// chunks, its own last, and the means of its own.
 //
-// In both products a thread has the elements of the tensor cores' accumulator: of 16 rows × 8 columns, with g = lane/4, t = lane%4, element
-// i of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they multiply.
+// In both products a thread has the elements of the tensor cores' accumulator: of 16 rows × 8 columns, with g = lane/4,
+// t = lane%4, element i of block n is row g + 8·(i/2) and column 8n + 2t + i%2. The engines differ only in how they
+// multiply.
 #pragma once
 
 #include <limits>
@@ -38,8 +40,9 @@ struct TileShape {
   static constexpr int kVector = 16 / sizeof(Storage);
   static constexpr int kVectors = kDim / kVector;
   static constexpr int kPitch = kDim + kVector;
-  static constexpr int kBuffers = sizeof(Storage) == 2 ? 4 : 2;  // tiles in shared memory; two blocks fit a multiprocessor of sm_90
-  static constexpr int kRing = 2 * kBuffers;                     // tiles whose slots are noted: at least kBuffers + 1
+  static constexpr int kBuffers =
+      sizeof(Storage) == 2 ? 4 : 2;           // tiles in shared memory; two blocks fit a multiprocessor of sm_90
+  static constexpr int kRing = 2 * kBuffers;  // tiles whose slots are noted: at least kBuffers + 1
 
   struct alignas(16) Vector {
     Storage values[kVector];
@@ -56,7 +59,8 @@ struct HalfEngine {
 
   // sum[q][n] += query_q · slot; `query` is the warp's first row of query 0.
   template <bool kFull, int kQueries>
-  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile,
+                                int depth) {
     const int lane = threadIdx.x % 32;
     const Storage* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 8;
     const Storage* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 8;
@@ -81,8 +85,8 @@ struct HalfEngine {
 
   // sum[m][n] += Σ_slot weight_m · slot. The accumulators of two blocks of scores are the operand of one step.
   template <bool kFull, int kMeans, int kQueries>
-  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
-                               const Storage* tile, int depth) {
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4],
+                               const Real (&weights)[kQueries][Shape::kBlocks][4], const Storage* tile, int depth) {
     uint32_t a[kMeans][Shape::kBlocks / 2][4];
 #pragma unroll
     for (int m = 0; m < kMeans; ++m)
@@ -123,7 +127,8 @@ struct Tf32Engine {
 
   // A row of an 8×8 matrix of 2-byte elements is four floats here.
   template <bool kFull, int kQueries>
-  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const float* query, const float* tile, int depth) {
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const float* query, const float* tile,
+                                int depth) {
     const int lane = threadIdx.x % 32;
     const float* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 4;
     const float* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 4;
@@ -146,11 +151,11 @@ struct Tf32Engine {
     }
   }
 
-  // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4 is slot 2t + 1, so
-  // the accumulators of a block of scores are the operand as they lie.
+  // The order of the slots within a step is free as long as both operands keep it: step element t is slot 2t and t + 4
+  // is slot 2t + 1, so the accumulators of a block of scores are the operand as they lie.
   template <bool kFull, int kMeans, int kQueries>
-  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
-                               const float* tile, int depth) {
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4],
+                               const Real (&weights)[kQueries][Shape::kBlocks][4], const float* tile, int depth) {
     uint32_t a[kMeans][Shape::kBlocks][4];
 #pragma unroll
     for (int m = 0; m < kMeans; ++m)
@@ -184,7 +189,8 @@ struct PlainEngine {
   static constexpr bool kRounds = false;
 
   template <bool kFull, int kQueries>
-  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile, int depth) {
+  static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile,
+                                int depth) {
     const int lane = threadIdx.x % 32;
     const Storage* a_row = query + lane / 4 * Shape::kPitch;
     const Storage* b_row = tile + lane % 4 * 2 * Shape::kPitch;
@@ -212,8 +218,8 @@ struct PlainEngine {
 
   // The weight of slot 8n + 2t + c lies with lane t of the row's four.
   template <bool kFull, int kMeans, int kQueries>
-  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4], const Real (&weights)[kQueries][Shape::kBlocks][4],
-                               const Storage* tile, int depth) {
+  static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4],
+                               const Real (&weights)[kQueries][Shape::kBlocks][4], const Storage* tile, int depth) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int block = 0; block < Shape::kBlocks; ++block)
@@ -225,7 +231,8 @@ struct PlainEngine {
 #pragma unroll
           for (int m = 0; m < kMeans; ++m)
 #pragma unroll
-            for (int r = 0; r < 2; ++r) weight[m][r] = __shfl_sync(kAllLanes, weights[m][block][r * 2 + column], lane / 4 * 4 + owner);
+            for (int r = 0; r < 2; ++r)
+              weight[m][r] = __shfl_sync(kAllLanes, weights[m][block][r * 2 + column], lane / 4 * 4 + owner);
           const Storage* b_row = tile + (block * 8 + owner * 2 + column) * Shape::kPitch + lane % 4 * 2;
 #pragma unroll
           for (int n = 0; n < Shape::kDim / 8; ++n) {
@@ -288,12 +295,12 @@ struct SweepInput {
   int64_t rows;
   Cut cut;
   bool bank_vectors, query_vectors;  // 16 bytes can be copied at once
-  unsigned buffers;                  // tiles in shared memory: kBuffers, or half or a quarter where a block is allowed less
+  unsigned buffers;  // tiles in shared memory: kBuffers, or half or a quarter where a block is allowed less
 };
 
 template <class Storage>
-SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1, int64_t rows,
-                                const Cut& cut) {
+SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0,
+                                const Storage* query1, int64_t rows, const Cut& cut) {
   const auto whole = [](int64_t elements) { return elements * sizeof(Storage) % 16 == 0; };
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return {bank,
@@ -336,7 +343,8 @@ struct Vectors {
 
 // to[r][d] = from(r)[d·column_stride], d in [0, width), and 0 up to `depth`.
 template <class Engine, int kCount, class From>
-__device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, int width, int depth, bool vectors, From from) {
+__device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, int width, int depth, bool vectors,
+                           From from) {
   using Storage = typename Engine::Storage;
   using Shape = typename Engine::Shape;
   if (vectors) {
@@ -350,7 +358,8 @@ __device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, 
 #pragma unroll 1
     for (int i = threadIdx.x; i < kCount * Shape::kDim; i += kSweepThreads) {
       // Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
-      const int r = column_stride == 1 ? i / Shape::kDim : i % kCount, d = column_stride == 1 ? i % Shape::kDim : i / kCount;
+      const int r = column_stride == 1 ? i / Shape::kDim : i % kCount,
+                d = column_stride == 1 ? i % Shape::kDim : i / kCount;
       if (d >= depth) continue;
       const Storage x = d < width ? from(r)[d * column_stride] : Storage{};
       if constexpr (Engine::kRounds)
@@ -383,7 +392,8 @@ template <class Engine, int kQueries>
 constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
   using Shape = typename Engine::Shape;
   const int64_t tile_rows = buffers * Shape::kSlots + (chunks > 1 ? buffers : 1) * kQueries * kRows;
-  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) + Shape::kRing * Shape::kSlots * (sizeof(int64_t) + sizeof(int));
+  return tile_rows * Shape::kPitch * sizeof(typename Engine::Storage) +
+         Shape::kRing * Shape::kSlots * (sizeof(int64_t) + sizeof(int));
 }
 
 // An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
@@ -391,8 +401,9 @@ constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
 //   weigh(scores, means, tile)   scores → weights of the means, in place
 //   finish(means, place)
 template <class Engine, class Operation>
-__global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in,
-                                                          const __grid_constant__ typename Operation::Arguments arguments) {
+__global__ void __launch_bounds__(kSweepThreads, 2)
+    sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in,
+          const __grid_constant__ typename Operation::Arguments arguments) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
   using Shape = typename Engine::Shape;
@@ -403,7 +414,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
   const unsigned chunks = in.cut.chunks, owners = in.cut.owners, row_tiles = in.cut.row_tiles;
   const unsigned chunk = blockIdx.x % owners, split = blockIdx.x / owners / row_tiles;
   const unsigned first_row = blockIdx.x / owners % row_tiles * kRows, last_row = in.rows - 1;
-  const unsigned tiles_each = in.cut.split_size / kSlots, first_tile = split * tiles_each, last_slot = in.bank.slots - 1;
+  const unsigned tiles_each = in.cut.split_size / kSlots, first_tile = split * tiles_each,
+                 last_slot = in.bank.slots - 1;
   const unsigned buffers = in.buffers, ahead = buffers - 1;
 
   int64_t* offsets = reinterpret_cast<int64_t*>(dynamic_shared());  // [kRing][kSlots]
@@ -412,7 +424,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
   Storage* queries = tiles + buffers * kTileSize;
   const int query_step = chunks > 1 ? kQuerySize : 0;  // one chunk: the queries stay
 
-  // Stage s is a tile and a chunk; a block's own chunk comes last. Positions are of 32 bits: registers are what the loop is short of.
+  // Stage s is a tile and a chunk; a block's own chunk comes last. Positions are of 32 bits: registers are what the
+  // loop is short of.
   const unsigned stages = (min(first_tile + tiles_each, last_slot / kSlots + 1) - first_tile) * chunks;
   const auto slot_of = [&](unsigned s) { return (first_tile + (chunks == 1 ? s : s / chunks)) * kSlots; };
   const auto turn_of = [&](unsigned s) { return chunks == 1 ? 0 : s % chunks; };
@@ -420,11 +433,13 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
     const unsigned c = chunk + 1 + turn_of(s);
     return c < chunks ? c : c - chunks;
   };
-  const auto width_of = [&](unsigned c) { return static_cast<int>(min<int64_t>(in.bank.dim - int64_t{c} * Shape::kDim, Shape::kDim)); };
+  const auto width_of = [&](unsigned c) {
+    return static_cast<int>(min<int64_t>(in.bank.dim - int64_t{c} * Shape::kDim, Shape::kDim));
+  };
   const auto depth_of = [&](unsigned c) { return ceil_div(width_of(c), kDepth) * kDepth; };
 
-  // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot repeats, as the
-  // last row does past the last query: finite numbers that weigh nothing.
+  // The first kSlots threads look up a tile's slots one stage before they note them for all. Past the end the last slot
+  // repeats, as the last row does past the last query: finite numbers that weigh nothing.
   unsigned found_index = 0;
   int found_label = 0;
   const auto look_up = [&](unsigned s) {
@@ -442,17 +457,18 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
   const auto issue_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
-      stage_rows<Engine, kRows>(to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors, [&](int r) {
-        return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
-      });
+      stage_rows<Engine, kRows>(
+          to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors, [&](int r) {
+            return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
+          });
   };
   const auto issue = [&](unsigned s) {
     if (s < stages) {
       const unsigned c = chunk_of(s);
       const Storage* column = in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride;
       const int64_t* rows = offsets + s % kRing * kSlots;
-      stage_rows<Engine, kSlots>(tiles + (s & ahead) * kTileSize, in.bank.column_stride, width_of(c), depth_of(c), in.bank_vectors,
-                                 [&](int r) { return column + rows[r]; });
+      stage_rows<Engine, kSlots>(tiles + (s & ahead) * kTileSize, in.bank.column_stride, width_of(c), depth_of(c),
+                                 in.bank_vectors, [&](int r) { return column + rows[r]; });
       if (chunks > 1) issue_queries(c, queries + (s & ahead) * kQuerySize);
     }
     copy_async_commit();
@@ -516,8 +532,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
     if (!working) continue;
 
     const unsigned first = slot_of(s - 1);
-    operation.weigh(scores, means,
-                    {labels + (s - 1) % kRing * kSlots, first, static_cast<int>(min(last_slot - first + 1, unsigned{kSlots}))});
+    operation.weigh(
+        scores, means,
+        {labels + (s - 1) % kRing * kSlots, first, static_cast<int>(min(last_slot - first + 1, unsigned{kSlots}))});
     if constexpr (kMeans > 0) {
       const int depth = depth_of(chunk);
       const Storage* tile = tiles + ((s - 1) & ahead) * kTileSize;
@@ -532,7 +549,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2) sweep(const __grid_constant_
 }
 
 template <class Engine, class Operation>
-const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments, cudaStream_t stream) {
+const char* launch_sweep(SweepInput<typename Engine::Storage> in, const typename Operation::Arguments& arguments,
+                         cudaStream_t stream) {
   const auto bytes = [&] { return sweep_shared_bytes<Engine, Operation::kQueries>(in.cut.chunks, in.buffers); };
   if (in.bank.classes >= 0x7fffffff) return "the number of classes must be below 2^31 - 1";
   if (in.bank.slots > 0xffffffff) return "the bank must have fewer than 2^32 slots";
@@ -554,8 +572,8 @@ const char* with_engine(bool allow_tf32, F f) {
     return f(PlainEngine<Storage>{});
 }
 
-// Running sums of 2^x for the two rows of a thread, relative to 2^reference. A reference is an integer, so that moving it rounds nothing,
-// and moves only when a value passes it by more than kSlack: seldom after the first tiles.
+// Running sums of 2^x for the two rows of a thread, relative to 2^reference. A reference is an integer, so that moving
+// it rounds nothing, and moves only when a value passes it by more than kSlack: seldom after the first tiles.
 template <class Real>
 struct Track {
   static constexpr Real kSlack = 8;
@@ -626,7 +644,8 @@ class TableRows {
  public:
   __device__ TableRows(const Real* table, const int64_t& classes, const Place& place)
       : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), classes_(classes) {}
-  // Before the products: all values, or in class order the first of each row, which most tiles have for all their slots.
+  // Before the products: all values, or in class order the first of each row, which most tiles have for all their
+  // slots.
   template <int kBlocks>
   __device__ void fetch(Real (&to)[kBlocks][4], const int* labels, int lane) const {
 #pragma unroll
@@ -664,8 +683,8 @@ class TableRows {
   const int64_t& classes_;  // a kernel parameter: a reference costs no register
 };
 
-// Sums of the classes in a sweep by class order. A class that a split closes is written once, relative to the reference of that moment. The
-// pairs (class, split) that occur have different class + split, which is their place.
+// Sums of the classes in a sweep by class order. A class that a split closes is written once, relative to the reference
+// of that moment. The pairs (class, split) that occur have different class + split, which is their place.
 template <class Real>
 struct ClassSum {
   Real value;  // Σ 2^(x − reference)
@@ -676,8 +695,8 @@ inline int64_t class_sums_pitch(int64_t classes, const Cut& cut) {
   return classes + 1 + cut.splits;
 }
 
-// kKeepsPlace: where a thread writes is worked out once; else where a class closes, which takes four registers less and keeps a kernel that
-// has two means from spilling.
+// kKeepsPlace: where a thread writes is worked out once; else where a class closes, which takes four registers less and
+// keeps a kernel that has two means from spilling.
 template <class Real, bool kKeepsPlace>
 class ClassRuns {
  public:
@@ -748,8 +767,8 @@ class ClassRuns {
   Real run_[2] = {0, 0};
 };
 
-// What a split leaves: per row its tracks, and means that are sums relative to a track's reference, rows padded to whole tiles, columns to
-// kDepth.
+// What a split leaves: per row its tracks, and means that are sums relative to a track's reference, rows padded to
+// whole tiles, columns to kDepth.
 template <class Real>
 struct Means {
   Real* values;  // [splits][means][padded rows][pitch]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// One product: the logits go to the output as they come, and are normalised where they lie once their row's normaliser is known.
+// One product: the logits go to the output as they come, and are normalised where they lie once their row's normaliser
+// is known.
 #include "unfold.h"
 
 #include "panel.h"
@@ -14,7 +15,8 @@ void transpose_out(const Real* scores, int slots, int64_t lanes, Real* out, int6
     for (int slot = 0; slot < slots; ++slot) out[lane * row_stride + slot] = scores[slot * kPanel<Real> + lane];
 }
 
-// row ← e^{row − maximum}/sum. Dividing by the sum, rather than subtracting its logarithm, saves a rounding of the exponent.
+// row ← e^{row − maximum}/sum. Dividing by the sum, rather than subtracting its logarithm, saves a rounding of the
+// exponent.
 template <class Real>
 void normalize_row(Real* row, int64_t size, Real maximum, Real sum) {
   const Vec<Real> shift = broadcast(maximum), scale = broadcast(1 / sum);
@@ -65,7 +67,8 @@ void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
           Vec<Real> top = old, total{};
           for (int i = 0; i < tile.slots; ++i) {
             Real* at = scores + i * kPanel<Real> + lane;
-            const Vec<Real> s = load(at) + load(log_probs + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane);
+            const Vec<Real> s =
+                load(at) + load(log_probs + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane);
             store(at, s);
             top = max(top, s);
           }

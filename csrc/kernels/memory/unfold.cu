@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Of B = 320, D = 128, K = 128k in bfloat16: 33 MB of bank read, 164 MB written, 21 GFLOP. Two sweeps: taking the scores twice (10.5 GFLOP)
-// is cheaper than writing them, reading them and writing them again (328 MB more).
+// Of B = 320, D = 128, K = 128k in bfloat16: 33 MB of bank read, 164 MB written, 21 GFLOP. Two sweeps: taking the
+// scores twice (10.5 GFLOP) is cheaper than writing them, reading them and writing them again (328 MB more).
 #include "class_table.cuh"
 #include "sweep.cuh"
 #include "unfold.h"
@@ -72,7 +72,8 @@ class Normalize {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Real sum = row_sum(track_.sum[r]);
-      if (place.writes(r)) arguments_.splits[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
+      if (place.writes(r))
+        arguments_.splits[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
     }
   }
 
@@ -85,7 +86,8 @@ class Normalize {
 };
 
 template <class Real>
-__global__ void merge_normalizers(const Normalizer<Real>* parts, int64_t splits, int64_t padded_rows, int64_t rows, Normalizer<Real>* out) {
+__global__ void merge_normalizers(const Normalizer<Real>* parts, int64_t splits, int64_t padded_rows, int64_t rows,
+                                  Normalizer<Real>* out) {
   const int64_t row = int64_t{blockIdx.x} * blockDim.x / 32 + threadIdx.x / 32;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
@@ -208,14 +210,14 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   if (problem.rows == 0 || bank.slots == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Real> scratch = take_scratch(problem, workspace);
-  const SweepInput<Storage> in =
-      sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, false));
+  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                      cut_of(bank, problem.rows, false));
   if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
-  if (const char* error =
-          launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels, bank.slots, bank.classes, scratch.present))
+  if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels,
+                                 bank.slots, bank.classes, scratch.present))
     return error;
-  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs, scratch.present,
-                                 problem.rows, bank.classes, scratch.log_probs, scratch.known))
+  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs,
+                                 scratch.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
     return error;
   return with_engine<Storage>(problem.allow_tf32, [&](auto engine) -> const char* {
     using Engine = decltype(engine);
@@ -229,8 +231,9 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
                                             bank.slots};
     if (const char* error = launch_sweep<Engine, Normalize<Engine>>(in, arguments, stream)) return error;
     constexpr int kThreads = 128;
-    if (const char* error = launch(merge_normalizers<Real>, ceil_div<int64_t>(problem.rows, kThreads / 32), kThreads, 0, stream,
-                                   scratch.splits, in.cut.splits, arguments.padded_rows, problem.rows, scratch.rows))
+    if (const char* error =
+            launch(merge_normalizers<Real>, ceil_div<int64_t>(problem.rows, kThreads / 32), kThreads, 0, stream,
+                   scratch.splits, in.cut.splits, arguments.padded_rows, problem.rows, scratch.rows))
       return error;
     return launch_sweep<Engine, Write<Engine>>(in, arguments, stream);
   });

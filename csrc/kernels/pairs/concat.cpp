@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j) = max(A_i, −B_j) + B_j, and the second term is a sum per row of y:
+// Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j) = max(A_i, −B_j) + B_j, and the second term is a sum per
+// row of y:
 //   logit_ij = Σ_h w2_h max(A_ih, −B_jh) + c_j,  c_j = Σ_h w2_h B_jh + b2
-// which takes two vector operations per element (a NaN comes through: of A as the second argument of max, of B in c). The backward takes
-// three: not A_ih ≤ −B_jh, and two additions under that mask. Of all pairs, tiles of four rows by a panel of columns are computed with
-// columns in the lanes, their gradients with hidden units in them.
+// which takes two vector operations per element (a NaN comes through: of A as the second argument of max, of B in c).
+// The backward takes three: not A_ih ≤ −B_jh, and two additions under that mask. Of all pairs, tiles of four rows by a
+// panel of columns are computed with columns in the lanes, their gradients with hidden units in them.
 #include "../common/transpose.h"
 #include "padded.h"
 #include "sweep.h"
@@ -89,7 +90,8 @@ class Concat {
       for (int64_t k = begin; k < begin + kLanes<Real> && k < span.count; ++k) {
         if (!is_valid(network, span, k)) continue;
         const Real *a_at = a[span.x_row(k)], *b_at = negated_b[span.y_row(k)];
-        for (int64_t c = 0; c < stride(); c += kLanes<Real>) sums[k - begin] += load(w2[0] + c) * max(load(b_at + c), load(a_at + c));
+        for (int64_t c = 0; c < stride(); c += kLanes<Real>)
+          sums[k - begin] += load(w2[0] + c) * max(load(b_at + c), load(a_at + c));
         constants[k - begin] = constants_.data()[span.y_row(k)];
       }
       store(logits + begin, sum_lanes<Real>(sums) + constants);
@@ -157,7 +159,8 @@ class Concat {
     }
     for (int r = 0; r < kRows; ++r)
       for (int k = 0; k < kCount; ++k)
-        store(logits + r * kColumns<Real> + k * kLanes<Real>, sums[r][k] + load(constants_.data() + column + k * kLanes<Real>));
+        store(logits + r * kColumns<Real> + k * kLanes<Real>,
+              sums[r][k] + load(constants_.data() + column + k * kLanes<Real>));
   }
 
   Buffer<Real> panels_;     // [m / kColumns][h][kColumns]
@@ -176,14 +179,16 @@ void for_each_listed(const Concat<Real>& concat, int64_t task, bool with_logits,
   }
 }
 
-// Calls each(row, column, columns, tile) for all tiles of a task; the head has seen the logits, and past the last row and column is 0.
+// Calls each(row, column, columns, tile) for all tiles of a task; the head has seen the logits, and past the last row
+// and column is 0.
 template <class Real, class Clear, class F>
-void for_each_tile(const Concat<Real>& concat, int64_t task, bool with_logits, PairHead<Real> head, const Clear& begin_panel,
-                   const F& each) {
+void for_each_tile(const Concat<Real>& concat, int64_t task, bool with_logits, PairHead<Real> head,
+                   const Clear& begin_panel, const F& each) {
   const TaskGrid& grid = concat.grid;
   const PairNetwork<Real>& network = concat.network;
   const int64_t first_row = task / grid.column_parts * grid.rows, last_row = min(first_row + grid.rows, network.x_rows);
-  const int64_t first_column = task % grid.column_parts * grid.columns, last_column = min(first_column + grid.columns, network.y_rows);
+  const int64_t first_column = task % grid.column_parts * grid.columns,
+                last_column = min(first_column + grid.columns, network.y_rows);
   Real tile[kRows * kSpan];
   for (int64_t column = first_column; column < last_column; column += kColumns<Real>) {
     const int64_t columns = min(kColumns<Real>, last_column - column);
@@ -203,11 +208,12 @@ void for_each_tile(const Concat<Real>& concat, int64_t task, bool with_logits, P
 
 // ∂A = w2∘U, ∂B = w2∘V, ∂w2 = Σ_i A_i∘U_i + Σ_j B_j∘V_j, from the parts of U and V.
 template <class Real>
-void finish(const Concat<Real>& concat, const Partials<Real>& u, const Partials<Real>& v, const PairGradients<Real>& out,
-            ParallelFor parallel_for) {
+void finish(const Concat<Real>& concat, const Partials<Real>& u, const Partials<Real>& v,
+            const PairGradients<Real>& out, ParallelFor parallel_for) {
   constexpr int64_t kBlock = 64;  // rows whose sum is added at once, so that rounding does not grow with all of them
   const int64_t hidden = concat.network.hidden;
-  const auto gather = [&](const Partials<Real>& parts, const Padded<Real>& values, int64_t rows, int64_t c, Real* grads) {
+  const auto gather = [&](const Partials<Real>& parts, const Padded<Real>& values, int64_t rows, int64_t c,
+                          Real* grads) {
     const Vec<Real> w = load(concat.w2[0] + c);
     Vec<Real> total{};
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
@@ -246,8 +252,8 @@ void concat_logits(const PairNetwork<Real>& network, PairHead<Real> head, Parall
 }
 
 template <class Real>
-void concat_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head, const PairGradients<Real>& out,
-                      ParallelFor parallel_for) {
+void concat_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head,
+                      const PairGradients<Real>& out, ParallelFor parallel_for) {
   const Concat<Real> concat(network, parallel_for);
   const TaskGrid& grid = concat.grid;
   const int64_t hidden = concat.stride();
@@ -289,9 +295,10 @@ void concat_gradients(const PairNetwork<Real>& network, bool with_logits, PairHe
   *out.b2 = static_cast<Real>(sum);
 }
 
-#define SSM_INSTANTIATE(Real)                                                         \
-  template void concat_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor); \
-  template void concat_gradients(const PairNetwork<Real>&, bool, PairHead<Real>, const PairGradients<Real>&, ParallelFor);
+#define SSM_INSTANTIATE(Real)                                                                                \
+  template void concat_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor);                        \
+  template void concat_gradients(const PairNetwork<Real>&, bool, PairHead<Real>, const PairGradients<Real>&, \
+                                 ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j).
 //
-// All pairs: a block of four warps takes tiles of 32 rows × 64 columns. Their logits are summed over chunks of hidden units that pass
-// through shared memory, 4 × 4 pairs to a thread. ∂L/∂logit then lies in shared memory, and each warp takes 32 hidden units, one to a lane,
-// through the whole tile, with A and U of its rows in registers: a comparison and two masked additions per element,
+// All pairs: a block of four warps takes tiles of 32 rows × 64 columns. Their logits are summed over chunks of hidden
+// units that pass through shared memory, 4 × 4 pairs to a thread. ∂L/∂logit then lies in shared memory, and each warp
+// takes 32 hidden units, one to a lane, through the whole tile, with A and U of its rows in registers: a comparison and
+// two masked additions per element,
 //   U_ih = Σ_j g_ij 1[A_ih + B_jh > 0],  V_jh = Σ_i g_ij 1[A_ih + B_jh > 0].
-// Every element of U and V is only ever touched by one thread of a block, so they lie in global memory without a barrier.
+// Every element of U and V is only ever touched by one thread of a block, so they lie in global memory without a
+// barrier.
 //
-// Listed pairs: a warp takes the logits of eight pairs at a time; U and V are gathered from the list sorted by rows of x, then of y.
+// Listed pairs: a warp takes the logits of eight pairs at a time; U and V are gathered from the list sorted by rows of
+// x, then of y.
 #pragma once
 
 #include "../common/mma.cuh"
@@ -45,9 +48,11 @@ struct ConcatTile {
   }
 };
 
-// The logits of a tile, without b2. They are written behind a barrier, when the values of the tile before are done with.
+// The logits of a tile, without b2. They are written behind a barrier, when the values of the tile before are done
+// with.
 template <class Real>
-__device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int64_t first_column, ConcatTile<Real>& tile) {
+__device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int64_t first_column,
+                            ConcatTile<Real>& tile) {
   constexpr int kWidth = kVector<Real>;
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
   Real sums[kThreadRows][kThreadColumns] = {};
@@ -62,11 +67,12 @@ __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int6
             load_padded(row < in.rows ? in.a + row * in.hidden : nullptr, chunk + k * kWidth, in.hidden, in.vectors);
       } else {
         const int64_t column = first_column + r - kConcatRows;
-        tile.b[(r - kConcatRows) * kChunkPitch + k] =
-            load_padded(column < in.columns ? in.b + column * in.hidden : nullptr, chunk + k * kWidth, in.hidden, in.vectors);
+        tile.b[(r - kConcatRows) * kChunkPitch + k] = load_padded(
+            column < in.columns ? in.b + column * in.hidden : nullptr, chunk + k * kWidth, in.hidden, in.vectors);
       }
     }
-    if (threadIdx.x < kChunkVectors) tile.w2[threadIdx.x] = load_padded(in.w2, chunk + threadIdx.x * kWidth, in.hidden, in.vectors);
+    if (threadIdx.x < kChunkVectors)
+      tile.w2[threadIdx.x] = load_padded(in.w2, chunk + threadIdx.x * kWidth, in.hidden, in.vectors);
     __syncthreads();
 #pragma unroll 2
     for (int k = 0; k < kChunkVectors; ++k) {
@@ -139,13 +145,15 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
 }
 
 template <class Real, bool kGradients>
-__global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4) sweep_concat(const __grid_constant__ ConcatSweep<Real> in) {
+__global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
+    sweep_concat(const __grid_constant__ ConcatSweep<Real> in) {
   SSM_SHARED(tile, ConcatTile<Real>);
   SSM_SHARED(scratch, double[kConcatWarps]);
   const TileGrid& grid = in.grid;
   const int64_t row_part = blockIdx.x / grid.column_parts, column_part = blockIdx.x % grid.column_parts;
   const int64_t row_begin = row_part * grid.tiles_down, row_end = min(row_begin + grid.tiles_down, grid.row_tiles);
-  const int64_t column_begin = column_part * grid.tiles_across, column_end = min(column_begin + grid.tiles_across, grid.column_tiles);
+  const int64_t column_begin = column_part * grid.tiles_across,
+                column_end = min(column_begin + grid.tiles_across, grid.column_tiles);
   const Real bias = *in.b2;
   PairSums sums{};
   for (int64_t column_tile = column_begin; column_tile < column_end; ++column_tile)
@@ -158,7 +166,8 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4) sweep_conc
         const int r = e / kConcatColumns, c = e % kConcatColumns;
         const int64_t i = first_row + r, j = first_column + c;
         Real& value = tile.value(r, c);
-        const Real slope = i < in.rows && j < in.columns ? in.head(value + bias, i, j, i * in.columns + j, sums.values) : Real(0);
+        const Real slope =
+            i < in.rows && j < in.columns ? in.head(value + bias, i, j, i * in.columns + j, sums.values) : Real(0);
         if constexpr (kGradients) {
           value = slope;
           sums.slopes += slope;
@@ -166,8 +175,9 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4) sweep_conc
       }
       if constexpr (kGradients) {
         __syncthreads();
-        add_gradients(in, first_row, first_column, in.u + column_part * in.rows * in.hidden, in.v + row_part * in.columns * in.hidden,
-                      column_tile == column_begin, row_tile == row_begin, tile);
+        add_gradients(in, first_row, first_column, in.u + column_part * in.rows * in.hidden,
+                      in.v + row_part * in.columns * in.hidden, column_tile == column_begin, row_tile == row_begin,
+                      tile);
       }
     }
   sums.values = block_sum<kConcatWarps>(sums.values, scratch);
@@ -218,7 +228,8 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
         const Vector<Real> w = load_padded(in.w2, h, in.hidden, in.vectors);
 #pragma unroll
         for (int k = 0; k < kListBatch; ++k) {
-          const Vector<Real> a = load_padded(a_rows[k], h, in.hidden, in.vectors), b = load_padded(b_rows[k], h, in.hidden, in.vectors);
+          const Vector<Real> a = load_padded(a_rows[k], h, in.hidden, in.vectors),
+                             b = load_padded(b_rows[k], h, in.hidden, in.vectors);
 #pragma unroll
           for (int v = 0; v < kWidth; ++v) dots[k] += w.values[v] * relu(a.values[v] + b.values[v]);
         }
@@ -349,7 +360,8 @@ ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_grad
   scratch.products = workspace.take<Real>((finish_blocks(n) + finish_blocks(m)) * h);
   if (network.pairs) {
     scratch.slopes = workspace.take<Real>(network.count);
-    scratch.x_parts = scratch.y_parts = workspace.take<Real>((max(n, m) + ceil_div(network.count, list_share(network.count))) * h);
+    scratch.x_parts = scratch.y_parts =
+        workspace.take<Real>((max(n, m) + ceil_div(network.count, list_share(network.count))) * h);
     scratch.sorted = take_sorted_pairs(network.count, n, m, workspace);
   } else {
     scratch.x_parts = workspace.take<Real>(grid.column_parts * n * h);
@@ -360,10 +372,11 @@ ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_grad
 
 // ∂A = w2∘U and ∂B = w2∘V of listed pairs, whose slopes are known.
 template <class Real>
-const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool vectors, const ConcatScratch<Real>& scratch,
-                               FinishRows<Real> finish, cudaStream_t stream) {
+const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool vectors,
+                               const ConcatScratch<Real>& scratch, FinishRows<Real> finish, cudaStream_t stream) {
   if (network.pairs && network.count > 0) {
-    if (const char* error = sort_pairs(network.pairs, network.count, network.x_rows, network.y_rows, side, scratch.sorted, stream))
+    if (const char* error =
+            sort_pairs(network.pairs, network.count, network.x_rows, network.y_rows, side, scratch.sorted, stream))
       return error;
     ConcatGather<Real> gather{};
     gather.order = scratch.sorted.order.slots;
@@ -382,16 +395,16 @@ const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool 
     gather.sums = scratch.x_parts;
     finish.parts.starts = scratch.sorted.order.starts;
     finish.parts.share = gather.share;
-    if (const char* error = launch(gather_concat<Real>, ceil_div<int64_t>(gather.shares * gather.chunks, kGatherWarps), 32 * kGatherWarps,
-                                   0, stream, gather))
+    if (const char* error = launch(gather_concat<Real>, ceil_div<int64_t>(gather.shares * gather.chunks, kGatherWarps),
+                                   32 * kGatherWarps, 0, stream, gather))
       return error;
   }
   return launch_finish_rows(finish, stream);
 }
 
 template <class Real>
-const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<Real>& head, const PairGradients<Real>* gradients,
-                               Workspace& workspace, cudaStream_t stream) {
+const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<Real>& head,
+                               const PairGradients<Real>* gradients, Workspace& workspace, cudaStream_t stream) {
   const int64_t n = network.x_rows, m = network.y_rows, h = network.hidden;
   const ConcatScratch<Real> scratch = take_concat(network, gradients != nullptr, workspace);
   const TileGrid grid = grid_of(network, gradients != nullptr, kConcatRows, kConcatColumns);
@@ -406,25 +419,31 @@ const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<
     blocks = grid.blocks();
     const ConcatSweep<Real> sweep{network.x, network.y,    network.w2,      network.b2,     n, m, h, vectors, grid,
                                   head,      scratch.sums, scratch.x_parts, scratch.y_parts};
-    if (const char* error =
-            launch(gradients ? sweep_concat<Real, true> : sweep_concat<Real, false>, blocks, kConcatThreads, 0, stream, sweep))
+    if (const char* error = launch(gradients ? sweep_concat<Real, true> : sweep_concat<Real, false>, blocks,
+                                   kConcatThreads, 0, stream, sweep))
       return error;
   }
   if (head.total || gradients)
-    if (const char* error =
-            launch(finish_sums<Real>, 1, 256, 0, stream, scratch.sums, blocks, head.scale, head.total, gradients ? gradients->b2 : nullptr))
+    if (const char* error = launch(finish_sums<Real>, 1, 256, 0, stream, scratch.sums, blocks, head.scale, head.total,
+                                   gradients ? gradients->b2 : nullptr))
       return error;
   if (!gradients) return nullptr;
 
   const int64_t x_blocks = finish_blocks(n), y_blocks = finish_blocks(m);
   const FinishRows<Real> x{
       {scratch.x_parts, grid.column_parts, nullptr, 0}, n, h, 0, network.w2, gradients->x, network.x, scratch.products};
-  const FinishRows<Real> y{
-      {scratch.y_parts, grid.row_parts, nullptr, 0}, m, h, 0, network.w2, gradients->y, network.y, scratch.products + x_blocks * h};
+  const FinishRows<Real> y{{scratch.y_parts, grid.row_parts, nullptr, 0},
+                           m,
+                           h,
+                           0,
+                           network.w2,
+                           gradients->y,
+                           network.y,
+                           scratch.products + x_blocks * h};
   if (const char* error = finish_concat_side(network, 0, vectors, scratch, x, stream)) return error;
   if (const char* error = finish_concat_side(network, 1, vectors, scratch, y, stream)) return error;
-  return launch(finish_columns<Real>, ceil_div<int64_t>(h, 32), 32 * kPartGroups, 0, stream, scratch.products, x_blocks + y_blocks, h,
-                gradients->w2);
+  return launch(finish_columns<Real>, ceil_div<int64_t>(h, 32), 32 * kPartGroups, 0, stream, scratch.products,
+                x_blocks + y_blocks, h, gradients->w2);
 }
 
 }  // namespace ssmkernels::cuda::pairwise

@@ -52,8 +52,9 @@ struct PairHead {
     const bool same = left == right;
     const Real s = same ? logit : -logit, weight = static_cast<Real>(same ? focal.alpha_same : focal.alpha_other);
     const Real gamma = static_cast<Real>(focal.gamma), e = std::exp(-fabs(s)), inverse = 1 / (1 + e);
-    const Real right_share = s > 0 ? inverse : e * inverse, wrong_share = s > 0 ? e * inverse : inverse;  // p_t and 1 − p_t
-    const Real surprise = std::log1p(e) + max(-s, Real(0));                                               // −log p_t
+    const Real right_share = s > 0 ? inverse : e * inverse,
+               wrong_share = s > 0 ? e * inverse : inverse;  // p_t and 1 − p_t
+    const Real surprise = std::log1p(e) + max(-s, Real(0));  // −log p_t
     const Real power = gamma == 2 ? wrong_share * wrong_share : std::pow(wrong_share, gamma);
     loss = weight * power * surprise;
     slope = (same ? -weight : weight) * power * (gamma * right_share * surprise + wrong_share);
@@ -68,7 +69,8 @@ struct PairSums {
 
 // Σ over the blocks, in their order: the total and ∂b2.
 template <class Real>
-__global__ void __launch_bounds__(256) finish_sums(const PairSums* sums, int64_t blocks, const double* scale, Real* total, Real* grad_b2) {
+__global__ void __launch_bounds__(256)
+    finish_sums(const PairSums* sums, int64_t blocks, const double* scale, Real* total, Real* grad_b2) {
   SSM_SHARED(scratch, double[8]);
   double values = 0, slopes = 0;
   for (int64_t block = threadIdx.x; block < blocks; block += 256) {

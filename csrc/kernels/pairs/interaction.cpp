@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Pairs under φ = |x_i − y_j| or x_i∘y_j: a tile of φ is made in cache, for a few pairs in the lanes, and fed to the matrix product with
-// w1. The backward makes the tile and its hidden units again and takes two more products: w1ᵀu for ∂φ, and uφᵀ for ∂w1.
+// Pairs under φ = |x_i − y_j| or x_i∘y_j: a tile of φ is made in cache, for a few pairs in the lanes, and fed to the
+// matrix product with w1. The backward makes the tile and its hidden units again and takes two more products: w1ᵀu for
+// ∂φ, and uφᵀ for ∂w1.
 #include "../common/transpose.h"
 #include "padded.h"
 #include "sweep.h"
@@ -12,16 +13,19 @@ constexpr int kBlock = kVectorBytes == 64 ? 12 : 6;  // rows of a product that a
 template <class Real>
 constexpr int64_t kPairs = 2 * kLanes<Real>;  // of a tile
 
-// A matrix [rows, depth], element(row, k), in the order in which a product reads it: [rows / kBlock][depth][kBlock], zero-padded.
+// A matrix [rows, depth], element(row, k), in the order in which a product reads it: [rows / kBlock][depth][kBlock],
+// zero-padded.
 template <class Real>
 class Packed {
  public:
   template <class F>
-  Packed(int64_t rows, int64_t depth, const F& element) : blocks(divide_up(rows, kBlock)), depth_(depth), values_(blocks * depth * kBlock) {
+  Packed(int64_t rows, int64_t depth, const F& element)
+      : blocks(divide_up(rows, kBlock)), depth_(depth), values_(blocks * depth * kBlock) {
     Real* to = values_.data();
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t k = 0; k < depth; ++k)
-        for (int64_t row = block * kBlock; row < (block + 1) * kBlock; ++row) *to++ = row < rows ? element(row, k) : Real(0);
+        for (int64_t row = block * kBlock; row < (block + 1) * kBlock; ++row)
+          *to++ = row < rows ? element(row, k) : Real(0);
   }
 
   // Calls each(row, first, second) with every row of the product with an operand [depth][kPairs].
@@ -31,7 +35,8 @@ class Packed {
       const Real* left = values_.data() + block * depth_ * kBlock;
       Vec<Real> sums[kBlock][2] = {};
       for (int64_t k = 0; k < depth_; ++k) {
-        const Vec<Real> first = load(operand + k * kPairs<Real>), second = load(operand + k * kPairs<Real> + kLanes<Real>);
+        const Vec<Real> first = load(operand + k * kPairs<Real>),
+                        second = load(operand + k * kPairs<Real> + kLanes<Real>);
 #pragma GCC unroll 12
         for (int r = 0; r < kBlock; ++r) {
           const Vec<Real> factor = broadcast(left[k * kBlock + r]);
@@ -59,7 +64,8 @@ class Interactions {
         grid(network, 1, kPairs<Real>),
         x(network.x, network.x_rows, network.features, 1, 1, parallel_for),
         y(network.y, network.y_rows, network.features, 1, 1, parallel_for),
-        forward(network.hidden, network.features, [&](int64_t h, int64_t c) { return network.w1[h * network.features + c]; }),
+        forward(network.hidden, network.features,
+                [&](int64_t h, int64_t c) { return network.w1[h * network.features + c]; }),
         b1(network.b1, 1, network.hidden, 1, 1, parallel_for),
         w2(network.w2, 1, network.hidden, 1, 1, parallel_for) {}
 
@@ -88,7 +94,10 @@ class Interactions {
   // ∂x and ∂y of a pair are each a product of ∂φ with these.
   void slopes(Vec<Real> left, Vec<Real> right, Vec<Real>& x_slope, Vec<Real>& y_slope) const {
     const Vec<Real> none{};
-    x_slope = network.interaction == Interaction::product ? right : left > right ? none + 1 : left < right ? none - 1 : none;
+    x_slope = network.interaction == Interaction::product ? right
+              : left > right                              ? none + 1
+              : left < right                              ? none - 1
+                                                          : none;
     y_slope = network.interaction == Interaction::product ? left : -x_slope;
   }
 
@@ -101,11 +110,14 @@ class Interactions {
         each(PairSpan{network.pairs + 2 * at, 0, 0, at, min(kPairs<Real>, last - at), task});
       return;
     }
-    const int64_t first_row = task / grid.column_parts * grid.rows, last_row = min(first_row + grid.rows, network.x_rows);
-    const int64_t first_column = task % grid.column_parts * grid.columns, last_column = min(first_column + grid.columns, network.y_rows);
+    const int64_t first_row = task / grid.column_parts * grid.rows,
+                  last_row = min(first_row + grid.rows, network.x_rows);
+    const int64_t first_column = task % grid.column_parts * grid.columns,
+                  last_column = min(first_column + grid.columns, network.y_rows);
     for (int64_t row = first_row; row < last_row; ++row)
       for (int64_t column = first_column; column < last_column; column += kPairs<Real>)
-        each(PairSpan{nullptr, row, column, row * network.y_rows + column, min(kPairs<Real>, last_column - column), task});
+        each(PairSpan{nullptr, row, column, row * network.y_rows + column, min(kPairs<Real>, last_column - column),
+                      task});
   }
 
   const PairNetwork<Real>& network;
@@ -217,15 +229,16 @@ void add_weight_gradients(const Tile<Real>& tile, Real* sums) {
   for (int64_t h = 0; h < tile.in.hidden_rows(); h += kBlock / 2) {
     const Real* u = tile.hidden + h * kPairs<Real>;
     int64_t c = 0;
-    for (; c + 4 * kLanes<Real> <= stride; c += 4 * kLanes<Real>) add_outer<4>(u, tile.rows + c, stride, sums + h * stride + c);
+    for (; c + 4 * kLanes<Real> <= stride; c += 4 * kLanes<Real>)
+      add_outer<4>(u, tile.rows + c, stride, sums + h * stride + c);
     for (; c < stride; c += kLanes<Real>) add_outer<1>(u, tile.rows + c, stride, sums + h * stride + c);
   }
 }
 
 // ∂φ = w1ᵀu, and from it ∂x and ∂y of every pair.
 template <class Real>
-void add_row_gradients(Tile<Real>& tile, const Packed<Real>& transposed, const PairSpan& span, Gradients<Real>& out, int64_t x_part,
-                       int64_t y_part) {
+void add_row_gradients(Tile<Real>& tile, const Packed<Real>& transposed, const PairSpan& span, Gradients<Real>& out,
+                       int64_t x_part, int64_t y_part) {
   const Interactions<Real>& in = tile.in;
   const int64_t stride = in.stride();
   transposed.multiply(tile.hidden, [&](int64_t c, Vec<Real> first, Vec<Real> second) {
@@ -252,7 +265,8 @@ template <class Real>
 void finish_rows(const Partials<Real>& parts, int64_t rows, int64_t columns, Real* out, ParallelFor parallel_for) {
   parallel_for(rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t c = 0; c < columns; c += kLanes<Real>) store_first(out + i * columns + c, parts.sum(i, c), columns - c);
+      for (int64_t c = 0; c < columns; c += kLanes<Real>)
+        store_first(out + i * columns + c, parts.sum(i, c), columns - c);
   });
 }
 
@@ -273,13 +287,14 @@ void interaction_logits(const PairNetwork<Real>& network, PairHead<Real> head, P
 }
 
 template <class Real>
-void interaction_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head, const PairGradients<Real>& out,
-                           ParallelFor parallel_for) {
+void interaction_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head,
+                           const PairGradients<Real>& out, ParallelFor parallel_for) {
   const Interactions<Real> in(network, parallel_for);
   const TaskGrid& grid = in.grid;
   const int64_t features = network.features;
-  const Packed<Real> transposed(features, in.hidden_rows(),
-                                [&](int64_t c, int64_t h) { return h < network.hidden ? network.w1[h * features + c] : Real(0); });
+  const Packed<Real> transposed(features, in.hidden_rows(), [&](int64_t c, int64_t h) {
+    return h < network.hidden ? network.w1[h * features + c] : Real(0);
+  });
   Gradients<Real> sums(in, grid.tasks());
   double b2_sums[kMaxTasks] = {};
   parallel_for(grid.tasks(), [&](int64_t begin, int64_t end) {
@@ -323,9 +338,10 @@ void interaction_gradients(const PairNetwork<Real>& network, bool with_logits, P
   }
 }
 
-#define SSM_INSTANTIATE(Real)                                                              \
-  template void interaction_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor); \
-  template void interaction_gradients(const PairNetwork<Real>&, bool, PairHead<Real>, const PairGradients<Real>&, ParallelFor);
+#define SSM_INSTANTIATE(Real)                                                                                     \
+  template void interaction_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor);                        \
+  template void interaction_gradients(const PairNetwork<Real>&, bool, PairHead<Real>, const PairGradients<Real>&, \
+                                      ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Pairs under φ = |x_i − y_j| or x_i∘y_j.
 //
-// A block takes tiles of 128 pairs: 8 rows × 16 columns of all pairs, or 128 of a list. It makes φ of the tile in shared memory, a chunk of
-// features at a time, takes the products with chunks of w1, and keeps of each hidden unit one bit s: whether it is active. The bits are all
-// that the gradients need once g = ∂L/∂logit is known. With T = Σ g s φᵀ and S = Σ g s over the pairs,
+// A block takes tiles of 128 pairs: 8 rows × 16 columns of all pairs, or 128 of a list. It makes φ of the tile in
+// shared memory, a chunk of features at a time, takes the products with chunks of w1, and keeps of each hidden unit one
+// bit s: whether it is active. The bits are all that the gradients need once g = ∂L/∂logit is known. With T = Σ g s φᵀ
+// and S = Σ g s over the pairs,
 //   ∂φ = g (w2∘s) w1,  ∂w1 = w2∘T,  ∂b1 = w2∘S,  and, since relu(z) = s z,  ∂w2_h = w1_h·T_h + b1_h S_h.
 // s is exact in every type; what half types round is φ g over its largest in the tile, and w1∘w2 over the largest w2.
 //
-// T, S and the parts of ∂x and ∂y lie in global memory, where each element belongs to one thread of a block at a time. Listed pairs are
-// swept in the order of their rows of x, for all but ∂y, and then in the order of their rows of y.
+// T, S and the parts of ∂x and ∂y lie in global memory, where each element belongs to one thread of a block at a time.
+// Listed pairs are swept in the order of their rows of x, for all but ∂y, and then in the order of their rows of y.
 #pragma once
 
 #include "interaction_engine.cuh"
@@ -81,7 +82,8 @@ struct InteractionMemory {
   static constexpr int kPhi = kTilePairs * Engine::kPitch, kW1 = Engine::kHidden * Engine::kPitch;
   static constexpr int kActive = kTilePairs * Engine::kActivePitch;
   static constexpr int kGradPitch = Engine::kDim + 4;
-  static constexpr int64_t kForwardBytes = (kPhi + kW1) * sizeof(Storage), kBytes = kForwardBytes + kActive * sizeof(Storage);
+  static constexpr int64_t kForwardBytes = (kPhi + kW1) * sizeof(Storage),
+                           kBytes = kForwardBytes + kActive * sizeof(Storage);
   static_assert(kTilePairs * kGradPitch * sizeof(Real) <= kBytes);
 
   Storage* phi = reinterpret_cast<Storage*>(dynamic_shared());
@@ -92,7 +94,8 @@ struct InteractionMemory {
 
 template <class Storage>
 __device__ Storage to_operand(Compute<Storage> x) {
-  if constexpr (std::is_same_v<Storage, float16>) x = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;  // NaN stays
+  if constexpr (std::is_same_v<Storage, float16>)
+    x = x < -65504.0f ? -65504.0f : x > 65504.0f ? 65504.0f : x;  // NaN stays
   return from_real<Storage>(x);
 }
 
@@ -161,8 +164,8 @@ __device__ TilePair tile_pair(const InteractionSweep<Storage>& in, const Walk& w
 
 // φ of the tile, features [first, first + kDim); with kScaled times g / largest.
 template <class Engine, bool kScaled>
-__device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, InteractionTile<Engine>& tile, int64_t first,
-                          typename Engine::Real largest, typename Engine::Storage* to) {
+__device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, InteractionTile<Engine>& tile,
+                          int64_t first, typename Engine::Real largest, typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
   constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
@@ -187,8 +190,8 @@ __device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, 
 
 // w1 of hidden units from `unit` on, features [first, first + kDim); with kScaled times w2 / largest.
 template <class Engine, bool kScaled>
-__device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, int64_t unit, int64_t first, typename Engine::Real largest,
-                         typename Engine::Storage* to) {
+__device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, int64_t unit, int64_t first,
+                         typename Engine::Real largest, typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
   constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
@@ -199,8 +202,8 @@ __device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, i
     const int r = step + thread / kVectors, d = thread % kVectors * kWidth;
     const int64_t h = unit + r;
     const bool inside = h < in.network.hidden;
-    Vector<Storage> w1 =
-        load_padded(inside ? in.network.w1 + h * in.network.features : nullptr, first + d, in.network.features, in.w1_vectors);
+    Vector<Storage> w1 = load_padded(inside ? in.network.w1 + h * in.network.features : nullptr, first + d,
+                                     in.network.features, in.w1_vectors);
     if constexpr (kScaled) {
       const Real factor = inside ? in.network.w2[h] / largest : Real(0);
 #pragma unroll
@@ -247,7 +250,8 @@ __device__ void hidden_units(const InteractionSweep<typename Engine::Storage>& i
       if (unit == 0 || network.features > Engine::kDim) stage_phi<Engine, false>(in, tile, first, Real(1), memory.phi);
       stage_w1<Engine, false>(in, unit, first, Real(1), memory.w1);
       __syncthreads();
-      Engine::hidden(hidden, memory.phi, memory.w1, static_cast<int>(min<int64_t>(Engine::kDim, network.features - first)));
+      Engine::hidden(hidden, memory.phi, memory.w1,
+                     static_cast<int>(min<int64_t>(Engine::kDim, network.features - first)));
     }
 #pragma unroll
     for (int word = 0; word < Engine::kWords; ++word) {
@@ -273,7 +277,8 @@ __device__ void hidden_units(const InteractionSweep<typename Engine::Storage>& i
         if (!masks) continue;
 #pragma unroll
         for (int step = 1; step < Engine::kRowLanes; step *= 2) bits |= __shfl_xor_sync(kAllLanes, bits, step);
-        if (lane % Engine::kRowLanes == 0) masks[(unit + Hidden::column(word * kColumns)) / 32 * kTilePairs + Hidden::row(r)] = bits;
+        if (lane % Engine::kRowLanes == 0)
+          masks[(unit + Hidden::column(word * kColumns)) / 32 * kTilePairs + Hidden::row(r)] = bits;
       }
     }
   }
@@ -294,8 +299,8 @@ __device__ Real interaction_slope(bool product, Real own, Real other) {
 
 // ∂x and ∂y of the 8 rows and 16 columns of a tile, features [first, first + kDim), from ∂φ in shared memory.
 template <class Engine>
-__device__ void add_grid_rows(const InteractionSweep<typename Engine::Storage>& in, const InteractionTile<Engine>& tile, const Walk& walk,
-                              int64_t first, const typename Engine::Real* grads) {
+__device__ void add_grid_rows(const InteractionSweep<typename Engine::Storage>& in, const InteractionTile<Engine>& tile,
+                              const Walk& walk, int64_t first, const typename Engine::Real* grads) {
   using Real = typename Engine::Real;
   const int64_t features = in.network.features;
   const bool product = in.network.interaction == Interaction::product;
@@ -331,10 +336,11 @@ __device__ void add_grid_rows(const InteractionSweep<typename Engine::Storage>& 
   }
 }
 
-// The same of the runs of equal rows in a tile of a sorted list. A run belongs to the threads in whose part of the tile it starts.
+// The same of the runs of equal rows in a tile of a sorted list. A run belongs to the threads in whose part of the tile
+// it starts.
 template <class Engine>
-__device__ void add_list_rows(const InteractionSweep<typename Engine::Storage>& in, const InteractionTile<Engine>& tile, const Walk& walk,
-                              int64_t first, const typename Engine::Real* grads) {
+__device__ void add_list_rows(const InteractionSweep<typename Engine::Storage>& in, const InteractionTile<Engine>& tile,
+                              const Walk& walk, int64_t first, const typename Engine::Real* grads) {
   using Real = typename Engine::Real;
   constexpr int kSpan = kTilePairs / (kInteractionThreads / Engine::kDim);
   const int64_t features = in.network.features, d = first + threadIdx.x % Engine::kDim;
@@ -353,8 +359,8 @@ __device__ void add_list_rows(const InteractionSweep<typename Engine::Storage>& 
     Real sum = 0;
 #pragma unroll 4
     for (; p < kTilePairs && tile.own[p] == row; ++p)
-      sum +=
-          grads[p * InteractionMemory<Engine>::kGradPitch + d - first] * interaction_slope(product, value, to_real(in_global(other[p])[d]));
+      sum += grads[p * InteractionMemory<Engine>::kGradPitch + d - first] *
+             interaction_slope(product, value, to_real(in_global(other[p])[d]));
     Real* to = in.x_parts + (row + blockIdx.x) * features + d;
     *to = goes_on ? *to + sum : sum;
   }
@@ -366,8 +372,8 @@ struct alignas(kCount * sizeof(Real)) Run {
 };
 
 template <class Engine>
-__device__ void add_weights(const InteractionSweep<typename Engine::Storage>& in, typename Engine::WeightGradient& sums, int64_t unit,
-                            int64_t first, typename Engine::Real factor, bool first_tile) {
+__device__ void add_weights(const InteractionSweep<typename Engine::Storage>& in, typename Engine::WeightGradient& sums,
+                            int64_t unit, int64_t first, typename Engine::Real factor, bool first_tile) {
   using Share = typename Engine::WeightGradient;
   using Pack = Run<typename Engine::Real, Share::kRun>;
   const int64_t pitch = weight_pitch(in.network.features), h = unit + Share::row(0), d = first + Share::column(0);
@@ -392,8 +398,8 @@ __device__ void add_weights(const InteractionSweep<typename Engine::Storage>& in
 
 // S += Σ g s; a lane has the hidden unit of its bit.
 template <class Engine>
-__device__ void add_biases(const InteractionSweep<typename Engine::Storage>& in, InteractionTile<Engine>& tile, const uint32_t* masks,
-                           bool first_tile) {
+__device__ void add_biases(const InteractionSweep<typename Engine::Storage>& in, InteractionTile<Engine>& tile,
+                           const uint32_t* masks, bool first_tile) {
   using Real = typename Engine::Real;
   const int lane = threadIdx.x % 32;
   for (int64_t word = threadIdx.x / 32; word * 32 < in.network.hidden; word += kInteractionWarps) {
@@ -421,7 +427,8 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
   using PhiGradient = typename Engine::PhiGradient;
   Real largest = 1;
   if constexpr (Engine::kScales) {
-    largest = block_max<kInteractionWarps>(threadIdx.x < kTilePairs ? fabs(tile.slope(threadIdx.x)) : Real(0), tile.maxima);
+    largest =
+        block_max<kInteractionWarps>(threadIdx.x < kTilePairs ? fabs(tile.slope(threadIdx.x)) : Real(0), tile.maxima);
     if (largest == 0) largest = 1;
   }
   if (in.weights) add_biases(in, tile, masks, walk.at_first());
@@ -449,7 +456,8 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
       const Real factor = tile.slope(p) * largest_w2;
 #pragma unroll
       for (int c = 0; c < PhiGradient::kColumns; ++c)
-        memory.grads[p * InteractionMemory<Engine>::kGradPitch + PhiGradient::column(c)] = phi_gradient.at(r, c) * factor;
+        memory.grads[p * InteractionMemory<Engine>::kGradPitch + PhiGradient::column(c)] =
+            phi_gradient.at(r, c) * factor;
     }
     __syncthreads();
     if (in.network.pairs)
@@ -470,7 +478,8 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
   Real largest_w2 = 1;
   if constexpr (kGradients && Engine::kScales) {
     largest_w2 = 0;
-    for (int64_t h = threadIdx.x; h < network.hidden; h += kInteractionThreads) largest_w2 = max(largest_w2, fabs(network.w2[h]));
+    for (int64_t h = threadIdx.x; h < network.hidden; h += kInteractionThreads)
+      largest_w2 = max(largest_w2, fabs(network.w2[h]));
     largest_w2 = block_max<kInteractionWarps>(largest_w2, tile.maxima);
     if (largest_w2 == 0) largest_w2 = 1;
   }
@@ -519,8 +528,8 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
 // A block per hidden unit: ∂w1, ∂b1 and ∂w2 from the parts of T and S.
 template <class Storage>
 __global__ void __launch_bounds__(32 * kPartGroups)
-    finish_weights(PairNetwork<Storage> network, const Compute<Storage>* weights, const Compute<Storage>* biases, int64_t parts,
-                   PairGradients<Compute<Storage>> out) {
+    finish_weights(PairNetwork<Storage> network, const Compute<Storage>* weights, const Compute<Storage>* biases,
+                   int64_t parts, PairGradients<Compute<Storage>> out) {
   using Real = Compute<Storage>;
   SSM_SHARED(scratch, Real[kPartGroups]);
   const int64_t h = blockIdx.x, features = network.features, pitch = weight_pitch(features);
@@ -565,7 +574,8 @@ int64_t interaction_blocks(const PairNetwork<Storage>& network, bool with_gradie
 }
 
 template <class Storage>
-InteractionScratch<Compute<Storage>> take_interaction(const PairNetwork<Storage>& network, bool with_gradients, Workspace& workspace) {
+InteractionScratch<Compute<Storage>> take_interaction(const PairNetwork<Storage>& network, bool with_gradients,
+                                                      Workspace& workspace) {
   using Real = Compute<Storage>;
   const int64_t n = network.x_rows, m = network.y_rows, h = network.hidden, d = network.features,
                 blocks = interaction_blocks(network, with_gradients);
@@ -589,7 +599,8 @@ InteractionScratch<Compute<Storage>> take_interaction(const PairNetwork<Storage>
 
 template <class Storage>
 const char* sweep_interaction_pairs(const PairNetwork<Storage>& network, const PairHead<Compute<Storage>>& head,
-                                    const PairGradients<Compute<Storage>>* gradients, Workspace& workspace, cudaStream_t stream) {
+                                    const PairGradients<Compute<Storage>>* gradients, Workspace& workspace,
+                                    cudaStream_t stream) {
   using Real = Compute<Storage>;
   using Engine = typename EngineFor<Storage>::type;
   using Memory = InteractionMemory<Engine>;
@@ -631,12 +642,13 @@ const char* sweep_interaction_pairs(const PairNetwork<Storage>& network, const P
 
   if (sorts)
     if (const char* error = sort(0)) return error;
-  if (const char* error = launch(gradients ? sweep_interaction<Engine, true> : sweep_interaction<Engine, false>, blocks,
-                                 kInteractionThreads, gradients ? Memory::kBytes : Memory::kForwardBytes, stream, sweep))
+  if (const char* error =
+          launch(gradients ? sweep_interaction<Engine, true> : sweep_interaction<Engine, false>, blocks,
+                 kInteractionThreads, gradients ? Memory::kBytes : Memory::kForwardBytes, stream, sweep))
     return error;
   if (head.total || gradients)
-    if (const char* error =
-            launch(finish_sums<Real>, 1, 256, 0, stream, scratch.sums, blocks, head.scale, head.total, gradients ? gradients->b2 : nullptr))
+    if (const char* error = launch(finish_sums<Real>, 1, 256, 0, stream, scratch.sums, blocks, head.scale, head.total,
+                                   gradients ? gradients->b2 : nullptr))
       return error;
   if (!gradients) return nullptr;
   if (const char* error = finish(0)) return error;
@@ -646,12 +658,13 @@ const char* sweep_interaction_pairs(const PairNetwork<Storage>& network, const P
     sweep.slopes = nullptr;
     sweep.sums = nullptr;
     sweep.weights = nullptr;
-    if (const char* error = launch(sweep_interaction<Engine, true>, blocks, kInteractionThreads, Memory::kBytes, stream, sweep))
+    if (const char* error =
+            launch(sweep_interaction<Engine, true>, blocks, kInteractionThreads, Memory::kBytes, stream, sweep))
       return error;
   }
   if (const char* error = finish(1)) return error;
-  return launch(finish_weights<Storage>, network.hidden, 32 * kPartGroups, 0, stream, network, scratch.weights, scratch.biases, blocks,
-                *gradients);
+  return launch(finish_weights<Storage>, network.hidden, 32 * kPartGroups, 0, stream, network, scratch.weights,
+                scratch.biases, blocks, *gradients);
 }
 
 }  // namespace ssmkernels::cuda::pairwise

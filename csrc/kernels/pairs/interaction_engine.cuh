@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The three matrix products of a tile of 128 pairs, by a block of eight warps, with operands in shared memory:
-//   hidden units [pairs, h] = φ w1ᵀ,  ∂φ [pairs, d] = s w1,  ∂w1 [h, d] = sᵀ φ,  s [pairs, h] being 1 where a unit is active, else 0.
-// The engines differ in how they multiply and in which elements of a product a thread has; they all give rows and columns of these.
+//   hidden units [pairs, h] = φ w1ᵀ,  ∂φ [pairs, d] = s w1,  ∂w1 [h, d] = sᵀ φ,  s [pairs, h] being 1 where a unit is
+//   active, else 0.
+// The engines differ in how they multiply and in which elements of a product a thread has; they all give rows and
+// columns of these.
 #pragma once
 
 #include "../common/cuda.cuh"
@@ -13,7 +15,8 @@ namespace ssmkernels::cuda::pairwise {
 inline constexpr int kInteractionWarps = 8, kInteractionThreads = 32 * kInteractionWarps;
 inline constexpr int kTilePairs = 128;
 
-// A thread's share of a product on tensor cores: two fragments of 16 rows, kBlocks of 8 columns; warps stand kAcross to a row.
+// A thread's share of a product on tensor cores: two fragments of 16 rows, kBlocks of 8 columns; warps stand kAcross to
+// a row.
 template <int kAcross, int kBlocks>
 struct FragmentShare {
   static constexpr int kRows = 4, kColumns = 2 * kBlocks;
@@ -97,7 +100,8 @@ struct TensorCoreEngine {
   // sums += sᵀ φ.
   static __device__ void weight_gradient(WeightGradient& out, const Storage* active, const Storage* phi) {
     const int lane = threadIdx.x % 32;
-    const Storage* a_at = active + (lane / 16 * 8 + lane % 8) * kActivePitch + WeightGradient::first_row() + lane / 8 % 2 * 8;
+    const Storage* a_at =
+        active + (lane / 16 * 8 + lane % 8) * kActivePitch + WeightGradient::first_row() + lane / 8 % 2 * 8;
     const Storage* b_at = phi + lane % 16 * kPitch + WeightGradient::first_column() + lane / 16 * 8;
 #pragma unroll 1
     for (int k = 0; k < kTilePairs; k += 16) {
@@ -115,7 +119,8 @@ struct TensorCoreEngine {
 
  private:
   template <int kBlocks>
-  static __device__ void multiply_by(float (&sums)[2][kBlocks][4], const uint32_t (&a)[2][4], const uint32_t (&b)[4], int n) {
+  static __device__ void multiply_by(float (&sums)[2][kBlocks][4], const uint32_t (&a)[2][4], const uint32_t (&b)[4],
+                                     int n) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       multiply_add<Storage>(sums[m][n], a[m], b[0], b[1]);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the walks over pairs share: how they are cut into tasks, padded copies of their operands, and partial sums of gradients.
+// What the walks over pairs share: how they are cut into tasks, padded copies of their operands, and partial sums of
+// gradients.
 #pragma once
 
 #include "../common/arithmetic.h"
@@ -10,8 +11,9 @@
 
 namespace ssmkernels::SSM_ISA {
 
-// All pairs are cut into up to 8 ranges of rows by 8 of columns; a list into up to 8 ranges. Each task has the gradients of its own part:
-// a row of x meets one task per range of columns, a row of y one per range of rows, and of a list all tasks.
+// All pairs are cut into up to 8 ranges of rows by 8 of columns; a list into up to 8 ranges. Each task has the
+// gradients of its own part: a row of x meets one task per range of columns, a row of y one per range of rows, and of a
+// list all tasks.
 struct TaskGrid {
   static constexpr int64_t kParts = 8;
   int64_t row_parts, column_parts, rows, columns;  // rows, columns: of one part
@@ -79,7 +81,8 @@ class Padded {
 template <class Real>
 class Partials {
  public:
-  Partials(int64_t count, int64_t rows, int64_t stride) : count(count), rows(rows), stride(stride), values_(count * rows * stride) {}
+  Partials(int64_t count, int64_t rows, int64_t stride)
+      : count(count), rows(rows), stride(stride), values_(count * rows * stride) {}
 
   Real* row(int64_t part, int64_t i) const {
     return values_.data() + (part * rows + i) * stride;

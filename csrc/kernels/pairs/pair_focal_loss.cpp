@@ -47,17 +47,20 @@ void for_each_loss(const Targets<Real>& targets, const Real* logits, int64_t cou
     const Vec<Real> sign = load(targets.sign + k), weight = load(targets.weight + k);
     const Vec<Real> s = sign == none ? none : load(logits + k) * sign;  // what does not count may be NaN
     const Vec<Real> e = exp(s > none ? -s : s), inverse = 1 / (1 + e);
-    const Vec<Real> wrong = (s > none ? e : none + 1) * inverse, right = (s > none ? none + 1 : e) * inverse;  // 1 − p_t and p_t
-    const Vec<Real> surprise = log1p_unit(e) + max(-s, none);                                                  // −log p_t
-    const Vec<Real> power = kGamma == Gamma::zero  ? none + 1
-                            : kGamma == Gamma::two ? wrong * wrong
-                                                   : exp((log1p_unit(e) + max(s, none)) * -gamma);  // log(1 − p_t) = −softplus(s)
+    const Vec<Real> wrong = (s > none ? e : none + 1) * inverse,
+                    right = (s > none ? none + 1 : e) * inverse;  // 1 − p_t and p_t
+    const Vec<Real> surprise = log1p_unit(e) + max(-s, none);     // −log p_t
+    const Vec<Real> power = kGamma == Gamma::zero ? none + 1
+                            : kGamma == Gamma::two
+                                ? wrong * wrong
+                                : exp((log1p_unit(e) + max(s, none)) * -gamma);  // log(1 − p_t) = −softplus(s)
     each(k, weight * power * surprise, -sign * weight * power * (gamma * right * surprise + wrong));
   }
 }
 
 template <class Real, class F>
-void for_each_loss(const FocalLoss& focal, const Targets<Real>& targets, const Real* logits, int64_t count, const F& each) {
+void for_each_loss(const FocalLoss& focal, const Targets<Real>& targets, const Real* logits, int64_t count,
+                   const F& each) {
   const Real gamma = static_cast<Real>(focal.gamma);
   if (gamma == 0) return for_each_loss<Gamma::zero>(targets, logits, count, gamma, each);
   if (gamma == 2) return for_each_loss<Gamma::two>(targets, logits, count, gamma, each);
@@ -87,7 +90,8 @@ template <class Real>
 void pair_focal_loss(const PairNetwork<Real>& network, const FocalLoss& focal, Real* losses, ParallelFor parallel_for) {
   const auto head = [&](const PairSpan& span, Real* values) {
     const Targets<Real> targets(network, focal, span, 1);
-    for_each_loss(focal, targets, values, span.count, [&](int64_t k, Vec<Real> loss, Vec<Real>) { store(values + k, loss); });
+    for_each_loss(focal, targets, values, span.count,
+                  [&](int64_t k, Vec<Real> loss, Vec<Real>) { store(values + k, loss); });
     for (int64_t k = 0; k < span.count; ++k) losses[span.offset + k] = values[k];
   };
   sweep_logits<Real>(network, head, parallel_for);
@@ -98,7 +102,8 @@ void pair_focal_loss_backward(const PairNetwork<Real>& network, const FocalLoss&
                               const PairGradients<Real>& gradients, ParallelFor parallel_for) {
   const auto head = [&](const PairSpan& span, Real* values) {
     const Targets<Real> targets(network, focal, span, 1);
-    for_each_loss(focal, targets, values, span.count, [&](int64_t k, Vec<Real>, Vec<Real> slope) { store(values + k, slope); });
+    for_each_loss(focal, targets, values, span.count,
+                  [&](int64_t k, Vec<Real>, Vec<Real> slope) { store(values + k, slope); });
     for (int64_t k = 0; k < span.count; ++k) values[k] *= grad_losses[span.offset + k];
   };
   sweep_gradients<Real>(network, true, head, gradients, parallel_for);
@@ -130,10 +135,10 @@ void pair_focal_loss_sum(const PairNetwork<Real>& network, const FocalLoss& foca
   *out.loss = static_cast<Real>(sum * scale);
 }
 
-#define SSM_INSTANTIATE(Real)                                                                                                 \
-  template void pair_focal_loss(const PairNetwork<Real>&, const FocalLoss&, Real*, ParallelFor);                              \
-  template void pair_focal_loss_backward(const PairNetwork<Real>&, const FocalLoss&, const Real*, const PairGradients<Real>&, \
-                                         ParallelFor);                                                                        \
+#define SSM_INSTANTIATE(Real)                                                                     \
+  template void pair_focal_loss(const PairNetwork<Real>&, const FocalLoss&, Real*, ParallelFor);  \
+  template void pair_focal_loss_backward(const PairNetwork<Real>&, const FocalLoss&, const Real*, \
+                                         const PairGradients<Real>&, ParallelFor);                \
   template void pair_focal_loss_sum(const PairNetwork<Real>&, const FocalLoss&, const FocalLossSum<Real>&, ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

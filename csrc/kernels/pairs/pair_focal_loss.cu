@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, Pair
   if (in.pairs) {
     for (int64_t at = first; at < in.count; at += step) {
       const pairwise::ListedPair pair = pairwise::listed_pair(in.pairs, at, in.x_rows, in.y_rows);
-      left += pair.valid && in.focal.x_labels[pair.i] != in.focal.ignored && in.focal.y_labels[pair.j] != in.focal.ignored;
+      left +=
+          pair.valid && in.focal.x_labels[pair.i] != in.focal.ignored && in.focal.y_labels[pair.j] != in.focal.ignored;
     }
   } else {
     for (int64_t i = first; i < in.x_rows; i += step) left += in.focal.x_labels[i] != in.focal.ignored;
@@ -48,24 +49,26 @@ __global__ void __launch_bounds__(PairCount::kBlocks) finish_count(PairCount cou
 }  // namespace
 
 template <class Storage>
-const char* pair_focal_loss(const PairNetwork<Storage>& network, const FocalLoss& focal, Compute<Storage>* losses, void* memory,
-                            CudaStream stream) {
+const char* pair_focal_loss(const PairNetwork<Storage>& network, const FocalLoss& focal, Compute<Storage>* losses,
+                            void* memory, CudaStream stream) {
   Workspace workspace(memory);
   const pairwise::PairHead<Compute<Storage>> head{focal, losses, nullptr, nullptr, nullptr};
   return pairwise::sweep_pairs<Storage>(network, head, nullptr, workspace, stream);
 }
 
 template <class Storage>
-const char* pair_focal_loss_backward(const PairNetwork<Storage>& network, const FocalLoss& focal, const Compute<Storage>* grad_losses,
-                                     const PairGradients<Compute<Storage>>& gradients, void* memory, CudaStream stream) {
+const char* pair_focal_loss_backward(const PairNetwork<Storage>& network, const FocalLoss& focal,
+                                     const Compute<Storage>* grad_losses,
+                                     const PairGradients<Compute<Storage>>& gradients, void* memory,
+                                     CudaStream stream) {
   Workspace workspace(memory);
   const pairwise::PairHead<Compute<Storage>> head{focal, nullptr, grad_losses, nullptr, nullptr};
   return pairwise::sweep_pairs<Storage>(network, head, &gradients, workspace, stream);
 }
 
 template <class Storage>
-const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const FocalLoss& focal, const FocalLossSum<Compute<Storage>>& out,
-                                void* memory, CudaStream stream) {
+const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const FocalLoss& focal,
+                                const FocalLossSum<Compute<Storage>>& out, void* memory, CudaStream stream) {
   Workspace workspace(memory);
   const PairCount count = pairwise::take_pair_count(workspace);
   if (out.mean) {
@@ -73,18 +76,22 @@ const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const Focal
     const int64_t blocks = min<int64_t>(ceil_div<int64_t>(rows, kCountThreads), PairCount::kBlocks);
     const CountInput in{focal, network.pairs, network.x_rows, network.y_rows, network.count};
     if (const char* error = launch(count_pairs, blocks, kCountThreads, 0, stream, in, count)) return error;
-    if (const char* error = launch(finish_count, 1, PairCount::kBlocks, 0, stream, count, blocks, network.pairs != nullptr)) return error;
+    if (const char* error =
+            launch(finish_count, 1, PairCount::kBlocks, 0, stream, count, blocks, network.pairs != nullptr))
+      return error;
   }
   const pairwise::PairHead<Compute<Storage>> head{focal, nullptr, nullptr, out.mean ? count.scale : nullptr, out.loss};
   return pairwise::sweep_pairs<Storage>(network, head, out.gradients, workspace, stream);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                        \
-  template const char* pair_focal_loss(const PairNetwork<Storage>&, const FocalLoss&, Compute<Storage>*, void*, CudaStream);            \
-  template const char* pair_focal_loss_backward(const PairNetwork<Storage>&, const FocalLoss&, const Compute<Storage>*,                 \
-                                                const PairGradients<Compute<Storage>>&, void*, CudaStream);                             \
-  template const char* pair_focal_loss_sum(const PairNetwork<Storage>&, const FocalLoss&, const FocalLossSum<Compute<Storage>>&, void*, \
-                                           CudaStream);
+#define SSM_INSTANTIATE(Storage)                                                                                 \
+  template const char* pair_focal_loss(const PairNetwork<Storage>&, const FocalLoss&, Compute<Storage>*, void*,  \
+                                       CudaStream);                                                              \
+  template const char* pair_focal_loss_backward(const PairNetwork<Storage>&, const FocalLoss&,                   \
+                                                const Compute<Storage>*, const PairGradients<Compute<Storage>>&, \
+                                                void*, CudaStream);                                              \
+  template const char* pair_focal_loss_sum(const PairNetwork<Storage>&, const FocalLoss&,                        \
+                                           const FocalLossSum<Compute<Storage>>&, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 SSM_INSTANTIATE(bfloat16)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Focal loss on pairs, MLSN (2020), equations (1) to (3) and section 2.3: the target t of a pair is whether its labels match; a pair with
-// an ignored label counts nowhere.
+// Focal loss on pairs, MLSN (2020), equations (1) to (3) and section 2.3: the target t of a pair is whether its labels
+// match; a pair with an ignored label counts nowhere.
 //
 //   FL = −α_t (1 − p_t)^γ log p_t,   p_t = σ(s), s = ±logit, α_t = α or 1 − α
 //   ∂FL/∂s = −α_t (1 − p_t)^γ (γ p_t softplus(−s) + 1 − p_t)
@@ -31,21 +31,24 @@ struct FocalLossSum {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(template <class Real> void pair_focal_loss(const PairNetwork<Real>&, const FocalLoss&, Real* losses, ParallelFor);
-            template <class Real> void pair_focal_loss_backward(const PairNetwork<Real>&, const FocalLoss&, const Real* grad_losses,
-                                                                const PairGradients<Real>&, ParallelFor);
+SSM_PER_ISA(template <class Real>
+            void pair_focal_loss(const PairNetwork<Real>&, const FocalLoss&, Real* losses, ParallelFor);
             template <class Real>
-            void pair_focal_loss_sum(const PairNetwork<Real>&, const FocalLoss&, const FocalLossSum<Real>&, ParallelFor);)
+            void pair_focal_loss_backward(const PairNetwork<Real>&, const FocalLoss&, const Real* grad_losses,
+                                          const PairGradients<Real>&, ParallelFor);
+            template <class Real> void pair_focal_loss_sum(const PairNetwork<Real>&, const FocalLoss&,
+                                                           const FocalLossSum<Real>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 
 template <class Storage>
-const char* pair_focal_loss(const PairNetwork<Storage>&, const FocalLoss&, Compute<Storage>* losses, void* workspace, CudaStream);
+const char* pair_focal_loss(const PairNetwork<Storage>&, const FocalLoss&, Compute<Storage>* losses, void* workspace,
+                            CudaStream);
 template <class Storage>
 const char* pair_focal_loss_backward(const PairNetwork<Storage>&, const FocalLoss&, const Compute<Storage>* grad_losses,
                                      const PairGradients<Compute<Storage>>&, void* workspace, CudaStream);
 template <class Storage>
-const char* pair_focal_loss_sum(const PairNetwork<Storage>&, const FocalLoss&, const FocalLossSum<Compute<Storage>>&, void* workspace,
-                                CudaStream);
+const char* pair_focal_loss_sum(const PairNetwork<Storage>&, const FocalLoss&, const FocalLossSum<Compute<Storage>>&,
+                                void* workspace, CudaStream);
 
 }  // namespace ssmkernels::cuda

@@ -14,8 +14,8 @@ void pair_logits(const PairNetwork<Real>& network, Real* logits, ParallelFor par
 }
 
 template <class Real>
-void pair_logits_backward(const PairNetwork<Real>& network, const Real* grad_logits, const PairGradients<Real>& gradients,
-                          ParallelFor parallel_for) {
+void pair_logits_backward(const PairNetwork<Real>& network, const Real* grad_logits,
+                          const PairGradients<Real>& gradients, ParallelFor parallel_for) {
   const auto head = [&](const PairSpan& span, Real* values) {
     for (int64_t k = 0; k < span.count; ++k) values[k] = grad_logits[span.offset + k];
   };

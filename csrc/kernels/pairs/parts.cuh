@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// How the pairs are dealt out to blocks, and how what each block has summed becomes one gradient: every sum is taken in an order that
-// depends on the shape alone, without atomics.
+// How the pairs are dealt out to blocks, and how what each block has summed becomes one gradient: every sum is taken in
+// an order that depends on the shape alone, without atomics.
 //
-// All pairs are cut into a grid of blocks, each with a rectangle of tiles; a row of x gets one part per column of that grid. Listed pairs
-// are sorted by their row, and blocks take equal shares of the sorted list; a row gets a part from every share that has pairs of it.
+// All pairs are cut into a grid of blocks, each with a rectangle of tiles; a row of x gets one part per column of that
+// grid. Listed pairs are sorted by their row, and blocks take equal shares of the sorted list; a row gets a part from
+// every share that has pairs of it.
 #pragma once
 
 #include "../common/cuda.cuh"
@@ -32,7 +33,8 @@ __device__ Vector<Storage> vector_at(const Storage* from) {
   return *reinterpret_cast<const Vector<Storage>*>(from);
 }
 
-// Elements from `at` on of a row of `width`; 0 past its end, and if there is no row. `vectors`: 16 bytes can be read at once.
+// Elements from `at` on of a row of `width`; 0 past its end, and if there is no row. `vectors`: 16 bytes can be read at
+// once.
 template <class Storage>
 __device__ Vector<Storage> load_padded(const Storage* row, int64_t at, int64_t width, bool vectors) {
   if (!row || at >= width) return {};
@@ -61,7 +63,8 @@ struct TileGrid {
   }
 };
 
-// A row of x or y gets at most kGridSide partial sums, unless the other side is small. Without gradients there are none.
+// A row of x or y gets at most kGridSide partial sums, unless the other side is small. Without gradients there are
+// none.
 inline constexpr int64_t kGridSide = 16, kForwardGridSide = 32;
 inline constexpr int64_t kMostBlocks = kGridSide * kGridSide;
 
@@ -103,19 +106,21 @@ static __global__ void __launch_bounds__(256)
 }
 
 // Side 0 is x, 1 is y. Skipped pairs come last.
-inline const char* sort_pairs(const int64_t* pairs, int64_t count, int64_t x_rows, int64_t y_rows, int side, const SortedPairs& sorted,
-                              cudaStream_t stream) {
+inline const char* sort_pairs(const int64_t* pairs, int64_t count, int64_t x_rows, int64_t y_rows, int side,
+                              const SortedPairs& sorted, cudaStream_t stream) {
   if (count > 0xffffffff) return "fewer than 2^32 pairs can be listed";
-  if (const char* error =
-          launch(rows_of_side, ceil_div<int64_t>(count, 256), 256, 0, stream, pairs, count, x_rows, y_rows, side, sorted.rows))
+  if (const char* error = launch(rows_of_side, ceil_div<int64_t>(count, 256), 256, 0, stream, pairs, count, x_rows,
+                                 y_rows, side, sorted.rows))
     return error;
-  return sort_by_class(Bank<float>{nullptr, sorted.rows, count, 0, side == 0 ? x_rows : y_rows, 0, 0}, sorted.order, stream);
+  return sort_by_class(Bank<float>{nullptr, sorted.rows, count, 0, side == 0 ? x_rows : y_rows, 0, 0}, sorted.order,
+                       stream);
 }
 
 // The partial sums of a matrix.
 template <class Real>
 struct RowParts {
-  const Real* values;     // [parts][rows][width] or, of a sorted list, [rows + shares][width]: row i of share s is row i + s here
+  const Real*
+      values;  // [parts][rows][width] or, of a sorted list, [rows + shares][width]: row i of share s is row i + s here
   int64_t parts;          // all pairs
   const int64_t* starts;  // sorted list: the pairs of row i are [starts[i], starts[i + 1]); else null
   int64_t share;          // pairs
@@ -194,7 +199,8 @@ __device__ Real sum_parts(const Real* parts, int64_t count, int64_t width, int64
 }
 
 template <class Real>
-__global__ void __launch_bounds__(32 * kPartGroups) finish_columns(const Real* parts, int64_t count, int64_t width, Real* out) {
+__global__ void __launch_bounds__(32 * kPartGroups)
+    finish_columns(const Real* parts, int64_t count, int64_t width, Real* out) {
   const int64_t column = int64_t{blockIdx.x} * 32 + threadIdx.x % 32;
   const Real sum = sum_parts(parts, count, width, column, column < width);
   if (threadIdx.x < 32 && column < width) out[column] = sum;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The walk over pairs that every CUDA kernel of the family takes: it gives each pair's logit to the head, and with gradients carries the
-// ∂L/∂logit that the head returns back to the network, in the same pass. Nothing is stored per pair, except a number per listed one.
+// The walk over pairs that every CUDA kernel of the family takes: it gives each pair's logit to the head, and with
+// gradients carries the ∂L/∂logit that the head returns back to the network, in the same pass. Nothing is stored per
+// pair, except a number per listed one.
 #pragma once
 
 #include "head.cuh"
@@ -9,8 +10,8 @@ namespace ssmkernels::cuda::pairwise {
 
 // `gradients` may be null. Defined in pair_logits.cu.
 template <class Storage>
-const char* sweep_pairs(const PairNetwork<Storage>&, const PairHead<Compute<Storage>>&, const PairGradients<Compute<Storage>>* gradients,
-                        Workspace&, cudaStream_t);
+const char* sweep_pairs(const PairNetwork<Storage>&, const PairHead<Compute<Storage>>&,
+                        const PairGradients<Compute<Storage>>* gradients, Workspace&, cudaStream_t);
 
 // How many pairs count, as blocks have counted it.
 struct PairCount {

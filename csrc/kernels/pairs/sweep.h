@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The walk over pairs that every CPU kernel of the family takes: hidden units and logits of a few pairs at a time, in cache.
+// The walk over pairs that every CPU kernel of the family takes: hidden units and logits of a few pairs at a time, in
+// cache.
 #pragma once
 
 #include "../common/parallel_for.h"
@@ -40,15 +41,18 @@ inline constexpr int64_t kMaxTasks = 64;  // how far the walk is cut: by shape a
 template <class Real>
 using PairHead = FunctionRef<void(const PairSpan&, Real* values)>;
 
-// For φ = [x, y]: concat.cpp; for |x − y| and x∘y: interaction.cpp. Without `with_logits`, the head is told nothing and gives ∂L/∂logit.
+// For φ = [x, y]: concat.cpp; for |x − y| and x∘y: interaction.cpp. Without `with_logits`, the head is told nothing and
+// gives ∂L/∂logit.
 template <class Real>
 void concat_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor);
 template <class Real>
-void concat_gradients(const PairNetwork<Real>&, bool with_logits, PairHead<Real>, const PairGradients<Real>&, ParallelFor);
+void concat_gradients(const PairNetwork<Real>&, bool with_logits, PairHead<Real>, const PairGradients<Real>&,
+                      ParallelFor);
 template <class Real>
 void interaction_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor);
 template <class Real>
-void interaction_gradients(const PairNetwork<Real>&, bool with_logits, PairHead<Real>, const PairGradients<Real>&, ParallelFor);
+void interaction_gradients(const PairNetwork<Real>&, bool with_logits, PairHead<Real>, const PairGradients<Real>&,
+                           ParallelFor);
 
 template <class Real>
 static inline void sweep_logits(const PairNetwork<Real>& network, PairHead<Real> head, ParallelFor parallel_for) {
@@ -57,9 +61,10 @@ static inline void sweep_logits(const PairNetwork<Real>& network, PairHead<Real>
 }
 
 template <class Real>
-static inline void sweep_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head, const PairGradients<Real>& out,
-                                   ParallelFor parallel_for) {
-  if (network.interaction == Interaction::concat) return concat_gradients(network, with_logits, head, out, parallel_for);
+static inline void sweep_gradients(const PairNetwork<Real>& network, bool with_logits, PairHead<Real> head,
+                                   const PairGradients<Real>& out, ParallelFor parallel_for) {
+  if (network.interaction == Interaction::concat)
+    return concat_gradients(network, with_logits, head, out, parallel_for);
   interaction_gradients(network, with_logits, head, out, parallel_for);
 }
 

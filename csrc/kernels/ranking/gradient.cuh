@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Σ_j K_ij x_j and Σ_j K_ij, tile by tile, for weights K that are a function of products of pairs.
 //
-// A block owns 64 rows and every parts-th of their column tiles. From a tile's products it makes K in shared memory; after kGroup tiles, or
-// at the end, K is multiplied with the columns' rows. Rows of at most one wide chunk have their sums in registers all the while; of wider
-// ones they are added to in global memory, where each element belongs to one thread of a block. A last kernel adds up the parts.
+// A block owns 64 rows and every parts-th of their column tiles. From a tile's products it makes K in shared memory;
+// after kGroup tiles, or at the end, K is multiplied with the columns' rows. Rows of at most one wide chunk have their
+// sums in registers all the while; of wider ones they are added to in global memory, where each element belongs to one
+// thread of a block. A last kernel adds up the parts.
 //
-// Of close pairs K (x_j − x_i) is summed instead, by differences of the rows as they were given: K is large there, and x_i and x_j nearly
-// equal.
+// Of close pairs K (x_j − x_i) is summed instead, by differences of the rows as they were given: K is large there, and
+// x_i and x_j nearly equal.
 #pragma once
 
 #include "tile.cuh"
@@ -40,7 +41,8 @@ struct GradientParts {
 template <class Storage>
 GradientParts<Compute<Storage>> take_gradient_parts(const PackedRows<Storage>& rows, const PackedRows<Storage>& columns,
                                                     Workspace& workspace) {
-  GradientParts<Compute<Storage>> out{nullptr, nullptr, nullptr, gradient_parts(rows.tiles(), columns.tiles()), rows.tiles(), rows.pitch};
+  GradientParts<Compute<Storage>> out{nullptr,      nullptr,   nullptr, gradient_parts(rows.tiles(), columns.tiles()),
+                                      rows.tiles(), rows.pitch};
   out.sums = workspace.take<Compute<Storage>>(out.parts * rows.padded() * rows.pitch);
   out.weights = workspace.take<Compute<Storage>>(out.parts * rows.padded());
   out.touched = workspace.take<uint8_t>(out.parts * out.row_tiles);
@@ -51,8 +53,9 @@ GradientParts<Compute<Storage>> take_gradient_parts(const PackedRows<Storage>& r
 //   using Engine = …;
 //   PackedRows<Storage> rows, columns;
 //   bool active(int64_t row_tile, int64_t column_tile) const;  // of kWarpSide: has weights other than 0
-//   // Called by the block. The products become weights; those of close pairs 0, with K in `close` instead, and true is returned.
-//   bool weigh(Products&, WarpTile, bool active, int64_t block_row, int64_t block_column, Storage* ring, Real* close) const;
+//   // Called by the block. The products become weights; those of close pairs 0, with K in `close` instead, and true is
+//   returned. bool weigh(Products&, WarpTile, bool active, int64_t block_row, int64_t block_column, Storage* ring,
+//   Real* close) const;
 //   // x_j − x_i, of the rows as given, element c
 //   Real difference(int64_t i, int64_t j, int64_t c) const;
 //   int64_t dim() const;
@@ -60,7 +63,8 @@ GradientParts<Compute<Storage>> take_gradient_parts(const PackedRows<Storage>& r
 
 template <class Storage>
 inline constexpr int64_t kGradientBytes =
-    kRingBytes<Storage> + kGroup<Compute<Storage>> * kSide * Layout<Storage>::kWeightPitch * int64_t{sizeof(Compute<Storage>)};
+    kRingBytes<Storage> +
+    kGroup<Compute<Storage>> * kSide * Layout<Storage>::kWeightPitch * int64_t{sizeof(Compute<Storage>)};
 
 template <class Weights>
 class GradientBlock {
@@ -117,7 +121,8 @@ class GradientBlock {
 
   __device__ bool tile_active(int64_t tile) const {
     const int64_t row = row_ / kWarpSide, column = tile * 2;
-    return in_.active(row, column) || in_.active(row, column + 1) || in_.active(row + 1, column) || in_.active(row + 1, column + 1);
+    return in_.active(row, column) || in_.active(row, column + 1) || in_.active(row + 1, column) ||
+           in_.active(row + 1, column + 1);
   }
 
   __device__ void add_tile(int64_t column) {
@@ -126,8 +131,8 @@ class GradientBlock {
     const WarpTile tile(row_, column);
     Products k{};
     Real* close = reinterpret_cast<Real*>(ring_);
-    const bool any_close =
-        in_.weigh(k, tile, in_.active(tile.row / kWarpSide, tile.column / kWarpSide), row_, column, ring_, close + warp * kCloseTile);
+    const bool any_close = in_.weigh(k, tile, in_.active(tile.row / kWarpSide, tile.column / kWarpSide), row_, column,
+                                     ring_, close + warp * kCloseTile);
     Real* to = weights_ + held_ * kWeightTile + WarpTile::warp_row() * Shape::kWeightPitch + WarpTile::warp_column();
 #pragma unroll
     for (int r = 0; r < Products::kRows; ++r)
@@ -171,7 +176,8 @@ class GradientBlock {
           Real sum = to[c];
           for (unsigned left = pairs; left != 0; left &= left - 1) {
             const int j = __ffs(left) - 1;
-            sum += close[source * kCloseTile + r % kWarpSide * kWarpSide + j] * in_.difference(row_ + r, column + half * kWarpSide + j, c);
+            sum += close[source * kCloseTile + r % kWarpSide * kWarpSide + j] *
+                   in_.difference(row_ + r, column + half * kWarpSide + j, c);
           }
           to[c] = sum;
         }
@@ -216,7 +222,8 @@ class GradientBlock {
     const int64_t first = chunk * Shape::kWide + warp_wide_column();
 #pragma unroll
     for (int r = 0; r < WideSums::kRows; ++r) {
-      Real* to = out_.sums + out_.row_at(part_, row_ + WarpTile::warp_row() + Products::row(lane, r)) * out_.pitch + first;
+      Real* to =
+          out_.sums + out_.row_at(part_, row_ + WarpTile::warp_row() + Products::row(lane, r)) * out_.pitch + first;
 #pragma unroll
       for (int c = 0; c < WideSums::kColumns; c += 2) {
         const int at = WideSums::column(lane, c);
@@ -237,10 +244,12 @@ class GradientBlock {
     for (int r = 0; r < Products::kRows; ++r) {
       Real sum = row_weights_[r];
       for (int other = 1; other < Engine::kRowLanes; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
-      if (lane % Engine::kRowLanes == 0) sums[threadIdx.x / 32 % 2][WarpTile::warp_row() + Products::row(lane, r)] = sum;
+      if (lane % Engine::kRowLanes == 0)
+        sums[threadIdx.x / 32 % 2][WarpTile::warp_row() + Products::row(lane, r)] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < kSide) out_.weights[out_.row_at(part_, row_ + threadIdx.x)] = sums[0][threadIdx.x] + sums[1][threadIdx.x];
+    if (threadIdx.x < kSide)
+      out_.weights[out_.row_at(part_, row_ + threadIdx.x)] = sums[0][threadIdx.x] + sums[1][threadIdx.x];
   }
 
   const Weights& in_;  // kernel parameters: references cost no registers
@@ -262,14 +271,16 @@ class GradientBlock {
 
 template <class Weights>
 __global__ void __launch_bounds__(kTileThreads, 2)  // shared memory allows no more
-    sweep_gradient(const __grid_constant__ Weights weights, const __grid_constant__ GradientParts<typename Weights::Engine::Real> parts) {
+    sweep_gradient(const __grid_constant__ Weights weights,
+                   const __grid_constant__ GradientParts<typename Weights::Engine::Real> parts) {
   GradientBlock<Weights>(weights, parts).run();
 }
 
 template <class Weights>
-const char* launch_sweep_gradient(const Weights& weights, const GradientParts<typename Weights::Engine::Real>& parts, cudaStream_t stream) {
-  return launch(sweep_gradient<Weights>, parts.row_tiles * parts.parts, kTileThreads, kGradientBytes<typename Weights::Engine::Storage>,
-                stream, weights, parts);
+const char* launch_sweep_gradient(const Weights& weights, const GradientParts<typename Weights::Engine::Real>& parts,
+                                  cudaStream_t stream) {
+  return launch(sweep_gradient<Weights>, parts.row_tiles * parts.parts, kTileThreads,
+                kGradientBytes<typename Weights::Engine::Storage>, stream, weights, parts);
 }
 
 }  // namespace ssmkernels::cuda::ranking

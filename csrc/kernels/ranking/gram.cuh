@@ -113,8 +113,10 @@ static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const 
   SSM_SHARED(right, Two[kGramRows][kPitch]);
   const int64_t part = blockIdx.x % gram.parts, t = blockIdx.x / gram.parts, pitch = gram.rows.pitch;
   const TileAt tile = upper_tile(t);
-  const int64_t each = ceil_div(gram.rows.count, gram.parts), begin = part * each, end = min(begin + each, gram.rows.count);
-  const int copied = threadIdx.x % kSide, first_row = threadIdx.x / kSide, y = threadIdx.x / 16 * 4, x = threadIdx.x % 16 * 4;
+  const int64_t each = ceil_div(gram.rows.count, gram.parts), begin = part * each,
+                end = min(begin + each, gram.rows.count);
+  const int copied = threadIdx.x % kSide, first_row = threadIdx.x / kSide, y = threadIdx.x / 16 * 4,
+            x = threadIdx.x % 16 * 4;
   const int64_t left_column = tile.row * kSide + copied, right_column = tile.column * kSide + copied;
   const double left_mean = left_column < pitch ? gram.mean[left_column] : 0,
                right_mean = right_column < pitch ? gram.mean[right_column] : 0;
@@ -125,7 +127,8 @@ static __global__ void __launch_bounds__(kGramThreads) sum_outer_products(const 
     for (int r = first_row; r < kGramRows; r += kGramThreads / kSide) {
       const double* row = gram.rows.values + (i + r) * pitch;
       left[r][copied / 2].values[copied % 2] = i + r < end && left_column < pitch ? row[left_column] - left_mean : 0;
-      right[r][copied / 2].values[copied % 2] = i + r < end && right_column < pitch ? row[right_column] - right_mean : 0;
+      right[r][copied / 2].values[copied % 2] =
+          i + r < end && right_column < pitch ? row[right_column] - right_mean : 0;
     }
     __syncthreads();
 #pragma unroll 4
@@ -159,8 +162,8 @@ static __global__ void __launch_bounds__(kGramThreads) finish_gram(const __grid_
     if (i < gram.dim && j < gram.dim) {
       const int64_t row = min(i / kSide, j / kSide), column = max(i / kSide, j / kSide);
       const bool turned = i / kSide > j / kSide;
-      const double* at =
-          gram.h_parts + (column * (column + 1) / 2 + row) * kSide * kSide + (turned ? j : i) % kSide * kSide + (turned ? i : j) % kSide;
+      const double* at = gram.h_parts + (column * (column + 1) / 2 + row) * kSide * kSide +
+                         (turned ? j : i) % kSide * kSide + (turned ? i : j) % kSide;
       for (int64_t part = 0; part < gram.parts; ++part) sum += at[part * gram.tiles * kSide * kSide];
     }
     gram.h.values[i * gram.h.pitch + j] = sum;
@@ -171,10 +174,12 @@ static __global__ void __launch_bounds__(kGramThreads) finish_gram(const __grid_
 }
 
 inline const char* launch_gram(const Gram& gram, cudaStream_t stream) {
-  if (const char* error = launch(sum_columns, ceil_div<int64_t>(gram.rows.pitch, 32) * kMeanParts, kGramThreads, 0, stream, gram))
+  if (const char* error =
+          launch(sum_columns, ceil_div<int64_t>(gram.rows.pitch, 32) * kMeanParts, kGramThreads, 0, stream, gram))
     return error;
   if (const char* error = launch(finish_mean, 1, kGramThreads, 0, stream, gram)) return error;
-  if (const char* error = launch(sum_outer_products, gram.tiles * gram.parts, kGramThreads, 0, stream, gram)) return error;
+  if (const char* error = launch(sum_outer_products, gram.tiles * gram.parts, kGramThreads, 0, stream, gram))
+    return error;
   return launch(finish_gram, gram.h.padded(), kGramThreads, 0, stream, gram);
 }
 

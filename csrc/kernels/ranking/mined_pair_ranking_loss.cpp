@@ -6,9 +6,9 @@
 namespace ssmkernels::SSM_ISA {
 namespace {
 
-// Which pairs have a cosine of at least one threshold or at most the other. Products of unit rows tell it but for cosines that are as near
-// to a threshold as they may be wrong. Those are taken again, as r_i·r_j/√(|r_i|²|r_j|²) in double, which is exact where that is a
-// number: cosines of 0 and ±1 of rows of whole numbers, above all.
+// Which pairs have a cosine of at least one threshold or at most the other. Products of unit rows tell it but for
+// cosines that are as near to a threshold as they may be wrong. Those are taken again, as r_i·r_j/√(|r_i|²|r_j|²) in
+// double, which is exact where that is a number: cosines of 0 and ±1 of rows of whole numbers, above all.
 template <class Real>
 class CosineSelector {
  public:
@@ -76,8 +76,8 @@ class CosineSelector {
 }  // namespace
 
 template <class Real>
-void mined_pair_ranking_loss(const RankingPairs<Real>& pairs, const RankingBasis<Real>& basis, const RankingLoss<Real>& out,
-                             ParallelFor parallel_for) {
+void mined_pair_ranking_loss(const RankingPairs<Real>& pairs, const RankingBasis<Real>& basis,
+                             const RankingLoss<Real>& out, ParallelFor parallel_for) {
   const Frame<Real> frame(pairs, parallel_for);
   const RankingRows<Real> rows(pairs.rows, nullptr, pairs.count, pairs.dim, frame, false, parallel_for);
   const CosineSelector<Real> selector(basis, pairs.count, parallel_for);
@@ -85,18 +85,19 @@ void mined_pair_ranking_loss(const RankingPairs<Real>& pairs, const RankingBasis
 }
 
 template <class Real>
-void mined_pair_ranking_loss_backward(const RankingPairs<Real>& pairs, const RankingBasis<Real>& basis, const RankingGradients<Real>& in,
-                                      ParallelFor parallel_for) {
+void mined_pair_ranking_loss_backward(const RankingPairs<Real>& pairs, const RankingBasis<Real>& basis,
+                                      const RankingGradients<Real>& in, ParallelFor parallel_for) {
   const Frame<Real> frame(pairs, parallel_for);
   const RankingRows<Real> rows(pairs.rows, nullptr, pairs.count, pairs.dim, frame, true, parallel_for);
   const CosineSelector<Real> selector(basis, pairs.count, parallel_for);
   ranking_gradient(pairs, rows, rows, selector, in, rows.tiled.tiles, 1, in.rows, parallel_for);
 }
 
-#define SSM_INSTANTIATE(Real)                                                                                                         \
-  template void mined_pair_ranking_loss(const RankingPairs<Real>&, const RankingBasis<Real>&, const RankingLoss<Real>&, ParallelFor); \
-  template void mined_pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingBasis<Real>&, const RankingGradients<Real>&, \
-                                                 ParallelFor);
+#define SSM_INSTANTIATE(Real)                                                                          \
+  template void mined_pair_ranking_loss(const RankingPairs<Real>&, const RankingBasis<Real>&,          \
+                                        const RankingLoss<Real>&, ParallelFor);                        \
+  template void mined_pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingBasis<Real>&, \
+                                                 const RankingGradients<Real>&, ParallelFor);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 

@@ -13,7 +13,8 @@ const char* mined_pair_ranking_loss(const RankingPairs<Storage>& pairs, const Ra
 
 template <class Storage>
 const char* mined_pair_ranking_loss_backward(const RankingPairs<Storage>& pairs, const RankingBasis<Storage>& basis,
-                                             const RankingGradients<Compute<Storage>>& out, void* workspace, CudaStream stream) {
+                                             const RankingGradients<Compute<Storage>>& out, void* workspace,
+                                             CudaStream stream) {
   return ranking::run_gradients<Storage, true>(pairs, {}, basis, out, workspace, stream);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ranking loss with mined positives and negatives, SLADE (2021), equation (7): P = {s_ij ≥ T1}, N = {s_ij ≤ T2}, s_ij the cosine of the
-// feature-basis vectors r_i and r_j (0 with a vector of zeros).
+// The ranking loss with mined positives and negatives, SLADE (2021), equation (7): P = {s_ij ≥ T1}, N = {s_ij ≤ T2},
+// s_ij the cosine of the feature-basis vectors r_i and r_j (0 with a vector of zeros).
 #pragma once
 
 #include "../common/isa.h"
@@ -18,16 +18,17 @@ struct RankingBasis {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(template <class Real>
-            void mined_pair_ranking_loss(const RankingPairs<Real>&, const RankingBasis<Real>&, const RankingLoss<Real>&, ParallelFor);
-            template <class Real> void mined_pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingBasis<Real>&,
-                                                                        const RankingGradients<Real>&, ParallelFor);)
+SSM_PER_ISA(template <class Real> void mined_pair_ranking_loss(const RankingPairs<Real>&, const RankingBasis<Real>&,
+                                                               const RankingLoss<Real>&, ParallelFor);
+            template <class Real>
+            void mined_pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingBasis<Real>&,
+                                                  const RankingGradients<Real>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 
 template <class Storage>
-const char* mined_pair_ranking_loss(const RankingPairs<Storage>&, const RankingBasis<Storage>&, const RankingLoss<Compute<Storage>>&,
-                                    void* workspace, CudaStream);
+const char* mined_pair_ranking_loss(const RankingPairs<Storage>&, const RankingBasis<Storage>&,
+                                    const RankingLoss<Compute<Storage>>&, void* workspace, CudaStream);
 template <class Storage>
 const char* mined_pair_ranking_loss_backward(const RankingPairs<Storage>&, const RankingBasis<Storage>&,
                                              const RankingGradients<Compute<Storage>>&, void* workspace, CudaStream);

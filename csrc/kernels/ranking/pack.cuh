@@ -11,13 +11,15 @@ inline constexpr int kCenterRows = 256;
 
 // About the middle of the rows: the mean of at most kCenterRows of them. Where a column has no finite mean, 0.
 template <class Real>
-__global__ void __launch_bounds__(kPackThreads) find_center(const Real* rows, int64_t count, int64_t dim, Real* center) {
+__global__ void __launch_bounds__(kPackThreads)
+    find_center(const Real* rows, int64_t count, int64_t dim, Real* center) {
   SSM_SHARED(sums, Real[kPackWarps][32]);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = int64_t{blockIdx.x} * 32 + lane, taken = min<int64_t>(count, kCenterRows);
   Real sum = 0;
   if (column < dim)
-    for (int64_t i = warp; i < taken; i += kPackWarps) sum += rows[i * (count / taken) * dim + column] / static_cast<Real>(taken);
+    for (int64_t i = warp; i < taken; i += kPackWarps)
+      sum += rows[i * (count / taken) * dim + column] / static_cast<Real>(taken);
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || column >= dim) return;
@@ -33,13 +35,14 @@ struct PackInput {
   int64_t dim;
 };
 
-// Where the row at this position lies. An order that names no row would be read out of bounds, and to look at it on the host would
-// synchronise.
+// Where the row at this position lies. An order that names no row would be read out of bounds, and to look at it on the
+// host would synchronise.
 __device__ inline int64_t place_of(const int64_t* order, int64_t position, int64_t count) {
   return order ? min(max<int64_t>(order[position], 0), count - 1) : position;
 }
 
-// Rows less the center, and their squared norms. Half types have no center: what they are less it would have to be rounded.
+// Rows less the center, and their squared norms. Half types have no center: what they are less it would have to be
+// rounded.
 template <class Storage>
 __global__ void __launch_bounds__(kPackThreads) pack_rows(PackInput<Storage> in, PackedRows<Storage> out) {
   using Real = Compute<Storage>;
@@ -58,7 +61,8 @@ __global__ void __launch_bounds__(kPackThreads) pack_rows(PackInput<Storage> in,
   if (lane == 0) out.scales[position] = norm;
 }
 
-// Rows of unit length, zeros where a row has no direction, and what they are multiplied with; of half types the rows as they are.
+// Rows of unit length, zeros where a row has no direction, and what they are multiplied with; of half types the rows as
+// they are.
 template <class Storage, class Packed>
 __global__ void __launch_bounds__(kPackThreads) pack_normalized(PackInput<Storage> in, PackedRows<Packed> out) {
   const int lane = threadIdx.x % 32;

@@ -13,22 +13,23 @@ int64_t ranking_workspace(const RankingPairs<Storage>& pairs, int64_t basis_dim,
 }
 
 template <class Storage>
-const char* pair_ranking_loss(const RankingPairs<Storage>& pairs, const RankingLabels& labels, const RankingLoss<Compute<Storage>>& out,
-                              void* workspace, CudaStream stream) {
+const char* pair_ranking_loss(const RankingPairs<Storage>& pairs, const RankingLabels& labels,
+                              const RankingLoss<Compute<Storage>>& out, void* workspace, CudaStream stream) {
   return ranking::run_loss<Storage, false>(pairs, labels, {}, out, workspace, stream);
 }
 
 template <class Storage>
 const char* pair_ranking_loss_backward(const RankingPairs<Storage>& pairs, const RankingLabels& labels,
-                                       const RankingGradients<Compute<Storage>>& out, void* workspace, CudaStream stream) {
+                                       const RankingGradients<Compute<Storage>>& out, void* workspace,
+                                       CudaStream stream) {
   return ranking::run_gradients<Storage, false>(pairs, labels, {}, out, workspace, stream);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                          \
-  template int64_t ranking_workspace(const RankingPairs<Storage>&, int64_t, bool);                                                        \
-  template const char* pair_ranking_loss(const RankingPairs<Storage>&, const RankingLabels&, const RankingLoss<Compute<Storage>>&, void*, \
-                                         CudaStream);                                                                                     \
-  template const char* pair_ranking_loss_backward(const RankingPairs<Storage>&, const RankingLabels&,                                     \
+#define SSM_INSTANTIATE(Storage)                                                                      \
+  template int64_t ranking_workspace(const RankingPairs<Storage>&, int64_t, bool);                    \
+  template const char* pair_ranking_loss(const RankingPairs<Storage>&, const RankingLabels&,          \
+                                         const RankingLoss<Compute<Storage>>&, void*, CudaStream);    \
+  template const char* pair_ranking_loss_backward(const RankingPairs<Storage>&, const RankingLabels&, \
                                                   const RankingGradients<Compute<Storage>>&, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

@@ -18,18 +18,18 @@ struct RankingLabels {
 
 }  // namespace ssmkernels
 
-SSM_PER_ISA(template <class Real>
-            void pair_ranking_loss(const RankingPairs<Real>&, const RankingLabels&, const RankingLoss<Real>&, ParallelFor);
-            template <class Real>
-            void pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingLabels&, const RankingGradients<Real>&, ParallelFor);)
+SSM_PER_ISA(template <class Real> void pair_ranking_loss(const RankingPairs<Real>&, const RankingLabels&,
+                                                         const RankingLoss<Real>&, ParallelFor);
+            template <class Real> void pair_ranking_loss_backward(const RankingPairs<Real>&, const RankingLabels&,
+                                                                  const RankingGradients<Real>&, ParallelFor);)
 
 namespace ssmkernels::cuda {
 
 template <class Storage>
-const char* pair_ranking_loss(const RankingPairs<Storage>&, const RankingLabels&, const RankingLoss<Compute<Storage>>&, void* workspace,
-                              CudaStream);
+const char* pair_ranking_loss(const RankingPairs<Storage>&, const RankingLabels&, const RankingLoss<Compute<Storage>>&,
+                              void* workspace, CudaStream);
 template <class Storage>
-const char* pair_ranking_loss_backward(const RankingPairs<Storage>&, const RankingLabels&, const RankingGradients<Compute<Storage>>&,
-                                       void* workspace, CudaStream);
+const char* pair_ranking_loss_backward(const RankingPairs<Storage>&, const RankingLabels&,
+                                       const RankingGradients<Compute<Storage>>&, void* workspace, CudaStream);
 
 }  // namespace ssmkernels::cuda

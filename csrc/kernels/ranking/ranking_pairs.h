@@ -2,10 +2,11 @@
 // Pairs of rows and their ranking loss, SLADE (2021), equation (1), with d_ij = ‖e_i − e_j‖:
 //
 //   L = w₊ Σ_{(i, j) ∈ P} [d_ij − m_pos]_+  +  w₋ Σ_{(i, j) ∈ N} [m_neg − d_ij]_+
-//   ∂L/∂e_i = Σ_j (K_ij + K_ji)(e_i − e_j),  K_ij = w₊/d_ij on pairs of P with d > m_pos, −w₋/d_ij on pairs of N with d < m_neg
-// and 0 where d_ij = 0. All ordered pairs i ≠ j of the rows; or, with references, (row i, reference j). P and N are found by labels
-// (pair_ranking_loss.h) or mined by similarity (mined_pair_ranking_loss.h). Nothing of size n×m exists: distances are computed tile by
-// tile, and again in the backward, there only in the tiles that have an active pair.
+//   ∂L/∂e_i = Σ_j (K_ij + K_ji)(e_i − e_j),  K_ij = w₊/d_ij on pairs of P with d > m_pos, −w₋/d_ij on pairs of N with d
+//   < m_neg
+// and 0 where d_ij = 0. All ordered pairs i ≠ j of the rows; or, with references, (row i, reference j). P and N are
+// found by labels (pair_ranking_loss.h) or mined by similarity (mined_pair_ranking_loss.h). Nothing of size n×m exists:
+// distances are computed tile by tile, and again in the backward, there only in the tiles that have an active pair.
 #pragma once
 
 #include <cstdint>
@@ -53,8 +54,8 @@ struct RankingGradients {
 
 namespace ssmkernels::cuda {
 
-// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size; nothing else is
-// allocated. `basis_dim` is 0 with labels.
+// The CUDA kernels return null, or CUDA's message of what went wrong. `workspace` is device memory of the stated size;
+// nothing else is allocated. `basis_dim` is 0 with labels.
 template <class Storage>
 int64_t ranking_workspace(const RankingPairs<Storage>&, int64_t basis_dim, bool backward);  // bytes
 

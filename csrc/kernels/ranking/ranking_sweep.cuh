@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The ranking loss and its gradients, with positives and negatives by labels or mined.
 //
-// With q_i = ‖x_i‖², d² = q_i + q_j − 2 x_i·x_j. Where that is small against q_i + q_j it has lost its digits, and where the squares have
-// left the range it never had them: there the distance is taken from the differences of the rows as they were given, in double. Equal rows
-// are at distance 0, exactly. Rows of float32 and float64 are packed less
+// With q_i = ‖x_i‖², d² = q_i + q_j − 2 x_i·x_j. Where that is small against q_i + q_j it has lost its digits, and
+// where the squares have left the range it never had them: there the distance is taken from the differences of the rows
+// as they were given, in double. Equal rows are at distance 0, exactly. Rows of float32 and float64 are packed less
 // their center, so that such pairs are few.
 #pragma once
 
@@ -69,7 +69,8 @@ template <class Storage>
 __device__ bool labels_overlap(const RankingInput<Storage>& in, const WarpTile& tile) {
   const int64_t last_row = min(tile.row + kWarpSide, in.rows.packed.count) - 1;
   const int64_t last_column = min(tile.column + kWarpSide, in.columns.packed.count) - 1;
-  return in.rows.labels[tile.row] <= in.columns.labels[last_column] && in.columns.labels[tile.column] <= in.rows.labels[last_row];
+  return in.rows.labels[tile.row] <= in.columns.labels[last_column] &&
+         in.columns.labels[tile.column] <= in.rows.labels[last_row];
 }
 
 template <class Engine, class Storage>
@@ -92,7 +93,8 @@ __device__ Kinds kinds_by_label(const RankingInput<Storage>& in, const WarpTile&
   return {same & pairs, ~same & pairs};
 }
 
-// Takes the pairs of each lane's bits again, by whole warps, as exact(i, j): pair number k of a lane at scratch[k·32 + lane].
+// Takes the pairs of each lane's bits again, by whole warps, as exact(i, j): pair number k of a lane at scratch[k·32 +
+// lane].
 template <class Engine, class Exact>
 __device__ void retake(const WarpTile& tile, uint32_t bits, typename Engine::Real* scratch, Exact exact) {
   using Products = typename Engine::Products;
@@ -112,8 +114,9 @@ __device__ void retake(const WarpTile& tile, uint32_t bits, typename Engine::Rea
 template <class Storage>
 __device__ Compute<Storage> exact_cosine(const RankingInput<Storage>& in, int64_t i, int64_t j) {
   if (in.basis.scales[i] == 0 || in.basis.scales[j] == 0) return 0;
-  const auto scale_of = [&](int64_t row) -> double {  // a power of two that brings a row of doubles to about unit length
-    if constexpr (sizeof(Storage) < 8) return 1;      // double holds the squares of the others
+  const auto scale_of =
+      [&](int64_t row) -> double {                // a power of two that brings a row of doubles to about unit length
+    if constexpr (sizeof(Storage) < 8) return 1;  // double holds the squares of the others
     return std::bit_cast<double>(std::bit_cast<uint64_t>(double{in.basis.scales[row]}) & uint64_t{0x7ff} << 52);
   };
   const double row_scale = scale_of(i), column_scale = scale_of(j);
@@ -128,11 +131,11 @@ __device__ Compute<Storage> exact_cosine(const RankingInput<Storage>& in, int64_
   return static_cast<Compute<Storage>>(warp_sum(product) / sqrt(warp_sum(row_squares) * warp_sum(column_squares)));
 }
 
-// From the products of the basis. Cosines that are as near to a threshold as they may be wrong are taken again. Called by whole warps;
-// `scratch` has kWarpSide² elements, the warp's own.
+// From the products of the basis. Cosines that are as near to a threshold as they may be wrong are taken again. Called
+// by whole warps; `scratch` has kWarpSide² elements, the warp's own.
 template <class Engine, class Storage>
-__device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile& tile, uint32_t pairs, typename Engine::Real* scratch,
-                                 typename Engine::Products& products) {
+__device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile& tile, uint32_t pairs,
+                                 typename Engine::Real* scratch, typename Engine::Products& products) {
   using Products = typename Engine::Products;
   using Real = Compute<Storage>;
   const int lane = threadIdx.x % 32;
@@ -164,10 +167,12 @@ __device__ Kinds kinds_by_cosine(const RankingInput<Storage>& in, const WarpTile
   return {kinds.positive & pairs, kinds.negative & pairs};
 }
 
-// The products of the tile's rows, and which pairs are what. Called by the block; the kinds of a warp's tile outside are none.
+// The products of the tile's rows, and which pairs are what. Called by the block; the kinds of a warp's tile outside
+// are none.
 template <class Engine, bool kMined, class Storage = typename Engine::Storage>
-__device__ Kinds products_and_kinds(const RankingInput<Storage>& in, const WarpTile& tile, bool inside, bool upper, int64_t block_row,
-                                    int64_t block_column, Storage* ring, typename Engine::Products& products) {
+__device__ Kinds products_and_kinds(const RankingInput<Storage>& in, const WarpTile& tile, bool inside, bool upper,
+                                    int64_t block_row, int64_t block_column, Storage* ring,
+                                    typename Engine::Products& products) {
   Kinds kinds;
   if constexpr (kMined) {
     multiply_pairs<Engine>(products, in.basis, block_row, in.basis, block_column, ring);
@@ -199,8 +204,8 @@ inline constexpr Real kLeastSquares = sizeof(Real) == 4 ? Real(1e-34) : Real(1e-
 template <class Real>
 inline constexpr Real kMostSquares = sizeof(Real) == 4 ? Real(1e37) : Real(1e300);
 
-// Parts of q_i + q_j. Squared distances of less than the first have lost their digits; none is wrong by more than the second, which is the
-// bound of d roundings of float32 for d = 4096.
+// Parts of q_i + q_j. Squared distances of less than the first have lost their digits; none is wrong by more than the
+// second, which is the bound of d roundings of float32 for d = 4096.
 template <class Real>
 inline constexpr Real kClosePart = Real(1) / 32;
 template <class Real>
@@ -212,8 +217,8 @@ struct Distances {
   uint32_t close = 0;  // taken from the differences of the rows
 };
 
-// Products become distances, of the positives and of the negatives that are near; the others are left as they are. NaN is near and close.
-// `scratch` has kWarpSide² elements, the warp's own.
+// Products become distances, of the positives and of the negatives that are near; the others are left as they are. NaN
+// is near and close. `scratch` has kWarpSide² elements, the warp's own.
 template <class Engine, class Storage = typename Engine::Storage>
 __device__ Distances take_distances(const RankingInput<Storage>& in, const WarpTile& tile, const Kinds& kinds,
                                     typename Engine::Real* scratch, typename Engine::Products& products) {
@@ -230,7 +235,8 @@ __device__ Distances take_distances(const RankingInput<Storage>& in, const WarpT
       const Real squared = both - 2 * products.at(r, c);
       products.at(r, c) = sqrt(squared);
       const uint32_t bit = 1u << (r * Products::kColumns + c);
-      if (!(squared >= both * kClosePart<Real> && both >= kLeastSquares<Real> && both <= kMostSquares<Real>)) out.close |= bit;
+      if (!(squared >= both * kClosePart<Real> && both >= kLeastSquares<Real> && both <= kMostSquares<Real>))
+        out.close |= bit;
       if (!(squared > in.negative_bound + both * kErrorPart<Real>)) out.near |= bit;
     }
   }
@@ -333,7 +339,8 @@ class LossTile {
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
         const Real both = in_.rows.packed.scales[tile.row + Products::row(lane, r)] + column_norm;
-        if (!(both - 2 * products.at(r, c) > in_.negative_bound + both * kErrorPart<Real>)) near |= 1u << (r * Products::kColumns + c);
+        if (!(both - 2 * products.at(r, c) > in_.negative_bound + both * kErrorPart<Real>))
+          near |= 1u << (r * Products::kColumns + c);
       }
     }
     return (near & kinds.negative) != 0;
@@ -351,20 +358,26 @@ inline constexpr int kSweepBlocks = (sizeof(Real) == 8 ? 3 : 4) - kMined;
 
 template <class Engine, bool kMined, class Storage = typename Engine::Storage>
 __global__ void __launch_bounds__(kTileThreads, kSweepBlocks<typename Engine::Real, kMined>)
-    sweep_loss(const __grid_constant__ RankingInput<Storage> in, const __grid_constant__ LossOutput<Storage> out, int64_t tiles) {
+    sweep_loss(const __grid_constant__ RankingInput<Storage> in, const __grid_constant__ LossOutput<Storage> out,
+               int64_t tiles) {
   Storage* ring = reinterpret_cast<Storage*>(dynamic_shared());
-  typename Engine::Real* scratch = reinterpret_cast<typename Engine::Real*>(ring) + threadIdx.x / 32 * kWarpSide * kWarpSide;
-  const int64_t rows = in.rows.packed.count, columns = in.columns.packed.count, column_tiles = in.columns.packed.tiles();
+  typename Engine::Real* scratch =
+      reinterpret_cast<typename Engine::Real*>(ring) + threadIdx.x / 32 * kWarpSide * kWarpSide;
+  const int64_t rows = in.rows.packed.count, columns = in.columns.packed.count,
+                column_tiles = in.columns.packed.tiles();
   LossTile<Engine> loss(in, out.nonzero);
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const TileAt at = in.symmetric ? upper_tile(t) : TileAt{t / column_tiles, t % column_tiles};
-    const WarpTile tile(at.row * kSide, at.column * kSide, thread_here());  // a warp's place is not kept through the products
+    const WarpTile tile(at.row * kSide, at.column * kSide,
+                        thread_here());  // a warp's place is not kept through the products
     const bool inside = tile.row < rows && tile.column < columns && !(in.symmetric && tile.row > tile.column);
     typename Engine::Products products;
-    const Kinds kinds = products_and_kinds<Engine, kMined>(in, tile, inside, true, at.row * kSide, at.column * kSide, ring, products);
+    const Kinds kinds =
+        products_and_kinds<Engine, kMined>(in, tile, inside, true, at.row * kSide, at.column * kSide, ring, products);
     if (!inside) continue;
     const bool active = loss.add(tile, kinds, scratch, products);
-    if (threadIdx.x % 32 == 0) out.active[tile.row / kWarpSide * ceil_div<int64_t>(columns, kWarpSide) + tile.column / kWarpSide] = active;
+    if (threadIdx.x % 32 == 0)
+      out.active[tile.row / kWarpSide * ceil_div<int64_t>(columns, kWarpSide) + tile.column / kWarpSide] = active;
   }
   const LossPart part = loss.part();
   if (threadIdx.x == 0) out.parts[blockIdx.x] = part;
@@ -374,7 +387,8 @@ inline constexpr int kFinishWarps = 8, kFinishThreads = 32 * kFinishWarps;
 
 // `times`: how often a pair that was looked at counts.
 template <class Real>
-__global__ void __launch_bounds__(kFinishThreads) finish_loss(const LossPart* parts, int64_t blocks, int times, RankingLoss<Real> out) {
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_loss(const LossPart* parts, int64_t blocks, int times, RankingLoss<Real> out) {
   SSM_SHARED(sums, double[kFinishWarps]);
   SSM_SHARED(counts, int64_t[kFinishWarps]);
   LossPart all{};
@@ -419,9 +433,10 @@ struct RankingWeights {
     return flags[(turned ? column : row) * flag_columns + (turned ? row : column)];
   }
 
-  __device__ bool weigh(Products& products, const WarpTile& tile, bool active, int64_t block_row, int64_t block_column, Storage* ring,
-                        Real* close) const {
-    const Kinds kinds = products_and_kinds<Engine, kMined>(in, tile, active, false, block_row, block_column, ring, products);
+  __device__ bool weigh(Products& products, const WarpTile& tile, bool active, int64_t block_row, int64_t block_column,
+                        Storage* ring, Real* close) const {
+    const Kinds kinds =
+        products_and_kinds<Engine, kMined>(in, tile, active, false, block_row, block_column, ring, products);
     if (!active) {
       products = {};
       return false;
@@ -507,7 +522,8 @@ struct RankingScratch {
 };
 
 template <class Storage>
-RankingScratch<Storage> take_ranking(const RankingPairs<Storage>& pairs, int64_t basis_dim, bool backward, Workspace& workspace) {
+RankingScratch<Storage> take_ranking(const RankingPairs<Storage>& pairs, int64_t basis_dim, bool backward,
+                                     Workspace& workspace) {
   RankingScratch<Storage> out{};
   if (sizeof(Storage) > 2) out.center = workspace.take<Compute<Storage>>(pairs.dim);
   out.rows = take_packed<Storage>(pairs.count, pairs.dim, workspace);
@@ -531,21 +547,24 @@ const char* prepare(const RankingPairs<Storage>& pairs, const RankingLabels& lab
                     const RankingScratch<Storage>& scratch, RankingInput<Storage>& in, cudaStream_t stream) {
   using Real = Compute<Storage>;
   if constexpr (sizeof(Storage) > 2)
-    if (const char* error = launch_find_center(pairs.rows, pairs.count, pairs.dim, scratch.center, stream)) return error;
-  if (const char* error = launch_pack_rows(PackInput<Storage>{pairs.rows, labels.order, scratch.center, pairs.dim}, scratch.rows, stream))
+    if (const char* error = launch_find_center(pairs.rows, pairs.count, pairs.dim, scratch.center, stream))
+      return error;
+  if (const char* error = launch_pack_rows(PackInput<Storage>{pairs.rows, labels.order, scratch.center, pairs.dim},
+                                           scratch.rows, stream))
     return error;
   in.rows = {scratch.rows, pairs.rows, labels.order, labels.labels};
   in.columns = in.rows;
   in.symmetric = !pairs.references;
   if (pairs.references) {
-    if (const char* error = launch_pack_rows(PackInput<Storage>{pairs.references, labels.reference_order, scratch.center, pairs.dim},
-                                             scratch.references, stream))
+    if (const char* error =
+            launch_pack_rows(PackInput<Storage>{pairs.references, labels.reference_order, scratch.center, pairs.dim},
+                             scratch.references, stream))
       return error;
     in.columns = {scratch.references, pairs.references, labels.reference_order, labels.reference_labels};
   }
   if constexpr (kMined) {
-    if (const char* error =
-            launch_pack_normalized<Storage>(PackInput<Storage>{basis.features, nullptr, nullptr, basis.dim}, scratch.basis, stream))
+    if (const char* error = launch_pack_normalized<Storage>(
+            PackInput<Storage>{basis.features, nullptr, nullptr, basis.dim}, scratch.basis, stream))
       return error;
     in.basis = scratch.basis;
     in.basis_rows = basis.features;
@@ -555,13 +574,16 @@ const char* prepare(const RankingPairs<Storage>& pairs, const RankingLabels& lab
   in.dim = pairs.dim;
   in.positive_margin = static_cast<Real>(pairs.positive_margin);
   in.negative_margin = static_cast<Real>(pairs.negative_margin);
-  in.negative_bound = pairs.negative_margin < 0 ? Real(-1) : static_cast<Real>(pairs.negative_margin * pairs.negative_margin * (1 + 1e-5));
+  in.negative_bound = pairs.negative_margin < 0
+                          ? Real(-1)
+                          : static_cast<Real>(pairs.negative_margin * pairs.negative_margin * (1 + 1e-5));
   return nullptr;
 }
 
 template <class Storage, bool kMined>
-const char* run_loss(const RankingPairs<Storage>& pairs, const RankingLabels& labels, const RankingBasis<Storage>& basis,
-                     const RankingLoss<Compute<Storage>>& out, void* memory, cudaStream_t stream) {
+const char* run_loss(const RankingPairs<Storage>& pairs, const RankingLabels& labels,
+                     const RankingBasis<Storage>& basis, const RankingLoss<Compute<Storage>>& out, void* memory,
+                     cudaStream_t stream) {
   using Engine = typename EngineFor<Storage>::type;
   Workspace workspace(memory);
   const RankingScratch<Storage> scratch = take_ranking(pairs, basis.dim, false, workspace);
@@ -569,31 +591,36 @@ const char* run_loss(const RankingPairs<Storage>& pairs, const RankingLabels& la
     RankingInput<Storage> in{};
     if (const char* error = prepare<kMined>(pairs, labels, basis, scratch, in, stream)) return error;
     const LossOutput<Storage> output{scratch.parts, out.active, out.reduction == Reduction::mean_nonzero};
-    if (const char* error =
-            launch(sweep_loss<Engine, kMined>, scratch.blocks, kTileThreads, kRingBytes<Storage>, stream, in, output, scratch.tiles))
+    if (const char* error = launch(sweep_loss<Engine, kMined>, scratch.blocks, kTileThreads, kRingBytes<Storage>,
+                                   stream, in, output, scratch.tiles))
       return error;
   }
-  return launch(finish_loss<Compute<Storage>>, 1, kFinishThreads, 0, stream, scratch.parts, scratch.blocks, pairs.references ? 1 : 2, out);
+  return launch(finish_loss<Compute<Storage>>, 1, kFinishThreads, 0, stream, scratch.parts, scratch.blocks,
+                pairs.references ? 1 : 2, out);
 }
 
 template <class Storage, bool kMined>
-const char* run_gradients(const RankingPairs<Storage>& pairs, const RankingLabels& labels, const RankingBasis<Storage>& basis,
-                          const RankingGradients<Compute<Storage>>& out, void* memory, cudaStream_t stream) {
+const char* run_gradients(const RankingPairs<Storage>& pairs, const RankingLabels& labels,
+                          const RankingBasis<Storage>& basis, const RankingGradients<Compute<Storage>>& out,
+                          void* memory, cudaStream_t stream) {
   using Engine = typename EngineFor<Storage>::type;
   Workspace workspace(memory);
   const RankingScratch<Storage> scratch = take_ranking(pairs, basis.dim, true, workspace);
   RankingInput<Storage> in{};
   if (const char* error = prepare<kMined>(pairs, labels, basis, scratch, in, stream)) return error;
   const int64_t flag_columns = ceil_div<int64_t>(pairs.references ? pairs.reference_count : pairs.count, kWarpSide);
-  const auto take = [&](const Side<Storage>& rows, const Side<Storage>& columns, bool swapped, const GradientParts<Compute<Storage>>& parts,
-                        Compute<Storage>* gradient) -> const char* {
+  const auto take = [&](const Side<Storage>& rows, const Side<Storage>& columns, bool swapped,
+                        const GradientParts<Compute<Storage>>& parts, Compute<Storage>* gradient) -> const char* {
     RankingInput<Storage> turned = in;
     turned.rows = rows;
     turned.columns = columns;
-    const RankingWeights<Engine, kMined> weights{turned, columns.packed, out.weights, out.active, flag_columns, swapped};
+    const RankingWeights<Engine, kMined> weights{turned,     columns.packed, out.weights,
+                                                 out.active, flag_columns,   swapped};
     if (const char* error = launch_sweep_gradient(weights, parts, stream)) return error;
-    return launch(finish_gradient<Storage>, ceil_div<int64_t>(rows.packed.count, kFinishWarps), kFinishThreads, 0, stream,
-                  FinishGradient<Storage>{parts, rows.packed, rows.order, pairs.dim, out.grad_loss, in.symmetric ? 2 : 1, gradient});
+    return launch(finish_gradient<Storage>, ceil_div<int64_t>(rows.packed.count, kFinishWarps), kFinishThreads, 0,
+                  stream,
+                  FinishGradient<Storage>{parts, rows.packed, rows.order, pairs.dim, out.grad_loss,
+                                          in.symmetric ? 2 : 1, gradient});
   };
   if (const char* error = take(in.rows, in.columns, false, scratch.row_parts, out.rows)) return error;
   if (!pairs.references || !out.references) return nullptr;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Positives are computed class by class, negatives as all pairs less the positives; each from the pairs' cosines where there are few rows,
-// and from RᵀR where there are many. Means come first, from the sums of unit rows, so that the pairs' variance is a second pass over
-// cosines; from RᵀR it is a difference, which is why that is computed in double.
+// Positives are computed class by class, negatives as all pairs less the positives; each from the pairs' cosines where
+// there are few rows, and from RᵀR where there are many. Means come first, from the sums of unit rows, so that the
+// pairs' variance is a second pass over cosines; from RᵀR it is a difference, which is why that is computed in double.
 #include "similarity_moments.h"
 
 #include "tiles.h"
@@ -9,7 +9,8 @@
 namespace ssmkernels::SSM_ISA {
 namespace {
 
-constexpr int64_t kGramRows = 3;     // RᵀR is worth it with more than kGramRows·d rows: it takes half as many products, at half the rate
+constexpr int64_t kGramRows =
+    3;  // RᵀR is worth it with more than kGramRows·d rows: it takes half as many products, at half the rate
 constexpr int64_t kGramChunk = 128;  // rows that are converted to double at once
 
 struct Range {
@@ -52,7 +53,8 @@ class Moments {
     return !total_by_pairs && run.size() > kGramRows * dim;
   }
 
-  // The column tiles with pairs of a row tile that are computed one by one: of its classes, if not of all, in the order of which rows are.
+  // The column tiles with pairs of a row tile that are computed one by one: of its classes, if not of all, in the order
+  // of which rows are.
   Range columns_of(int64_t row_tile) const {
     if (total_by_pairs) return {0, unit.tiles};
     const Integer<Real>* classes = classes_.data() + row_tile * kTile;
@@ -61,11 +63,12 @@ class Moments {
     return {is_big(first) ? row_tile : first.begin / kTile, is_big(last) ? row_tile + 1 : divide_up(last.end, kTile)};
   }
 
-  // Calls each(row, column, cosine, positives, negatives) for the vectors of a tile with pairs that are computed one by one: negatives only
-  // where all pairs are.
+  // Calls each(row, column, cosine, positives, negatives) for the vectors of a tile with pairs that are computed one by
+  // one: negatives only where all pairs are.
   template <class Each>
   void for_each_vector(int64_t row_tile, int64_t column_tile, bool upper, Real* cosines, const Each& each) const {
-    const Integer<Real>*row_classes = classes_.data() + row_tile * kTile, *column_classes = classes_.data() + column_tile * kTile;
+    const Integer<Real>*row_classes = classes_.data() + row_tile * kTile,
+          *column_classes = classes_.data() + column_tile * kTile;
     const int64_t rows = unit.size(row_tile), columns = unit.size(column_tile);
     multiply_tiles(unit.columns(row_tile), unit.columns(column_tile), dim, cosines);
     const Mask<Real> lanes = lane_numbers<Real>(), none{};
@@ -74,7 +77,8 @@ class Moments {
       for (int64_t c = 0; c < columns; c += kLanes<Real>) {
         const Mask<Real> column = lanes + static_cast<Integer<Real>>(c);
         Mask<Real> kept = column < static_cast<Integer<Real>>(columns);
-        if (row_tile == column_tile) kept &= upper ? column > static_cast<Integer<Real>>(r) : column != static_cast<Integer<Real>>(r);
+        if (row_tile == column_tile)
+          kept &= upper ? column > static_cast<Integer<Real>>(r) : column != static_cast<Integer<Real>>(r);
         Mask<Real> classes;
         __builtin_memcpy(&classes, column_classes + c, sizeof classes);
         const Mask<Real> same = classes == row_classes[r];
@@ -180,7 +184,8 @@ class Moments {
     const int64_t parts = clamp(n / 256, 1, 64), part = divide_up(n, parts);
     const Buffer<double> part_sums(parts * dim);
     parallel_for(parts, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) sum_rows({min(p * part, n), min((p + 1) * part, n)}, part_sums.data() + p * dim);
+      for (int64_t p = begin; p < end; ++p)
+        sum_rows({min(p * part, n), min((p + 1) * part, n)}, part_sums.data() + p * dim);
     });
     for (int64_t c = 0; c < dim; ++c) {
       total_.data()[c] = 0;
@@ -207,13 +212,14 @@ struct PairSlope {
 
 // Σ_j (α + β s_kj) r_j over the rows j ≠ k of a run, added to the gradients of its rows [n][stride].
 template <class Real>
-void add_gram_gradients(const Moments<Real>& in, const Range& run, const double* sum, PairSlope slope, double* gram, Real* grads,
-                        ParallelFor parallel_for) {
+void add_gram_gradients(const Moments<Real>& in, const Range& run, const double* sum, PairSlope slope, double* gram,
+                        Real* grads, ParallelFor parallel_for) {
   in.fill_gram(run, gram, parallel_for);
   const int64_t tiles = divide_up(run.size(), kTile), width = in.gram_dim;
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
     Buffer<double> memory(3 * kTile * width);
-    double *rows = memory.take(kTile * width), *columns = memory.take(kTile * width), *products = memory.take(kTile * width);
+    double *rows = memory.take(kTile * width), *columns = memory.take(kTile * width),
+           *products = memory.take(kTile * width);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = run.begin + tile * kTile, count = min(kTile, run.end - first);
       for (int64_t k = 0; k < kTile * width; ++k) rows[k] = 0;
@@ -244,7 +250,8 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
   // Σ (s − mean)² over i < j, in tiles of pairs.
   const int64_t tiles = in.unit.tiles;
   const Buffer<double> parts(2 * tiles);
-  const Vec<Real> positive_mean = broadcast(static_cast<Real>(in.mean[0])), negative_mean = broadcast(static_cast<Real>(in.mean[1]));
+  const Vec<Real> positive_mean = broadcast(static_cast<Real>(in.mean[0])),
+                  negative_mean = broadcast(static_cast<Real>(in.mean[1]));
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
     const Buffer<Real> cosines(kTile * kTile);
     for (int64_t task = begin; task < end; ++task) {
@@ -255,7 +262,8 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
         Vec<Real> sums[2] = {};
         in.for_each_vector(row_tile, column_tile, true, cosines.data(),
                            [&](int64_t, int64_t, Vec<Real> cosine, Mask<Real> positives, Mask<Real> negatives) {
-                             const Vec<Real> none{}, to_positive = cosine - positive_mean, to_negative = cosine - negative_mean;
+                             const Vec<Real> none{}, to_positive = cosine - positive_mean,
+                                                     to_negative = cosine - negative_mean;
                              sums[0] += positives ? to_positive * to_positive : none;
                              sums[1] += negatives ? to_negative * to_negative : none;
                            });
@@ -278,8 +286,8 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
         double cosines = 0;
         for (int64_t c = 0; c < in.dim; ++c) cosines += sum.data()[c] * sum.data()[c];
         for (int64_t k = in.runs()[run].begin; k < in.runs()[run].end; ++k) cosines -= in.self_cosines.data()[k];
-        spread[0] +=
-            in.sum_of_squares(in.runs()[run], gram.data(), parallel_for) - in.mean[0] * (2 * cosines - in.mean[0] * size * (size - 1));
+        spread[0] += in.sum_of_squares(in.runs()[run], gram.data(), parallel_for) -
+                     in.mean[0] * (2 * cosines - in.mean[0] * size * (size - 1));
       }
     // All pairs about the negatives' mean, less the positives.
     const double gap = in.mean[0] - in.mean[1], all_sum = in.pairs[0] * in.mean[0] + in.pairs[1] * in.mean[1];
@@ -295,8 +303,8 @@ void similarity_moments(const LabeledFeatures<Real>& features, Real* moments, Pa
 }
 
 template <class Real>
-void similarity_moments_backward(const LabeledFeatures<Real>& features, const Real* moments, const Real* grad_moments, Real* grad_features,
-                                 ParallelFor parallel_for) {
+void similarity_moments_backward(const LabeledFeatures<Real>& features, const Real* moments, const Real* grad_moments,
+                                 Real* grad_features, ParallelFor parallel_for) {
   const Moments<Real> in(features, parallel_for);
   const int64_t tiles = in.unit.tiles, dim = in.dim, stride = in.unit.stride;
   // ∂mean/∂s = 1/count, ∂var/∂s = 2 (s − mean)/count; a pair is met as (i, j) and as (j, i).
@@ -314,7 +322,8 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
     Buffer<Real> memory(2 * kTile * kTile);
     Real *cosines = memory.take(kTile * kTile), *weights = memory.take(kTile * kTile);
     const auto slope_of = [&](int k, Vec<Real> cosine) {
-      return (cosine - static_cast<Real>(in.mean[k])) * static_cast<Real>(slopes[k].beta) + static_cast<Real>(mean_slope[k]);
+      return (cosine - static_cast<Real>(in.mean[k])) * static_cast<Real>(slopes[k].beta) +
+             static_cast<Real>(mean_slope[k]);
     };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_tile = balanced(task, tiles);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// All of it in float64: a variance of cosines near 1 is what float32 rounds away, and the rows are few or the sums short.
+// All of it in float64: a variance of cosines near 1 is what float32 rounds away, and the rows are few or the sums
+// short.
 //
-// Positives lie in the tiles of pairs around the diagonal where labels overlap. With n ≤ d the negatives are taken from tiles too, all of
-// them; else from the Gram matrix: all pairs, less (i, i), less the positives.
+// Positives lie in the tiles of pairs around the diagonal where labels overlap. With n ≤ d the negatives are taken from
+// tiles too, all of them; else from the Gram matrix: all pairs, less (i, i), less the positives.
 #include "gradient.cuh"
 #include "gram.cuh"
 #include "pack.cuh"
@@ -102,13 +103,15 @@ __global__ void __launch_bounds__(kTileThreads) sweep_moments(const __grid_const
       }
     }
   }
-  const PairMoments out{block_merged<kTileWarps>(positive.moments(), scratch), block_merged<kTileWarps>(negative.moments(), scratch)};
+  const PairMoments out{block_merged<kTileWarps>(positive.moments(), scratch),
+                        block_merged<kTileWarps>(negative.moments(), scratch)};
   if (threadIdx.x == 0) in.out[blockIdx.x] = out;
 }
 
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads)
-    finish_moments(const PairMoments* parts, int64_t blocks, const __grid_constant__ Gram gram, int64_t row_blocks, Real* out) {
+    finish_moments(const PairMoments* parts, int64_t blocks, const __grid_constant__ Gram gram, int64_t row_blocks,
+                   Real* out) {
   SSM_SHARED(scratch, Moments[kReduceWarps]);
   SSM_SHARED(sums, double[kReduceWarps]);
   PairMoments all;
@@ -133,8 +136,8 @@ __global__ void __launch_bounds__(kReduceThreads)
     const double apart = all.positive.mean - mean_norm;
     if (negatives > 0) {
       const double mean = -(rows.diagonal + positives * apart) / negatives;  // of s − |c|²
-      const double squares =
-          2 * n * rows.slopes + norm - rows.diagonal2 - (2 * all.positive.squares + positives * apart * apart) - negatives * mean * mean;
+      const double squares = 2 * n * rows.slopes + norm - rows.diagonal2 -
+                             (2 * all.positive.squares + positives * apart * apart) - negatives * mean * mean;
       all.negative = {negatives, mean_norm + mean, squares < 0 ? 0 : squares};
     }
   }
@@ -152,7 +155,8 @@ __global__ void __launch_bounds__(kReduceThreads)
 __global__ void __launch_bounds__(kReduceThreads) count_positives(const int64_t* labels, int64_t count, int64_t* out) {
   SSM_SHARED(scratch, int64_t[kReduceWarps]);
   int64_t before = 0;
-  for (int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x; i < count; i += int64_t{gridDim.x} * kReduceThreads) {
+  for (int64_t i = int64_t{blockIdx.x} * kReduceThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kReduceThreads) {
     int64_t low = 0, high = i;  // the first row of this label
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -178,7 +182,8 @@ struct Slopes {
 
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads)
-    find_slopes(const int64_t* counts, int64_t blocks, int64_t count, const Real* moments, const Real* grad_moments, Slopes* out) {
+    find_slopes(const int64_t* counts, int64_t blocks, int64_t count, const Real* moments, const Real* grad_moments,
+                Slopes* out) {
   SSM_SHARED(scratch, int64_t[kReduceWarps]);
   const int64_t half = block_sum<kReduceWarps>(threadIdx.x < blocks ? counts[threadIdx.x] : int64_t{0}, scratch);
   if (threadIdx.x > 0) return;
@@ -209,13 +214,14 @@ struct MomentWeights {
     return labels[i] <= labels[min(j + kWarpSide, count) - 1] && labels[j] <= labels[min(i + kWarpSide, count) - 1];
   }
 
-  __device__ bool weigh(Engine::Products& products, const WarpTile& tile, bool, int64_t block_row, int64_t block_column, double* ring,
-                        double*) const {
+  __device__ bool weigh(Engine::Products& products, const WarpTile& tile, bool, int64_t block_row, int64_t block_column,
+                        double* ring, double*) const {
     using Products = Engine::Products;
     multiply_pairs<Engine>(products, columns, block_row, columns, block_column, ring);
     const Slope negative = gram ? Slope{0, 0} : slopes->negative;
     const Slope positive =
-        gram ? Slope{slopes->positive.alpha - slopes->negative.alpha, slopes->positive.beta - slopes->negative.beta} : slopes->positive;
+        gram ? Slope{slopes->positive.alpha - slopes->negative.alpha, slopes->positive.beta - slopes->negative.beta}
+             : slopes->positive;
     const int lane = threadIdx.x % 32;
     const int64_t count = columns.count;
 #pragma unroll
@@ -244,7 +250,8 @@ __global__ void __launch_bounds__(kTileThreads, 3) multiply_gram(const __grid_co
   for (int r = 0; r < Products::kRows; ++r)
 #pragma unroll
     for (int c = 0; c < Products::kColumns; ++c)
-      out[(tile.row + Products::row(lane, r)) * gram.h.padded() + tile.column + Products::column(lane, c)] = products.at(r, c);
+      out[(tile.row + Products::row(lane, r)) * gram.h.padded() + tile.column + Products::column(lane, c)] =
+          products.at(r, c);
 }
 
 template <class Real>
@@ -334,7 +341,8 @@ int64_t similarity_moments_workspace(const LabeledFeatures<Storage>& features, b
 }
 
 template <class Storage>
-const char* similarity_moments(const LabeledFeatures<Storage>& features, Compute<Storage>* moments, void* memory, CudaStream stream) {
+const char* similarity_moments(const LabeledFeatures<Storage>& features, Compute<Storage>* moments, void* memory,
+                               CudaStream stream) {
   Workspace workspace(memory);
   const Scratch scratch = take_scratch(features, false, workspace);
   const PackInput<Storage> pack{features.features, features.order, nullptr, features.dim};
@@ -345,47 +353,49 @@ const char* similarity_moments(const LabeledFeatures<Storage>& features, Compute
     row_blocks = min(ceil_div<int64_t>(features.count, kGramWarps), kRowBlocks);
     if (const char* error = launch(sum_rows, row_blocks, kGramThreads, 0, stream, scratch.gram)) return error;
   }
-  if (const char* error = launch(sweep_moments, scratch.blocks, kTileThreads, kRingBytes<double>, stream,
-                                 MomentInput{scratch.rows, features.labels, !scratch.with_gram, scratch.parts, scratch.moments}))
+  if (const char* error =
+          launch(sweep_moments, scratch.blocks, kTileThreads, kRingBytes<double>, stream,
+                 MomentInput{scratch.rows, features.labels, !scratch.with_gram, scratch.parts, scratch.moments}))
     return error;
-  return launch(finish_moments<Compute<Storage>>, 1, kReduceThreads, 0, stream, scratch.moments, scratch.blocks, scratch.gram, row_blocks,
-                moments);
+  return launch(finish_moments<Compute<Storage>>, 1, kReduceThreads, 0, stream, scratch.moments, scratch.blocks,
+                scratch.gram, row_blocks, moments);
 }
 
 template <class Storage>
 const char* similarity_moments_backward(const LabeledFeatures<Storage>& features, const Compute<Storage>* moments,
-                                        const Compute<Storage>* grad_moments, Compute<Storage>* grad_features, void* memory,
-                                        CudaStream stream) {
+                                        const Compute<Storage>* grad_moments, Compute<Storage>* grad_features,
+                                        void* memory, CudaStream stream) {
   using Real = Compute<Storage>;
   if (features.count == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch scratch = take_scratch(features, true, workspace);
   const PackInput<Storage> pack{features.features, features.order, nullptr, features.dim};
   if (const char* error = launch_pack_normalized<double>(pack, scratch.rows, stream)) return error;
-  if (const char* error =
-          launch(count_positives, scratch.count_blocks, kReduceThreads, 0, stream, features.labels, features.count, scratch.counts))
+  if (const char* error = launch(count_positives, scratch.count_blocks, kReduceThreads, 0, stream, features.labels,
+                                 features.count, scratch.counts))
     return error;
-  if (const char* error = launch(find_slopes<Real>, 1, kReduceThreads, 0, stream, scratch.counts, scratch.count_blocks, features.count,
-                                 moments, grad_moments, scratch.slopes))
+  if (const char* error = launch(find_slopes<Real>, 1, kReduceThreads, 0, stream, scratch.counts, scratch.count_blocks,
+                                 features.count, moments, grad_moments, scratch.slopes))
     return error;
   if (scratch.with_gram) {
     if (const char* error = launch_gram(scratch.gram, stream)) return error;
-    if (const char* error = launch(multiply_gram, scratch.rows.tiles() * scratch.gram.h.tiles(), kTileThreads, kRingBytes<double>, stream,
-                                   scratch.gram, scratch.products))
+    if (const char* error = launch(multiply_gram, scratch.rows.tiles() * scratch.gram.h.tiles(), kTileThreads,
+                                   kRingBytes<double>, stream, scratch.gram, scratch.products))
       return error;
   }
   const MomentWeights weights{scratch.rows, features.labels, scratch.slopes, scratch.with_gram};
   if (const char* error = launch_sweep_gradient(weights, scratch.gradient, stream)) return error;
-  return launch(finish_moment_gradient<Real>, ceil_div<int64_t>(features.count, kReduceWarps), kReduceThreads, 0, stream,
-                FinishInput<Real>{scratch.rows, features.order, features.dim, scratch.gradient, scratch.slopes, scratch.gram,
-                                  scratch.products, grad_features});
+  return launch(finish_moment_gradient<Real>, ceil_div<int64_t>(features.count, kReduceWarps), kReduceThreads, 0,
+                stream,
+                FinishInput<Real>{scratch.rows, features.order, features.dim, scratch.gradient, scratch.slopes,
+                                  scratch.gram, scratch.products, grad_features});
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                                      \
-  template int64_t similarity_moments_workspace(const LabeledFeatures<Storage>&, bool);                                               \
-  template const char* similarity_moments(const LabeledFeatures<Storage>&, Compute<Storage>*, void*, CudaStream);                     \
-  template const char* similarity_moments_backward(const LabeledFeatures<Storage>&, const Compute<Storage>*, const Compute<Storage>*, \
-                                                   Compute<Storage>*, void*, CudaStream);
+#define SSM_INSTANTIATE(Storage)                                                                                  \
+  template int64_t similarity_moments_workspace(const LabeledFeatures<Storage>&, bool);                           \
+  template const char* similarity_moments(const LabeledFeatures<Storage>&, Compute<Storage>*, void*, CudaStream); \
+  template const char* similarity_moments_backward(const LabeledFeatures<Storage>&, const Compute<Storage>*,      \
+                                                   const Compute<Storage>*, Compute<Storage>*, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)
 SSM_INSTANTIATE(bfloat16)

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The walk over tiles of pairs that both ranking losses take. A selector says which pairs of a tile are positives and which negatives.
+// The walk over tiles of pairs that both ranking losses take. A selector says which pairs of a tile are positives and
+// which negatives.
 //
-// Distances come from products, d² = |x_i|² + |x_j|² − 2 x_i·x_j, of rows less their mean, which changes no distance and leaves less to
-// cancel, and times a power of two where their squares would leave the range. Where d² is small against |x_i|² + |x_j|² all the same, and
-// the pair matters, it is computed again from the rows themselves, and so is the pair's gradient.
+// Distances come from products, d² = |x_i|² + |x_j|² − 2 x_i·x_j, of rows less their mean, which changes no distance
+// and leaves less to cancel, and times a power of two where their squares would leave the range. Where d² is small
+// against |x_i|² + |x_j|² all the same, and the pair matters, it is computed again from the rows themselves, and so is
+// the pair's gradient.
 #pragma once
 
 #include "tiles.h"
@@ -37,8 +39,8 @@ struct TileScratch {
   Real *sums, *row_sums;               // [kTile][stride], [kTile]
 };
 
-// What rows are less, and times, before their products are taken: their mean over both sides, and a power of two that brings rows whose
-// squares would overflow or underflow to about 1; for others it is 1.
+// What rows are less, and times, before their products are taken: their mean over both sides, and a power of two that
+// brings rows whose squares would overflow or underflow to about 1; for others it is 1.
 template <class Real>
 class Frame {
  public:
@@ -106,8 +108,8 @@ class Frame {
 // One side of the pairs, in the order of the visit and in a frame.
 template <class Real>
 struct RankingRows {
-  RankingRows(const Real* from, const int64_t* order, int64_t count, int64_t dim, const Frame<Real>& frame, bool keep_rows,
-              ParallelFor parallel_for)
+  RankingRows(const Real* from, const int64_t* order, int64_t count, int64_t dim, const Frame<Real>& frame,
+              bool keep_rows, ParallelFor parallel_for)
       : from(from),
         order(order),
         scale(frame.scale),
@@ -115,7 +117,8 @@ struct RankingRows {
             count, dim, keep_rows,
             [&](int64_t k, Real* to) {
               const Real* row = from + place(k) * dim;
-              for (int64_t c = 0; c < dim; ++c) to[c] = static_cast<Real>(row[c] * frame.scale) - frame.center.data()[c];
+              for (int64_t c = 0; c < dim; ++c)
+                to[c] = static_cast<Real>(row[c] * frame.scale) - frame.center.data()[c];
             },
             parallel_for),
         squares(tiled.tiles * kTile) {
@@ -150,7 +153,8 @@ struct RankingRows {
 template <class Real, class Selector>
 class RankingSweep {
  public:
-  RankingSweep(const RankingPairs<Real>& pairs, const RankingRows<Real>& left, const RankingRows<Real>& right, const Selector& selector)
+  RankingSweep(const RankingPairs<Real>& pairs, const RankingRows<Real>& left, const RankingRows<Real>& right,
+               const Selector& selector)
       : left_(left),
         right_(right),
         selector_(selector),
@@ -172,7 +176,8 @@ class RankingSweep {
   };
 
   // Adds the losses of a tile; whether there is any. Of one set with itself each pair is met once, with i < j.
-  bool add_losses(int64_t row_tile, int64_t column_tile, bool count_pairs, TileScratch<Real>& scratch, Sums& out) const {
+  bool add_losses(int64_t row_tile, int64_t column_tile, bool count_pairs, TileScratch<Real>& scratch,
+                  Sums& out) const {
     Vec<Real> sums[2] = {};
     Mask<Real> nonzero[2] = {}, counted[2] = {};
     const auto count = [&](const Candidates<Real>& pairs) {
@@ -200,8 +205,10 @@ class RankingSweep {
     return found;
   }
 
-  // scratch.sums_i += Σ_j K_ij x_j and scratch.row_sums_i += Σ_j K_ij; close pairs add K_ij (e_j − e_i) to the former and nothing else.
-  void add_gradients(int64_t row_tile, int64_t column_tile, const Real* part_weights, TileScratch<Real>& scratch) const {
+  // scratch.sums_i += Σ_j K_ij x_j and scratch.row_sums_i += Σ_j K_ij; close pairs add K_ij (e_j − e_i) to the former
+  // and nothing else.
+  void add_gradients(int64_t row_tile, int64_t column_tile, const Real* part_weights,
+                     TileScratch<Real>& scratch) const {
     const int64_t stride = left_.tiled.stride;
     for (int64_t k = 0; k < kTile * kTile; ++k) scratch.weights[k] = 0;
     int active = 0;
@@ -209,7 +216,8 @@ class RankingSweep {
       const Vec<Real> none{}, compared = distance * distance_factor_;
       const Mask<Real> positives = pairs.positives & ~(compared <= positive_margin_);
       const Mask<Real> negatives = pairs.negatives & ~(compared >= negative_margin_);
-      const Vec<Real> numerator = (positives ? none + part_weights[0] : none) - (negatives ? none + part_weights[1] : none);
+      const Vec<Real> numerator =
+          (positives ? none + part_weights[0] : none) - (negatives ? none + part_weights[1] : none);
       Vec<Real> weight = distance == none ? none : numerator / distance;
       close &= weight != none;
       if (any(close))
@@ -231,17 +239,20 @@ class RankingSweep {
   }
 
  private:
-  // Calls each(row, column, pairs, distances, close) for the vectors of a tile in which a pair may be active, and count(pairs) for all.
+  // Calls each(row, column, pairs, distances, close) for the vectors of a tile in which a pair may be active, and
+  // count(pairs) for all.
   template <class Each, class Count>
-  void for_each_vector(int64_t row_tile, int64_t column_tile, bool upper, TileScratch<Real>& scratch, const Each& each, const Count& count,
-                       bool count_pairs) const {
+  void for_each_vector(int64_t row_tile, int64_t column_tile, bool upper, TileScratch<Real>& scratch, const Each& each,
+                       const Count& count, bool count_pairs) const {
     const TileKind kind = selector_.begin(row_tile, column_tile, scratch.cosines);
     if (kind == TileKind::empty) return;
-    const Real *row_squares = left_.squares.data() + row_tile * kTile, *column_squares = right_.squares.data() + column_tile * kTile;
+    const Real *row_squares = left_.squares.data() + row_tile * kTile,
+               *column_squares = right_.squares.data() + column_tile * kTile;
     multiply_tiles(left_.tiled.columns(row_tile), right_.tiled.columns(column_tile), left_.tiled.dim, scratch.products);
     const int64_t rows = left_.tiled.size(row_tile), columns = right_.tiled.size(column_tile);
     const bool diagonal = self_ && row_tile == column_tile, masked = diagonal || columns < kTile;
-    if (kind == TileKind::negatives && !masked && !any_near(rows, row_squares, column_squares, scratch.products)) return;
+    if (kind == TileKind::negatives && !masked && !any_near(rows, row_squares, column_squares, scratch.products))
+      return;
     const Mask<Real> lanes = lane_numbers<Real>();
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < columns; c += kLanes<Real>) {
@@ -262,7 +273,8 @@ class RankingSweep {
         Vec<Real> distance = sqrt(max(Vec<Real>{}, square));
         if (any(close))
           for (int lane = 0; lane < kLanes<Real>; ++lane)
-            if (close[lane]) distance[lane] = static_cast<Real>(distance_of(row_tile * kTile + r, column_tile * kTile + c + lane));
+            if (close[lane])
+              distance[lane] = static_cast<Real>(distance_of(row_tile * kTile + r, column_tile * kTile + c + lane));
         each(r, c, pairs, distance, close);
       }
   }
@@ -301,7 +313,8 @@ class RankingSweep {
 
   void add_difference(int64_t i, int64_t j, double factor, Real* sums) const {
     const Real *a = left_.original(i), *b = right_.original(j);
-    for (int64_t c = 0; c < left_.tiled.dim; ++c) sums[c] += static_cast<Real>(factor * (b[c] * left_.scale - a[c] * left_.scale));
+    for (int64_t c = 0; c < left_.tiled.dim; ++c)
+      sums[c] += static_cast<Real>(factor * (b[c] * left_.scale - a[c] * left_.scale));
   }
 
   // Larger than 0 for a margin that is, so that rows at the same place are near.
@@ -321,7 +334,8 @@ class RankingSweep {
 // L and w₊, w₋; pair_counts are those of positives and negatives, null if the sweep shall count.
 template <class Real, class Selector>
 static void ranking_loss(const RankingPairs<Real>& pairs, const RankingRows<Real>& left, const RankingRows<Real>& right,
-                         const Selector& selector, const int64_t* pair_counts, const RankingLoss<Real>& out, ParallelFor parallel_for) {
+                         const Selector& selector, const int64_t* pair_counts, const RankingLoss<Real>& out,
+                         ParallelFor parallel_for) {
   using Sweep = RankingSweep<Real, Selector>;
   const Sweep sweep(pairs, left, right, selector);
   const bool self = &left == &right, count_pairs = out.reduction == Reduction::mean && !pair_counts;
@@ -333,7 +347,8 @@ static void ranking_loss(const RankingPairs<Real>& pairs, const RankingRows<Real
       const int64_t row_tile = self ? balanced(task, row_tiles) : task;
       typename Sweep::Sums& sums = parts.data()[row_tile] = {};
       for (int64_t column_tile = self ? row_tile : 0; column_tile < column_tiles; ++column_tile)
-        out.active[row_tile * column_tiles + column_tile] = sweep.add_losses(row_tile, column_tile, count_pairs, scratch, sums);
+        out.active[row_tile * column_tiles + column_tile] =
+            sweep.add_losses(row_tile, column_tile, count_pairs, scratch, sums);
     }
   });
   const int64_t times = self ? 2 : 1;  // (i, j) and (j, i)
@@ -357,9 +372,9 @@ static void ranking_loss(const RankingPairs<Real>& pairs, const RankingRows<Real
 
 // ∂L/∂(left rows). `active` of the tile of (left, right) is at row_tile·row_step + column_tile·column_step.
 template <class Real, class Selector>
-static void ranking_gradient(const RankingPairs<Real>& pairs, const RankingRows<Real>& left, const RankingRows<Real>& right,
-                             const Selector& selector, const RankingGradients<Real>& in, int64_t row_step, int64_t column_step, Real* out,
-                             ParallelFor parallel_for) {
+static void ranking_gradient(const RankingPairs<Real>& pairs, const RankingRows<Real>& left,
+                             const RankingRows<Real>& right, const Selector& selector, const RankingGradients<Real>& in,
+                             int64_t row_step, int64_t column_step, Real* out, ParallelFor parallel_for) {
   const RankingSweep<Real, Selector> sweep(pairs, left, right, selector);
   const bool self = &left == &right;
   const int64_t row_tiles = left.tiled.tiles, dim = left.tiled.dim, stride = left.tiled.stride;
@@ -373,7 +388,8 @@ static void ranking_gradient(const RankingPairs<Real>& pairs, const RankingRows<
       for (int64_t column_tile = 0; column_tile < right.tiled.tiles; ++column_tile) {
         const bool mirrored = self && column_tile < row_tile;  // the forward met the pairs with i < j
         const int64_t row = mirrored ? column_tile : row_tile, column = mirrored ? row_tile : column_tile;
-        if (in.active[row * row_step + column * column_step]) sweep.add_gradients(row_tile, column_tile, in.weights, scratch);
+        if (in.active[row * row_step + column * column_step])
+          sweep.add_gradients(row_tile, column_tile, in.weights, scratch);
       }
       for (int64_t r = 0; r < left.tiled.size(row_tile); ++r) {
         const Real *row = left.tiled.rows(row_tile) + r * stride, *sums = scratch.sums + r * stride;

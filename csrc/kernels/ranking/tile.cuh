@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Products of pairs of rows, tile by tile, as the kernels of this family take them.
 //
-// Rows are first packed (pack.cuh): in the order of the sweep, filled up with zeros to whole tiles and chunks, so that tiles need no
-// bounds. A block of four warps takes the products of 64 × 64 pairs, chunks of 128 bytes of each row passing through a ring in shared
-// memory (cp.async); a warp has 32 × 32 of them, the tile that a flag stands for. The gradients are a second product, of a tile of weights
-// K in shared memory with the columns' rows, 256 bytes of these at a time. The engines differ in how they multiply and in which elements a
-// thread has.
+// Rows are first packed (pack.cuh): in the order of the sweep, filled up with zeros to whole tiles and chunks, so that
+// tiles need no bounds. A block of four warps takes the products of 64 × 64 pairs, chunks of 128 bytes of each row
+// passing through a ring in shared memory (cp.async); a warp has 32 × 32 of them, the tile that a flag stands for. The
+// gradients are a second product, of a tile of weights K in shared memory with the columns' rows, 256 bytes of these at
+// a time. The engines differ in how they multiply and in which elements a thread has.
 #pragma once
 
 #include <bit>
@@ -53,14 +53,15 @@ struct PackedRows {
 
 template <class Storage>
 PackedRows<Storage> take_packed(int64_t count, int64_t dim, Workspace& workspace) {
-  PackedRows<Storage> rows{nullptr, nullptr, count, ceil_div<int64_t>(dim, Layout<Storage>::kDepth) * Layout<Storage>::kDepth};
+  PackedRows<Storage> rows{nullptr, nullptr, count,
+                           ceil_div<int64_t>(dim, Layout<Storage>::kDepth) * Layout<Storage>::kDepth};
   rows.values = workspace.take<Storage>(rows.padded() * rows.pitch);
   rows.scales = workspace.take<Compute<Storage>>(rows.padded());
   return rows;
 }
 
-// Half types on the tensor cores. K ranges as far as the ratio of the weights of positives and negatives, which float16 does not hold: the
-// second product is one of tf32, in which half types are exact.
+// Half types on the tensor cores. K ranges as far as the ratio of the weights of positives and negatives, which float16
+// does not hold: the second product is one of tf32, in which half types are exact.
 template <class StorageType>
 struct TensorCoreEngine {
   using Storage = StorageType;
@@ -123,8 +124,8 @@ struct TensorCoreEngine {
     }
   }
 
-  // out += K · rows. The order of the rows within a step of 8 is free as long as both operands keep it: step element t is row 2t and t + 4
-  // is row 2t + 1, as they lie in the registers of transposed matrices.
+  // out += K · rows. The order of the rows within a step of 8 is free as long as both operands keep it: step element t
+  // is row 2t and t + 4 is row 2t + 1, as they lie in the registers of transposed matrices.
   static __device__ void multiply_wide(WideSums& out, const float* weights, const Storage* rows) {
     const int lane = threadIdx.x % 32;
     const float* a_at = weights + lane / 4 * Shape::kWeightPitch + lane % 4 * 2;
@@ -138,7 +139,8 @@ struct TensorCoreEngine {
         for (int m = 0; m < 2; ++m)
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const Pair pair = *reinterpret_cast<const Pair*>(a_at + (m * 16 + half * 8) * Shape::kWeightPitch + k + step * 8);
+            const Pair pair =
+                *reinterpret_cast<const Pair*>(a_at + (m * 16 + half * 8) * Shape::kWeightPitch + k + step * 8);
             a[step][m][half] = std::bit_cast<uint32_t>(pair.first);
             a[step][m][2 + half] = std::bit_cast<uint32_t>(pair.second);
           }
@@ -213,7 +215,8 @@ struct PlainEngine {
 
   static __device__ void multiply(Products& out, const Real* rows, const Real* columns) {
     const int lane = threadIdx.x % 32;
-    const Real *a_at = rows + Products::row(lane, 0) * Shape::kPitch, *b_at = columns + Products::column(lane, 0) * Shape::kPitch;
+    const Real *a_at = rows + Products::row(lane, 0) * Shape::kPitch,
+               *b_at = columns + Products::column(lane, 0) * Shape::kPitch;
 #pragma unroll 2
     for (int k = 0; k < Shape::kDepth; k += kVector) {
       Vector a[8];
@@ -282,8 +285,8 @@ struct WarpTile {
   }
 };
 
-// Copies steps 0, 1, … through the ring, kStages − 1 ahead of their use. `copy(step, to)` starts the copies of this thread, `use(step,
-// from)` is called when a step is there for all threads. The ring is free before and after.
+// Copies steps 0, 1, … through the ring, kStages − 1 ahead of their use. `copy(step, to)` starts the copies of this
+// thread, `use(step, from)` is called when a step is there for all threads. The ring is free before and after.
 template <class Storage, class Copy, class Use>
 __device__ void stream_through(Storage* ring, int64_t steps, Copy copy, Use use) {
   constexpr int kStage = Layout<Storage>::kStage;
@@ -328,7 +331,8 @@ __device__ void multiply_pairs(typename Engine::Products& out, const PackedRows<
         }
       },
       [&](int64_t, const Storage* from) {
-        Engine::multiply(out, from + WarpTile::warp_row() * Shape::kPitch, from + (kSide + WarpTile::warp_column()) * Shape::kPitch);
+        Engine::multiply(out, from + WarpTile::warp_row() * Shape::kPitch,
+                         from + (kSide + WarpTile::warp_column()) * Shape::kPitch);
       });
 }
 

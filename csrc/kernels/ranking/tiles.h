@@ -13,7 +13,8 @@
 namespace ssmkernels::SSM_ISA {
 
 inline constexpr int64_t kTile = kRankingTile;
-inline constexpr int kBlock = kVectorBytes == 64 ? 8 : 4;  // rows of a product that are kept in registers, by two vectors
+inline constexpr int kBlock =
+    kVectorBytes == 64 ? 8 : 4;  // rows of a product that are kept in registers, by two vectors
 template <class Real>
 inline constexpr int64_t kColumns = 2 * kLanes<Real>;
 template <class Real>
@@ -23,8 +24,8 @@ using Integer = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
 // sums[r] += Σ_k left[k·left_stride + r·kRowStride] · right[k·right_stride], two vectors of it
 template <int kRowStride, class Real>
-static inline void multiply(const Real* left, int64_t left_stride, const Real* right, int64_t right_stride, int64_t steps,
-                            Vec<Real> (&sums)[kBlock][2]) {
+static inline void multiply(const Real* left, int64_t left_stride, const Real* right, int64_t right_stride,
+                            int64_t steps, Vec<Real> (&sums)[kBlock][2]) {
   for (int64_t k = 0; k < steps; ++k) {
     const Vec<Real> first = load(right + k * right_stride), second = load(right + k * right_stride + kLanes<Real>);
 #pragma GCC unroll 8
@@ -98,7 +99,8 @@ static void add_sparse_product(const Real* weights, const Real* rows, int64_t st
     }
     for (; c < stride; c += kLanes<Real>) {
       Vec<Real> sum = load(out + i * stride + c);
-      for (int k = 0; k < count; ++k) sum += broadcast(weights[i * kTile + column[k]]) * load(rows + column[k] * stride + c);
+      for (int k = 0; k < count; ++k)
+        sum += broadcast(weights[i * kTile + column[k]]) * load(rows + column[k] * stride + c);
       store(out + i * stride + c, sum);
     }
   }
@@ -171,7 +173,8 @@ static inline double normalize(const Real* row, int64_t dim, Real* to) {
   return length.scale * factor;
 }
 
-// The row of tiles that a task has: of those above a diagonal short ones in turn with long ones, so that consecutive tasks have equal work.
+// The row of tiles that a task has: of those above a diagonal short ones in turn with long ones, so that consecutive
+// tasks have equal work.
 static inline int64_t balanced(int64_t task, int64_t tiles) {
   return task % 2 == 0 ? task / 2 : tiles - 1 - task / 2;
 }

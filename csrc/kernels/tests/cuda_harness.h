@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What the tests of the CUDA kernels share: memory, checks, and the choice of where the kernels run. The same sources are compiled against
-// cuda_emulator/, where arrays end at unmapped pages and the order of warps can be changed, and against the CUDA runtime, for a device and
-// compute-sanitizer: there arrays are managed memory, and workspace is device memory that nobody has written.
+// What the tests of the CUDA kernels share: memory, checks, and the choice of where the kernels run. The same sources
+// are compiled against cuda_emulator/, where arrays end at unmapped pages and the order of warps can be changed, and
+// against the CUDA runtime, for a device and compute-sanitizer: there arrays are managed memory, and workspace is
+// device memory that nobody has written.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -66,7 +67,8 @@ class Memory {
   Memory(size_t bytes, bool) {
     const size_t page = sysconf(_SC_PAGESIZE), whole = (bytes + 15) / 16 * 16;
     mapped_ = (whole + page - 1) / page * page + page;
-    start_ = static_cast<unsigned char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    start_ =
+        static_cast<unsigned char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (start_ == MAP_FAILED) std::abort();
     mprotect(start_ + mapped_ - page, page, PROT_NONE);
     data_ = start_ + mapped_ - page - whole;
@@ -160,9 +162,11 @@ class Guarded {
 
 // Within a relative error in the norm, or of `scale` where that is larger.
 template <class Real>
-void compare_norms(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 0) {
+void compare_norms(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what,
+                   double scale = 0) {
   Values difference(expected.size());
-  for (size_t i = 0; i < expected.size() && i < out.size(); ++i) difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
+  for (size_t i = 0; i < expected.size() && i < out.size(); ++i)
+    difference[i] = out[i] == expected[i] ? 0 : out[i] - expected[i];
   const double error = norm(difference), size = std::max(norm(expected), scale);
   check(out.size() == expected.size() && error <= tolerance * size + 1e-40, what, error / size);
 }

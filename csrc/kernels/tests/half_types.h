@@ -26,8 +26,8 @@ inline uint16_t float_to_half(float x) {
   int exponent;
   std::frexp(magnitude, &exponent);
   if (exponent < -13 || magnitude == 0) exponent = -13;
-  const int fraction =
-      static_cast<int>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // of 2^(exponent − 11); 1024 … 2048 if normal
+  const int fraction = static_cast<int>(
+      std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // of 2^(exponent − 11); 1024 … 2048 if normal
   return static_cast<uint16_t>(sign | (fraction + ((exponent + 13) << 10)));
 }
 inline float bfloat_to_float(uint16_t bits) {

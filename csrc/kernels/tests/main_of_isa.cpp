@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Runs the checks that are compiled for one instruction set, where the processor has it. Compiled without its flags: with
-// them main itself may hold its instructions, ahead of the question.
+// Runs the checks that are compiled for one instruction set, where the processor has it. Compiled without its flags:
+// with them main itself may hold its instructions, ahead of the question.
 #include "kernels/common/isa.h"
 
 #define SSM_NAME_OF(isa) #isa

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The emulator finds what a GPU would not forgive: small kernels, each with one fault planted in it, run in a process of their own. Each is
-// reported: the process ends with the words expected of it, a launch returns that error, or the result is not what it should be under
-// one of a few seeds. Each has a twin without the fault, of which nothing is reported.
+// The emulator finds what a GPU would not forgive: small kernels, each with one fault planted in it, run in a process
+// of their own. Each is reported: the process ends with the words expected of it, a launch returns that error, or the
+// result is not what it should be under one of a few seeds. Each has a twin without the fault, of which nothing is
+// reported.
 #include <cuda_runtime.h>
 #include <sys/wait.h>
 
@@ -38,8 +39,8 @@ const char* verdict(bool right) {
 
 // Launches as CUDA does, with nothing asked for beforehand.
 template <class... Parameters>
-const char* plain_launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes, bool cooperative,
-                         std::type_identity_t<Parameters>... arguments) {
+const char* plain_launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared_bytes,
+                         bool cooperative, std::type_identity_t<Parameters>... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -242,9 +243,13 @@ const std::vector<Planted>& all_planted() {
       {"a counter in static shared memory is not set", "wrong result",
        [](bool fault) { return run(fault ? count_in_shared<true, false> : count_in_shared<true, true>, 0, results); }},
       {"a counter in dynamic shared memory is not set", "wrong result",
-       [](bool fault) { return run(fault ? count_in_shared<false, false> : count_in_shared<false, true>, 16, results); }},
+       [](bool fault) {
+         return run(fault ? count_in_shared<false, false> : count_in_shared<false, true>, 16, results);
+       }},
       {"a sum in shared memory does not start from 0", "wrong result",
-       [](bool fault) { return run(fault ? add_to_shared<false> : add_to_shared<true>, kThreads * sizeof(float), results); }},
+       [](bool fault) {
+         return run(fault ? add_to_shared<false> : add_to_shared<true>, kThreads * sizeof(float), results);
+       }},
       {"a block relies on the shared memory of the one before", "wrong result",
        [](bool fault) { return launched(launch(pass_on, 2, kThreads, 0, nullptr, results, !fault)); }},
       {"dynamic shared memory is written past its end", "signal",
@@ -252,24 +257,34 @@ const std::vector<Planted>& all_planted() {
       {"static shared memory is written past its end", "written past its end",
        [](bool fault) { return run(write_static, 0, results, kThreads + (fault ? 1 : 0)); }},
       {"more than 48 KiB of dynamic shared memory without asking", "invalid argument",
-       [](bool fault) { return launched(plain_launch(write_shared, 1, kThreads, (fault ? 49 : 48) * kKiB, false, results, kThreads)); }},
+       [](bool fault) {
+         return launched(plain_launch(write_shared, 1, kThreads, (fault ? 49 : 48) * kKiB, false, results, kThreads));
+       }},
       {"static and dynamic shared memory make more than 48 KiB without asking", "together are more",
-       [](bool fault) { return launched(plain_launch(both_kinds, 1, kThreads, (fault ? 42 : 37) * kKiB, false, results)); }},
+       [](bool fault) {
+         return launched(plain_launch(both_kinds, 1, kThreads, (fault ? 42 : 37) * kKiB, false, results));
+       }},
       {"the attribute leaves no room for static shared memory", "invalid argument",
        [](bool fault) {
          if (const char* error = plain_launch(both_kinds, 1, kThreads, kKiB, false, results)) return error;
          const int bytes = 227 * kKiB - (fault ? 0 : kThreads * 22 * sizeof(float));
-         return message(
-             cudaFuncSetAttribute(reinterpret_cast<const void*>(both_kinds), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+         return message(cudaFuncSetAttribute(reinterpret_cast<const void*>(both_kinds),
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
        }},
       {"more shared memory than a block may have", "invalid argument",
        [](bool fault) { return run(write_shared, (fault ? 228 : 227) * kKiB, results, kThreads); }},
       {"a launch of no blocks", "invalid configuration",
-       [](bool fault) { return launched(plain_launch(write_static, fault ? 0 : 1, kThreads, 0, false, results, kThreads)); }},
+       [](bool fault) {
+         return launched(plain_launch(write_static, fault ? 0 : 1, kThreads, 0, false, results, kThreads));
+       }},
       {"more than 2^31 - 1 blocks", "invalid configuration",
-       [](bool fault) { return launched(plain_launch(write_static, fault ? 0x80000000u : 1, kThreads, 0, false, results, kThreads)); }},
+       [](bool fault) {
+         return launched(plain_launch(write_static, fault ? 0x80000000u : 1, kThreads, 0, false, results, kThreads));
+       }},
       {"more than 1,024 threads", "invalid configuration",
-       [](bool fault) { return launched(plain_launch(meet, 1, fault ? 1056 : 1024, 0, false, results, arrivals, 1u)); }},
+       [](bool fault) {
+         return launched(plain_launch(meet, 1, fault ? 1056 : 1024, 0, false, results, arrivals, 1u));
+       }},
       {"a cooperative grid that does not fit", "cooperative launch",
        [](bool fault) {
          const unsigned blocks = 16 * emulator::multiprocessor_count + fault;  // 2,048 threads a multiprocessor
@@ -283,7 +298,9 @@ const std::vector<Planted>& all_planted() {
       {"blocks that wait for each other without a cooperative launch", "not cooperative",
        [](bool fault) { return launched(plain_launch(meet, 2, kThreads, 0, !fault, results, arrivals, 2u)); }},
       {"an asynchronous copy is read before it is waited for", "wrong result",
-       [](bool fault) { return run(fault ? copy_and_read<false> : copy_and_read<true>, kThreads * sizeof(float), in, results); }},
+       [](bool fault) {
+         return run(fault ? copy_and_read<false> : copy_and_read<true>, kThreads * sizeof(float), in, results);
+       }},
       {"cp.async to an address that is no multiple of 16", "cp.async is not aligned",
        [](bool fault) { return run(copy_one, 64, in, results, fault ? 2 : 4, 4); }},
       {"cp.async from an address that is no multiple of 16", "cp.async is not aligned",
@@ -291,15 +308,19 @@ const std::vector<Planted>& all_planted() {
       {"cp.async to global memory", "does not write shared memory",
        [](bool fault) { return fault ? run(copy_to_global, 64, in, results) : run(copy_one, 64, in, results, 0, 0); }},
       {"a thread ends with copies under way", "copies under way",
-       [](bool fault) { return run(fault ? leave_with_copies<false> : leave_with_copies<true>, 16 * kThreads, in, results); }},
+       [](bool fault) {
+         return run(fault ? leave_with_copies<false> : leave_with_copies<true>, 16 * kThreads, in, results);
+       }},
       {"ldmatrix from rows of 24 bytes", "ldmatrix is not aligned",
        [](bool fault) { return run(load_rows, 2048, results, fault ? 12 : 8); }},
       {"ldmatrix past the end of shared memory", "ldmatrix does not read shared memory",
        [](bool fault) { return run(load_rows, 1024, results, fault ? 24 : 16); }},
       {"a shuffle that half of a warp takes", "do not meet",
        [](bool fault) { return run(shuffle_in_branch, 0, results, fault ? 16 : 32); }},
-      {"a barrier that some of a warp's lanes take", "do not meet", [](bool fault) { return run(wait_in_branch, 0, results, !fault); }},
-      {"ex2.approx is taken for exact", "wrong result", [](bool fault) { return run(trust_exponential, 0, results, !fault); }},
+      {"a barrier that some of a warp's lanes take", "do not meet",
+       [](bool fault) { return run(wait_in_branch, 0, results, !fault); }},
+      {"ex2.approx is taken for exact", "wrong result",
+       [](bool fault) { return run(trust_exponential, 0, results, !fault); }},
       {"an operand of the tensor cores that was not rounded to tf32", "is not tf32",
        [](bool fault) { return run(operand_as_it_is, 0, results, !fault); }},
   };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The graph kernels without torch, on the instruction set in use: against a direct transcription of the equations in double, and bit for
-// bit between one thread and several. Run it under the sanitizers too.
+// The graph kernels without torch, on the instruction set in use: against a direct transcription of the equations in
+// double, and bit for bit between one thread and several. Run it under the sanitizers too.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -38,7 +38,8 @@ void expect_close(const char* what, const std::vector<Real>& ours, const Values&
     worst = error <= worst ? worst : error;  // NaN sticks
   }
   if (worst <= tolerance) return;
-  std::printf("FAILED [%s, %zu bytes] %s: error %.3g, allowed %.3g\n", isa_name(current_isa()), sizeof(Real), what, worst, tolerance);
+  std::printf("FAILED [%s, %zu bytes] %s: error %.3g, allowed %.3g\n", isa_name(current_isa()), sizeof(Real), what,
+              worst, tolerance);
   ++failures;
 }
 
@@ -47,7 +48,8 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-// Up to four threads, each with every fourth piece of the work, one index at a time: another cut and another order than serial_for.
+// Up to four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
+// serial_for.
 const auto threads_for = [](int64_t n, RangeBody body) {
   std::vector<std::thread> threads;
   for (int64_t t = 0; t < std::min<int64_t>(n, 4); ++t)
@@ -105,10 +107,12 @@ struct Graph {
     std::uniform_real_distribution<double> uniform;
     graph.for_each([&](int64_t i, int64_t j, int64_t e) {
       const auto row = graph.col.begin() + graph.crow[j];
-      const int64_t mirror = graph.reverse[e] = std::lower_bound(row, graph.col.begin() + graph.crow[j + 1], i) - graph.col.begin();
+      const int64_t mirror = graph.reverse[e] =
+          std::lower_bound(row, graph.col.begin() + graph.crow[j + 1], i) - graph.col.begin();
       if (i > j) return;
       graph.weight[e] = graph.weight[mirror] = static_cast<Real>(0.1 + uniform(random));
-      graph.dissimilarity[e] = graph.dissimilarity[mirror] = static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);
+      graph.dissimilarity[e] = graph.dissimilarity[mirror] =
+          static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);
     });
     return graph;
   }
@@ -179,12 +183,16 @@ struct System {
   Values times(const Values& x) const {  // (diag + D − W + D_dis + W_dis) x
     Values out(x.size());
     for (size_t i = 0; i < x.size(); ++i) out[i] = diagonal[i] * x[i];
-    graph.for_each([&](int64_t i, int64_t j, int64_t e) { out[i] += graph.weight[e] * (x[i] - x[j]) + dissimilarity(e) * (x[i] + x[j]); });
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+      out[i] += graph.weight[e] * (x[i] - x[j]) + dissimilarity(e) * (x[i] + x[j]);
+    });
     return out;
   }
   Values matrix_diagonal() const {
     Values out(diagonal.begin(), diagonal.end());
-    graph.for_each([&](int64_t i, int64_t j, int64_t e) { out[i] += i == j ? 2 * dissimilarity(e) : graph.weight[e] + dissimilarity(e); });
+    graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+      out[i] += i == j ? 2 * dissimilarity(e) : graph.weight[e] + dissimilarity(e);
+    });
     return out;
   }
 };
@@ -205,7 +213,8 @@ double norm(const Values& a) {
   return std::sqrt(dot(a, a));
 }
 
-// Textbook conjugate gradients of one column, preconditioned by M⁻¹ = diag(A)⁻¹ or 1; the number of iterations, and x in place.
+// Textbook conjugate gradients of one column, preconditioned by M⁻¹ = diag(A)⁻¹ or 1; the number of iterations, and x
+// in place.
 template <class Real>
 int64_t conjugate_gradients(const System<Real>& system, int64_t c, Values& x) {
   const Values b = system.column(system.rhs, c), product = system.times(x), diagonal = system.matrix_diagonal();
@@ -240,16 +249,16 @@ struct Solution {
   std::vector<int64_t> iterations;
 
   bool operator==(const Solution& other) const {
-    return same_bits(solution, other.solution) && same_bits(residual, other.residual) && same_bits(curvature, other.curvature) &&
-           iterations == other.iterations;
+    return same_bits(solution, other.solution) && same_bits(residual, other.residual) &&
+           same_bits(curvature, other.curvature) && iterations == other.iterations;
   }
 };
 
 template <class Real>
 Solution<Real> solve(const System<Real>& system, ParallelFor parallel_for = serial_for) {
   const int64_t columns = system.columns;
-  Solution<Real> out{unwritten<Real>(system.graph.nodes() * columns), unwritten<Real>(columns), unwritten<Real>(columns),
-                     std::vector<int64_t>(columns, -1)};
+  Solution<Real> out{unwritten<Real>(system.graph.nodes() * columns), unwritten<Real>(columns),
+                     unwritten<Real>(columns), std::vector<int64_t>(columns, -1)};
   const LaplacianSolve<Real> problem{system.graph.view(),
                                      system.graph.weight.data(),
                                      system.has_dissimilarity ? system.graph.dissimilarity.data() : nullptr,
@@ -260,12 +269,14 @@ Solution<Real> solve(const System<Real>& system, ParallelFor parallel_for = seri
                                      system.rtol,
                                      system.max_iter,
                                      system.jacobi};
-  const LaplacianSolution<Real> result{out.solution.data(), out.iterations.data(), out.residual.data(), out.curvature.data()};
+  const LaplacianSolution<Real> result{out.solution.data(), out.iterations.data(), out.residual.data(),
+                                       out.curvature.data()};
   SSM_CALL_ISA(laplacian_solve, problem, result, parallel_for);
   return out;
 }
 
-// What the solution of column c leaves: ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, and how much of it the rounding of x to Real accounts for.
+// What the solution of column c leaves: ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, and how much of it the rounding of x to Real accounts
+// for.
 struct Left {
   double residual = 0, rounding = 0;
 };
@@ -283,7 +294,8 @@ Left left_of(const System<Real>& system, const std::vector<Real>& solution, int6
   });
   const double size = norm(jacobi(diagonal, b));
   if (size == 0) return {};
-  return {norm(jacobi(diagonal, r)) / size, std::numeric_limits<Real>::epsilon() * norm(jacobi(diagonal, rounding)) / size};
+  return {norm(jacobi(diagonal, r)) / size,
+          std::numeric_limits<Real>::epsilon() * norm(jacobi(diagonal, rounding)) / size};
 }
 
 // The residual of what was returned, the number of iterations, and nodes that nothing is known of.
@@ -296,14 +308,16 @@ void check_converged(const System<Real>& system) {
     Values reference(x.size());
     for (size_t i = 0; i < x.size(); ++i) {
       reference[i] = system.start(i, c);
-      if (diagonal[i] == 0) expect("laplacian_solve keeps what it knows nothing of", dot(b, b) == 0 || x[i] == reference[i]);
+      if (diagonal[i] == 0)
+        expect("laplacian_solve keeps what it knows nothing of", dot(b, b) == 0 || x[i] == reference[i]);
     }
     const int64_t iterations = conjugate_gradients(system, c, reference);
     const Left left = left_of(system, ours.solution, c);
     expect("laplacian_solve iterations", std::abs(ours.iterations[c] - iterations) <= 2 + iterations / 5);
     expect("laplacian_solve converges", ours.residual[c] <= system.rtol);
     expect("laplacian_solve residual", std::abs(ours.residual[c] - left.residual) <= left.rounding);
-    expect("laplacian_solve curvature", ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity);
+    expect("laplacian_solve curvature",
+           ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity);
   }
 }
 
@@ -364,12 +378,14 @@ void test_solve_scales() {
   for (const double size : {sizeof(Real) == 4 ? 1e-41 : 1e-315, sizeof(Real) == 4 ? 1e37 : 1e307}) {
     const System<Real> extreme = scaled(system, times(sizeof(Real) == 4 ? 1e3 : 1e5), times(size));
     const Solution<Real> out = solve(extreme);
-    for (int64_t c = 0; c < 13; ++c) expect("laplacian_solve of extreme b", out.residual[c] <= system.rtol && out.iterations[c] > 0);
+    for (int64_t c = 0; c < 13; ++c)
+      expect("laplacian_solve of extreme b", out.residual[c] <= system.rtol && out.iterations[c] > 0);
     for (const Real x : out.solution) expect("laplacian_solve of extreme b: finite", std::isfinite(x));
   }
 }
 
-// Labels 0 and 1 in one half of a graph, the other tied to the node of label 1 by a weak edge: what the weak half is told must pass it.
+// Labels 0 and 1 in one half of a graph, the other tied to the node of label 1 by a weak edge: what the weak half is
+// told must pass it.
 template <class Real>
 void test_weak_bridge() {
   std::mt19937 random(13);
@@ -378,7 +394,8 @@ void test_weak_bridge() {
   for (int32_t i = 0; i < 2 * kHalf; ++i)
     for (int32_t j = 0; j < 2 * kHalf; ++j) {
       const bool same_half = i / kHalf == j / kHalf;
-      if (i != j && (same_half ? (i + j) % 7 < 2 || std::abs(i - j) == 1 : i + j == 2 * kHalf - 1 && std::abs(i - j) == 1))
+      if (i != j &&
+          (same_half ? (i + j) % 7 < 2 || std::abs(i - j) == 1 : i + j == 2 * kHalf - 1 && std::abs(i - j) == 1))
         rows[i].push_back(j);
     }
   System<Real> system(Graph<Real>::of_rows(rows, random), 2, random);
@@ -425,7 +442,8 @@ void test_drift() {
   for (int32_t cluster = 0; cluster < kClusters; ++cluster) {
     const int32_t node = cluster * kSize + 1;
     system.diagonal[node] = Real(0.01);
-    for (int32_t c = 0; c < kClusters; ++c) system.rhs[node * kClusters + c] = (c == cluster ? Real(1) : Real(0)) - Real(1) / kClusters;
+    for (int32_t c = 0; c < kClusters; ++c)
+      system.rhs[node * kClusters + c] = (c == cluster ? Real(1) : Real(0)) - Real(1) / kClusters;
   }
   system.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
     if (i / kSize != j / kSize) system.graph.weight[e] = static_cast<Real>(1e-5);
@@ -458,7 +476,9 @@ void test_solve_nan() {
     }
     for (const int which : {0, 1, 2}) {
       System<Real> matrix = system;
-      (which == 0 ? matrix.graph.weight : which == 1 ? matrix.graph.dissimilarity : matrix.diagonal)[3] = static_cast<Real>(bad);
+      (which == 0   ? matrix.graph.weight
+       : which == 1 ? matrix.graph.dissimilarity
+                    : matrix.diagonal)[3] = static_cast<Real>(bad);
       if (which == 2 && bad < 0) continue;  // a diagonal below 0
       const Solution<Real> all = solve(matrix);
       for (const Real x : all.solution) expect("NaN in the matrix: solution", std::isnan(x));
@@ -494,7 +514,9 @@ template <class Real>
 void test_no_iterations() {
   std::mt19937 random(4);
   System<Real> system(make_graph<Real>(40, random), 17, random);
-  const auto all_zero = [](const auto& values) { return std::all_of(values.begin(), values.end(), [](auto x) { return x == 0; }); };
+  const auto all_zero = [](const auto& values) {
+    return std::all_of(values.begin(), values.end(), [](auto x) { return x == 0; });
+  };
 
   // b = 0 in column 3 only: 0 whatever the start, and no concern of the other columns.
   system.initial = normal_values<Real>(40 * 17, 1, random);
@@ -535,8 +557,8 @@ void test_no_iterations() {
   expect("exact start, jacobi: iterations", all_zero(solve(system).iterations));
 }
 
-// Without any diagonal the matrix is singular. Where b sums to 0 there is a solution, and the start's mean under the weights A_ii (equal
-// weights without the preconditioner) decides which.
+// Without any diagonal the matrix is singular. Where b sums to 0 there is a solution, and the start's mean under the
+// weights A_ii (equal weights without the preconditioner) decides which.
 template <class Real>
 void test_singular() {
   std::mt19937 random(5);
@@ -569,13 +591,15 @@ void test_indefinite() {
   system.diagonal[12] = Real(-0.5);  // isolated
   const Solution<Real> ours = solve(system);
   check_bits(system);
-  expect_close("negative diagonal: solution", ours.solution, Values(system.initial.begin(), system.initial.end()), 1e-6);
+  expect_close("negative diagonal: solution", ours.solution, Values(system.initial.begin(), system.initial.end()),
+               1e-6);
   for (int64_t c = 0; c < 10; ++c) {
     expect("negative diagonal: curvature", ours.curvature[c] == Real(-0.5));
     expect("negative diagonal: counts", ours.iterations[c] == 0 && ours.residual[c] > 0);
   }
 
-  // [1 2; 2 1] has the eigenvalues 3 on (1, 1) and −1 on (1, −1): the first column is solved, the second given up untouched.
+  // [1 2; 2 1] has the eigenvalues 3 on (1, 1) and −1 on (1, −1): the first column is solved, the second given up
+  // untouched.
   System<Real> pair(Graph<Real>::of_rows({{1}, {0}}, random), 2, random);
   pair.has_dissimilarity = false;
   pair.graph.weight = {-2, -2};
@@ -608,7 +632,8 @@ template <class Real>
 void test_solve_backward(const Graph<Real>& graph, int64_t columns) {
   std::mt19937 random(static_cast<unsigned>(columns));
   const int64_t nodes = graph.nodes(), edges = graph.edges();
-  const auto grad_rhs = normal_values<Real>(nodes * columns, 1, random), x = normal_values<Real>(nodes * columns, 1, random);
+  const auto grad_rhs = normal_values<Real>(nodes * columns, 1, random),
+             x = normal_values<Real>(nodes * columns, 1, random);
   Values weight(edges), dissimilarity(edges), diagonal(nodes);
   const auto product = [&](int64_t i, int64_t j) {
     double sum = 0;
@@ -626,7 +651,9 @@ void test_solve_backward(const Graph<Real>& graph, int64_t columns) {
   const auto run = [&](ParallelFor parallel_for, bool with_dissimilarity) {
     Out out{unwritten<Real>(edges), unwritten<Real>(edges), unwritten<Real>(nodes)};
     const LaplacianSolveBackward<Real> problem{
-        graph.view(),       grad_rhs.data(), x.data(), columns, out.weight.data(), with_dissimilarity ? out.dissimilarity.data() : nullptr,
+        graph.view(),       grad_rhs.data(),
+        x.data(),           columns,
+        out.weight.data(),  with_dissimilarity ? out.dissimilarity.data() : nullptr,
         out.diagonal.data()};
     SSM_CALL_ISA(laplacian_solve_backward, problem, parallel_for);
     return out;
@@ -636,9 +663,11 @@ void test_solve_backward(const Graph<Real>& graph, int64_t columns) {
   expect_close("laplacian_solve_backward weight", out.weight, weight, tolerance * columns);
   expect_close("laplacian_solve_backward dissimilarity", out.dissimilarity, dissimilarity, tolerance * columns);
   expect_close("laplacian_solve_backward diagonal", out.diagonal, diagonal, tolerance * columns);
-  expect("laplacian_solve_backward bits", same_bits(out.weight, again.weight) && same_bits(out.dissimilarity, again.dissimilarity) &&
+  expect("laplacian_solve_backward bits", same_bits(out.weight, again.weight) &&
+                                              same_bits(out.dissimilarity, again.dissimilarity) &&
                                               same_bits(out.diagonal, again.diagonal));
-  expect("laplacian_solve_backward without W_dis", same_bits(out.weight, without.weight) && same_bits(out.diagonal, without.diagonal));
+  expect("laplacian_solve_backward without W_dis",
+         same_bits(out.weight, without.weight) && same_bits(out.diagonal, without.diagonal));
 }
 
 // ---- leave_one_edge_out
@@ -657,7 +686,8 @@ struct Edges {
         grad(normal_values<Real>(graph.edges(), 1, random)) {}
 
   bool is_valid(int64_t e) const {
-    return graph.col[e] >= 0 && graph.col[e] < graph.nodes() && graph.reverse[e] >= 0 && graph.reverse[e] < graph.edges();
+    return graph.col[e] >= 0 && graph.col[e] < graph.nodes() && graph.reverse[e] >= 0 &&
+           graph.reverse[e] < graph.edges();
   }
   double f(int64_t i, int64_t c) const {
     return propagated[i * classes + c];
@@ -674,8 +704,8 @@ Expected expected_of(const Edges<Real>& in) {
   const Graph<Real>& graph = in.graph;
   const int64_t nodes = graph.nodes(), edges = graph.edges(), classes = in.classes;
   const double log_classes = std::log(static_cast<double>(classes));
-  Values degree(nodes), z(edges * classes), log_z(edges * classes), omega(edges), grad_degree(nodes), grad_z(edges * classes),
-      grad_omega(edges);
+  Values degree(nodes), z(edges * classes), log_z(edges * classes), omega(edges), grad_degree(nodes),
+      grad_z(edges * classes), grad_omega(edges);
   Expected out{Values(edges), Values(edges), Values(nodes * classes)};
   for (int64_t i = 0; i < nodes; ++i)
     for (int64_t e = graph.crow[i]; e < graph.crow[i + 1]; ++e) degree[i] += graph.weight[e];
@@ -687,7 +717,8 @@ Expected expected_of(const Edges<Real>& in) {
 
   for_each([&](int64_t i, int64_t j, int64_t e, int64_t) {
     Values a(classes);
-    for (int64_t c = 0; c < classes; ++c) a[c] = in.logit_scale * (degree[i] * in.f(i, c) - graph.weight[e] * in.f(j, c));
+    for (int64_t c = 0; c < classes; ++c)
+      a[c] = in.logit_scale * (degree[i] * in.f(i, c) - graph.weight[e] * in.f(j, c));
     const double top = *std::max_element(a.begin(), a.end());
     double sum = 0;
     for (const double logit : a) sum += std::exp(logit - top);
@@ -741,9 +772,11 @@ struct LeftOut {
 
 template <class Real>
 LeftOut<Real> left_out(const Edges<Real>& in, ParallelFor parallel_for = serial_for) {
-  LeftOut<Real> out{unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.nodes() * in.classes)};
-  const LeaveOneEdgeOut<Real> problem{in.graph.view(), in.graph.reverse.data(), in.graph.weight.data(), in.propagated.data(),
-                                      in.classes,      in.logit_scale};
+  LeftOut<Real> out{unwritten<Real>(in.graph.edges()), unwritten<Real>(in.graph.edges()),
+                    unwritten<Real>(in.graph.nodes() * in.classes)};
+  const LeaveOneEdgeOut<Real> problem{
+      in.graph.view(), in.graph.reverse.data(), in.graph.weight.data(), in.propagated.data(),
+      in.classes,      in.logit_scale};
   SSM_CALL_ISA(leave_one_edge_out, problem, out.dissimilarity.data(), parallel_for);
   const LeaveOneEdgeOutBackward<Real> backward{in.grad.data(), out.grad_weight.data(), out.grad_propagated.data()};
   SSM_CALL_ISA(leave_one_edge_out_backward, problem, backward, parallel_for);
@@ -755,7 +788,8 @@ void check_edges(const Edges<Real>& in, double tolerance) {
   const LeftOut<Real> out = left_out(in), again = left_out(in, threads_for);
   const Expected expected = expected_of(in);
   expect_close("leave_one_edge_out", out.dissimilarity, expected.dissimilarity, tolerance);
-  expect_close("leave_one_edge_out_backward weight", out.grad_weight, expected.grad_weight, tolerance * largest(expected.grad_weight));
+  expect_close("leave_one_edge_out_backward weight", out.grad_weight, expected.grad_weight,
+               tolerance * largest(expected.grad_weight));
   expect_close("leave_one_edge_out_backward propagated", out.grad_propagated, expected.grad_propagated,
                tolerance * largest(expected.grad_propagated));
   expect("leave_one_edge_out bits", same_bits(out.dissimilarity, again.dissimilarity));
@@ -763,7 +797,8 @@ void check_edges(const Edges<Real>& in, double tolerance) {
          same_bits(out.grad_weight, again.grad_weight) && same_bits(out.grad_propagated, again.grad_propagated));
   for (int64_t e = 0; e < in.graph.edges(); ++e) {
     expect("leave_one_edge_out in [0, 1]", out.dissimilarity[e] >= 0 && out.dissimilarity[e] <= 1);
-    if (in.is_valid(e)) expect("leave_one_edge_out is symmetric", out.dissimilarity[e] == out.dissimilarity[in.graph.reverse[e]]);
+    if (in.is_valid(e))
+      expect("leave_one_edge_out is symmetric", out.dissimilarity[e] == out.dissimilarity[in.graph.reverse[e]]);
   }
 }
 
@@ -772,12 +807,14 @@ void test_edges(int64_t nodes, int64_t classes) {
   std::mt19937 random(static_cast<unsigned>(1000 * nodes + classes));
   const double tolerance = sizeof(Real) == 4 ? 1e-4 : 1e-11;
   // Edges that weigh little against their nodes, somewhat, and most: each has its own way to the exponentials.
-  for (const double scale : {0.05, 0.5, 4.0}) check_edges(Edges<Real>(make_graph<Real>(nodes, random), classes, scale, random), tolerance);
+  for (const double scale : {0.05, 0.5, 4.0})
+    check_edges(Edges<Real>(make_graph<Real>(nodes, random), classes, scale, random), tolerance);
 
   // A large constant per node, which no softmax sees.
   Edges<Real> shifted(make_graph<Real>(nodes, random), classes, 0.3, random);
   for (int64_t i = 0; i < nodes; ++i)
-    for (int64_t c = 0; c < classes; ++c) shifted.propagated[i * classes + c] += static_cast<Real>(i % 3 == 0 ? -40 : 50);
+    for (int64_t c = 0; c < classes; ++c)
+      shifted.propagated[i * classes + c] += static_cast<Real>(i % 3 == 0 ? -40 : 50);
   check_edges(shifted, sizeof(Real) == 4 ? 5e-4 : tolerance);
 }
 
@@ -797,7 +834,8 @@ void test_edge_ids_out_of_range() {
   }
 }
 
-// Logits of any size: where the softmaxes are 0 and 1 the value is exact and the gradient finite, wherever the logits are representable.
+// Logits of any size: where the softmaxes are 0 and 1 the value is exact and the gradient finite, wherever the logits
+// are representable.
 template <class Real>
 void test_huge_edges() {
   std::mt19937 random(10);
@@ -820,7 +858,8 @@ void test_nan_edges() {
       Edges<Real> clean(make_graph<Real>(40, random), classes, 0.5, random), poisoned = clean;
       const Graph<Real>& graph = clean.graph;
       const int64_t row = 11, entry = graph.crow[row];
-      (in_weight ? poisoned.graph.weight[entry] : poisoned.propagated[row * classes + 1]) = std::numeric_limits<Real>::quiet_NaN();
+      (in_weight ? poisoned.graph.weight[entry] : poisoned.propagated[row * classes + 1]) =
+          std::numeric_limits<Real>::quiet_NaN();
       const LeftOut<Real> expected = left_out(clean), ours = left_out(poisoned);
       std::vector<bool> touched(graph.nodes());
       graph.for_each([&](int64_t i, int64_t j, int64_t e) {
@@ -832,8 +871,8 @@ void test_nan_edges() {
       for (int64_t i = 0; i < graph.nodes(); ++i)
         for (int64_t c = 0; c < classes; ++c) {
           const int64_t at = i * classes + c;
-          expect("NaN row: gradient",
-                 touched[i] ? std::isnan(ours.grad_propagated[at]) : ours.grad_propagated[at] == expected.grad_propagated[at]);
+          expect("NaN row: gradient", touched[i] ? std::isnan(ours.grad_propagated[at])
+                                                 : ours.grad_propagated[at] == expected.grad_propagated[at]);
         }
     }
 }

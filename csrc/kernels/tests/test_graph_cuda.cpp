@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the graph family against the equations in double precision. Inputs, outputs and workspace start as NaN,
-// so that an unwritten element shows; see cuda_harness.h.
+// The CUDA kernels of the graph family against the equations in double precision. Inputs, outputs and workspace start
+// as NaN, so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -21,7 +21,8 @@ template <class Real>
 void compare(const Guarded<Real>& out, const Values& expected, double tolerance, const char* what, double scale = 1) {
   double worst = out.size() == expected.size() ? 0 : kInfinity;
   for (size_t i = 0; i < std::min(out.size(), expected.size()); ++i) {
-    const double difference = out[i] == expected[i] ? 0 : std::abs(out[i] - expected[i]) / std::max(std::abs(expected[i]), scale);
+    const double difference =
+        out[i] == expected[i] ? 0 : std::abs(out[i] - expected[i]) / std::max(std::abs(expected[i]), scale);
     if (!(difference <= worst) && !std::isnan(worst)) worst = difference;
   }
   check(worst <= tolerance, what, worst);
@@ -54,8 +55,8 @@ struct Graph {
   }
 };
 
-// About `degree` neighbours per node; every seventh node alone, half of those and every fifth of the others with a self-loop, node 2 joined
-// to almost all. Values as Real stores them.
+// About `degree` neighbours per node; every seventh node alone, half of those and every fifth of the others with a
+// self-loop, node 2 joined to almost all. Values as Real stores them.
 template <class Real>
 Graph make_graph(int64_t nodes, double degree, std::mt19937& random, bool self_loops = true) {
   std::uniform_real_distribution<double> uniform;
@@ -64,8 +65,8 @@ Graph make_graph(int64_t nodes, double degree, std::mt19937& random, bool self_l
     for (int64_t j = 0; j <= i; ++j) {
       const bool alone = i % 7 == 5 || j % 7 == 5;
       if (alone && i != j) continue;
-      const bool joined =
-          i == j ? self_loops && (alone ? i % 2 == 1 : i % 5 == 1) : uniform(random) < (j == 2 ? 0.9 : degree / static_cast<double>(nodes));
+      const bool joined = i == j ? self_loops && (alone ? i % 2 == 1 : i % 5 == 1)
+                                 : uniform(random) < (j == 2 ? 0.9 : degree / static_cast<double>(nodes));
       if (!joined) continue;
       weight[i][j] = weight[j][i] = static_cast<Real>(0.1 + uniform(random));
       dissimilarity[i][j] = dissimilarity[j][i] = static_cast<Real>(uniform(random) < 0.3 ? 0.5 * uniform(random) : 0);
@@ -134,8 +135,8 @@ struct System {
   Values start() const {
     return has_initial ? initial : Values(rhs.size(), 0.0);
   }
-  // Per column, of a solution: what is told of it, ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ or the largest imbalance of a row, and how much rounding its
-  // numbers to `epsilon` changes that.
+  // Per column, of a solution: what is told of it, ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ or the largest imbalance of a row, and how
+  // much rounding its numbers to `epsilon` changes that.
   struct Left {
     double told = 0, rounding = 0;
   };
@@ -150,7 +151,8 @@ struct System {
       const double d = has_dissimilarity ? graph.dissimilarity[e] : 0, w = graph.weight[e];
       for (int64_t c = 0; c < columns; ++c) {
         const double own = x[i * columns + c], other = x[j * columns + c];
-        terms[i * columns + c] += i == j ? 2 * std::abs(d * own) : std::abs((w - d) * (own - other)) + 2 * std::abs(d * own);
+        terms[i * columns + c] +=
+            i == j ? 2 * std::abs(d * own) : std::abs((w - d) * (own - other)) + 2 * std::abs(d * own);
         sums[i * columns + c] += (std::abs(w) + std::abs(d)) * (std::abs(own) + std::abs(other));
       }
     });
@@ -166,7 +168,8 @@ struct System {
         r += std::pow(own / a, 2);
         b += std::pow(rhs[at] / a, 2);
         rounding += std::pow(epsilon * sums[at] / a, 2);
-        if (std::abs(own) > 2 * epsilon * sums[at] + 1e-12 * a * largest_x) imbalance = std::max(imbalance, std::abs(own) / terms[at]);
+        if (std::abs(own) > 2 * epsilon * sums[at] + 1e-12 * a * largest_x)
+          imbalance = std::max(imbalance, std::abs(own) / terms[at]);
       }
       if (size == 0) continue;
       out[c] = {b > 0 ? std::sqrt(r / b) : 0, b > 0 ? std::sqrt(rounding / b) : 0};
@@ -250,20 +253,22 @@ struct Solved {
   explicit Solved(const System& system)
       : solution(system.rhs.size()), residual(system.columns), curvature(system.columns), iterations(system.columns) {
     const DeviceGraph graph(system.graph);
-    const Guarded<Real> weight(system.graph.weight), dissimilarity(system.graph.dissimilarity), diagonal(system.diagonal);
+    const Guarded<Real> weight(system.graph.weight), dissimilarity(system.graph.dissimilarity),
+        diagonal(system.diagonal);
     const Guarded<Real> rhs(system.rhs), initial(system.initial);
-    const LaplacianSolve<Real> problem{graph.view(),    weight.data(), system.has_dissimilarity ? dissimilarity.data() : nullptr,
-                                       diagonal.data(), rhs.data(),    system.has_initial ? initial.data() : nullptr,
-                                       system.columns,  system.rtol,   system.max_iter,
-                                       system.jacobi};
+    const LaplacianSolve<Real> problem{
+        graph.view(),    weight.data(), system.has_dissimilarity ? dissimilarity.data() : nullptr,
+        diagonal.data(), rhs.data(),    system.has_initial ? initial.data() : nullptr,
+        system.columns,  system.rtol,   system.max_iter,
+        system.jacobi};
     const Workspace workspace(cuda::laplacian_solve_workspace(problem));
-    const char* error =
-        cuda::laplacian_solve(problem, {solution.data(), iterations.data(), residual.data(), curvature.data()}, workspace.data(), nullptr);
+    const char* error = cuda::laplacian_solve(
+        problem, {solution.data(), iterations.data(), residual.data(), curvature.data()}, workspace.data(), nullptr);
     succeeds(error, "laplacian_solve");
   }
   bool same_bits(const Solved& other) const {
-    return solution.same_bits(other.solution) && residual.same_bits(other.residual) && curvature.same_bits(other.curvature) &&
-           iterations.same_bits(other.iterations);
+    return solution.same_bits(other.solution) && residual.same_bits(other.residual) &&
+           curvature.same_bits(other.curvature) && iterations.same_bits(other.iterations);
   }
   Values values() const {
     return Values(solution.data(), solution.data() + solution.size());
@@ -288,20 +293,22 @@ System make_system(Graph graph, int64_t columns, std::mt19937& random) {
   return system;
 }
 
-// The solution within what the tolerance allows, the residual that is told, iterations and curvature near those in double precision.
+// The solution within what the tolerance allows, the residual that is told, iterations and curvature near those in
+// double precision.
 template <class Real>
 void test_solve(const System& system, const char* what) {
-  context = std::string(what) + " N " + std::to_string(system.graph.nodes()) + " C " + std::to_string(system.columns) + " bytes " +
-            std::to_string(sizeof(Real));
+  context = std::string(what) + " N " + std::to_string(system.graph.nodes()) + " C " + std::to_string(system.columns) +
+            " bytes " + std::to_string(sizeof(Real));
   const Expected expected = solve_in_double(system);
   const Solved<Real> solved(system);
   const auto left = system.left(solved.values(), std::numeric_limits<Real>::epsilon());
   for (int64_t c = 0; c < system.columns; ++c) {
-    check(std::abs(solved.residual[c] - left[c].told) <= left[c].rounding + 1e-3 * left[c].told, "residual is that of the solution",
-          solved.residual[c] - left[c].told);
+    check(std::abs(solved.residual[c] - left[c].told) <= left[c].rounding + 1e-3 * left[c].told,
+          "residual is that of the solution", solved.residual[c] - left[c].told);
     // Rounding changes the course of conjugate gradients when they are many.
     const double steps = static_cast<double>(expected.iterations[c]), loose = steps > 20 ? 0.2 : 0;
-    const double more = static_cast<double>(solved.iterations[c]) - steps;  // where rows are not balanced yet, or the solution is 0
+    const double more =
+        static_cast<double>(solved.iterations[c]) - steps;  // where rows are not balanced yet, or the solution is 0
     check(more >= -(sizeof(Real) == 4 ? 2 : 1) - loose * steps && more <= 40 + loose * steps, "iterations", more);
     const bool same_infinity = std::isinf(expected.curvature[c]) == std::isinf(solved.curvature[c]);
     check(same_infinity, "whether there is a curvature", solved.curvature[c]);
@@ -375,14 +382,16 @@ void test_solve_scales(std::mt19937& random) {
       for (double& b : scaled.rhs) b = std::ldexp(b, of_rhs);
       const Solved<Real> ours(scaled);
       bool same = ours.residual.same_bits(expected.residual) && ours.iterations.same_bits(expected.iterations);
-      for (size_t at = 0; at < system.rhs.size(); ++at) same &= ours.solution[at] == std::ldexp(expected.solution[at], of_solution);
+      for (size_t at = 0; at < system.rhs.size(); ++at)
+        same &= ours.solution[at] == std::ldexp(expected.solution[at], of_solution);
       check(same, "2^k A, 2^l b", of_solution);
     }
   for (const double size : {sizeof(Real) == 4 ? 1e-41 : 1e-315, sizeof(Real) == 4 ? 1e36 : 1e306}) {
     System extreme = system;
     for (double& b : extreme.rhs) b *= size;
     const Solved<Real> ours(extreme);
-    for (int64_t c = 0; c < 3; ++c) check(ours.residual[c] <= system.rtol && ours.iterations[c] > 0, "extreme b", ours.residual[c]);
+    for (int64_t c = 0; c < 3; ++c)
+      check(ours.residual[c] <= system.rtol && ours.iterations[c] > 0, "extreme b", ours.residual[c]);
   }
 }
 
@@ -401,7 +410,8 @@ void test_solve_nan(std::mt19937& random) {
     bool good = true;
     for (size_t at = 0; at < system.rhs.size(); ++at)
       good &= at % 6 == 3 || at % 6 == 5 ? std::isnan(ours.solution[at]) : ours.solution[at] == clean.solution[at];
-    for (size_t c = 0; c < 6; ++c) good &= c == 3 || c == 5 ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c];
+    for (size_t c = 0; c < 6; ++c)
+      good &= c == 3 || c == 5 ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c];
     check(good, "in columns");
     for (const int which : {0, 1, 2}) {
       System matrix = system;
@@ -464,7 +474,8 @@ void test_solves(std::mt19937& random) {
     set_multiprocessors(columns == 300 ? 2 : 5);
     test_solve<Real>(make_system<Real>(make_graph<Real>(250, 6, random), columns, random), "several blocks");
   }
-  for (const int most : {160, 32}) {  // a multiprocessor that has no registers left for 640 threads, as under a sanitizer
+  for (const int most :
+       {160, 32}) {  // a multiprocessor that has no registers left for 640 threads, as under a sanitizer
     set_resident_threads(most);
     test_solve<Real>(make_system<Real>(make_graph<Real>(123, 6, random), 10, random), "smaller blocks");
   }
@@ -486,7 +497,8 @@ void test_solves(std::mt19937& random) {
   test_solve<Real>(system, "frozen columns");
   {
     const Solved<Real> solved(system);
-    check(solved.iterations[1] == 0 && solved.residual[1] == 0, "b = 0 takes no iterations", static_cast<double>(solved.iterations[1]));
+    check(solved.iterations[1] == 0 && solved.residual[1] == 0, "b = 0 takes no iterations",
+          static_cast<double>(solved.iterations[1]));
     check(solved.iterations[4] == 0, "nor does an exact start", static_cast<double>(solved.iterations[4]));
     bool kept = true;
     for (int64_t i = 0; i < 123; ++i) kept &= solved.solution[i * 6 + 1] == 0;
@@ -521,10 +533,12 @@ void test_solves(std::mt19937& random) {
   context = "singular";
   {
     const Solved<Real> solved(system);
-    for (int64_t c = 0; c < 3; ++c) check(solved.residual[c] <= 10 * system.rtol, "singular components", solved.residual[c]);
+    for (int64_t c = 0; c < 3; ++c)
+      check(solved.residual[c] <= 10 * system.rtol, "singular components", solved.residual[c]);
     bool kept = true;
     for (int64_t i = 5; i < 124; i += 7)
-      for (int64_t c = 0; c < 3; ++c) kept &= solved.solution[i * 3 + c] == static_cast<Real>(system.initial[i * 3 + c]);
+      for (int64_t c = 0; c < 3; ++c)
+        kept &= solved.solution[i * 3 + c] == static_cast<Real>(system.initial[i * 3 + c]);
     check(kept, "rows without a diagonal keep their start");
     system.rhs[5 * 3] = 2;  // which no solution gives: the residual tells, and the rest is solved
     const Solved<Real> rest(system);
@@ -541,7 +555,8 @@ void test_solves(std::mt19937& random) {
     const Expected expected = solve_in_double(system);
     const Solved<Real> solved(system);
     for (int64_t c = 0; c < 3; ++c) {
-      check((expected.curvature[c] <= 0) == (solved.curvature[c] <= 0), "indefinite: sign of the curvature", solved.curvature[c]);
+      check((expected.curvature[c] <= 0) == (solved.curvature[c] <= 0), "indefinite: sign of the curvature",
+            solved.curvature[c]);
       check(std::isfinite(solved.residual[c]), "indefinite: residual", solved.residual[c]);
     }
   }
@@ -551,11 +566,14 @@ void test_solves(std::mt19937& random) {
   {
     const Solved<Real> solved(system);
     bool kept = true;
-    for (size_t at = 0; at < system.rhs.size(); ++at) kept &= solved.solution[at] == static_cast<Real>(system.initial[at]);
-    check(kept && solved.iterations[0] == 0 && solved.curvature[0] < 0, "negative diagonal: nothing is iterated", solved.curvature[0]);
+    for (size_t at = 0; at < system.rhs.size(); ++at)
+      kept &= solved.solution[at] == static_cast<Real>(system.initial[at]);
+    check(kept && solved.iterations[0] == 0 && solved.curvature[0] < 0, "negative diagonal: nothing is iterated",
+          solved.curvature[0]);
   }
 
-  // A cycle with the dissimilarity of all edges and no weight: a positive diagonal, but a curvature of 0 along (1, −1, 1, −1).
+  // A cycle with the dissimilarity of all edges and no weight: a positive diagonal, but a curvature of 0 along (1, −1,
+  // 1, −1).
   system = System{};
   system.graph.crow = {0, 2, 4, 6, 8};
   system.graph.col = {1, 3, 0, 2, 1, 3, 0, 2};
@@ -599,7 +617,8 @@ struct Dissimilarity {
 };
 
 // (20)-(22) entry by entry; the derivative of each goes back through its two softmaxes, and is scattered.
-Dissimilarity leave_one_out_in_double(const Graph& graph, const Values& propagated, int64_t classes, double scale, const Values& grad) {
+Dissimilarity leave_one_out_in_double(const Graph& graph, const Values& propagated, int64_t classes, double scale,
+                                      const Values& grad) {
   Values degree(graph.nodes(), 0.0), grad_degree(graph.nodes(), 0.0);
   graph.for_each([&](int64_t i, int64_t, size_t e) { degree[i] += graph.weight[e]; });
   Dissimilarity out{Values(graph.edges()), Values(graph.edges(), 0.0), Values(propagated.size(), 0.0)};
@@ -659,46 +678,53 @@ struct LeftOut {
       : value(graph.edges()), grad_weight(graph.edges()), grad_propagated(f.size()) {
     const DeviceGraph device(graph);
     const Guarded<Real> weight(graph.weight), propagated(f), grad_dissimilarity(grad);
-    const LeaveOneEdgeOut<Real> problem{device.view(), device.reverse.data(), weight.data(), propagated.data(), classes, scale};
-    const int64_t bytes = cuda::leave_one_edge_out_workspace(problem, false), both = cuda::leave_one_edge_out_workspace(problem, true);
-    check(both - bytes >= static_cast<int64_t>(4 * sizeof(Real) * graph.edges()), "the forward reserves nothing for a backward");
+    const LeaveOneEdgeOut<Real> problem{device.view(), device.reverse.data(), weight.data(), propagated.data(), classes,
+                                        scale};
+    const int64_t bytes = cuda::leave_one_edge_out_workspace(problem, false),
+                  both = cuda::leave_one_edge_out_workspace(problem, true);
+    check(both - bytes >= static_cast<int64_t>(4 * sizeof(Real) * graph.edges()),
+          "the forward reserves nothing for a backward");
     {
       const Workspace workspace(bytes);
       const char* error = cuda::leave_one_edge_out(problem, value.data(), workspace.data(), nullptr);
       succeeds(error, "leave_one_edge_out");
     }
     const Workspace workspace(both);
-    const char* error = cuda::leave_one_edge_out_backward(problem, {grad_dissimilarity.data(), grad_weight.data(), grad_propagated.data()},
-                                                          workspace.data(), nullptr);
+    const char* error = cuda::leave_one_edge_out_backward(
+        problem, {grad_dissimilarity.data(), grad_weight.data(), grad_propagated.data()}, workspace.data(), nullptr);
     succeeds(error, "leave_one_edge_out_backward");
   }
 };
 
 template <class Real>
 void test_left_out(const Graph& graph, int64_t classes, double size, std::mt19937& random, double tolerance = 1) {
-  context = "leave one out N " + std::to_string(graph.nodes()) + " C " + std::to_string(classes) + " size " + std::to_string(size) +
-            " bytes " + std::to_string(sizeof(Real));
+  context = "leave one out N " + std::to_string(graph.nodes()) + " C " + std::to_string(classes) + " size " +
+            std::to_string(size) + " bytes " + std::to_string(sizeof(Real));
   std::normal_distribution<double> normal;
   Values propagated, grad;
   for (int64_t i = 0; i < graph.nodes(); ++i) {
     const double offset = 100 * normal(random);  // a constant per row changes nothing; exact in float
     for (int64_t c = 0; c < classes; ++c)
-      propagated.push_back(static_cast<float>(std::round(offset) / 16) + std::round(size * normal(random) * 4096) / 4096);
+      propagated.push_back(static_cast<float>(std::round(offset) / 16) +
+                           std::round(size * normal(random) * 4096) / 4096);
   }
   if (graph.nodes() > 3)
     for (int64_t c = 0; c < classes; ++c) propagated[3 * classes + c] = 0.25;  // one row is constant
   for (size_t e = 0; e < graph.edges(); ++e) grad.push_back(static_cast<Real>(e % 4 == 3 ? 0 : normal(random)));
   for (double& f : propagated) f = static_cast<Real>(f);
   const double scale = 4;
-  // The reference sees each row less its first element, which is exact and changes nothing: with the constant, its own rounding would show.
+  // The reference sees each row less its first element, which is exact and changes nothing: with the constant, its own
+  // rounding would show.
   Values centered = propagated;
   for (size_t at = centered.size(); at-- > 0;) centered[at] -= propagated[at / classes * classes];
   const Dissimilarity expected = leave_one_out_in_double(graph, centered, classes, scale, grad);
   const LeftOut<Real> out(graph, propagated, classes, scale, grad), again(graph, propagated, classes, scale, grad);
   tolerance *= kPrecision<Real>;
   compare(out.value, expected.value, 1e-5 * tolerance, "dissimilarity");
-  compare(out.grad_propagated, expected.grad_propagated, 3e-5 * tolerance, "grad_propagated", largest(expected.grad_propagated) + 1e-3);
-  compare(out.grad_weight, expected.grad_weight, 3e-5 * tolerance, "grad_weight", 10 * (largest(expected.grad_weight) + 1e-3));
+  compare(out.grad_propagated, expected.grad_propagated, 3e-5 * tolerance, "grad_propagated",
+          largest(expected.grad_propagated) + 1e-3);
+  compare(out.grad_weight, expected.grad_weight, 3e-5 * tolerance, "grad_weight",
+          10 * (largest(expected.grad_weight) + 1e-3));
   bool symmetric = true;
   for (size_t e = 0; e < graph.edges(); ++e) symmetric &= out.value[e] == out.value[graph.reverse[e]];
   check(symmetric, "the same both ways");
@@ -714,12 +740,14 @@ void test_huge_left_out(std::mt19937& random) {
   std::normal_distribution<double> normal;
   for (const int64_t classes : {2, 10, 130})
     for (const double size : {1e10, sizeof(Real) == 4 ? 1e30 : 1e150, sizeof(Real) == 4 ? 1e35 : 1e300}) {
-      const Graph graph = make_graph<Real>(40, 4, random, false);  // the logits of a node that only has a loop are all rounding
+      const Graph graph =
+          make_graph<Real>(40, 4, random, false);  // the logits of a node that only has a loop are all rounding
       Values propagated;
       for (int64_t k = 0; k < 40 * classes; ++k) propagated.push_back(static_cast<Real>(size * normal(random)));
       const Values grad(graph.edges(), 1.0);
       const LeftOut<Real> out(graph, propagated, classes, 4, grad);
-      compare(out.value, leave_one_out_in_double(graph, propagated, classes, 4, grad).value, 1e-5 * kPrecision<Real>, "dissimilarity");
+      compare(out.value, leave_one_out_in_double(graph, propagated, classes, 4, grad).value, 1e-5 * kPrecision<Real>,
+              "dissimilarity");
       bool finite = true;
       for (size_t e = 0; e < graph.edges(); ++e) finite &= std::isfinite(out.grad_weight[e]);
       for (size_t k = 0; k < propagated.size(); ++k) finite &= std::isfinite(out.grad_propagated[k]);
@@ -772,7 +800,8 @@ void test_all_left_out(std::mt19937& random) {
     context = "saturated";
     const LeftOut<Real> out(graph, propagated, classes, 4, grad);
     bool good = true;
-    for (size_t e = 0; e < graph.edges(); ++e) good &= out.value[e] >= 0 && out.value[e] <= 1 && std::isfinite(out.grad_weight[e]);
+    for (size_t e = 0; e < graph.edges(); ++e)
+      good &= out.value[e] >= 0 && out.value[e] <= 1 && std::isfinite(out.grad_weight[e]);
     for (size_t k = 0; k < propagated.size(); ++k) good &= std::isfinite(out.grad_propagated[k]);
     check(good, "finite");
   }
@@ -797,9 +826,11 @@ void test_all_left_out(std::mt19937& random) {
   for (int k = 0; k < 17 * 10; ++k) propagated.push_back(normal(random));
   const Values grad(graph.edges(), 1.0);
   const LeftOut<Real> out(graph, propagated, 10, 4, grad);
-  for (const size_t e : {size_t{1}, first, size_t{6}, second}) check(out.value[e] == 0, "an invalid entry gets 0", out.value[e]);
+  for (const size_t e : {size_t{1}, first, size_t{6}, second})
+    check(out.value[e] == 0, "an invalid entry gets 0", out.value[e]);
   bool good = true;
-  for (const Real g : Values(out.grad_propagated.data(), out.grad_propagated.data() + propagated.size())) good &= std::isfinite(g);
+  for (const Real g : Values(out.grad_propagated.data(), out.grad_propagated.data() + propagated.size()))
+    good &= std::isfinite(g);
   check(good, "wild: finite");
   graph.crow[3] = 1000000;
   graph.crow[5] = -7;

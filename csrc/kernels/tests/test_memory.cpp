@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The memory kernels without torch: against a direct transcription of the equations in double, for every instruction set of this processor,
-// and bit for bit between one thread and several. Run it under the sanitizers too.
+// The memory kernels without torch: against a direct transcription of the equations in double, for every instruction
+// set of this processor, and bit for bit between one thread and several. Run it under the sanitizers too.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -21,7 +21,8 @@ namespace {
 
 int failures = 0;
 
-void expect_close(const char* what, const std::vector<double>& ours, const std::vector<double>& expected, double tolerance) {
+void expect_close(const char* what, const std::vector<double>& ours, const std::vector<double>& expected,
+                  double tolerance) {
   double worst = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     if (ours[i] == expected[i]) continue;  // infinities
@@ -40,7 +41,8 @@ void expect(const char* what, bool holds) {
   ++failures;
 }
 
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than serial_for.
+// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
+// serial_for.
 const auto threads_for = [](int64_t n, RangeBody body) {
   std::vector<std::thread> threads;
   for (int64_t t = 0; t < 4; ++t)
@@ -93,7 +95,8 @@ struct Case {
     std::vector<double> weights(slots);
     double sum = 0;
     for (int64_t slot = 0; slot < slots; ++slot) {
-      weights[slot] = std::exp(logit(query, temperature, row, slot)) * (calibrated ? probs[row * classes + labels[slot]] : 1);
+      weights[slot] =
+          std::exp(logit(query, temperature, row, slot)) * (calibrated ? probs[row * classes + labels[slot]] : 1);
       sum += weights[slot];
     }
     if (calibrated && sum == 0) return softmax(query, temperature, row, false);
@@ -102,7 +105,8 @@ struct Case {
   }
 
   InstanceMatching<Real> problem() const {
-    return {query_weak.data(), query_strong.data(), probs.data(), view(), rows, temperature_weak, temperature_strong, false};
+    return {query_weak.data(), query_strong.data(), probs.data(), view(), rows,
+            temperature_weak,  temperature_strong,  false};
   }
   Bank<Real> view() const {
     return {bank.data(), labels.data(), slots, dim, classes, dim, 1};
@@ -138,13 +142,14 @@ void test_instance_matching(const Case<Real>& c, double tolerance) {
   expect_close("instance_matching pseudo_probs", widen(out.probs), probs, tolerance);
   expect_close("instance_matching loss", widen(out.loss), loss, tolerance);
   expect_close("instance_matching gradient", widen(out.gradient), gradient, tolerance);
-  expect("instance_matching bits", out.probs == again.probs && out.loss == again.loss && out.gradient == again.gradient);
+  expect("instance_matching bits",
+         out.probs == again.probs && out.loss == again.loss && out.gradient == again.gradient);
 }
 
 template <class Real>
 void test_partial(const Case<Real>& c, double tolerance) {
-  std::vector<Real> log_weak(c.rows), log_target(c.rows), log_strong(c.rows), logit(c.rows), aggregated(c.rows * c.classes),
-      target_mean(c.rows * c.dim), strong_mean(c.rows * c.dim);
+  std::vector<Real> log_weak(c.rows), log_target(c.rows), log_strong(c.rows), logit(c.rows),
+      aggregated(c.rows * c.classes), target_mean(c.rows * c.dim), strong_mean(c.rows * c.dim);
   const InstanceMatchingPartial<Real> partial{log_weak.data(), log_target.data(),  log_strong.data(), aggregated.data(),
                                               logit.data(),    target_mean.data(), strong_mean.data()};
   auto problem = c.problem();
@@ -165,8 +170,9 @@ void test_partial(const Case<Real>& c, double tolerance) {
   problem.bank.slots = 0;
   SSM_CALL_ISA(instance_matching_partial, problem, partial, serial_for);
   const Real minus_inf = -std::numeric_limits<Real>::infinity();
-  expect("partial of nothing", std::all_of(log_strong.begin(), log_strong.end(), [&](Real x) { return x == minus_inf; }) &&
-                                   std::all_of(strong_mean.begin(), strong_mean.end(), [](Real x) { return x == 0; }));
+  expect("partial of nothing",
+         std::all_of(log_strong.begin(), log_strong.end(), [&](Real x) { return x == minus_inf; }) &&
+             std::all_of(strong_mean.begin(), strong_mean.end(), [](Real x) { return x == 0; }));
 }
 
 template <class Real>
@@ -229,7 +235,8 @@ void test_labels_of_no_class() {
   const auto problem = c.problem();
   const InstanceMatchingResult<float> result{probs.data(), loss.data(), gradient.data(), 0};
   SSM_CALL_ISA(instance_matching, problem, result, serial_for);
-  for (int row = 0; row < 5; ++row) expect("mass outside the classes", probs[row * 3] + probs[row * 3 + 1] + probs[row * 3 + 2] < 1);
+  for (int row = 0; row < 5; ++row)
+    expect("mass outside the classes", probs[row * 3] + probs[row * 3 + 1] + probs[row * 3 + 2] < 1);
 }
 
 void test_memory_update() {
@@ -264,7 +271,8 @@ void test_memory_update() {
 
 template <class Real>
 void test_all(double tolerance) {
-  const int64_t sizes[][4] = {{1, 1, 1, 1}, {3, 17, 17, 3}, {17, 3, 123, 10}, {40, 33, 507, 10}, {2, 5, 1500, 300}, {123, 7, 130, 7}};
+  const int64_t sizes[][4] = {{1, 1, 1, 1},      {3, 17, 17, 3},    {17, 3, 123, 10},
+                              {40, 33, 507, 10}, {2, 5, 1500, 300}, {123, 7, 130, 7}};
   for (const auto& s : sizes)
     for (bool sorted : {false, true}) {
       const Case<Real> c(s[0], s[1], s[2], s[3], sorted, sorted);

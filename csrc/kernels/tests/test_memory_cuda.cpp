@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the memory family against the equations in double precision. Inputs, outputs and workspace start as NaN,
-// so that an unwritten element shows; see cuda_harness.h.
+// The CUDA kernels of the memory family against the equations in double precision. Inputs, outputs and workspace start
+// as NaN, so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -75,8 +75,9 @@ struct Problem {
     };
     weak = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_weak[i * s.dim + d]; });
     strong = unit_rows(s.rows, [&](int64_t i, int64_t d) -> Storage& { return query_strong[i * s.dim + d]; });
-    slots = unit_rows(s.slots,
-                      [&](int64_t i, int64_t d) -> Storage& { return bank[s.transposed ? d * s.slots + i : i * (s.dim + s.padding) + d]; });
+    slots = unit_rows(s.slots, [&](int64_t i, int64_t d) -> Storage& {
+      return bank[s.transposed ? d * s.slots + i : i * (s.dim + s.padding) + d];
+    });
     for (int64_t j = 0; j < s.slots; ++j) labels[j] = static_cast<int64_t>(uniform(random) * s.classes);
     if (s.wild_labels)
       for (int64_t j = 0; j < s.slots; j += 5) labels[j] = j % 2 ? -1 : s.classes + j * 1000000007;
@@ -183,13 +184,14 @@ Expected reference(const Problem<Storage>& problem) {
 template <class Storage>
 void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   using Real = Compute<Storage>;
-  context = std::string(setup.name) + " B " + std::to_string(s.rows) + " K " + std::to_string(s.slots) + " D " + std::to_string(s.dim) +
-            " L " + std::to_string(s.classes) + (s.sorted ? " sorted" : "") + (s.transposed ? " transposed" : "") + " t " +
-            std::to_string(s.temperature);
+  context = std::string(setup.name) + " B " + std::to_string(s.rows) + " K " + std::to_string(s.slots) + " D " +
+            std::to_string(s.dim) + " L " + std::to_string(s.classes) + (s.sorted ? " sorted" : "") +
+            (s.transposed ? " transposed" : "") + " t " + std::to_string(s.temperature);
   const Problem<Storage> problem(s, random);
   const Expected e = reference(problem);
   const bool steep =
-      s.temperature < 1e-2;  // logits of thousands: their own rounding is all the error, and tf32 cannot tell the slots apart
+      s.temperature <
+      1e-2;  // logits of thousands: their own rounding is all the error, and tf32 cannot tell the slots apart
   const double exact = steep ? (sizeof(Real) == 8 ? 1e-8 : setup.tf32 ? 1e9 : 2e-2) : setup.exact;
   const double mean = std::max(exact, setup.mean);
 
@@ -205,21 +207,23 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
     const Workspace workspace(cuda::instance_matching_workspace(matching, with_gradient));
     Guarded<Real> pseudo_probs(s.rows * s.classes), loss(s.rows), gradient(s.rows * s.dim);
     const char* error = cuda::instance_matching(
-        matching, {pseudo_probs.data(), loss.data(), with_gradient ? gradient.data() : nullptr, kAlpha}, workspace.data(), nullptr);
+        matching, {pseudo_probs.data(), loss.data(), with_gradient ? gradient.data() : nullptr, kAlpha},
+        workspace.data(), nullptr);
     succeeds(error, "instance_matching");
     compare(pseudo_probs, e.pseudo_probs, exact, "pseudo_probs");
     compare(loss, e.loss, exact, "loss", norm(e.log_strong));
-    if (with_gradient) compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
+    if (with_gradient)
+      compare(gradient, e.gradient, mean, "gradient", (norm(e.strong_mean) + norm(e.target_mean)) / s.temperature);
   }
   for (const bool with_means : {true, false}) {
     const Workspace workspace(cuda::instance_matching_workspace(matching, with_means));
-    Guarded<Real> log_weak(s.rows), log_target(s.rows), log_strong(s.rows), aggregated(s.rows * s.classes), target_logit(s.rows),
-        target_mean(s.rows * s.dim), strong_mean(s.rows * s.dim);
-    const char* error =
-        cuda::instance_matching_partial(matching,
-                                        {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
-                                         with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
-                                        workspace.data(), nullptr);
+    Guarded<Real> log_weak(s.rows), log_target(s.rows), log_strong(s.rows), aggregated(s.rows * s.classes),
+        target_logit(s.rows), target_mean(s.rows * s.dim), strong_mean(s.rows * s.dim);
+    const char* error = cuda::instance_matching_partial(
+        matching,
+        {log_weak.data(), log_target.data(), log_strong.data(), aggregated.data(), target_logit.data(),
+         with_means ? target_mean.data() : nullptr, with_means ? strong_mean.data() : nullptr},
+        workspace.data(), nullptr);
     succeeds(error, "instance_matching_partial");
     compare(log_weak, e.log_weak, exact, "log_weak");
     compare(log_strong, e.log_strong, exact, "log_strong");
@@ -228,7 +232,8 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
       check(std::isinf(log_target[i]) == std::isinf(e.log_target[i]), "log_target is −inf", log_target[i]);
     for (int64_t i = 0; i < s.rows; ++i)
       if (!std::isinf(e.log_target[i]))
-        check(std::fabs(log_target[i] - e.log_target[i]) <= exact * (10 + std::fabs(e.log_target[i])), "log_target", log_target[i]);
+        check(std::fabs(log_target[i] - e.log_target[i]) <= exact * (10 + std::fabs(e.log_target[i])), "log_target",
+              log_target[i]);
     compare(target_logit, e.target_logit, exact, "target_logit", norm(e.log_strong));
     compare(aggregated, e.aggregated, exact, "aggregated");
     if (with_means) {
@@ -240,27 +245,37 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), s.rows, s.temperature, setup.tf32};
   {
     const Workspace workspace(cuda::aggregate_workspace(aggregation));
-    Guarded<Real> aggregated(s.rows * s.classes), log_normalizer(s.rows), again(s.rows * s.classes), grad_query(s.rows * s.dim);
-    const char* error = cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr);
+    Guarded<Real> aggregated(s.rows * s.classes), log_normalizer(s.rows), again(s.rows * s.classes),
+        grad_query(s.rows * s.dim);
+    const char* error =
+        cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr);
     succeeds(error, "aggregate");
     compare(aggregated, e.aggregated, exact, "aggregate");
     compare(log_normalizer, e.log_weak, exact, "log_normalizer");
     set_seed(1);
     const Workspace other_workspace(cuda::aggregate_workspace(aggregation));
-    succeeds(cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr), "aggregate");
+    succeeds(cuda::aggregate(aggregation, {again.data(), log_normalizer.data()}, other_workspace.data(), nullptr),
+             "aggregate");
     set_seed(0);
-    check(std::memcmp(aggregated.data(), again.data(), aggregated.size() * sizeof(Real)) == 0, "the same bits in another order of warps");
+    check(std::memcmp(aggregated.data(), again.data(), aggregated.size() * sizeof(Real)) == 0,
+          "the same bits in another order of warps");
 
     const Workspace backward_workspace(cuda::aggregate_workspace(aggregation));
-    error = cuda::aggregate_backward(aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
+    error = cuda::aggregate_backward(aggregation,
+                                     {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
                                      backward_workspace.data(), nullptr);
     succeeds(error, "aggregate_backward");
     compare(grad_query, e.grad_query, mean, "grad_query", 1e-3 * norm(e.strong_mean) / s.temperature);
   }
   {
     Guarded<Real> unfolded(s.rows * s.slots);
-    const Unfold<Storage> unfolding{
-        problem.query_weak.data(), problem.probs.data(), problem.view(), s.rows, s.temperature, setup.tf32, unfolded.data()};
+    const Unfold<Storage> unfolding{problem.query_weak.data(),
+                                    problem.probs.data(),
+                                    problem.view(),
+                                    s.rows,
+                                    s.temperature,
+                                    setup.tf32,
+                                    unfolded.data()};
     const Workspace workspace(cuda::unfold_workspace(unfolding));
     const char* error = cuda::unfold(unfolding, workspace.data(), nullptr);
     succeeds(error, "unfold");
@@ -273,8 +288,14 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   using Real = Compute<Storage>;
   context = std::string(setup.name) + " empty";
   const Problem<Storage> problem({3, 0, 5, 4}, random);
-  const InstanceMatching<Storage> matching{
-      problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), 3, 0.1, 0.1, setup.tf32};
+  const InstanceMatching<Storage> matching{problem.query_weak.data(),
+                                           problem.query_strong.data(),
+                                           problem.probs.data(),
+                                           problem.view(),
+                                           3,
+                                           0.1,
+                                           0.1,
+                                           setup.tf32};
   const Workspace workspace(cuda::instance_matching_workspace(matching, true));
   Guarded<Real> logs(9), aggregated(12), logit(3), target_mean(15), strong_mean(15);
   const InstanceMatchingPartial<Real> partial{logs.data(),  logs.data() + 3,    logs.data() + 6,   aggregated.data(),
@@ -288,15 +309,22 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   compare(strong_mean, Values(15), 0, "strong_mean");
 
   const Problem<Storage> no_rows({0, 7, 5, 4}, random);
-  const InstanceMatching<Storage> none{
-      no_rows.query_weak.data(), no_rows.query_strong.data(), no_rows.probs.data(), no_rows.view(), 0, 0.1, 0.1, setup.tf32};
+  const InstanceMatching<Storage> none{no_rows.query_weak.data(),
+                                       no_rows.query_strong.data(),
+                                       no_rows.probs.data(),
+                                       no_rows.view(),
+                                       0,
+                                       0.1,
+                                       0.1,
+                                       setup.tf32};
   succeeds(cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
 }
 
 template <class Storage>
 void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, bool transposed, std::mt19937& random) {
   using Real = Compute<Storage>;
-  context = std::string(setup.name) + " update B " + std::to_string(rows) + " K " + std::to_string(slots) + " D " + std::to_string(dim);
+  context = std::string(setup.name) + " update B " + std::to_string(rows) + " K " + std::to_string(slots) + " D " +
+            std::to_string(dim);
   constexpr double kMomentum = 0.7;
   constexpr int64_t kLabelStride = 2;
   Guarded<Storage> bank(slots * dim), added(rows * dim);
@@ -323,13 +351,18 @@ void test_update(const Setup& setup, int64_t rows, int64_t slots, int64_t dim, b
       expected[index[i] * row_stride + d * column_stride] = host::from_real<Storage>(static_cast<Real>(x[d] / length));
     expected_labels[index[i] * kLabelStride] = i;
   }
-  const char* error = cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots, dim,
-                                                    rows, row_stride, column_stride, kLabelStride, kMomentum},
-                                                   nullptr);
+  const char* error =
+      cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), slots,
+                                    dim, rows, row_stride, column_stride, kLabelStride, kMomentum},
+                                   nullptr);
   succeeds(error, "memory_update");
   double error_squares = 0;
-  for (size_t i = 0; i < bank.size(); ++i) error_squares += std::pow(double{host::to_real(bank[i])} - host::to_real(expected[i]), 2);
-  const double step = sizeof(Storage) == 8 ? 1e-14 : sizeof(Storage) == 4 ? 1e-6 : std::is_same_v<Storage, bfloat16> ? 4e-3 : 5e-4;
+  for (size_t i = 0; i < bank.size(); ++i)
+    error_squares += std::pow(double{host::to_real(bank[i])} - host::to_real(expected[i]), 2);
+  const double step = sizeof(Storage) == 8                ? 1e-14
+                      : sizeof(Storage) == 4              ? 1e-6
+                      : std::is_same_v<Storage, bfloat16> ? 4e-3
+                                                          : 5e-4;
   check(std::sqrt(error_squares) <= step * std::sqrt(slots), "features", std::sqrt(error_squares));
   check(std::memcmp(labels.data(), expected_labels.data(), labels.size() * sizeof(int64_t)) == 0, "labels");
 }
@@ -353,12 +386,19 @@ void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
     for (int64_t i = 0; i < kRows * width; ++i) right &= std::isnan(out[i]) == (in_slot || i / width == kRow);
     check(right, what);
   };
-  const InstanceMatching<Storage> matching{
-      problem.query_weak.data(), problem.query_strong.data(), problem.probs.data(), problem.view(), kRows, 0.1, 0.1, setup.tf32};
+  const InstanceMatching<Storage> matching{problem.query_weak.data(),
+                                           problem.query_strong.data(),
+                                           problem.probs.data(),
+                                           problem.view(),
+                                           kRows,
+                                           0.1,
+                                           0.1,
+                                           setup.tf32};
   {
     const Workspace workspace(cuda::instance_matching_workspace(matching, true));
     const Guarded<Real> pseudo_probs(kRows * kClasses), loss(kRows), gradient(kRows * kDim);
-    succeeds(cuda::instance_matching(matching, {pseudo_probs.data(), loss.data(), gradient.data(), kAlpha}, workspace.data(), nullptr),
+    succeeds(cuda::instance_matching(matching, {pseudo_probs.data(), loss.data(), gradient.data(), kAlpha},
+                                     workspace.data(), nullptr),
              "instance_matching");
     check_rows(pseudo_probs, "pseudo_probs");
     check_rows(loss, "loss");
@@ -366,18 +406,22 @@ void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
   }
   {
     const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), kRows, 0.1, setup.tf32};
-    const Workspace workspace(cuda::aggregate_workspace(aggregation)), backward_workspace(cuda::aggregate_workspace(aggregation));
+    const Workspace workspace(cuda::aggregate_workspace(aggregation)),
+        backward_workspace(cuda::aggregate_workspace(aggregation));
     const Guarded<Real> aggregated(kRows * kClasses), log_normalizer(kRows), grad_query(kRows * kDim);
-    succeeds(cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr), "aggregate");
-    succeeds(cuda::aggregate_backward(aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
-                                      backward_workspace.data(), nullptr),
+    succeeds(cuda::aggregate(aggregation, {aggregated.data(), log_normalizer.data()}, workspace.data(), nullptr),
+             "aggregate");
+    succeeds(cuda::aggregate_backward(
+                 aggregation, {problem.grad.data(), aggregated.data(), log_normalizer.data(), grad_query.data()},
+                 backward_workspace.data(), nullptr),
              "aggregate_backward");
     check_rows(aggregated, "aggregated");
     check_rows(log_normalizer, "log_normalizer");
     check_rows(grad_query, "grad_query");
   }
   const Guarded<Real> unfolded(kRows * kSlots);
-  const Unfold<Storage> unfolding{problem.query_weak.data(), problem.probs.data(), problem.view(), kRows, 0.1, setup.tf32, unfolded.data()};
+  const Unfold<Storage> unfolding{
+      problem.query_weak.data(), problem.probs.data(), problem.view(), kRows, 0.1, setup.tf32, unfolded.data()};
   const Workspace workspace(cuda::unfold_workspace(unfolding));
   succeeds(cuda::unfold(unfolding, workspace.data(), nullptr), "unfold");
   check_rows(unfolded, "unfolded");
@@ -394,8 +438,9 @@ void test_update_not_finite(const Setup& setup) {
   for (size_t i = 0; i < bank.size(); ++i) bank[i] = host::from_real<Storage>(Real(1));
   for (size_t i = 0; i < added.size(); ++i) added[i] = host::from_real<Storage>(Real(1));
   added[5] = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
-  succeeds(cuda::memory_update<Storage>(
-               {bank.data(), labels.data(), index.data(), added.data(), new_labels.data(), kSlots, kDim, 2, kDim, 1, 1, 0.7}, nullptr),
+  succeeds(cuda::memory_update<Storage>({bank.data(), labels.data(), index.data(), added.data(), new_labels.data(),
+                                         kSlots, kDim, 2, kDim, 1, 1, 0.7},
+                                        nullptr),
            "memory_update");
   bool right = true;
   for (int64_t i = 0; i < kSlots * kDim; ++i) right &= std::isnan(host::to_real(bank[i])) == (i / kDim == 2);
@@ -405,8 +450,8 @@ void test_update_not_finite(const Setup& setup) {
 template <class Storage>
 void test_all(const Setup& setup) {
   std::mt19937 random(1234);
-  const int64_t all_rows[] = {1, 3, 17, 70}, all_slots[] = {1, 17, 123, 507}, all_dims[] = {0, 1, 3, 17, 64, 128, 200, 512},
-                all_classes[] = {1, 3, 10, 300};
+  const int64_t all_rows[] = {1, 3, 17, 70}, all_slots[] = {1, 17, 123, 507},
+                all_dims[] = {0, 1, 3, 17, 64, 128, 200, 512}, all_classes[] = {1, 3, 10, 300};
   // Each pair of sizes meets; wide and long ones are not combined, to keep the time short.
   int turn = 0;
   for (const int64_t dim : all_dims)

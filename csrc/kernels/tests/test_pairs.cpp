@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The pairs kernels without torch: against a direct transcription of the equations in double, for every instruction set of this processor,
-// and bit for bit between one thread and several. Run it under the sanitizers too.
+// The pairs kernels without torch: against a direct transcription of the equations in double, for every instruction set
+// of this processor, and bit for bit between one thread and several. Run it under the sanitizers too.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -23,7 +23,8 @@ void expect(const char* what, bool holds) {
   ++failures;
 }
 
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than serial_for.
+// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
+// serial_for.
 const auto threads_for = [](int64_t n, RangeBody body) {
   std::vector<std::thread> threads;
   for (int64_t t = 0; t < 4; ++t)
@@ -40,7 +41,8 @@ struct Gradients {
 
   explicit Gradients(const PairNetwork<Real>& in) {
     const int64_t weights = in.interaction == Interaction::concat ? 0 : in.hidden;
-    const int64_t sizes[6] = {in.x_rows * in.features, in.y_rows * in.features, weights * in.features, weights, in.hidden, 1};
+    const int64_t sizes[6] = {
+        in.x_rows * in.features, in.y_rows * in.features, weights * in.features, weights, in.hidden, 1};
     for (int k = 0; k < 6; ++k) values[k].assign(sizes[k], Real(77));  // every element is to be written
   }
   PairGradients<Real> view() {
@@ -71,7 +73,8 @@ struct Case {
     fill(w2, h, 1 / std::sqrt(h));
     fill(b2, 1, 1);
     for (int64_t k = 0; k < 2 * listed; ++k)  // some out of range
-      pairs.push_back(static_cast<int64_t>(random() % static_cast<unsigned>((k % 2 ? m : n) + 1)) - (random() % 50 == 0));
+      pairs.push_back(static_cast<int64_t>(random() % static_cast<unsigned>((k % 2 ? m : n) + 1)) -
+                      (random() % 50 == 0));
     for (int64_t i = 0; i < n; ++i) x_labels.push_back(static_cast<int64_t>(random() % 4) - 1);
     for (int64_t j = 0; j < m; ++j) y_labels.push_back(static_cast<int64_t>(random() % 4) - 1);
     const int64_t count = listed ? listed : n * m;
@@ -108,7 +111,8 @@ struct Case {
   }
 
   double hidden(int64_t i, int64_t j, int64_t unit) const {
-    if (network.interaction == Interaction::concat) return double(x[i * network.hidden + unit]) + double(y[j * network.hidden + unit]);
+    if (network.interaction == Interaction::concat)
+      return double(x[i * network.hidden + unit]) + double(y[j * network.hidden + unit]);
     double sum = b1[unit];
     for (int64_t c = 0; c < network.features; ++c) sum += w1[unit * network.features + c] * phi(i, j, c);
     return sum;
@@ -124,8 +128,10 @@ struct Case {
   void loss_of(int64_t i, int64_t j, double z, double& loss, double& slope) const {
     loss = slope = 0;
     if (x_labels[i] == focal.ignored || y_labels[j] == focal.ignored) return;
-    const double sign = x_labels[i] == y_labels[j] ? 1 : -1, alpha = sign > 0 ? focal.alpha_same : focal.alpha_other, s = sign * z;
-    const double wrong = 1 / (1 + std::exp(s)), surprise = s > 0 ? std::log1p(std::exp(-s)) : std::log1p(std::exp(s)) - s;
+    const double sign = x_labels[i] == y_labels[j] ? 1 : -1, alpha = sign > 0 ? focal.alpha_same : focal.alpha_other,
+                 s = sign * z;
+    const double wrong = 1 / (1 + std::exp(s)),
+                 surprise = s > 0 ? std::log1p(std::exp(-s)) : std::log1p(std::exp(s)) - s;
     const double power = std::pow(wrong, focal.gamma);
     loss = alpha * power * surprise;
     slope = -sign * alpha * power * (focal.gamma * (1 - wrong) * surprise + wrong);

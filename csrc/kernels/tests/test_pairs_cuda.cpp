@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the pairs family against a double loop over pairs and hidden units in double precision. Inputs, outputs and workspace
-// start as NaN, so that an unwritten element shows; see cuda_harness.h.
+// The CUDA kernels of the pairs family against a double loop over pairs and hidden units in double precision. Inputs,
+// outputs and workspace start as NaN, so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
 #include <limits>
 #include <random>
@@ -58,7 +58,8 @@ struct Problem {
     std::normal_distribution<double> normal;
     const auto fill = [&](auto& out, double scale) {
       using Element = std::remove_reference_t<decltype(out[0])>;
-      for (size_t i = 0; i < out.size(); ++i) out[i] = host::from_real<Element>(static_cast<Compute<Element>>(scale * normal(random)));
+      for (size_t i = 0; i < out.size(); ++i)
+        out[i] = host::from_real<Element>(static_cast<Compute<Element>>(scale * normal(random)));
     };
     fill(x, 1);
     fill(y, 1);
@@ -67,16 +68,19 @@ struct Problem {
     fill(w2, 2 / std::sqrt(s.hidden + 1.0));
     fill(b2, 0.3);
     fill(grad, s.grad_scale);
-    for (int64_t d = 0; d < width && s.x_rows > 1 && s.y_rows > 1; ++d) y[width + d] = x[width + d];  // |x − y| has no slope there
+    for (int64_t d = 0; d < width && s.x_rows > 1 && s.y_rows > 1; ++d)
+      y[width + d] = x[width + d];  // |x − y| has no slope there
     const auto label = [&](auto& labels) {
-      for (size_t i = 0; i < labels.size(); ++i) labels[i] = s.ignores_all || random() % 7 == 0 ? kIgnored : random() % 3;
+      for (size_t i = 0; i < labels.size(); ++i)
+        labels[i] = s.ignores_all || random() % 7 == 0 ? kIgnored : random() % 3;
     };
     label(x_labels);
     label(y_labels);
     for (int64_t k = 0; k < s.listed; ++k) {
       pairs[2 * k] = s.x_rows > 0 ? random() % s.x_rows : 0;
       pairs[2 * k + 1] = s.y_rows > 0 ? random() % s.y_rows : 0;
-      if (k % 11 == 3) pairs[2 * k + k % 2] = k % 3 == 0 ? -1 : k % 3 == 1 ? (k % 2 ? s.y_rows : s.x_rows) : int64_t{1} << 60;
+      if (k % 11 == 3)
+        pairs[2 * k + k % 2] = k % 3 == 0 ? -1 : k % 3 == 1 ? (k % 2 ? s.y_rows : s.x_rows) : int64_t{1} << 60;
     }
   }
 
@@ -101,7 +105,8 @@ struct Problem {
             count};
   }
   FocalLoss focal() const {
-    return {x_labels.data(), y_labels.data(), kIgnored, shape.balanced ? 0.25 : 1, shape.balanced ? 0.75 : 1, shape.gamma};
+    return {x_labels.data(),           y_labels.data(),           kIgnored,
+            shape.balanced ? 0.25 : 1, shape.balanced ? 0.75 : 1, shape.gamma};
   }
   // Whether there is a pair k: (i, j).
   bool pair(int64_t k, int64_t& i, int64_t& j) const {
@@ -118,7 +123,8 @@ struct Gradients {
 template <class Storage>
 class Reference {
  public:
-  explicit Reference(const Problem<Storage>& problem) : in(problem), logits(in.count), losses(in.count), slopes(in.count) {
+  explicit Reference(const Problem<Storage>& problem)
+      : in(problem), logits(in.count), losses(in.count), slopes(in.count) {
     for (int64_t k = 0; k < in.count; ++k) {
       int64_t i, j;
       if (!in.pair(k, i, j)) continue;
@@ -156,7 +162,8 @@ class Reference {
         }
         out.b1[h] += u;
         for (int64_t c = 0; c < d; ++c) {
-          const double a = host::to_real(in.x[i * d + c]), b = host::to_real(in.y[j * d + c]), w = host::to_real(in.w1[h * d + c]);
+          const double a = host::to_real(in.x[i * d + c]), b = host::to_real(in.y[j * d + c]),
+                       w = host::to_real(in.w1[h * d + c]);
           const bool product = in.shape.interaction == Interaction::product;
           out.w1[h * d + c] += u * phi(a, b);
           out.x[i * d + c] += u * w * (product ? b : a > b ? 1 : a < b ? -1 : 0);
@@ -210,8 +217,8 @@ struct Output {
     compare_norms(b2, expected.b2, tolerance, name("∂b2").c_str(), norm(g));
   }
   bool same_bits(const Output& other) const {
-    return x.same_bits(other.x) && y.same_bits(other.y) && w1.same_bits(other.w1) && b1.same_bits(other.b1) && w2.same_bits(other.w2) &&
-           b2.same_bits(other.b2);
+    return x.same_bits(other.x) && y.same_bits(other.y) && w1.same_bits(other.w1) && b1.same_bits(other.b1) &&
+           w2.same_bits(other.w2) && b2.same_bits(other.b2);
   }
 };
 
@@ -219,9 +226,10 @@ template <class Storage>
 void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) {
   using Real = Compute<Storage>;
   const char* interactions[] = {"concat", "absdiff", "product"};
-  context = std::string(setup.name) + " " + interactions[static_cast<int>(shape.interaction)] + " n " + std::to_string(shape.x_rows) +
-            " m " + std::to_string(shape.y_rows) + " d " + std::to_string(shape.features) + " h " + std::to_string(shape.hidden) +
-            " listed " + std::to_string(shape.listed) + " γ " + std::to_string(shape.gamma);
+  context = std::string(setup.name) + " " + interactions[static_cast<int>(shape.interaction)] + " n " +
+            std::to_string(shape.x_rows) + " m " + std::to_string(shape.y_rows) + " d " +
+            std::to_string(shape.features) + " h " + std::to_string(shape.hidden) + " listed " +
+            std::to_string(shape.listed) + " γ " + std::to_string(shape.gamma);
   const Problem<Storage> problem(shape, random);
   const Reference<Storage> reference(problem);
   const PairNetwork<Storage> network = problem.view();
@@ -250,9 +258,10 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
   for (const bool mean : {false, true}) {
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> loss(1);
-    succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr), "pair_focal_loss_sum");
-    compare_norms(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total}, setup.logits,
-                  "loss alone");
+    succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr),
+             "pair_focal_loss_sum");
+    compare_norms(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total},
+                  setup.logits, "loss alone");
   }
   {
     const Workspace workspace(workspace_bytes(false));
@@ -270,7 +279,8 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
   {
     const Workspace workspace(workspace_bytes(true));
     const Output<Storage> out(problem);
-    succeeds(cuda::pair_logits_backward(network, problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
+    succeeds(cuda::pair_logits_backward(network, problem.grad.data(), out.view(), workspace.data(), nullptr),
+             "pair_logits_backward");
     for (int64_t k = 0, i, j; k < problem.count; ++k)
       if (!problem.pair(k, i, j)) g[k] = 0;
     out.check_against(reference.gradients(g), g, setup.gradients, "logits");
@@ -323,16 +333,19 @@ void test_saturated(const char* name, double tolerance) {
         for (int64_t j = 0; j < m; ++j) {
           const bool same = x_labels[i] == y_labels[j];
           const double logit = std::max(double{a[i]} + b[j], 0.0) - 10000, s = same ? logit : -logit;
-          const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0), wrong = 1 / (1 + std::exp(s));
+          const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0),
+                       wrong = 1 / (1 + std::exp(s));
           const double loss = (same ? 0.25 : 0.75) * std::pow(wrong, gamma) * surprise;
-          const double slope = -(same ? 0.25 : -0.75) * std::pow(wrong, gamma) * (gamma / (1 + std::exp(-s)) * surprise + wrong);
+          const double slope =
+              -(same ? 0.25 : -0.75) * std::pow(wrong, gamma) * (gamma / (1 + std::exp(-s)) * surprise + wrong);
           const double least = sizeof(Real) == 4 ? 1e-36 : 1e-300;
           check(std::fabs(losses[i * m + j] - loss) <= tolerance * loss + least, "loss", losses[i * m + j] / loss);
           // The slope alone, as ∂b2.
           for (int64_t k = 0; k < n * m; ++k) grad[k] = k == i * m + j;
-          succeeds(cuda::pair_focal_loss_backward(network, focal, grad.data(),
-                                                  {grad_a.data(), grad_b.data(), nullptr, nullptr, grad_w2.data(), grad_b2.data()},
-                                                  workspace.data(), nullptr),
+          succeeds(cuda::pair_focal_loss_backward(
+                       network, focal, grad.data(),
+                       {grad_a.data(), grad_b.data(), nullptr, nullptr, grad_w2.data(), grad_b2.data()},
+                       workspace.data(), nullptr),
                    "pair_focal_loss_backward");
           check(std::fabs(grad_b2[0] - slope) <= tolerance * std::fabs(slope) + least, "slope", grad_b2[0] / slope);
           for (int64_t k = 0; k < n; ++k) check(std::isfinite(grad_a[k]), "∂A is finite");
@@ -356,7 +369,9 @@ void test_range(const Setup& setup) {
   const Output<Storage> out(problem);
   Guarded<float> loss(1);
   const PairGradients<float> gradients = out.view();
-  succeeds(cuda::pair_focal_loss_sum(problem.view(), problem.focal(), {true, loss.data(), &gradients}, workspace.data(), nullptr), "sum");
+  succeeds(cuda::pair_focal_loss_sum(problem.view(), problem.focal(), {true, loss.data(), &gradients}, workspace.data(),
+                                     nullptr),
+           "sum");
   bool finite = std::isfinite(loss[0]);
   for (const auto* each : {&out.x, &out.y, &out.w1, &out.b1, &out.w2, &out.b2})
     for (size_t i = 0; i < each->size(); ++i) finite &= static_cast<bool>(std::isfinite((*each)[i]));
@@ -367,8 +382,8 @@ void test_range(const Setup& setup) {
 template <class Storage>
 void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed) {
   using Real = Compute<Storage>;
-  context =
-      std::string(setup.name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) + " listed " + std::to_string(listed);
+  context = std::string(setup.name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) +
+            " listed " + std::to_string(listed);
   Shape shape{interaction, 9, 17, 5, 6};
   shape.listed = listed;
   std::mt19937 random(11);
@@ -386,9 +401,11 @@ void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed
   }
   check(right, "logits");
   const Output<Storage> out(problem);
-  succeeds(cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr), "pair_logits_backward");
+  succeeds(cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr),
+           "pair_logits_backward");
   bool finite = true;
-  for (size_t k = 0; k < out.x.size(); ++k) finite &= static_cast<bool>(std::isfinite(out.x[k])) || k / problem.width == kRow;
+  for (size_t k = 0; k < out.x.size(); ++k)
+    finite &= static_cast<bool>(std::isfinite(out.x[k])) || k / problem.width == kRow;
   check(finite, "∂x of the other rows");
   check(std::isnan(out.w2[0]), "∂w2");
 }
@@ -446,7 +463,9 @@ void test_interactions(const Setup& setup) {
     test({kind, 5, 9, 130, 20, 129, 2, false, true});
     test({kind, 6, 5, 3, 7, 0});
     test({kind, 0, 5, 3, 7, 3});
-    if (!half) test({kind, 2, 2100, 3, 2, 33000, 2, true, true});  // several tiles to a block, runs over all of them, two digits of rows
+    if (!half)
+      test({kind, 2, 2100, 3, 2, 33000, 2, true,
+            true});  // several tiles to a block, runs over all of them, two digits of rows
   }
 }
 

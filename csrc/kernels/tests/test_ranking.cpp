@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The ranking kernels without torch: against a direct transcription of the equations in double, for every instruction set of this
-// processor, and bit for bit between one thread and several. Run it under the sanitizers too.
+// The ranking kernels without torch: against a direct transcription of the equations in double, for every instruction
+// set of this processor, and bit for bit between one thread and several. Run it under the sanitizers too.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -27,7 +27,8 @@ void expect(const char* what, bool holds) {
   ++failures;
 }
 
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than serial_for.
+// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
+// serial_for.
 const auto threads_for = [](int64_t n, RangeBody body) {
   std::vector<std::thread> threads;
   for (int64_t t = 0; t < 4; ++t)
@@ -49,7 +50,8 @@ struct Side {
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < n; ++i) {
       labels.push_back(static_cast<int64_t>(random() % static_cast<unsigned>(classes)) - 1);
-      for (int64_t c = 0; c < d; ++c) rows.push_back(static_cast<Real>(0.4 * normal(random) + (c == labels.back() % d)));
+      for (int64_t c = 0; c < d; ++c)
+        rows.push_back(static_cast<Real>(0.4 * normal(random) + (c == labels.back() % d)));
     }
     for (int64_t i = 3; i < n; i += 7)  // a distance of 0
       std::copy_n(rows.begin() + (i - 2) * d, d, rows.begin() + i * d);
@@ -77,7 +79,8 @@ struct Case {
   }
 
   RankingLabels labels() const {
-    return {left.order.data(), left.sorted.data(), alone ? nullptr : right.order.data(), alone ? nullptr : right.sorted.data()};
+    return {left.order.data(), left.sorted.data(), alone ? nullptr : right.order.data(),
+            alone ? nullptr : right.sorted.data()};
   }
 
   double cosine(const std::vector<Real>& rows, int64_t dim, int64_t i, int64_t j) const {
@@ -127,7 +130,9 @@ struct Case {
     left_grad.assign(n * d, 0);
     right_grad.assign(m * d, 0);
     for (int part = 0; part < 2; ++part) {
-      const double divisor = reduction == Reduction::sum ? 1 : reduction == Reduction::mean ? counts[part] : nonzero[part];
+      const double divisor = reduction == Reduction::sum    ? 1
+                             : reduction == Reduction::mean ? counts[part]
+                                                            : nonzero[part];
       if (divisor == 0) continue;
       loss += sums[part] / divisor;
       for (int64_t k = 0; k < n * d; ++k) left_grad[k] += left_parts[part][k] / divisor;
@@ -173,7 +178,8 @@ template <class Real>
 std::vector<Real> run_ranking(const Case<Real>& in, bool mined, Reduction reduction, ParallelFor parallel_for) {
   const auto tiles = [](int64_t rows) { return (rows + kRankingTile - 1) / kRankingTile; };
   std::vector<uint8_t> active(tiles(in.n) * tiles(in.m));
-  std::vector<Real> out(1 + (in.n + (in.alone ? 0 : in.m)) * in.d, Real(77)), weights(2);  // every element is to be written
+  std::vector<Real> out(1 + (in.n + (in.alone ? 0 : in.m)) * in.d, Real(77)),
+      weights(2);  // every element is to be written
   const RankingLoss<Real> loss{reduction, out.data(), weights.data(), active.data()};
   const Real one = 1;
   const RankingGradients<Real> gradients{&one, weights.data(), active.data(), out.data() + 1,
@@ -204,7 +210,8 @@ void test(double tolerance) {
   struct Size {
     int64_t n, m, d, classes;
   };
-  for (const Size size : {Size{0, 0, 3, 2}, {2, 0, 1, 1}, {5, 3, 7, 2}, {33, 0, 17, 3}, {70, 45, 40, 4}, {100, 0, 3, 200}})
+  for (const Size size :
+       {Size{0, 0, 3, 2}, {2, 0, 1, 1}, {5, 3, 7, 2}, {33, 0, 17, 3}, {70, 45, 40, 4}, {100, 0, 3, 200}})
     for (const double margin : {0.5, 2.5})
       for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
         const Case<Real> in(size.n, size.m, size.d, size.classes, margin);
@@ -218,14 +225,17 @@ void test(double tolerance) {
           if (!in.alone) exact.insert(exact.end(), right.begin(), right.end());
           const std::vector<Real> serial = run_ranking(in, mined, reduction, serial_for);
           expect(mined ? "mined_pair_ranking_loss" : "pair_ranking_loss", close(serial, exact, tolerance));
-          expect("bits of the ranking losses on threads", same_bits(serial, run_ranking(in, mined, reduction, threads_for)));
+          expect("bits of the ranking losses on threads",
+                 same_bits(serial, run_ranking(in, mined, reduction, threads_for)));
         }
       }
-  for (const Size size : {Size{0, 0, 3, 2}, {1, 0, 4, 2}, {20, 0, 9, 3}, {80, 0, 30, 1}, {120, 0, 5, 2}, {150, 0, 6, 60}}) {
+  for (const Size size :
+       {Size{0, 0, 3, 2}, {1, 0, 4, 2}, {20, 0, 9, 3}, {80, 0, 30, 1}, {120, 0, 5, 2}, {150, 0, 6, 60}}) {
     const Case<Real> in(size.n, 0, size.d, size.classes, 0.5);
     const std::vector<Real> grads{Real(0.7), Real(-1.1), Real(0.4), Real(1.9)};
     const std::vector<Real> serial = run_moments(in, grads, serial_for);
-    expect("similarity_moments", close(std::vector<Real>(serial.begin(), serial.begin() + 4), in.direct_moments(), tolerance));
+    expect("similarity_moments",
+           close(std::vector<Real>(serial.begin(), serial.begin() + 4), in.direct_moments(), tolerance));
     expect("bits of similarity_moments on threads", same_bits(serial, run_moments(in, grads, threads_for)));
     if constexpr (sizeof(Real) == 8)  // by differences of the moments themselves
       for (int64_t k = 0; k < size.n * size.d; k += 17) {

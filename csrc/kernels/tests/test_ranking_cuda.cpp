@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The CUDA kernels of the ranking family against loops over pairs in double precision. Inputs, outputs and workspace start as NaN,
-// so that an unwritten element shows; see cuda_harness.h.
+// The CUDA kernels of the ranking family against loops over pairs in double precision. Inputs, outputs and workspace
+// start as NaN, so that an unwritten element shows; see cuda_harness.h.
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -44,7 +44,9 @@ template <class Storage>
 void fill(const Guarded<Storage>& out, int64_t rows, int64_t dim, Spread spread, std::mt19937& random) {
   using Real = Compute<Storage>;
   std::normal_distribution<double> normal;
-  const auto put = [&](int64_t i, int64_t c, double x) { out[i * dim + c] = host::from_real<Storage>(static_cast<Real>(x)); };
+  const auto put = [&](int64_t i, int64_t c, double x) {
+    out[i * dim + c] = host::from_real<Storage>(static_cast<Real>(x));
+  };
   const double scale = 1 / std::sqrt(static_cast<double>(dim));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = 0; c < dim; ++c) {
@@ -113,7 +115,12 @@ struct Problem {
   }
 
   RankingPairs<Storage> pairs() const {
-    return {rows.data(),          with_references ? references.data() : nullptr, shape.rows, others, shape.dim, shape.positive_margin,
+    return {rows.data(),
+            with_references ? references.data() : nullptr,
+            shape.rows,
+            others,
+            shape.dim,
+            shape.positive_margin,
             shape.negative_margin};
   }
   RankingLabels ordered() const {
@@ -172,9 +179,11 @@ struct Reference {
     for (int64_t i = 0; i < in.shape.rows; ++i)
       for (int64_t j = 0; j < in.others; ++j) {
         if (!in.with_references && i == j) continue;
-        const bool same = !in.is_mined() && in.labels.labels[i] == (in.with_references ? in.reference_labels : in.labels).labels[j];
+        const bool same =
+            !in.is_mined() && in.labels.labels[i] == (in.with_references ? in.reference_labels : in.labels).labels[j];
         const double s = in.is_mined() ? in.cosine(i, j) : 0;
-        const bool kinds[2] = {in.is_mined() ? s >= in.thresholds[0] : same, in.is_mined() ? s <= in.thresholds[1] : !same};
+        const bool kinds[2] = {in.is_mined() ? s >= in.thresholds[0] : same,
+                               in.is_mined() ? s <= in.thresholds[1] : !same};
         const double d = distances[i * in.others + j] = in.distance(i, j);
         const double excess[2] = {d - in.shape.positive_margin, in.shape.negative_margin - d};
         for (int kind = 0; kind < 2; ++kind) {
@@ -196,7 +205,8 @@ struct Reference {
     return weight(reduction, 0) * sums[0] + weight(reduction, 1) * sums[1];
   }
   // Returns the norm of what they sum.
-  double gradients(const Problem<Storage>& in, Reduction reduction, double grad, Values& rows, Values& references) const {
+  double gradients(const Problem<Storage>& in, Reduction reduction, double grad, Values& rows,
+                   Values& references) const {
     const int64_t d = in.shape.dim;
     Values terms;
     rows.assign(in.shape.rows * d, 0);
@@ -206,7 +216,8 @@ struct Reference {
         const int kinds = active[i * in.others + j];
         const double distance = distances[i * in.others + j];
         if (kinds == 0 || distance == 0) continue;
-        const double k = grad * ((kinds & 1 ? weight(reduction, 0) : 0) - (kinds & 2 ? weight(reduction, 1) : 0)) / distance;
+        const double k =
+            grad * ((kinds & 1 ? weight(reduction, 0) : 0) - (kinds & 2 ? weight(reduction, 1) : 0)) / distance;
         terms.push_back(k * distance);
         for (int64_t c = 0; c < d; ++c) {
           const double x = k * (value(in.rows, i * d + c) - in.other(j, c));
@@ -230,7 +241,8 @@ struct Output {
         rows(in.rows.size()),
         references(in.references.size()),
         active((in.shape.rows + 31) / 32 * ((in.others + 31) / 32)) {
-    std::fill(active.data(), active.data() + active.size(), 0);  // whoever reads a flag that is not written finds nothing active
+    std::fill(active.data(), active.data() + active.size(),
+              0);  // whoever reads a flag that is not written finds nothing active
   }
   bool same_bits(const Output& other) const {
     return loss.same_bits(other.loss) && weights.same_bits(other.weights) && rows.same_bits(other.rows) &&
@@ -243,7 +255,8 @@ struct Output {
   }
   void backward(const Problem<Storage>& in, const Guarded<Real>& grad) const {
     const Workspace workspace(cuda::ranking_workspace(in.pairs(), in.shape.basis_dim, true));
-    succeeds(in.backward({grad.data(), weights.data(), active.data(), rows.data(), in.with_references ? references.data() : nullptr},
+    succeeds(in.backward({grad.data(), weights.data(), active.data(), rows.data(),
+                          in.with_references ? references.data() : nullptr},
                          workspace.data()),
              "backward");
   }
@@ -258,11 +271,11 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
   grad[0] = Real(-1.75);
   for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
     if (shape.brief && reduction != Reduction::mean_nonzero) break;
-    context = std::string(setup.name) + " n " + std::to_string(shape.rows) + " m " + std::to_string(shape.references) + " d " +
-              std::to_string(shape.dim) + " classes " + std::to_string(shape.classes) + " spread " +
-              std::to_string(static_cast<int>(shape.spread)) + " margins " + std::to_string(shape.positive_margin) + " " +
-              std::to_string(shape.negative_margin) + " basis " + std::to_string(shape.basis_dim) + " reduction " +
-              std::to_string(static_cast<int>(reduction));
+    context = std::string(setup.name) + " n " + std::to_string(shape.rows) + " m " + std::to_string(shape.references) +
+              " d " + std::to_string(shape.dim) + " classes " + std::to_string(shape.classes) + " spread " +
+              std::to_string(static_cast<int>(shape.spread)) + " margins " + std::to_string(shape.positive_margin) +
+              " " + std::to_string(shape.negative_margin) + " basis " + std::to_string(shape.basis_dim) +
+              " reduction " + std::to_string(static_cast<int>(reduction));
     const Output<Storage> out(problem);
     out.run(problem, reduction, grad);
     if (!shape.brief) {
@@ -298,7 +311,8 @@ void test_loss(const Setup& setup, const Shape& shape, std::mt19937& random) {
     std::fill(out.active.data(), out.active.data() + out.active.size(), 0);
     out.backward(problem, grad);
     check(std::all_of(out.rows.data(), out.rows.data() + out.rows.size(), [](Real x) { return x == 0; }) &&
-              std::all_of(out.references.data(), out.references.data() + out.references.size(), [](Real x) { return x == 0; }),
+              std::all_of(out.references.data(), out.references.data() + out.references.size(),
+                          [](Real x) { return x == 0; }),
           "nothing from tiles that are not active");
   }
 }
@@ -379,7 +393,8 @@ void test_not_finite(const Setup& setup) {
   }
 }
 
-// Rows and margins times a power of two whose square leaves the range: the loss is as many times as large, the gradients are the same.
+// Rows and margins times a power of two whose square leaves the range: the loss is as many times as large, the
+// gradients are the same.
 template <class Storage>
 void test_scales(const Setup& setup) {
   using Real = Compute<Storage>;
@@ -424,7 +439,8 @@ void test_whole_numbers(const Setup& setup) {
   grad[0] = 1;
   const Output<Storage> out(problem);
   out.run(problem, Reduction::mean, grad);
-  for (int kind = 0; kind < 2; ++kind) check(out.weights[kind] == static_cast<Real>(reference.weight(Reduction::mean, kind)), "pairs");
+  for (int kind = 0; kind < 2; ++kind)
+    check(out.weights[kind] == static_cast<Real>(reference.weight(Reduction::mean, kind)), "pairs");
 }
 
 // ---- moments
@@ -491,24 +507,28 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
   for (int k = 0; k < 4; ++k) grads[k] = static_cast<Real>(given[k]);
   {
     const Workspace workspace(cuda::similarity_moments_workspace(in, true));
-    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr),
-             "similarity_moments_backward");
+    succeeds(
+        cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient.data(), workspace.data(), nullptr),
+        "similarity_moments_backward");
     const Workspace other(cuda::similarity_moments_workspace(in, true));
     set_seed(1);
-    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(), nullptr),
+    succeeds(cuda::similarity_moments_backward(in, moments.data(), grads.data(), gradient_again.data(), other.data(),
+                                               nullptr),
              "similarity_moments_backward");
     set_seed(0);
   }
   check(gradient.same_bits(gradient_again), "the same bits of the gradient in another order of warps");
   Values slope(n * d), expected_gradient(n * d);
   each([&](int64_t i, int64_t j, int k) {
-    const double weight = 2 * (given[2 * k] + 2 * given[2 * k + 1] * (cosines[i * n + j] - expected[2 * k])) / counts[k];
+    const double weight =
+        2 * (given[2 * k] + 2 * given[2 * k + 1] * (cosines[i * n + j] - expected[2 * k])) / counts[k];
     for (int64_t c = 0; c < d; ++c) slope[i * d + c] += weight * unit[j * d + c];
   });
   for (int64_t i = 0; i < n; ++i) {
     double along = 0;
     for (int64_t c = 0; c < d; ++c) along += slope[i * d + c] * unit[i * d + c];
-    for (int64_t c = 0; c < d; ++c) expected_gradient[i * d + c] = (slope[i * d + c] - along * unit[i * d + c]) / norms[i];
+    for (int64_t c = 0; c < d; ++c)
+      expected_gradient[i * d + c] = (slope[i * d + c] - along * unit[i * d + c]) / norms[i];
   }
   compare_norms(gradient, expected_gradient, (spread == Spread::point ? 1e4 : 20) * setup.moments, "∂features",
                 d == 1 ? 1 : 0);  // there is none in one dimension

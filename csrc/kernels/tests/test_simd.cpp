@@ -30,7 +30,8 @@ void check(const char* what, double low, double high, double ulps, const F& f, c
     }
   }
   if (worst <= ulps) return;
-  std::fprintf(stderr, "failed: %s, %d bits: %.2f units in the last place at %g\n", what, static_cast<int>(8 * sizeof(Real)), worst, at);
+  std::fprintf(stderr, "failed: %s, %d bits: %.2f units in the last place at %g\n", what,
+               static_cast<int>(8 * sizeof(Real)), worst, at);
   ++failures;
 }
 
@@ -56,12 +57,15 @@ void run() {
   check<Real>("log", 1e-3, 0.7, 3.0, [](Vec<Real> x) { return log(x); }, logarithm);
   check<Real>("log", 1.5, 1e4, 3.0, [](Vec<Real> x) { return log(x); }, logarithm);
   check<Real>("log", smallest / 1024, smallest, 3.0, [](Vec<Real> x) { return log(x); }, logarithm);
-  check<Real>("log1p_unit", 1e-6, 1, 3.0, [](Vec<Real> x) { return log1p_unit(x); }, [](long double x) { return std::log1p(x); });
+  check<Real>(
+      "log1p_unit", 1e-6, 1, 3.0, [](Vec<Real> x) { return log1p_unit(x); },
+      [](long double x) { return std::log1p(x); });
   Vec<Real> ramp;
   for (int lane = 0; lane < kLanes<Real>; ++lane) ramp[lane] = static_cast<Real>(lane + 1);
   for (int count = 0; count <= kLanes<Real>; ++count) {
     const Vec<Real> kept = first_lanes<Real>(ramp, count, -2);
-    for (int lane = 0; lane < kLanes<Real>; ++lane) check("first_lanes", kept[lane] == (lane < count ? ramp[lane] : Real(-2)));
+    for (int lane = 0; lane < kLanes<Real>; ++lane)
+      check("first_lanes", kept[lane] == (lane < count ? ramp[lane] : Real(-2)));
   }
 }
 

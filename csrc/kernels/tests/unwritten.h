@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Memory of the kernels' buffers that was not written yet is NaN, so that a result that depends on it is. For one source of a program.
+// Memory of the kernels' buffers that was not written yet is NaN, so that a result that depends on it is. For one
+// source of a program.
 #pragma once
 
 #include <cstdlib>

@@ -43,8 +43,14 @@ def laplacian_solve(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
     ends, ends_error = x.abs()[rows] + x.abs()[col], x_error[rows] + x_error[col]
     left, left_error = adjoint[rows], adjoint_error[rows]
     found = {
-        "weight": (product_error(left, left_error, x[rows] - x[col], ends_error, ends), -(left * (x[rows] - x[col])).sum(1)),
-        "dissimilarity": (product_error(left, left_error, x[rows] + x[col], ends_error, ends), -(left * (x[rows] + x[col])).sum(1)),
+        "weight": (
+            product_error(left, left_error, x[rows] - x[col], ends_error, ends),
+            -(left * (x[rows] - x[col])).sum(1),
+        ),
+        "dissimilarity": (
+            product_error(left, left_error, x[rows] + x[col], ends_error, ends),
+            -(left * (x[rows] + x[col])).sum(1),
+        ),
         "diagonal": (product_error(adjoint, adjoint_error, x, x_error, x.abs()), -(adjoint * x).sum(1)),
         "rhs": (adjoint_error, adjoint),
     }
@@ -59,7 +65,10 @@ class _System:
         nodes = len(inputs["crow"]) - 1
         weight, diagonal = inputs["weight"].double(), inputs["diagonal"].double()
         similar = weight.new_zeros(nodes, nodes).index_put((self.rows, self.col), weight, accumulate=True)
-        self.matrix, self.size = torch.diag(diagonal + similar.sum(1)) - similar, torch.diag(diagonal + similar.sum(1)) + similar
+        self.matrix, self.size = (
+            torch.diag(diagonal + similar.sum(1)) - similar,
+            torch.diag(diagonal + similar.sum(1)) + similar,
+        )
         if inputs.get("dissimilarity") is not None:
             values = inputs["dissimilarity"].double()
             dissimilar = weight.new_zeros(nodes, nodes).index_put((self.rows, self.col), values, accumulate=True)
@@ -85,8 +94,8 @@ def leave_one_edge_out(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict
     A logit has an error of γ(row + 3) of its two terms. Where z becomes z(1 + ρ), with Σ_c z_c ρ_c = 0, H moves by
     −Σ_c z_c ρ_c (log z_c + H) − KL(z(1 + ρ) ‖ z), and the divergence is at most Σ_c z_c ρ_c²: all of it where z is
     uniform, as at a self-loop, whose logits cancel. H rounds as log s − Σ e a/s, a being the logits less their maximum.
-    With G = g_e + g_e', the gradient of a logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows to
-    F_i times λ D_ii, to F_j times −λ w, to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as
+    With G = g_e + g_e', the gradient of a logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows
+    to F_i times λ D_ii, to F_j times −λ w, to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as
     λ F_i.
     """
     edges = _Edges(inputs)
@@ -108,7 +117,10 @@ class _Edges:
         self.degree_error = rounding.gamma(self.longest) * self.degree
         own, other = self.degree[self.rows, None] * self.labels[self.rows], self.weight[:, None] * self.labels[self.col]
         logits = self.scale * (own - other)
-        error = self.scale * (rounding.gamma(self.longest + 3) * own.abs() + rounding.gamma(4) * other.abs()) + rounding.tiny
+        error = (
+            self.scale * (rounding.gamma(self.longest + 3) * own.abs() + rounding.gamma(4) * other.abs())
+            + rounding.tiny
+        )
         self.z = softmax(logits, error, rounding)
         self._entropy(logits)
         self._value()
@@ -132,7 +144,9 @@ class _Edges:
         both = z.probs * z.probs[reverse]
         self.cross = both.sum(1)
         relative = z.relative + z.relative[reverse] + z.relative * z.relative[reverse]
-        self.cross_error = (both * relative).sum(1) + (self.rounding.gamma(self.classes + 3) + 2 * z.sum_error) * self.cross
+        self.cross_error = (both * relative).sum(1) + (
+            self.rounding.gamma(self.classes + 3) + 2 * z.sum_error
+        ) * self.cross
         self.cross_error = self.cross_error.clamp_max(1)
         self.apart, self.apart_error = 1 - self.cross, self.cross_error + unit
         omega, omega_error = self.omega.clamp(0, 1), self.omega_error.clamp_max(1)
@@ -176,14 +190,18 @@ class _Edges:
         omega, back = self.omega.clamp(0, 1), self.omega[reverse].clamp(0, 1)
         omega_error, back_error = self.omega_error.clamp_max(1), self.omega_error[reverse].clamp_max(1)
         entropy_factor = both * back * self.apart / self.log_classes
-        entropy_error = both * (back_error * (self.apart + self.apart_error) + back * self.apart_error) / self.log_classes
+        entropy_error = (
+            both * (back_error * (self.apart + self.apart_error) + back * self.apart_error) / self.log_classes
+        )
         cross_factor = both * omega * back
         cross_error = both * (omega_error * (back + back_error) + omega * back_error)
         sign = torch.sign(grad + grad[reverse])[:, None]
 
         surprise = self.log_z.clamp_min(-750) + self.entropy[:, None]
         to_entropy = z.probs * surprise
-        log_error = z.relative + self.entropy_error[:, None] + unit * (self.log_z.clamp_min(-750).abs() + self.entropy[:, None])
+        log_error = (
+            z.relative + self.entropy_error[:, None] + unit * (self.log_z.clamp_min(-750).abs() + self.entropy[:, None])
+        )
         to_entropy_error = z.error * surprise.abs() + z.probs * (1 + z.relative) * log_error
         other = z.probs[reverse]
         to_cross = z.probs * (other - self.cross[:, None])
@@ -199,6 +217,7 @@ class _Edges:
             + entropy_factor[:, None] * torch.where(cut, 2 * to_entropy.abs() + to_entropy_error, to_entropy_error)
             + cross_error[:, None] * (to_cross.abs() + to_cross_error)
             + cross_factor[:, None] * torch.where(cross_cut, 2 * to_cross.abs() + to_cross_error, to_cross_error)
-            + self.rounding.gamma(6) * (entropy_factor[:, None] * to_entropy.abs() + cross_factor[:, None] * to_cross.abs())
+            + self.rounding.gamma(6)
+            * (entropy_factor[:, None] * to_entropy.abs() + cross_factor[:, None] * to_cross.abs())
         )
         return slope, error

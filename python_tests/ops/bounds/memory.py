@@ -36,7 +36,11 @@ def _mean_error(weights: Softmax, bank: Tensor, rounding: Rounding) -> Tensor:
     the bank.
     """
     slots, size = bank.shape[0], bank.abs()
-    return weights.error @ size + (rounding.gamma(slots + 3) + weights.sum_error + rounding.half) * (weights.probs @ size) + rounding.tiny
+    return (
+        weights.error @ size
+        + (rounding.gamma(slots + 3) + weights.sum_error + rounding.half) * (weights.probs @ size)
+        + rounding.tiny
+    )
 
 
 def _unit_inputs(inputs: dict[str, Any], *names: str) -> list[Tensor]:
@@ -65,12 +69,20 @@ def aggregate(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[str, Ten
     if "aggregated" in grads:
         g = grads["aggregated"].double()
         mean = (g * sums).sum(1, keepdim=True)
-        mean_error = (g.abs() * sums_error).sum(1, keepdim=True) + rounding.gamma(classes + 2) * (g.abs() * sums).sum(1, keepdim=True)
+        mean_error = (g.abs() * sums_error).sum(1, keepdim=True) + rounding.gamma(classes + 2) * (g.abs() * sums).sum(
+            1, keepdim=True
+        )
         slope, own = (g - mean)[:, labels], g.abs()[:, labels]
-        weight = q.error * slope.abs() + q.probs * (1 + q.relative) * (mean_error + 3 * rounding.unit * (own + mean.abs()))
+        weight = q.error * slope.abs() + q.probs * (1 + q.relative) * (
+            mean_error + 3 * rounding.unit * (own + mean.abs())
+        )
         size = bank.abs()
-        total = weight @ size + (rounding.gamma(bank.shape[0] + 4) + rounding.half) * ((q.probs * (own + mean.abs())) @ size)
-        bounds["grad query"] = rounding.stored((q.probs * slope) @ bank / temperature, total / temperature + rounding.tiny / temperature)
+        total = weight @ size + (rounding.gamma(bank.shape[0] + 4) + rounding.half) * (
+            (q.probs * (own + mean.abs())) @ size
+        )
+        bounds["grad query"] = rounding.stored(
+            (q.probs * slope) @ bank / temperature, total / temperature + rounding.tiny / temperature
+        )
     return bounds
 
 
@@ -88,7 +100,9 @@ def instance_matching(inputs: dict[str, Any], grads: dict[str, Tensor], *, parts
     loss = values["log_strong"] - values["target_logit"]
     bounds = {
         # Six roundings: p, α, 1 − α, both products, the sum; 1 − α is taken of the rounded α, so its error is one of α.
-        "pseudo_probs": (1 - alpha) * partial["aggregated"] + rounding.gamma(6) * mixed + 2 * rounding.unit * alpha * values["aggregated"],
+        "pseudo_probs": (1 - alpha) * partial["aggregated"]
+        + rounding.gamma(6) * mixed
+        + 2 * rounding.unit * alpha * values["aggregated"],
         "loss": partial["log_strong"] + partial["target_logit"] + rounding.unit * loss.abs(),
     }
     if "loss" in grads:

@@ -150,9 +150,17 @@ def pair_focal_loss(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
     loss_error = moved + evaluated.clamp_max(1) * (loss + moved) + weight * rounding.tiny
     q, p, log = torch.sigmoid(-signed), torch.sigmoid(signed), F.softplus(-signed)
     power = q**gamma
-    bend = power * (gamma**2 * p * p * log + gamma * q * p * log + (2 * gamma + 1) * q * p) * ((gamma + 3) * error).clamp_max(50).exp()
+    bend = (
+        power
+        * (gamma**2 * p * p * log + gamma * q * p * log + (2 * gamma + 1) * q * p)
+        * ((gamma + 3) * error).clamp_max(50).exp()
+    )
     slope = power * (gamma * p * log + q)
-    slope_error = torch.minimum(bend * error, 2 * (gamma + 1) * torch.ones_like(bend)) + evaluated.clamp_max(1) * slope + rounding.tiny
+    slope_error = (
+        torch.minimum(bend * error, 2 * (gamma + 1) * torch.ones_like(bend))
+        + evaluated.clamp_max(1) * slope
+        + rounding.tiny
+    )
     slope, slope_error = weight * slope, weight * slope_error
 
     reduction, counted = inputs.get("reduction", "mean"), (_counted(inputs, network)).sum().clamp_min(1)

@@ -57,14 +57,20 @@ class _Distances:
         dim = rows.shape[1]
         by_product = torch.minimum(squares / self.values.clamp_min(1e-300), CLOSE * self.values)
         terms = rounding.gamma(dim + 6)
-        self.error = terms * (by_product + self.values) + 2 * rounding.unit * torch.where(by_product > 0, squares.sqrt(), 0.0)
-        self.error = torch.where(self.values == 0, 0.0, self.error + dim**0.5 * rounding.tiny**0.5 * (self.values < 1e-15))
+        self.error = terms * (by_product + self.values) + 2 * rounding.unit * torch.where(
+            by_product > 0, squares.sqrt(), 0.0
+        )
+        self.error = torch.where(
+            self.values == 0, 0.0, self.error + dim**0.5 * rounding.tiny**0.5 * (self.values < 1e-15)
+        )
 
 
 class _Part:
     """One of the two hinges: the pairs, how far each is over its margin, and which may be in or out of the sum."""
 
-    def __init__(self, pairs: Tensor, maybe: Tensor, excess: Tensor, error: Tensor, rounding: Rounding, reduction: str) -> None:
+    def __init__(
+        self, pairs: Tensor, maybe: Tensor, excess: Tensor, error: Tensor, rounding: Rounding, reduction: str
+    ) -> None:
         self.active = pairs & (excess > 0)
         self.doubtful = (pairs & (excess.abs() <= error)) | (maybe & (excess > -error))
         self.possible = self.active | self.doubtful
@@ -74,7 +80,8 @@ class _Part:
         # Half of the ordered pairs are summed, in tiles of BLOCK; the tiles in float64.
         self.total_error = (
             moved.sum()
-            + (rounding.gamma(min(BLOCK, excess.numel())) + rounding.exact_gamma(blocks(excess.numel()))) * (losses + moved).sum()
+            + (rounding.gamma(min(BLOCK, excess.numel())) + rounding.exact_gamma(blocks(excess.numel())))
+            * (losses + moved).sum()
         )
         counted, unsure = {
             "sum": (excess.new_ones(()), excess.new_zeros(())),
@@ -89,7 +96,11 @@ class _Part:
 
 
 def _ranking(
-    inputs: dict[str, Any], grads: dict[str, Tensor], distances: _Distances, kinds: list[tuple[Tensor, Tensor]], rounding: Rounding
+    inputs: dict[str, Any],
+    grads: dict[str, Tensor],
+    distances: _Distances,
+    kinds: list[tuple[Tensor, Tensor]],
+    rounding: Rounding,
 ):
     """The loss, and the gradients of rows and references.
 
@@ -101,9 +112,16 @@ def _ranking(
     reduction = inputs.get("reduction", "mean_nonzero")
     size = rounding.unit * sum(abs(margin) for margin in margins)  # margins are rounded to the dtype
     excesses = (d - margins[0], margins[1] - d)
-    parts = [_Part(pairs, maybe, excess, error + size, rounding, reduction) for (pairs, maybe), excess in zip(kinds, excesses, strict=True)]
+    parts = [
+        _Part(pairs, maybe, excess, error + size, rounding, reduction)
+        for (pairs, maybe), excess in zip(kinds, excesses, strict=True)
+    ]
     loss = sum((part.total * part.scale for part in parts), start=d.new_zeros(()))
-    bounds = {"loss": sum((part.loss_error() for part in parts), start=d.new_zeros(())) + 2 * rounding.unit * loss + rounding.tiny}
+    bounds = {
+        "loss": sum((part.loss_error() for part in parts), start=d.new_zeros(()))
+        + 2 * rounding.unit * loss
+        + rounding.tiny
+    }
     if "loss" not in grads:
         return bounds, None
     grad = grads["loss"].double().abs()
@@ -114,11 +132,17 @@ def _ranking(
         k = k + sign * torch.where(part.active, weight, 0.0)
         k_size = k_size + torch.where(part.possible, weight + unsure, 0.0)
         relative = (error * inverse + 3 * rounding.unit) * (weight + unsure)
-        k_error = k_error + torch.where(part.possible, unsure + relative, 0.0) + torch.where(part.doubtful, weight + unsure, 0.0)
+        k_error = (
+            k_error
+            + torch.where(part.possible, unsure + relative, 0.0)
+            + torch.where(part.doubtful, weight + unsure, 0.0)
+        )
     return bounds, (k, k_size, k_error)
 
 
-def _row_gradients(distances: _Distances, k: tuple[Tensor, Tensor, Tensor], rounding: Rounding, *, both: bool) -> tuple[Tensor, Tensor]:
+def _row_gradients(
+    distances: _Distances, k: tuple[Tensor, Tensor, Tensor], rounding: Rounding, *, both: bool
+) -> tuple[Tensor, Tensor]:
     """Gradient of the rows, from both sides of a pair where the set is paired with itself, and its error."""
     values, size, error = k
     if both:
@@ -126,7 +150,11 @@ def _row_gradients(distances: _Distances, k: tuple[Tensor, Tensor, Tensor], roun
     left, right = distances.left, distances.right
     dim, others = left.shape[1], len(right)
     exact = values.sum(1, keepdim=True) * left - values @ right
-    moved = torch.stack([(error * (left[:, c, None] - right[:, c]).abs()).sum(1) for c in range(dim)], dim=1) if dim else exact
+    moved = (
+        torch.stack([(error * (left[:, c, None] - right[:, c]).abs()).sum(1) for c in range(dim)], dim=1)
+        if dim
+        else exact
+    )
     sums = rounding.gamma(others + 8) * (size.sum(1, keepdim=True) * left.abs() + size @ right.abs())
     return exact, rounding.stored(exact, moved + sums)
 
@@ -193,12 +221,16 @@ def similarity_moments(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict
     same = labels[:, None] == labels
     kinds = [_Moments(pairs, cosines, rounding, n) for pairs in (_off_diagonal(same), ~same)]
     positives, negatives = kinds
-    negatives.var_error = negatives.var_error + positives.count / negatives.count.clamp_min(1) * positives.var_error * (negatives.count > 0)
+    negatives.var_error = negatives.var_error + positives.count / negatives.count.clamp_min(1) * positives.var_error * (
+        negatives.count > 0
+    )
     bounds = {}
     for name, kind in (("positive", positives), ("negative", negatives)):
         bounds |= {f"{name}_mean": kind.mean_error, f"{name}_var": kind.var_error + rounding.unit * kind.var}
     if all(name in grads for name in MOMENTS):
-        bounds["grad features"] = _moment_gradients(cosines, kinds, [grads[name].double() for name in MOMENTS], rounding)
+        bounds["grad features"] = _moment_gradients(
+            cosines, kinds, [grads[name].double() for name in MOMENTS], rounding
+        )
     return bounds
 
 
@@ -210,12 +242,23 @@ class _Moments:
         # Sums over all pairs, in float64, from which the others are taken off: of n rows and D·D products.
         sums = rounding.exact_gamma(2 * n + 2 * cosines.rows.shape[1] + 8) * share * (self.count > 0)
         self.mean = (here * cosines.values).sum()
-        self.mean_error = (here * 2 * cosines.row_error * cosines.size).sum() + sums * cosines.size.sum() + rounding.unit * self.mean.abs()
+        self.mean_error = (
+            (here * 2 * cosines.row_error * cosines.size).sum()
+            + sums * cosines.size.sum()
+            + rounding.unit * self.mean.abs()
+        )
         away = (cosines.values - self.mean).abs()
         moved = cosines.error + rounding.unit * (self.mean.abs() + away)
         self.var = (here * away.square()).sum()
-        self.var_error = (here * (2 * away * moved + moved.square())).sum() + rounding.gamma(min(BLOCK, n * n)) * self.var
-        self.var_error = self.var_error + self.mean_error.square() + 4 * sums * (cosines.size.square() + cosines.size).sum() + rounding.tiny
+        self.var_error = (here * (2 * away * moved + moved.square())).sum() + rounding.gamma(
+            min(BLOCK, n * n)
+        ) * self.var
+        self.var_error = (
+            self.var_error
+            + self.mean_error.square()
+            + 4 * sums * (cosines.size.square() + cosines.size).sum()
+            + rounding.tiny
+        )
         self.away = cosines.values - self.mean
 
 
@@ -236,6 +279,10 @@ def _moment_gradients(cosines: _Cosines, kinds: list[_Moments], grads: list[Tens
     v_error = error @ rows.abs() + (rounding.gamma(len(rows) + 6) + cosines.row_error) * (size @ rows.abs())
     along = (rows.abs() * v.abs()).sum(1, keepdim=True)
     along_error = (rows.abs() * v_error).sum(1, keepdim=True)
-    total = v_error + rows.abs() * along_error + (4 * cosines.row_error + 4 * rounding.unit) * (v.abs() + 2 * rows.abs() * along)
+    total = (
+        v_error
+        + rows.abs() * along_error
+        + (4 * cosines.row_error + 4 * rounding.unit) * (v.abs() + 2 * rows.abs() * along)
+    )
     value = (v - rows * (rows * v).sum(1, keepdim=True)) / cosines.norms
     return rounding.stored(value, total / cosines.norms)

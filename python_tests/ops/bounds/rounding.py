@@ -96,8 +96,8 @@ def softmax(logits: Tensor, error: Tensor, rounding: Rounding) -> Softmax:
     raises add up to at most the range of the logits, and there is one per 32 slots at most. The normaliser is a mean of
     the terms' errors, weighted by the probabilities, and a sum of K terms.
 
-    A term may be flushed to 0 three times, over a sum of 1 or more: as an exponential, below e^-87.3 or e^-708, which is
-    up to 1.5 times the smallest normal number, as a product with a raised maximum, and as a product with 1 / sum.
+    A term may be flushed to 0 three times, over a sum of 1 or more: as an exponential, below e^-87.3 or e^-708, which
+    is up to 1.5 times the smallest normal number, as a product with a raised maximum, and as a product with 1 / sum.
     """
     slots = logits.shape[-1]
     finite = torch.where(logits.isfinite(), logits, torch.nan)

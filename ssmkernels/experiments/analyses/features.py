@@ -50,16 +50,18 @@ def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values:
             )
         )
         notes.append(
-            "Averaged weights. Unlabelled images get pseudo-labels from the classifier (self-training) and from the similarity network "
-            f"(y_sc, the mean of {CENTER_DRAWS} draws of centers). The paper says that those of the similarity network lie further from "
-            "the labelled images; the mean cosine distance to the nearest labelled image measures that for equally many of both, as the "
-            "two confidences have different scales."
+            "Averaged weights. Unlabelled images get pseudo-labels from the classifier (self-training) and from the"
+            f" similarity network (y_sc, the mean of {CENTER_DRAWS} draws of centers). The paper says that those of the"
+            " similarity network lie further from the labelled images; the mean cosine distance to the nearest"
+            " labelled image measures that for equally many of both, as the two confidences have different scales."
         )
     return Result(tuple(entries), tuple(plots), "\n\n".join(notes))
 
 
 def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[float, float]]]:
-    """Figure 2's panels; and by kind of pseudo-label and share of the most confident ones their accuracy, in percent, and distance."""
+    """Figure 2's panels; and by kind of pseudo-label and share of the most confident ones their accuracy, in percent,
+    and distance.
+    """
     train = trainer.splits.train
     unlabeled_index = np.setdiff1d(np.arange(len(train)), trainer.labeled_index)
     unlabeled_index = np.random.default_rng(0).permutation(unlabeled_index)[:POINTS]
@@ -115,8 +117,9 @@ def separation(table: Table, request: Request, cells: Sequence[Cell], values: Va
     plot_clouds(request.place(table.name) / "figure3.png", panels)
     words = "All labels beside 1000 labels with all weak labels, by t-SNE: the latter is said to be more separable."
     notes = (
-        "Averaged weights. The silhouette is that of the true classes by cosine distance: 1 for tight classes far apart, 0 for touching "
-        "ones. The paper shows all labels beside 1000 labels with all weak labels, and gives an error of 5.3 % for the latter."
+        "Averaged weights. The silhouette is that of the true classes by cosine distance: 1 for tight classes far"
+        " apart, 0 for touching ones. The paper shows all labels beside 1000 labels with all weak labels, and gives an"
+        " error of 5.3 % for the latter."
     )
     return Result(tuple(entries), (Plot("MLSN, Figure 3", "figure3.png", words),), notes)
 
@@ -151,11 +154,16 @@ def averaged_features(trainer: MLSN, dataset: images.ImageDataset, index: np.nda
 
 @torch.no_grad()
 def similarity_probs(trainer: MLSN, features: Tensor, labeled: Tensor, labels: Tensor) -> Tensor:
-    """y_sc [n, K] of features [n, d] by the averaged similarity network, the mean over draws of centers among the labelled features."""
+    """y_sc [n, K] of features [n, d] by the averaged similarity network, the mean over draws of centers among the
+    labelled features.
+    """
     network = trainer.teacher.model
     assert isinstance(network, MLSNNetwork) and network.similarity is not None
     draw = torch.Generator().manual_seed(0)
-    centers = [draw_class_centers(labeled, labels, trainer.splits.num_classes, generator=draw).features for _ in range(CENTER_DRAWS)]
+    centers = [
+        draw_class_centers(labeled, labels, trainer.splits.num_classes, generator=draw).features
+        for _ in range(CENTER_DRAWS)
+    ]
     probs = torch.stack([network.similarity.class_probabilities(features, each) for each in centers])
     return F.normalize(probs, p=1, dim=2).mean(dim=0)
 
@@ -164,7 +172,9 @@ def tsne(features: Tensor) -> np.ndarray:
     """[N, d] -> [N, 2], the same for the same features."""
     from sklearn.manifold import TSNE  # slow to import
 
-    return TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=0).fit_transform(features.cpu().numpy())
+    return TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=0).fit_transform(
+        features.cpu().numpy()
+    )
 
 
 def plot_clouds(path: Path, panels: Panels) -> None:

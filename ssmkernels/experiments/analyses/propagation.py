@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Table 3 and Figures 4 and 5 of mixed label propagation (Zhuang and Moulin, CVPR 2023): accuracy over all points, (36).
+"""Table 3 and Figures 4 and 5 of mixed label propagation (Zhuang and Moulin, CVPR 2023): accuracy over all points,
+(36).
 
-Without --data these are images inside packages; with a folder, also those of the paper's ten sets, of 17-flowers and of CIFAR-10 in it.
+Without --data these are images inside packages; with a folder, also those of the paper's ten sets, of 17-flowers and of
+CIFAR-10 in it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def load_network(name: str, folder: str | None, cache: Path) -> tuple[graph.Grap
     return graph.knn_graph(points.features), points.labels
 
 
-def _accuracies(name: str, request: Request, predict: Predict, counts: Sequence[int], seed: int, place: Path) -> dict[str, float]:
+def _accuracies(
+    name: str, request: Request, predict: Predict, counts: Sequence[int], seed: int, place: Path
+) -> dict[str, float]:
     """Of the methods of ``predict`` on a draw of labels."""
     affinity, classes = load_network(name, request.source.path, request.out / "features")
     with warnings.catch_warnings():
@@ -69,24 +73,34 @@ def _cells(
     sets: Callable[[str, feature_sets.Source], bool] = lambda name, source: True,
     labelings: Iterable[str] = ("5 per class",),
 ) -> Cells:
-    """A cell for each of the methods ``rows`` (row -> name in the predictions), set and labelling; those of a column are one job a seed."""
+    """A cell for each of the methods ``rows`` (row -> name in the predictions), set and labelling; those of a column
+    are one job a seed.
+    """
     cells = []
     sources = {name: each for name, each in feature_sets.available(request.source.path).items() if sets(name, each)}
     for name, source in sources.items():
         for labeling in labelings:
             column = f"{source.title}, {labeling}"
             run = functools.partial(_accuracies, name, request, predict, LABELINGS[labeling])
-            job = functools.partial(_job, f"{table.name}-{name}-{labeling.replace(' ', '_')}", f"{table.title}; {column}", run)
+            job = functools.partial(
+                _job, f"{table.name}-{name}-{labeling.replace(' ', '_')}", f"{table.title}; {column}", run
+            )
             for row, key in rows.items():
                 figures = (Figure("accuracy", key, unit=""),)
                 cells.append(Cell(row, column, figures, numbers(table, request, row, column), job))
     deviations = [*table.deviations]
     if any(source.collection is None for source in sources.values()):
         deviations.append(
-            "Small sets stand in for the paper's, or beside them: pixels of digits, EfficientNet-Lite0 features of photographs."
+            "Small sets stand in for the paper's, or beside them: pixels of digits, EfficientNet-Lite0 features of"
+            " photographs."
         )
-    if any(source.collection is not None for source in sources.values()) and feature_sets.network_of(request.source.path) != "bn-inception":
-        deviations.append(f"EfficientNet-Lite0 in place of BN-Inception, as {feature_sets.BN_INCEPTION} is not in --data.")
+    if (
+        any(source.collection is not None for source in sources.values())
+        and feature_sets.network_of(request.source.path) != "bn-inception"
+    ):
+        deviations.append(
+            f"EfficientNet-Lite0 in place of BN-Inception, as {feature_sets.BN_INCEPTION} is not in --data."
+        )
     return Cells(replace(table, deviations=deviations), tuple(cells))
 
 
@@ -128,7 +142,11 @@ FIGURE_4_METHODS = ("ours", "ours, random edges", "LPDR")
 
 def figure4(table: Table, request: Request) -> Cells:
     rows = {"without dissimilar edges": "without, 0"}
-    rows |= {f"{method}, {100 * share:.0f} % of the edges": f"{method}, {share}" for method in FIGURE_4_METHODS for share in FRACTIONS}
+    rows |= {
+        f"{method}, {100 * share:.0f} % of the edges": f"{method}, {share}"
+        for method in FIGURE_4_METHODS
+        for share in FRACTIONS
+    }
     rows |= {f"LPDR's system indefinite, {100 * share:.0f} %": f"LPDR indefinite, {share}" for share in FRACTIONS}
     return _cells(table, request, predict_figure4, rows, sets=lambda name, source: name in ("digits", "flowers17"))
 
@@ -141,7 +159,9 @@ def predict_figure4(affinity: graph.Graph, labels: Tensor, classes: Tensor) -> d
         oracle = comparisons.oracle_dissimilarity(affinity, classes, fraction, labels=labels, generator=draw)
         anywhere = comparisons.shuffled_dissimilarity(affinity, oracle, draw)
         for name, edges in (("ours", oracle), ("ours, random edges", anywhere)):
-            predictions[f"{name}, {fraction}"] = graph.mixed_label_propagation(affinity, labels, dissimilarity=edges).pseudo_labels
+            predictions[f"{name}, {fraction}"] = graph.mixed_label_propagation(
+                affinity, labels, dissimilarity=edges
+            ).pseudo_labels
         other = comparisons.lpdr(affinity, labels, oracle)
         predictions[f"LPDR, {fraction}"] = other.pseudo_labels
         predictions[f"LPDR indefinite, {fraction}"] = torch.tensor(float(other.indefinite))
@@ -149,18 +169,32 @@ def predict_figure4(affinity: graph.Graph, labels: Tensor, classes: Tensor) -> d
 
 
 def plot_figure4(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
-    keys = {method: {0.0: "without, 0", **{share: f"{method}, {share}" for share in FRACTIONS}} for method in FIGURE_4_METHODS}
+    keys = {
+        method: {0.0: "without, 0", **{share: f"{method}, {share}" for share in FRACTIONS}}
+        for method in FIGURE_4_METHODS
+    }
     panels = {column: _lines(values, column, keys) for column in dict.fromkeys(cell.column for cell in cells)}
     words = "Accuracy of Ours rises with the share of the edges that an oracle gives, far above that of LPDR."
     labels = {"xlabel": "share of the true dissimilar edges", "ylabel": "accuracy"}
-    return _plotted(request.place(table.name) / "figure4.png", "Mixed label propagation, Figure 4", words, panels, labels)
+    return _plotted(
+        request.place(table.name) / "figure4.png", "Mixed label propagation, Figure 4", words, panels, labels
+    )
 
 
 def _lines(values: Values, column: str, keys: Mapping[str, Mapping[float, str]]) -> dict[str, dict[float, list[float]]]:
     """By line and x the accuracies that finished draws have under ``keys``, in a column."""
-    done = {outcome.name: outcome.value for (cell, _), outcome in values.items() if cell.column == column and outcome.finished}
+    done = {
+        outcome.name: outcome.value
+        for (cell, _), outcome in values.items()
+        if cell.column == column and outcome.finished
+    }
     return (
-        {label: {x: [value[key] for value in done.values()] for x, key in points.items()} for label, points in keys.items()} if done else {}
+        {
+            label: {x: [value[key] for value in done.values()] for x, key in points.items()}
+            for label, points in keys.items()
+        }
+        if done
+        else {}
     )
 
 
@@ -207,5 +241,7 @@ def plot_figure5(table: Table, request: Request, cells: Sequence[Cell], values: 
         title = f"sensitivity to {symbol}"
         path = request.place(table.name) / f"figure5{letter}.png"
         labels = {"xlabel": symbol, "ylabel": "accuracy", "log": True}
-        plots += _plotted(path, f"Mixed label propagation, Figure 5{letter}: {title}", words, {title: lines}, labels).plots
+        plots += _plotted(
+            path, f"Mixed label propagation, Figure 5{letter}: {title}", words, {title: lines}, labels
+        ).plots
     return Result(plots=tuple(plots))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What of SLADE (Duan et al., CVPR 2021) is read from trained networks: similarities of pairs, and retrieval among unlabelled classes."""
+"""What of SLADE (Duan et al., CVPR 2021) is read from trained networks: similarities of pairs, and retrieval among
+unlabelled classes.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,14 @@ STAGES = ("before", "after")
 
 
 def on_unlabeled_classes(table: Table, request: Request) -> Cells:
-    """The rows of the table, and the same networks among the unlabelled images themselves, by their true labels: these classes are seen in
-    training, without labels, as many of the paper's test species are in NABirds."""
+    """The rows of the table, and the same networks among the unlabelled images themselves, by their true labels: these
+    classes are seen in training, without labels, as many of the paper's test species are in NABirds."""
     found = training_cells(table, request)
     figure = Figure("MAP@R, unlabelled classes", "MAP@R", unit="")
-    more = [replace(cell, figures=(figure,), paper=("-",), job=functools.partial(_unlabeled_job, cell, request)) for cell in found.cells]
+    more = [
+        replace(cell, figures=(figure,), paper=("-",), job=functools.partial(_unlabeled_job, cell, request))
+        for cell in found.cells
+    ]
     return found._replace(cells=(*found.cells, *more))
 
 
@@ -144,7 +149,9 @@ def histograms(table: Table, request: Request, cells: Sequence[Cell], values: Va
     for (cell, _), outcome in values.items():
         if outcome.finished and cell.column not in plots:
             file = f"similarities_{re.sub(r'[^a-z0-9]+', '_', cell.column.lower()).strip('_')}.png"
-            plot_similarities(request.place(table.name) / file, read_stages(request.jobs / outcome.name), title=cell.column)
+            plot_similarities(
+                request.place(table.name) / file, read_stages(request.jobs / outcome.name), title=cell.column
+            )
             words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
             plots[cell.column] = Plot(f"{cell.column}: similarities", file, words)
     return Result(plots=tuple(plots.values()))
@@ -208,7 +215,11 @@ def pair_similarities(trainer: Slade) -> Similarities:
     likely, unlikely = cosines >= trainer.similarity.positive_mean, cosines <= trainer.similarity.negative_mean
 
     def right(positives: Tensor, negatives: Tensor) -> np.ndarray:
-        return torch.stack([same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()]).cpu().numpy()
+        return (
+            torch.stack([same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()])
+            .cpu()
+            .numpy()
+        )
 
     return Similarities(
         positives=cosines[pairs & same].cpu().numpy(),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""SimMatch, Table 3: features learnt on ImageNet with 10 % of the labels, rated by linear classifiers on other data sets.
+"""SimMatch, Table 3: features learnt on ImageNet with 10 % of the labels, rated by linear classifiers on other data
+sets.
 
 Without --data the network learns digits, and is rated on digits and MNIST.
 """
@@ -39,9 +40,17 @@ PER_CLASS = ("pets", "flowers102")
 def cells(table: Table, request: Request) -> Cells:
     """A linear evaluation for each network and each set whose images are there."""
     embedded = request.source.kind == EMBEDDED
-    sets = {"digits": "digits", "MNIST-5k": "mnist5k"} if embedded else {title: str(name) for title, name in table.columns.items()}
+    sets = (
+        {"digits": "digits", "MNIST-5k": "mnist5k"}
+        if embedded
+        else {title: str(name) for title, name in table.columns.items()}
+    )
     config, _ = configure(replace(table, columns={"": ""}), request, "", table.rows[SIMMATCH])
-    if not embedded and request.check and (problem := request.source.problem("simmatch", config.data.name, config.data)):
+    if (
+        not embedded
+        and request.check
+        and (problem := request.source.problem("simmatch", config.data.name, config.data))
+    ):
         raise problem
     training = training_job("simmatch", config, train_simmatch, f"{table.title}: training")
     checkpoint = request.jobs / training.name / "checkpoint.pt"
@@ -50,14 +59,20 @@ def cells(table: Table, request: Request) -> Cells:
     }
     if not embedded:
         networks[SUPERVISED] = ("resnet50-imagenet", supervised_backbone, ())
-    problems = {} if not request.check else {title: problem for title, name in sets.items() if (problem := _problem(name, request))}
+    problems = (
+        {}
+        if not request.check
+        else {title: problem for title, name in sets.items() if (problem := _problem(name, request))}
+    )
     if len(problems) == len(sets):
         raise FileNotFoundError("\n".join(map(str, problems.values())))
     penalties = PENALTIES[::11] if request.budget == "smoke" else PENALTIES
     found = []
     for row, (name, backbone, needs) in networks.items():
         for title in sets.keys() - problems.keys():
-            figure = Figure("mean per class", "mean_per_class") if sets[title] in PER_CLASS else Figure("top-1", "accuracy")
+            figure = (
+                Figure("mean per class", "mean_per_class") if sets[title] in PER_CLASS else Figure("top-1", "accuracy")
+            )
             rated = functools.partial(rate, config, backbone, sets[title], request.source.path, penalties)
             job = Job(f"linear-{sets[title]}-{len(penalties)}-{name}", f"{table.title}: {row}, {title}", rated, needs)
             found.append(Cell(row, title, (figure,), numbers(table, request, row, title), functools.partial(_job, job)))
@@ -93,7 +108,9 @@ def means(table: Table, request: Request, cells: Sequence[Cell], values: Values)
 def trained_backbone(config: SimMatchConfig, checkpoint: Path) -> tuple[nn.Module, images.ImageSplits | None]:
     """The backbone of a finished run, and the images that it has seen."""
     splits = images.load_dataset(config.data.name, config.data.root)
-    model = models.build_model(config.model, splits.num_classes, in_channels=splits.channels, projection_dim=config.projection_dim)
+    model = models.build_model(
+        config.model, splits.num_classes, in_channels=splits.channels, projection_dim=config.projection_dim
+    )
     model.load_state_dict(load_checkpoint(checkpoint)["trainer"]["model"])
     return model.backbone, splits
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that switch at barriers
-// and at the instructions of a warp; blocks run one after the other, or, in a cooperative launch, by turns: one runs until it waits for
-// others. What a GPU leaves undefined is made to show: shared memory starts as NaN of one of two kinds, an asynchronous copy lands only
-// when it is waited for, lanes of a warp that meet at different instructions abort, dynamic shared memory ends at an unmapped page, and
-// warps and lanes take their turns in an order that `seed` and every barrier change. What a GPU refuses is refused: the limits of sm_90,
-// shared memory beyond 48 KiB, static and dynamic together, that a kernel was not allowed, cooperative grids that do not fit, addresses
-// that are not aligned. test_cuda_emulator.cpp plants such faults and checks that each is reported.
+// Runs CUDA kernels on the host, for tests: as much of CUDA as the kernels here use. A block's threads are fibers that
+// switch at barriers and at the instructions of a warp; blocks run one after the other, or, in a cooperative launch, by
+// turns: one runs until it waits for others. What a GPU leaves undefined is made to show: shared memory starts as NaN
+// of one of two kinds, an asynchronous copy lands only when it is waited for, lanes of a warp that meet at different
+// instructions abort, dynamic shared memory ends at an unmapped page, and warps and lanes take their turns in an order
+// that `seed` and every barrier change. What a GPU refuses is refused: the limits of sm_90, shared memory beyond 48
+// KiB, static and dynamic together, that a kernel was not allowed, cooperative grids that do not fit, addresses that
+// are not aligned. test_cuda_emulator.cpp plants such faults and checks that each is reported.
 #pragma once
 
 #define SSM_CUDA_EMULATOR
@@ -32,7 +33,8 @@
 #define __launch_bounds__(...)
 #define __noinline__
 #define __builtin_assume(...)
-#define SSM_SHARED(name, ...) auto& name = emulator::static_shared<__VA_ARGS__>([] {})  // a lambda's type is of its place alone
+#define SSM_SHARED(name, ...) \
+  auto& name = emulator::static_shared<__VA_ARGS__>([] {})  // a lambda's type is of its place alone
 
 struct dim3 {
   unsigned x, y, z;
@@ -256,7 +258,8 @@ inline void start_block(Block& block, unsigned index, int threads, size_t shared
 // The end of a block: what it must not leave behind.
 inline void check_end(Block& block, int threads) {
   for (int t = 0; t < threads; ++t)
-    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty()) fail("a thread ended with copies under way");
+    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty())
+      fail("a thread ended with copies under way");
   for (const unsigned char* gap : block.gaps)
     for (size_t i = 0; i < kGap; ++i)
       if (gap[i] != kUnwritten) fail("static shared memory is written past its end");
@@ -317,7 +320,8 @@ inline Block& block_at(size_t i) {
 inline void run_grid(unsigned blocks, int threads, size_t shared_bytes) {
   for (unsigned i = 0; i < blocks; ++i) {
     start_block(block_at(0), i, threads, shared_bytes);
-    if (run_block(block_at(0), threads) != Progress::done) fail("a block waits for others in a launch that is not cooperative");
+    if (run_block(block_at(0), threads) != Progress::done)
+      fail("a block waits for others in a launch that is not cooperative");
   }
 }
 
@@ -480,12 +484,14 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, i
 
 // As many as sm_90 has threads and shared memory for.
 template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...), int threads, size_t dynamic_bytes) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...), int threads,
+                                                          size_t dynamic_bytes) {
   using namespace emulator;
   if (threads < 1) return cudaErrorInvalidValue;
   const void* key = reinterpret_cast<const void*>(kernel);
   const size_t shared = machine().static_bytes[key] + dynamic_bytes;
-  const int by_threads = most_resident_threads / ((threads + 31) / 32 * 32), by_shared = kSharedOfAll / (shared + kSharedOfSystem);
+  const int by_threads = most_resident_threads / ((threads + 31) / 32 * 32),
+            by_shared = kSharedOfAll / (shared + kSharedOfSystem);
   *blocks = by_threads < by_shared ? by_threads : by_shared;
   if (*blocks > kMaxResidentBlocks) *blocks = kMaxResidentBlocks;
   if (threads > kMaxThreads || shared > static_cast<size_t>(shared_limit)) *blocks = 0;
@@ -493,7 +499,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*ke
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   using namespace emulator;
   Machine& m = machine();
   const void* key = reinterpret_cast<const void*>(kernel);
@@ -508,7 +515,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, config->dynamicSmemBytes);
   if (resident == 0) return cudaErrorLaunchOutOfResources;
   const bool cooperative = config->numAttrs > 0;
-  if (cooperative && blocks > static_cast<unsigned>(resident * multiprocessor_count)) return cudaErrorCooperativeLaunchTooLarge;
+  if (cooperative && blocks > static_cast<unsigned>(resident * multiprocessor_count))
+    return cudaErrorCooperativeLaunchTooLarge;
   m.kernel = key;
   m.allowed_shared = asked ? shared_limit : kUnasked;
   ++m.launches;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// The functions of common/mma.cuh, written from the PTX ISA: fragment layouts of ldmatrix, mma.m16n8k16 and mma.m16n8k8, groups of
-// cp.async.
+// The functions of common/mma.cuh, written from the PTX ISA: fragment layouts of ldmatrix, mma.m16n8k16 and
+// mma.m16n8k8, groups of cp.async.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,8 @@ inline unsigned thread_here() {
 }
 
 inline void copy_async(void* shared, const void* global, bool inside) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("cp.async is not aligned");
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    emulator::fail("cp.async is not aligned");
   if (!emulator::is_shared(shared, 16)) emulator::fail("cp.async does not write shared memory");
   emulator::this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
 }
@@ -67,7 +68,8 @@ float half_value(uint16_t bits) {
   return std::is_same_v<Storage, bfloat16> ? host::bfloat_to_float(bits) : host::half_to_float(bits);
 }
 
-// m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1 (2t + 8…, g).
+// m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1
+// (2t + 8…, g).
 template <class Storage>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
@@ -80,11 +82,13 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k)
-      sum[i] += all[row % 8 * 4 + k % 8 / 2].a[(row / 8 + 2 * (k / 8)) * 2 + k % 2] * all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
+      sum[i] += all[row % 8 * 4 + k % 8 / 2].a[(row / 8 + 2 * (k / 8)) * 2 + k % 2] *
+                all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
   }
 }
 
-// m16n8k8 of tf32: a0 is (row g, k t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 is (k t, column g), b1 (t + 4, g).
+// m16n8k8 of tf32: a0 is (row g, k t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 is (k t, column g), b1 (t +
+// 4, g).
 template <>
 inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
@@ -99,7 +103,8 @@ inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 8; ++k) sum[i] += all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)] * all[column * 4 + k % 4].b[k / 4];
+    for (int k = 0; k < 8; ++k)
+      sum[i] += all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)] * all[column * 4 + k % 4].b[k / 4];
   }
 }
 
