@@ -4,8 +4,8 @@ have; fails where one spills registers on sm_90. `make registers` builds and run
 
     cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90
     cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1
-    python bench/registers.py build/registers/ptxas.log [--objects build/registers] [--out
-    bench/results/sm_90-registers.md]
+    python bench/registers.py build/registers/ptxas.log [--objects build/registers] \
+      [--out bench/results/sm_90-registers.md]
 
 Spilled bytes are stores/loads; shared memory is what is not given at launch. The counts are of the machine code as it
 stands, not of what runs: a loop's body counts once. They take cuobjdump.

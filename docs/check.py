@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks README.md and docs/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has its
-entry.
+"""Checks README.md and docs/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has
+its entry.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def fitted(request, digits):
 
 
 def arcs(seed=0):
-    """Three classes in the directions of the axes: 60 points, one label each for classes 0 and 1, none near the third
-    axis.
+    """Three classes in the directions of the axes: 60 points, one label each for classes 0 and 1, none near the
+    third axis.
     """
     generator = np.random.default_rng(seed)
     truth = np.arange(60) % 3
@@ -148,8 +148,8 @@ def test_missing_labels_are_unlabelled(estimator, digits):
 @BOTH
 @pytest.mark.parametrize("make", [np.array, sparse.csr_array, sparse.csc_matrix, sparse.coo_array])
 def test_precomputed_affinity(estimator, make, digits):
-    """The graph of the cosines gives what the cosines give, in any order of the entries; and new points are judged by
-    their weights.
+    """The graph of the cosines gives what the cosines give, in any order of the entries; and new points are judged
+    by their weights.
     """
     pixels, truth, labels = digits
     expected = clone(estimator).set_params(n_neighbors=20).fit(pixels, labels)
@@ -238,9 +238,8 @@ def test_points_that_no_label_reaches(estimator):
     points, truth, labels = arcs()
     found = clone(estimator).set_params(n_neighbors=5).fit(points, labels)
     np.testing.assert_array_equal(found.transduction_[truth < 2], truth[truth < 2])
-    np.testing.assert_allclose(
-        found.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1))
-    )  # two labels of 0, one of 1
+    # Two labels of 0, one of 1
+    np.testing.assert_allclose(found.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1)))
     np.testing.assert_array_equal(found.transduction_[truth == 2], 0)
     np.testing.assert_array_equal(found.confidence_[truth == 2], 0)
     np.testing.assert_allclose(
@@ -268,8 +267,8 @@ def test_chunks_change_no_prediction(fitted, digits, monkeypatch):
 
 @BOTH
 def test_equally_near_points_all_count(estimator):
-    """Four times each point; a product of matrices rounds their cosines differently, and which of them were first must
-    not matter.
+    """Four times each point; a product of matrices rounds their cosines differently, and which of them were first
+    must not matter.
     """
     points, _, labels = arcs(seed=3)
     points, labels = np.tile(points, (4, 1)), np.concatenate([labels, np.full(180, -1)])

@@ -90,8 +90,8 @@ def test_every_source_is_listed_and_has_a_licence(source_tree):
 
 
 def test_objects_of_an_instruction_set_share_no_symbol(source_tree):
-    """A weak symbol of two sets is kept once, whichever comes first: AVX-512 code could then run on a processor without
-    it.
+    """A weak symbol of two sets is kept once, whichever comes first: AVX-512 code could then run on a processor
+    without it.
     """
     nm = shutil.which("nm")
     if nm is None:

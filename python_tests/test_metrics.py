@@ -98,8 +98,8 @@ def test_agrees_with_pytorch_metric_learning(k, separate, source, request):
 
 
 def test_equal_distances_rank_by_index():
-    """Copies of one reference, enough for the edge of a matrix product to round them differently, and equal distances
-    in pairs.
+    """Copies of one reference, enough for the edge of a matrix product to round them differently, and equal
+    distances in pairs.
     """
     generator = torch.Generator().manual_seed(5)
     prototypes = torch.randn(3, 33, generator=generator)

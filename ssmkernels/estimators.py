@@ -51,10 +51,10 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
     Args:
         n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is
-        more. affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a
-        symmetric matrix [N, N] of
-            weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and ``gamma`` are not
-            used then.
+            more.
+        affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a symmetric
+            matrix [N, N] of weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and
+            ``gamma`` are not used then.
         gamma: > 0, exponent of the affinity (15).
         mu: > 0, how strongly labelled points keep their label, in the unit of the affinities.
         mu_unlabeled: ≥ 0, how strongly unlabelled points are drawn to no label; ``mu`` for equation (12).
@@ -65,8 +65,8 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
     Attributes:
         classes_: [C] the labels there are, sorted.
         label_distributions_: [N, C] scores of the training points, those below 0 as 0, rows summing to 1. Of label
-        propagation, with a
-            ``mu`` that is small beside the degrees of the graph, they are close to uniform; their order is what counts.
+            propagation, with a ``mu`` that is small beside the degrees of the graph, they are close to uniform; their
+            order is what counts.
         transduction_: [N] the class of each training point: the largest of its row above.
         confidence_: [N] in [0, 1], equation (21) of the distribution; 0 where no label reaches.
         n_iter_: iterations of conjugate gradients.
@@ -110,8 +110,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no
-            classes at all
-                (numbers that are not whole), or a parameter is out of range; the message says which.
+                classes at all (numbers that are not whole), or a parameter is out of range; the message says which.
         """
         y = _with_missing_marked(y)
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
@@ -210,8 +209,9 @@ class MixedLabelPropagation(LabelPropagation):
     Args:
         n_neighbors, affinity, gamma, balance, rtol, max_iter: as there.
         mu, mu_unlabeled: likewise, in units of the mean affinity on the graph: the result is the same for affinities c
-        times as large. beta: ≥ 0, weight of dissimilar edges (24), in the same unit. logit_scale: > 0, sharpness λ of
-        the labels (20) that dissimilar edges are judged by.
+            times as large.
+        beta: ≥ 0, weight of dissimilar edges (24), in the same unit.
+        logit_scale: > 0, sharpness λ of the labels (20) that dissimilar edges are judged by.
     """
 
     def __init__(
@@ -254,9 +254,8 @@ def _with_missing_marked(y: Any) -> Any:
 
     Of numpy or pandas; pandas has columns of strings and of integers that hold missing values and no -1.
     """
-    if (
-        hasattr(y, "isna") and getattr(y, "ndim", 0) == 1 and not isinstance(y.dtype, np.dtype)
-    ):  # an extension type of pandas
+    # An extension type of pandas
+    if hasattr(y, "isna") and getattr(y, "ndim", 0) == 1 and not isinstance(y.dtype, np.dtype):
         y = y.astype(object)
     labels = np.asarray(y) if hasattr(y, "dtype") and not sparse.issparse(y) else None
     if labels is None or labels.dtype != object or labels.ndim != 1:

@@ -34,16 +34,15 @@ def retrieval(
 ) -> dict[str, float]:
     """Ranks the references of every query by distance, and tells how many of its own class come first.
 
-    =========  ==========================================================================================
-    ===================== key        mean over the queries of
-    queries =========  ==========================================================================================
-    ===================== ``P@1``    whether the nearest reference is of the query's class
-    with R ≥ 1 ``R@k``    whether one of the k nearest is, equation (34)
-    all ``P@k``    the share of the k nearest that are, equation (35)                                          all
-    ``RP``     the share of the R nearest that are                                                         with R ≥ 1
-    ``MAP@R``  (1/R) Σ_{j ≤ R} [the j-th is] · (share of the j nearest that are)                           with R ≥ 1
-    =========  ==========================================================================================
-    =====================
+    =========  ==========================================================================  =================
+    key        mean over the queries of                                                    queries
+    =========  ==========================================================================  =================
+    ``P@1``    whether the nearest reference is of the query's class                       with R ≥ 1
+    ``R@k``    whether one of the k nearest is, equation (34)                              all
+    ``P@k``    the share of the k nearest that are, equation (35)                          all
+    ``RP``     the share of the R nearest that are                                         with R ≥ 1
+    ``MAP@R``  (1/R) Σ_{j ≤ R} [the j-th is] · (share of the j nearest that are)           with R ≥ 1
+    =========  ==========================================================================  =================
 
     R is the number of references of the query's class, itself not counted. ``P@1`` is always there and always leaves
     out the queries without any such reference, as pytorch-metric-learning does; over all queries it is ``R@1``. Where

@@ -309,7 +309,6 @@ def test_costs_are_those_of_jobs_that_are_alike(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--seeds", "5", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert (
-        f"| {state['seconds'] / 4:.3g} " in printed and "| 4 " in printed and "| 320 " in printed
-    )  # 4 steps of 16 · (1 + 4) images
+    # 4 steps of 16 · (1 + 4) images
+    assert f"| {state['seconds'] / 4:.3g} " in printed and "| 4 " in printed and "| 320 " in printed
     assert "1 of 1 jobs are to run; 1 of them" in printed

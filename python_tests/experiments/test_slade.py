@@ -229,8 +229,8 @@ def test_the_main_table_on_folders_of_birds(tmp_path, capsys):
 
 
 def test_right_pairs_are_counted():
-    """Clusters that are the classes are all right; with T1 = −1 and T2 = 1 every pair is mined, as often right as there
-    are such pairs.
+    """Clusters that are the classes are all right; with T1 = −1 and T2 = 1 every pair is mined, as often right as
+    there are such pairs.
     """
     config, _ = parse_config("slade", ["--config", "digits", *QUICK, "--student", "mining"])
     labeled, _ = load_images(config.data)

@@ -78,8 +78,8 @@ def classes(
 
 
 def layout(draw: Draw, value: Tensor, *, without: tuple[str, ...] = ()) -> Tensor:
-    """The same values otherwise in memory; what lies between them would be noticed. "expanded" repeats the first row,
-    at stride 0.
+    """The same values otherwise in memory; what lies between them would be noticed. "expanded" repeats the first
+    row, at stride 0.
     """
     names = [name for name in LAYOUTS if name not in without]
     return LAYOUTS[draw(st.sampled_from(["contiguous"] * len(names) + names))](value)

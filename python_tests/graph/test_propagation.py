@@ -134,8 +134,8 @@ def test_mixed_label_propagation(name, beta):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_mixed_is_free_of_scale(dtype, digits, draw_labels):
-    """W and c W give the same results, by bits for a power of two; and as W_dis, β and μ are in the unit of W/w̄, so do
-    comparisons.
+    """W and c W give the same results, by bits for a power of two; and as W_dis, β and μ are in the unit of W/w̄, so
+    do comparisons.
     """
     graph, classes = digits
     labels = draw_labels(classes, 0)

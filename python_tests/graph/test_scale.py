@@ -97,8 +97,8 @@ def images():
 
 @pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])  # with which float32 and float64 have the same weights
 def test_labels_of_real_points(scale, images, draw_labels):
-    """Against a dense solve. Of its deviation from c_K: with u·F̃ = 0 for each class, a multiple of u uᵀ may be added
-    to the matrix.
+    """Against a dense solve. Of its deviation from c_K: with u·F̃ = 0 for each class, a multiple of u uᵀ may be
+    added to the matrix.
     """
     affinity, classes = images
     assert affinity.components[1] == 1

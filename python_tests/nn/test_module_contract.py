@@ -251,8 +251,8 @@ def test_functional_gradients_are_those_of_autograd(case):
 
 
 def shifted_gradients(case: Case, step: float, *, create_graph: bool = False) -> tuple[list[Tensor], Tensors]:
-    """Leaves in float64, moved by so many steps in a fixed direction, and the gradients there of a module that is new
-    each time.
+    """Leaves in float64, moved by so many steps in a fixed direction, and the gradients there of a module that is
+    new each time.
     """
     draw = torch.Generator().manual_seed(3)
     inputs = case.inputs(dtype=torch.float64)

@@ -69,8 +69,8 @@ class Case:
     peak: tuple[tuple[int, ...], int] | None = None
     """A size at which the tensor that the op never stores is large, and what it may use in MiB: far less."""
     free: Callable[[Inputs], Inputs] = lambda inputs: inputs
-    """Free parameters -> inputs, where entries of an input are tied to each other, as the weights of both directions of
-    an edge.
+    """Free parameters -> inputs, where entries of an input are tied to each other, as the weights of both directions
+    of an edge.
     """
 
     def given(self, inputs: Inputs) -> tuple[str, ...]:

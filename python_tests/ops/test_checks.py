@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks of values: those the library makes where the values lie, and those torch makes for other dtypes, layouts and
-transforms.
+"""Checks of values: those the library makes where the values lie, and those torch makes for other dtypes, layouts
+and transforms.
 """
 
 from __future__ import annotations

@@ -188,8 +188,8 @@ FACTORS = {torch.float32: (1e-40, 1e-30, 1e30), torch.float64: (1e-310, 1e-300, 
 @REAL
 @EVERY
 def test_every_scale(case, dtype, device):
-    """Finite results where the exact ones are within the range of the dtype, for one input at a time denormal, tiny or
-    huge.
+    """Finite results where the exact ones are within the range of the dtype, for one input at a time denormal, tiny
+    or huge.
     """
     whole, largest = case.draw(case.sizes[2], dtype), torch.finfo(dtype).max
     grads = case.grads(whole)

@@ -242,8 +242,8 @@ def test_autocast(case, low, device):
 
 @DIFFERENTIABLE
 def test_second_derivative(case, device):
-    """It is right, or differentiating the gradient says that there is none and names the op: in eager mode, nested and
-    compiled.
+    """It is right, or differentiating the gradient says that there is none and names the op: in eager mode, nested
+    and compiled.
     """
     inputs = to(small(case, case.variants[0]), device)
     function, parameters = by_parameters(case, inputs)

@@ -83,9 +83,8 @@ class Problem:
 def test_every_column_reaches_its_tolerance(rtol, with_dissimilarity, preconditioner, device):
     problem = Problem(200, 37, device=device)
     dissimilarity = problem.dissimilarity if with_dissimilarity else None
-    scaled = problem.rhs * torch.logspace(
-        -200, 200, 37, dtype=torch.float64, device=device
-    )  # each column has its own size
+    # Each column has its own size
+    scaled = problem.rhs * torch.logspace(-200, 200, 37, dtype=torch.float64, device=device)
     graph = (problem.crow, problem.col, problem.weight, dissimilarity, problem.diagonal)
     out = ops.laplacian_solve(*graph, scaled, rtol=rtol, preconditioner=preconditioner)
     assert out.residual.max() <= rtol * 1.01 and out.iterations.min() > 0 and out.iterations.dtype == torch.int64

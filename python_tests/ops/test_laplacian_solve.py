@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""laplacian_solve at any scale: of weights, of right sides, of the ties between parts of a graph; NaN; nearly separate
-clusters.
+"""laplacian_solve at any scale: of weights, of right sides, of the ties between parts of a graph; NaN; nearly
+separate clusters.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ GRAPHS = {
 
 
 def system(name, scale, dtype):
-    """crow, col, weight, diagonal and right side (of the deviation: its columns sum to 0) of label propagation with two
-    labels.
+    """crow, col, weight, diagonal and right side (of the deviation: its columns sum to 0) of label propagation with
+    two labels.
     """
     edges, nodes, labels = GRAPHS[name]
     crow, col, weight = sparse([(i, j, scale * weight) for i, j, weight in edges], nodes, dtype)

@@ -10,14 +10,8 @@ import torch
 
 from ssmkernels import ops, reference
 
-SIZES = [
-    (1, 1, 1, 1),
-    (3, 17, 17, 3),
-    (17, 3, 123, 10),
-    (33, 128, 507, 10),
-    (70, 64, 1003, 300),
-    (123, 507, 130, 7),
-]  # B, D, K, L
+# B, D, K, L
+SIZES = [(1, 1, 1, 1), (3, 17, 17, 3), (17, 3, 123, 10), (33, 128, 507, 10), (70, 64, 1003, 300), (123, 507, 130, 7)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -108,9 +102,8 @@ def test_one_slot_has_no_loss(device):
 
 @pytest.mark.parametrize("parts", [[0, 301], [0, 1, 300, 301], [0, 0, 150, 301], [0, 100, 200, 301]], ids=str)
 def test_parts_of_a_bank_merge(parts, device):
-    problem = Problem(
-        19, 24, 301, 5, device=device, sort=True
-    )  # sorted: parts lack classes, so some see probability 0 only
+    # Sorted: parts lack classes, so some see probability 0 only
+    problem = Problem(19, 24, 301, 5, device=device, sort=True)
     problem.probs[0] = torch.eye(5, dtype=torch.float64, device=device)[2]
     problem.probs[1] = 0
     whole = problem.matching(ops)

@@ -9,14 +9,8 @@ from cases import CASES, judge
 
 from ssmkernels import ops, reference
 
-SIZES = [
-    (1, 1, 1, 1),
-    (3, 5, 7, 2),
-    (17, 130, 16, 33),
-    (123, 64, 24, 17),
-    (65, 200, 3, 40),
-    (5, 1000, 40, 8),
-]  # n, m, d, h
+# n, m, d, h
+SIZES = [(1, 1, 1, 1), (3, 5, 7, 2), (17, 130, 16, 33), (123, 64, 24, 17), (65, 200, 3, 40), (5, 1000, 40, 8)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTERACTIONS = ["concat", "absdiff", "product"]
 NETWORK = ("x", "y", "w1", "b1", "w2", "b2")

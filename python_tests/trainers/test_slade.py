@@ -196,9 +196,8 @@ def test_the_teacher_learns_from_labeled_images_alone(make_trainer):
 def test_the_warm_up_changes_the_basis_alone(make_trainer):
     _, states = run(make_trainer(), TEACHER + ROUND)
     for step in range(TEACHER, TEACHER + WARM_UP):
-        assert (
-            same(states[step], states[step + 1], "model") or step == TEACHER
-        )  # before whose batch the student is made
+        # Before whose batch the student is made
+        assert same(states[step], states[step + 1], "model") or step == TEACHER
         assert not same(states[step], states[step + 1], "basis")
     for step in range(TEACHER + WARM_UP, TEACHER + ROUND):
         assert not same(states[step], states[step + 1], "model")

@@ -25,10 +25,8 @@ EDGE_SIZES = [(10_000, 10), (10_000, 100), (10_000, 200), (60_000, 10), (60_000,
 SOLVE_SIZES = [(10_000, 10), (10_000, 100), (60_000, 10), (60_000, 100), (250_000, 10)]
 QUICK_EDGE_SIZES, QUICK_SOLVE_SIZES = [(2_000, 10), (2_000, 100)], [(2_000, 10)]
 CUDA_SIZES = [(10_000, 10), (60_000, 100)]
-DENSE_ELEMENTS = {
-    "cpu": 150_000_000,
-    "cuda": 1_000_000_000,
-}  # of the [E, C] tensors that the reference stores: about 3 and 20 GB
+# Of the [E, C] tensors that the reference stores: about 3 and 20 GB
+DENSE_ELEMENTS = {"cpu": 150_000_000, "cuda": 1_000_000_000}
 RTOL = 1e-6
 SCIPY_COLUMNS = 2  # of a call; its time is scaled to all of them
 
@@ -41,8 +39,8 @@ class Points(NamedTuple):
 
 @functools.cache
 def clustered(nodes: int, classes: int, device: str = "cpu") -> Points:
-    """Points around ``classes`` centres in 16 dimensions, in no order; their graph in float64, on the CPU, searched for
-    on a device.
+    """Points around ``classes`` centres in 16 dimensions, in no order; their graph in float64, on the CPU, searched
+    for on a device.
     """
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(classes, 16, generator=draw)
@@ -65,8 +63,8 @@ def random_graph(entries: int) -> Graph:
 def torch_sparse_cg(
     crow: Tensor, col: Tensor, weight: Tensor, diagonal: Tensor, rhs: Tensor, rtol: float = RTOL, max_iter: int = 1000
 ) -> Tensor:
-    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged columns
-    frozen.
+    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged
+    columns frozen.
     """
     nodes = len(diagonal)
     rows = torch.repeat_interleave(torch.arange(nodes, device=crow.device), crow.diff())
@@ -128,9 +126,8 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
     for nodes, classes in edge_sizes:
         points = clustered(nodes, classes)
         graph = points.graph.to(dtype)
-        propagated = label_propagation(points.graph, points.labels).to(
-            dtype
-        )  # float32 does not reach its tolerance on separate clusters
+        # float32 does not reach its tolerance on separate clusters
+        propagated = label_propagation(points.graph, points.labels).to(dtype)
         yield edges_case(graph.to(device), propagated.to(device), backward=False)
         if nodes <= 10_000 and classes <= 100:
             yield edges_case(graph.to(device), propagated.to(device), backward=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of growth: each op alone over three orders of magnitude of what it counts, to see cost and memory per
-unit.
+"""Benchmark cases of growth: each op alone over three orders of magnitude of what it counts, to see cost and memory
+per unit.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def peak_extra_bytes(function: Function, *, device: str = "cpu") -> int | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device reaches here and now: bytes copied (read + written) and float operations of a matrix product, per
-    second.
+    """What the device reaches here and now: bytes copied (read + written) and float operations of a matrix product,
+    per second.
     """
 
     copy: float

@@ -38,8 +38,8 @@ def split_focal_loss(
     interaction: str = "concat",
     pairs: Tensor | None = None,
 ) -> Tensor:
-    """The same loss for "concat" with w1·[x, y] split into two small products first, as a careful user writes it; [n,
-    m, h] remains.
+    """The same loss for "concat" with w1·[x, y] split into two small products first, as a careful user writes it;
+    [n, m, h] remains.
     """
     left, right = F.linear(x, w1[:, : x.shape[1]], b1), F.linear(y, w1[:, x.shape[1] :])
     if pairs is None:

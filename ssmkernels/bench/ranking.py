@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Benchmark cases of the ranking family: our ops, pytorch-metric-learning's ContrastiveLoss, and plain PyTorch, eager
-and compiled.
+"""Benchmark cases of the ranking family: our ops, pytorch-metric-learning's ContrastiveLoss, and plain PyTorch,
+eager and compiled.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ LARGE_SIZES = [(65536, 128)]  # without peers
 QUICK_SIZES = [(64, 128), (256, 64)]
 PER_CLASS = 16  # rows of a class
 BASIS = 100  # vectors of the feature basis
-PEER_PAIRS = (
-    16384**2
-)  # of which pytorch-metric-learning stores 9 GiB; plain PyTorch, which takes as long, is timed up to 4,096 rows
+# Of which pytorch-metric-learning stores 9 GiB; plain PyTorch, which takes as long, is timed up to 4,096 rows
+PEER_PAIRS = 16384**2
 MARGIN, ALL_ACTIVE_MARGIN = 0.5, 1.8  # of unit vectors, nearly all of which are nearer than 1.8
 
 
 def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: bool = False) -> Iterator[Case]:
-    """Forward and backward: of the loss by labels with few active pairs and with nearly all, of the mined loss, and of
-    the moments.
+    """Forward and backward: of the loss by labels with few active pairs and with nearly all, of the mined loss, and
+    of the moments.
     """
     for rows, dim in QUICK_SIZES if quick else [*SIZES, *LARGE_SIZES]:
         yield loss_case(rows, dim, MARGIN, "forward + backward", device, dtype)

@@ -208,8 +208,8 @@ def _plot_pairs(results: Sequence[Result]) -> Any:
 
 
 def _plot_ranking(results: Sequence[Result]) -> Any:
-    """Time and peak extra memory of pair_ranking_loss with d = 128 against n, beside the three n×n×d products that it
-    could be made of.
+    """Time and peak extra memory of pair_ranking_loss with d = 128 against n, beside the three n×n×d products that
+    it could be made of.
     """
     chosen = [
         r for r in results if r.op == "pair_ranking_loss" and r.phase == "forward + backward" and r.size["d"] == 128
@@ -223,8 +223,8 @@ def _plot_ranking(results: Sequence[Result]) -> Any:
 
 
 def _plot_against(chosen: Sequence[Result], size: Callable[[Result], int], title: str, label: str) -> tuple[Any, Any]:
-    """Time and peak extra memory of ours and of the peers, which may lack the largest sizes; the figure and its axes of
-    time.
+    """Time and peak extra memory of ours and of the peers, which may lack the largest sizes; the figure and its axes
+    of time.
     """
     if not chosen:
         return None, None

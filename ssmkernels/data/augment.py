@@ -126,8 +126,7 @@ class Strong:
     Args:
         size, padding, flip: of :class:`Weak`.
         variant: "fixmatch": 2 ops, each with probability ½, and a grey square of half the side; "torchssl": 3 ops
-        always, and a
-            square of up to half the side.
+            always, and a square of up to half the side.
     """
 
     def __init__(self, size: int, padding: int = 4, flip: bool = True, *, variant: str = "fixmatch") -> None:
@@ -183,7 +182,8 @@ class MoCoV2:
     Args:
         size, scale, flip: of :class:`ImageNetWeak`.
         jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a
-        quarter of it. blur: greatest σ in pixels; 0 for no blur.
+            quarter of it.
+        blur: greatest σ in pixels; 0 for no blur.
     """
 
     def __init__(
@@ -223,8 +223,8 @@ class MoCoV2:
 
 
 class ResizeCenterCrop:
-    """The evaluation transform of ImageNet, ``transform(image) -> image``: shorter side to ``resize``, then the central
-    ``size`` square.
+    """The evaluation transform of ImageNet, ``transform(image) -> image``: shorter side to ``resize``, then the
+    central ``size`` square.
     """
 
     def __init__(self, resize: int = 256, size: int = 224) -> None:

@@ -65,7 +65,7 @@ class TrainBatches(Dataset[Batch]):
         rank, world_size: which slice of the batch is wanted, and how many there are.
         mean, std: per channel, see :func:`ssmkernels.data.to_tensor`.
         exclude_labeled: leave the labelled images out of the unlabelled ones, as SimMatch does on ImageNet; both must
-        be the same data set.
+            be the same data set.
     """
 
     def __init__(
@@ -161,8 +161,8 @@ class TrainBatches(Dataset[Batch]):
 
 
 class CollectionBatch(NamedTuple):
-    """Views of images, and which images they are: labels and weights that change from epoch to epoch are looked up by
-    position.
+    """Views of images, and which images they are: labels and weights that change from epoch to epoch are looked up
+    by position.
     """
 
     images: Tensor
@@ -271,9 +271,8 @@ def evaluation_batches(
     batches = _EvaluationBatches(
         dataset, np.arange(rank, len(dataset), world_size), batch_size, transform, tuple(mean), tuple(std)
     )
-    own = (
-        torch.Generator()
-    )  # without one, a loader draws from the global generator, and evaluating would change the training after it
+    # Without one, a loader draws from the global generator, and evaluating would change the training after it
+    own = torch.Generator()
     return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn, generator=own)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Multi-crop (SwAV, Caron et al., NeurIPS 2020, section 3.2): two large crops of an image and several small ones, all
-distorted.
+"""Multi-crop (SwAV, Caron et al., NeurIPS 2020, section 3.2): two large crops of an image and several small ones,
+all distorted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def crop_views(
         size, small_size: sides of the two kinds of crops in pixels.
         scale, small_scale: least and greatest share of the image's area that they cover.
         jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a
-        quarter of it. blur: greatest σ in pixels; 0 for no blur.
+            quarter of it.
+        blur: greatest σ in pixels; 0 for no blur.
     """
     for name, side in (("size", size), ("small_size", small_size)):
         if side < 1:

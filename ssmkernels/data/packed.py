@@ -15,7 +15,8 @@ ONE_AFTER_ANOTHER = ("data", "offsets", "labels")
 """The bytes of N image files, where they begin and the last one ends [N + 1], and their classes [N]."""
 COMMON_HEADER = ("header", "tails", "tail_len", "labels", "n_train")
 """N JPEG files without the header that all of them have and without their end marker: that header, the rest of the
-files one after another, its lengths [N], the classes [N], and how many images, the first ones, are to train on."""
+files one after another, its lengths [N], the classes [N], and how many images, the first ones, are to train on.
+"""
 _END_OF_IMAGE = b"\xff\xd9"
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training batches of P classes with K images each, which ranking losses need: at random, few images would meet another
-of their class.
+"""Training batches of P classes with K images each, which ranking losses need: at random, few images would meet
+another of their class.
 """
 
 from __future__ import annotations

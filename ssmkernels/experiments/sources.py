@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ``--data`` says: images inside packages, a file that stands for one set, or a folder with sets in it; and which
-cells it serves.
+"""What ``--data`` says: images inside packages, a file that stands for one set, or a folder with sets in it; and
+which cells it serves.
 """
 
 from __future__ import annotations

@@ -40,7 +40,8 @@ PAPERS = {
 @dataclass(frozen=True)
 class Figure:
     """A number of a finished job: of a run the median of ``name`` over its ``last`` evaluations, or its value in the
-    evaluation where ``best`` is highest; of anything else the value under ``name``, or the value that it is."""
+    evaluation where ``best`` is highest; of anything else the value under ``name``, or the value that it is.
+    """
 
     title: str
     name: str
@@ -90,8 +91,8 @@ class Cell:
 class Table:
     """A table or figure as its file has it. Arguments are those of ``ssmkernels train``; in them ``{data}`` is what
     --data says, ``{all}`` the number of training images, ``{steps}`` the steps of a whole run of SLADE, and ``{swav}``
-    the backbone that SwAV has fine-tuned as the column's entry in ``swav`` says, where there are weights to start
-    from."""
+    the backbone that SwAV has fine-tuned as the column's entry in ``swav`` says, where there are weights to start from.
+    """
 
     name: str
     paper: str

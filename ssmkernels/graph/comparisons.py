@@ -148,8 +148,8 @@ def oracle_dissimilarity(
 
 
 def shuffled_dissimilarity(graph: Graph, dissimilarity: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The same weights on other edges: the values of the undirected edges permuted. If W_dis chose its edges well, this
-    costs accuracy.
+    """The same weights on other edges: the values of the undirected edges permuted. If W_dis chose its edges well,
+    this costs accuracy.
     """
     dissimilarity = check_dissimilarity(check_graph(graph), dissimilarity)
     entries = (graph.rows <= graph.col).nonzero()[:, 0]

@@ -38,13 +38,11 @@ def knn_graph(
 
     Args:
         features: [N, d] float32, float64 (weights then are float64) or half (computed in float32); a tensor, an array,
-        or a
-            scipy.sparse matrix or array, which stays sparse.
+            or a scipy.sparse matrix or array, which stays sparse.
         k: neighbours of a point, in [1, N − 1].
         gamma: γ > 0.
         backend: ``"faiss"`` (CPU), ``"torch"`` (products in chunks, and top-k), or ``"auto"``: faiss on the CPU where
-        it is
-            installed. Sparse features are searched by scipy's products.
+            it is installed. Sparse features are searched by scipy's products.
 
     Returns:
         :class:`Graph` of N nodes on the device of the features.
@@ -222,8 +220,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _pairwise(unit: Tensor, rows: Tensor, others: Tensor) -> Tensor:
-    """[B, M] similarities of row b and its M others, each summed in the same order: the same for (i, j) and (j, i), and
-    for duplicates.
+    """[B, M] similarities of row b and its M others, each summed in the same order: the same for (i, j) and (j, i),
+    and for duplicates.
     """
     out = torch.empty(others.shape, dtype=unit.dtype, device=unit.device)
     size = max(1, CHUNK_BYTES // (others.shape[1] * unit.shape[1] * unit.element_size() + 1))

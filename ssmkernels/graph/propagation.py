@@ -11,9 +11,8 @@ The reading of the paper that is computed here:
   N_K/(m_K n_cK) on its labelled rows of class c: (16) itself where every class has as many labels. Without it the class
   with more labels takes over.
 - **Deviation.** F is a large constant c_K = 1/(m_K μ) per component and a small signal, which rounding hides. So F̃ = F
-  − c_K is what
-  :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither the largest
-  class, (13), nor the softmax of (20) sees the constant.
+  − c_K is what :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither
+  the largest class, (13), nor the softmax of (20) sees the constant.
 - **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
 """
 
@@ -259,9 +258,8 @@ class LabelSystem:
     ) -> Scores:
         """(L + U + D_dis + W_dis + damping) G = (U/μ) Y, and what follows from G."""
         found = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
-        largest = found.constant.amax(
-            dim=1, keepdim=True
-        )  # the same for every class present, where classes are balanced
+        # The same for every class present, where classes are balanced
+        largest = found.constant.amax(dim=1, keepdim=True)
         deviation = found.values + (found.constant - largest)[self.component]
         scores = deviation + largest[self.component]
         probs = scores.clamp_min(0)
@@ -289,9 +287,8 @@ class LabelSystem:
         max_iter = check.check_count("max_iter", max_iter)
         found = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
         residual = float(found.residual.max())
-        if (
-            not residual <= 10 * rtol
-        ):  # conjugate gradients may drift from the residual by rounding; NaN is no convergence
+        # Conjugate gradients may drift from the residual by rounding; NaN is no convergence
+        if not residual <= 10 * rtol:
             self.shortfall = (
                 f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
                 f" ({max_iter}) or rtol"
@@ -300,8 +297,8 @@ class LabelSystem:
 
 
 def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up, if
-    need be.
+    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up,
+    if need be.
     """
     out, best = scores.to(dtype), scores.argmax(dim=1, keepdim=True)
     largest = out.gather(1, best)

@@ -16,8 +16,7 @@ class Graph:
     """A symmetric graph of N nodes; both directions of an edge are stored, so E counts each twice. It does not change.
 
     A node may be its own neighbour (then ``reverse[e] == e``). :func:`ssmkernels.graph.knn_graph` makes one from
-    features;
-    :meth:`from_scipy`, :meth:`from_edge_index` and :meth:`from_torch_sparse` from what others have.
+    features; :meth:`from_scipy`, :meth:`from_edge_index` and :meth:`from_torch_sparse` from what others have.
     ``torch.save`` and ``torch.load`` with their defaults keep one, as pickle and ``copy.deepcopy`` do: where
     ``ssmkernels.graph`` has been imported, torch loads it with ``weights_only=True``, and what it finds is checked as
     here.
@@ -28,7 +27,7 @@ class Graph:
         weight: [E] float32 or float64, finite, ≥ 0 and symmetric up to rounding.
         reverse: [E] int32 or int64, the position of (j, i) for the entry (i, j); found if not given.
         mutual: [E] bool, whether each end of the edge is among the k nearest neighbours of the other, where that is
-        known.
+            known.
 
     Raises:
         TypeError, ValueError: naming the argument, and the entry where one is wrong.
@@ -163,8 +162,8 @@ class Graph:
         return Graph._trusted(self.crow, self.col, _plain(weight.detach()), self.reverse, self.mutual)
 
     def normalized(self) -> Graph:
-        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there are
-        none.
+        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones; the same graph where there
+        are none.
         """
         weight = self.weight.double()
         largest = float(weight.max()) if self.num_edges else 0.0

@@ -70,9 +70,8 @@ class BNInception(nn.Module):
             channels = unit.conv1 + unit.conv3[1] + unit.double[1] + (unit.pool or channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        if any(
-            side % 32 for side in images.shape[2:]
-        ):  # pooling rounds up and convolution down: their maps would not fit together
+        # Pooling rounds up and convolution down: their maps would not fit together
+        if any(side % 32 for side in images.shape[2:]):
             raise ValueError(
                 f"images are of {images.shape[2]}x{images.shape[3]} pixels; bn-inception takes multiples of 32"
             )

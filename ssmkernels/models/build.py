@@ -25,8 +25,7 @@ def build_model(
         in_channels: channels of the images: 1 or 3; "resnet50" takes 3.
         projection_dim: size of the embeddings.
         bn_momentum: share of the current batch in the running statistics of batch norm; by default 0.001 in wide
-        ResNets, as published for
-            2^20 steps (short runs need more), and 0.1 elsewhere.
+            ResNets, as published for 2^20 steps (short runs need more), and 0.1 elsewhere.
     """
     if bn_momentum is not None and not 0 < bn_momentum <= 1:
         raise ValueError(f"bn_momentum is {bn_momentum}; it should be in (0, 1]")

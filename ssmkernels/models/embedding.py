@@ -32,8 +32,7 @@ class EmbeddingModel(nn.Module):
         embedding_dim: size δ of the embeddings.
         pooling: "avg+max" or "avg".
         freeze_bn: keep batch norm as it was loaded: its statistics are used and not updated, also in training, and its
-        parameters have
-            no gradient.
+            parameters have no gradient.
 
     Shape: images [N, C, H, W] -> features [N, d], embeddings [N, δ], of norm 1, float32 under autocast.
     """
@@ -105,10 +104,11 @@ def build_embedding_model(
         backbone: a name of the table.
         embedding_dim: size δ of the embeddings.
         weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone, such as
-        :func:`backbone_state` gives or,
-            for "resnet50", SwAV's authors published. A classifier, projection head or prototypes in it are ignored.
+            :func:`backbone_state` gives or, for "resnet50", SwAV's authors published. A classifier, projection head or
+            prototypes in it are ignored.
         pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm
-        frozen. in_channels: channels of the images; only "convnet-small" takes others than 3.
+            frozen.
+        in_channels: channels of the images; only "convnet-small" takes others than 3.
 
     Raises:
         FileNotFoundError: there is no file ``weights``.
@@ -127,8 +127,8 @@ def build_embedding_model(
 
 
 def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as ``weights``
-    again.
+    """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as
+    ``weights`` again.
     """
     return {key: value.cpu() for key, value in _inner(backbone).state_dict().items()}
 
@@ -151,9 +151,8 @@ class _Recipe(NamedTuple):
 
 def _resnet50(in_channels: int) -> nn.Module:
     layers = list(_require("torchvision.models", "torchvision").resnet50(weights=None).named_children())
-    return nn.Sequential(
-        OrderedDict(layers[:-2])
-    )  # without pooling and classifier; its forward pass is sequential, its keys remain
+    # Without pooling and classifier; its forward pass is sequential, its keys remain
+    return nn.Sequential(OrderedDict(layers[:-2]))
 
 
 def _resnet50_imagenet() -> Mapping[str, Tensor]:
@@ -228,9 +227,8 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
         if not key.startswith(recipe.head)
     }
     expected = target.state_dict()
-    counters = {
-        key for key in expected if key.endswith("num_batches_tracked")
-    }  # old files have none, and nothing here needs them
+    # Old files have none, and nothing here needs them
+    counters = {key for key in expected if key.endswith("num_batches_tracked")}
     missing, unexpected = sorted(expected.keys() - counters - state.keys()), sorted(state.keys() - expected.keys())
     reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}

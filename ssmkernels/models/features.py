@@ -24,11 +24,12 @@ def extract_features(
 
     Args:
         model: images [B, C, H, W] -> (features [B, d], anything), moved to ``device`` and in eval mode for the time; or
-        the name of a
-            backbone, see :func:`ssmkernels.models.build_embedding_model`, taken with its ImageNet weights and average
-            pooling.
+            the name of a backbone, see :func:`ssmkernels.models.build_embedding_model`, taken with its ImageNet weights
+            and average pooling.
         batches: images [B, C, H, W], or tuples that start with them, as :func:`ssmkernels.data.evaluation_batches`
-        yields. device: where the model runs. progress: show a progress bar.
+            yields.
+        device: where the model runs.
+        progress: show a progress bar.
     """
     if isinstance(model, str):
         model = build_embedding_model(model, 1, weights="imagenet", pooling="avg").to(memory_format=torch.channels_last)

@@ -31,8 +31,7 @@ class WideResNet(nn.Module):
         width: factor k on the channels 16, 32, 64 of the stages.
         in_channels: channels C of the images.
         bn_momentum: share of the current batch in the running statistics of batch norm. The published 0.001 suits 2^20
-        steps; runs of a
-            few thousand need 0.01 or 0.1.
+            steps; runs of a few thousand need 0.01 or 0.1.
         bn_eps: ε of batch norm.
 
     Shape: images [N, C, H, W] -> features [N, ``feature_dim``], ``feature_dim`` = 64 k.

@@ -9,8 +9,7 @@ a ``setup_context``, which costs 20 µs more.
 The kernel of a gradient is itself an op, called through :func:`call` and registered with its own derivative
 (:func:`register`) or with one that raises (:func:`register_gradient`), so that a gradient asked for under
 ``create_graph=True`` or nested torch.func.grad always has a graph. A gradient that comes out of the forward gets one
-from
-:func:`gradient_of`.
+from :func:`gradient_of`.
 """
 
 from __future__ import annotations

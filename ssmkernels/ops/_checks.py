@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks of arguments, shared by every family: one clear error that names the argument, what it was and what it should
-be.
+"""Checks of arguments, shared by every family: one clear error that names the argument, what it was and what it
+should be.
 """
 
 from __future__ import annotations
@@ -345,8 +345,8 @@ def autocast_is_enabled(device: torch.device) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as torch
-    does.
+    """Matrix-like arguments in autocast's dtype, where autocast is on for their device; float64 is left alone, as
+    torch does.
     """
     device = tensors[0].device
     if not autocast_is_enabled(device):

@@ -24,8 +24,8 @@ def _tiles(count: int, elements: int) -> Iterator[slice]:
 
 
 def _sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
-    """[count, c], row i being the sum of the rows [p, c] whose index [p] is i; added in a fixed order, unlike index_add
-    on CUDA.
+    """[count, c], row i being the sum of the rows [p, c] whose index [p] is i; added in a fixed order, unlike
+    index_add on CUDA.
     """
     return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)
 

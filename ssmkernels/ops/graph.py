@@ -255,8 +255,8 @@ def _check_entries(crow: Tensor, col: Tensor) -> None:
 
 
 def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """The tensors there are, half types as float32 (under autocast too: these are statistics); all of one dtype and on
-    one device.
+    """The tensors there are, half types as float32 (under autocast too: these are statistics); all of one dtype and
+    on one device.
     """
     given = {name: value for name, value in values.items() if value is not None}
     first = next(iter(given))

@@ -115,8 +115,7 @@ def instance_matching_partial(
     """:func:`instance_matching` over one part of a bank, to be merged with the other parts.
 
     For a bank split over chunks, files or ranks: one partial result each, :func:`merge_instance_matching` pairwise,
-    then
-    :func:`finish_instance_matching`. Arguments as there; ``bank`` [K, D] may be empty.
+    then :func:`finish_instance_matching`. Arguments as there; ``bank`` [K, D] may be empty.
     """
     _library.require(bank)
     args = _check_matching(
@@ -133,7 +132,7 @@ def merge_instance_matching(a: InstanceMatchingPartial, b: InstanceMatchingParti
 
     Raises:
         TypeError, ValueError: one of them is no partial result, or ``b`` is not of the same queries and classes as
-        ``a``.
+            ``a``.
     """
     _check_partial("a", a)
     _check_partial("b", b)
@@ -294,8 +293,7 @@ def memory_update_(
 
     Raises:
         TypeError, ValueError: as :func:`instance_matching`, and where features, index or labels share memory with what
-        is
-            written, or two slots of the bank do; nothing is written then.
+            is written, or two slots of the bank do; nothing is written then.
     """
     _library.require(bank)
     check.check_tensor("bank", bank, "[K, D]", 2)

@@ -125,8 +125,9 @@ def mined_pair_ranking_loss(
         embeddings: e [n, d].
         basis_features: r = W_a f [n, k], not normalised.
         positive_threshold: T1, a number, or a scalar tensor on the device of the embeddings, which is not read by the
-        host. negative_threshold: T2, likewise. positive_margin, negative_margin, reduction: as in
-        :func:`pair_ranking_loss`.
+            host.
+        negative_threshold: T2, likewise.
+        positive_margin, negative_margin, reduction: as in :func:`pair_ranking_loss`.
 
     Returns:
         A scalar; float64 for float64, otherwise float32.

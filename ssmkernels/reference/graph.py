@@ -62,8 +62,8 @@ def laplacian_solve(
 
 
 def _residual(matrix: Tensor, rows: Tensor, col: Tensor, values: Tensor, rhs: Tensor, solution: Tensor) -> Tensor:
-    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, D = diag(A), or, where above a tenth, the largest share that what is left of a row has
-    of its terms.
+    """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖, D = diag(A), or, where above a tenth, the largest share that what is left of a row
+    has of its terms.
     """
     left, inverse = rhs - matrix @ solution, 1 / matrix.diagonal()[:, None]
     norms = torch.linalg.vector_norm(inverse * rhs, dim=0)

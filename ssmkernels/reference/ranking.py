@@ -36,9 +36,8 @@ def _in_range(rows: Tensor) -> Tensor:
     if rows.shape[1] == 0:
         return rows
     exponents = torch.frexp(rows.detach().abs().amax(dim=1, keepdim=True)).exponent
-    scale = torch.ldexp(
-        torch.ones_like(exponents, dtype=rows.dtype), -exponents
-    )  # torch 2.11 differentiates ldexp wrongly
+    # Torch 2.11 differentiates ldexp wrongly
+    scale = torch.ldexp(torch.ones_like(exponents, dtype=rows.dtype), -exponents)
     return torch.where(exponents > 0, rows * scale, rows)
 
 

@@ -12,12 +12,11 @@ import torch
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` to ``path`` atomically: whoever reads, now or after a crash, finds the old file or the new one,
-    whole.
+    """Writes ``state`` to ``path`` atomically: whoever reads, now or after a crash, finds the old file or the new
+    one, whole.
     """
-    temporary = path.with_name(
-        path.name + ".tmp"
-    )  # in the same folder, as os.replace is atomic only within a file system
+    # In the same folder, as os.replace is atomic only within a file system
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(dict(state), file)
         file.flush()

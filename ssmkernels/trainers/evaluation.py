@@ -45,7 +45,7 @@ def embed(
     Args:
         model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
         batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every
-        R-th image.
+            R-th image.
     """
     training = model.training
     model.eval()
@@ -59,7 +59,7 @@ def embed(
 
 
 def retrieval_figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the names
-    of the metrics.
+    """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the
+    names of the metrics.
     """
     return {**metrics.retrieval(embeddings, labels), "NMI": metrics.nmi(embeddings, labels)}

@@ -52,7 +52,7 @@ def linear_evaluation(
     Args:
         train, validation, test: features [N, d], floating point and on one device, and their labels [N] int64.
         penalties: values of λ to pick from, by the accuracy on the validation images; the first of several that are
-        equal.
+            equal.
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties is {tuple(penalties)}; it should be at least one positive number")
@@ -128,7 +128,8 @@ def frozen_features(
         backbone: images [B, C, H, W] -> features [B, d]; it is put in eval mode for the time.
         mean, std: per channel, of pixels scaled to [0, 1], as the network was trained with.
         image_size: the shorter side is resized to it by bicubic interpolation, and the central square taken; None takes
-        images as they are. workers: processes that load images.
+            images as they are.
+        workers: processes that load images.
     """
     transform = None if image_size is None else CentralSquare(image_size)
     batches = data.evaluation_batches(images, 256, mean=mean, std=std, transform=transform, workers=workers)

@@ -156,13 +156,12 @@ def fit(
 
     Args:
         config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but
-        for the
-            group ``run`` and the place of the data (``data.root``).
+            for the group ``run`` and the place of the data (``data.root``).
         resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is
-        refused. epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th. best: a figure
-        of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of the trainer's
-        state
-            are kept in ``run.out``/best.pt.
+            refused.
+        epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th.
+        best: a figure of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of
+            the trainer's state are kept in ``run.out``/best.pt.
 
     Raises:
         FloatingPointError: a loss is not finite; it names the step.

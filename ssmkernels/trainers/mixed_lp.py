@@ -96,7 +96,8 @@ class MixedLPConfig:
     """Divide confidences by their maximum, as LP-DeepSSL does, from where the paper takes (21). Propagated labels can
     be nearly uniform: undivided, mixed ones have .01 to 1, the others below .001. In the long run AdamW does not feel a
     constant factor of the gradient; but coming from labelled epochs of weight 1, its second moments remember for 1/(1 −
-    β₂) = 1000 steps, and steps are shorter until then, by up to that factor."""
+    β₂) = 1000 steps, and steps are shorter until then, by up to that factor.
+    """
     epsilon: float = 32.0
     """ε of the proxy loss."""
     margin: float = 0.1
@@ -173,8 +174,7 @@ class MixedLP:
         images: all images; their classes are split here.
         fabric: the device, its precision and the other ranks.
         network: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone``
-        as a member;
-            ``config.backbone`` is built if none is given.
+            as a member; ``config.backbone`` is built if none is given.
     """
 
     def __init__(

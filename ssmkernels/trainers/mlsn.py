@@ -111,7 +111,8 @@ class MLSNConfig:
     """m, pairs of a step out of 2n², all ranks together."""
     pair_labels: PairLabels = "pseudo"
     """Of two unlabelled images: whether their ŷ agree, (3); or, with weak labels, whether their true classes do. The
-    classes themselves stay unknown."""
+    classes themselves stay unknown.
+    """
     pair_threshold: float = 0.0
     """Confidence of ŷ from which an image takes part in pairs; the paper has none."""
     hidden_features: int = 512
@@ -127,7 +128,8 @@ class MLSNConfig:
     """Optimiser steps of the run."""
     optimizer: Optimizer = "adamw"
     """Adam with weights that shrink by learning_rate·weight_decay a step, all of them; or SGD with Nesterov momentum .9
-    and L2 on all but biases and normalisation."""
+    and L2 on all but biases and normalisation.
+    """
     learning_rate: float = 0.002
     weight_decay: float = 0.02
     schedule: Schedule = "constant"
@@ -137,7 +139,8 @@ class MLSNConfig:
     ema_buffers: Literal["average", "copy", "own"] = "copy"
     """Batch-norm statistics of the averaged model, see :class:`ssmkernels.nn.EMATeacher`. Those of "copy" should lag as
     the weights do: bn_momentum near 1 − ema_decay. On digits .1 beside .02 costs Mean Teacher 10 points; "own" has no
-    such trap."""
+    such trap.
+    """
     ema_warm_up: bool = False
     """Shorter averages at the start."""
     precision: Precision = "32-true"
@@ -241,9 +244,8 @@ class MLSN:
             splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
         )
         network = build_network(config, splits) if network is None else network
-        self.model = network.to(
-            memory_format=torch.channels_last
-        )  # convolutions are faster so, on CPUs and on tensor cores
+        # Convolutions are faster so, on CPUs and on tensor cores
+        self.model = network.to(memory_format=torch.channels_last)
         self.student, self.optimizer = fabric.setup(self.model, _optimizer(self.model, config))
         self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
         self.centers: ClassCenters | None = None
@@ -288,9 +290,10 @@ class MLSN:
         if self.model.similarity is not None:
             weak = config.pair_labels == "weak"
             sides = batch.unlabeled_labels if weak else pseudo_labels.where(confidence >= config.pair_threshold, -1)
+            # L_S
             loss_similarity = self._similarity_loss(
                 self.model.similarity, features, torch.cat([batch.labels, sides]), step
-            )  # L_S
+            )
             targets = self._similarity_labels(self.model.similarity, features.detach(), batch.labels, step)  # y_sc
             loss_cotraining = F.cross_entropy(logits[n:].float(), targets)  # L_SC
             loss = loss + config.lambda_2.at(step, config.steps) * loss_similarity
@@ -320,8 +323,8 @@ class MLSN:
 
     @torch.no_grad()
     def _similarity_labels(self, network: SimilarityNetwork, features: Tensor, labels: Tensor, step: int) -> Tensor:
-        """y_sc [n, K] of the unlabelled rows; the centers come from the labelled rows of all ranks. Classes never seen
-        so far get 0.
+        """y_sc [n, K] of the unlabelled rows; the centers come from the labelled rows of all ranks. Classes never
+        seen so far get 0.
         """
         n, classes = len(labels), self.splits.num_classes
         labeled = all_gather_rows(features[:n].float()), all_gather_rows(labels)

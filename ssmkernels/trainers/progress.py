@@ -63,9 +63,8 @@ class RunLog:
         )
         self.file = self.board = None
         if folder is not None and writes:
-            from torch.utils.tensorboard import (
-                SummaryWriter,
-            )  # slow to import, and not needed by runs that write nothing
+            # Slow to import, and not needed by runs that write nothing
+            from torch.utils.tensorboard import SummaryWriter
 
             path = folder / "metrics.jsonl"
             kept = _records_until(path, start)  # the steps after the checkpoint are about to be done again

@@ -155,7 +155,7 @@ class SimMatch:
         splits: the images.
         fabric: the device, its precision and the other ranks.
         model: x [N, C, H, W] -> (logits [N, L], unit embeddings [N, projection_dim]); ``config.model`` is built if none
-        is given.
+            is given.
     """
 
     def __init__(
@@ -180,9 +180,8 @@ class SimMatch:
                     projection_dim=config.projection_dim,
                     bn_momentum=config.bn_momentum,
                 )
-        self.model = model.to(
-            memory_format=torch.channels_last
-        )  # convolutions are faster so, on CPUs and on tensor cores
+        # Convolutions are faster so, on CPUs and on tensor cores
+        self.model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -258,9 +257,8 @@ class SimMatch:
         probs = self.align(logits_weak.detach().float().softmax(dim=1))  # p^w, calibrated
         pseudo_probs, loss_instance = probs, logits.new_zeros(())
         if self.memory is not None:
-            scale = (
-                probs if config.propagate_to_instances else torch.full_like(probs, 1 / probs.shape[1])
-            )  # a uniform one leaves q^w
+            # A uniform one leaves q^w
+            scale = probs if config.propagate_to_instances else torch.full_like(probs, 1 / probs.shape[1])
             t = config.temperature
             matching = self.memory.instance_matching(
                 z_weak.detach(), z_strong, scale, temperature_weak=t, temperature_strong=t, alpha=config.alpha
@@ -312,8 +310,8 @@ class SimMatch:
         return scalars
 
     def evaluate(self) -> dict[str, float]:
-        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes,
-        top-5.
+        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five
+        classes, top-5.
         """
         splits, fabric = self.splits, self.fabric
         ks = (1, 5) if splits.num_classes > 5 else (1,)
@@ -394,9 +392,10 @@ def train_simmatch(
     """
     if splits is None:
         splits = data.load_dataset(config.data.name, config.data.root)
+    # Without L_in nothing uses the projection head
     fabric = make_fabric(
         precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.lambda_in == 0
-    )  # without L_in nothing uses the projection head
+    )
     trainer = SimMatch(config, splits, fabric)
     return fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config), resume=resume)
 

@@ -5,11 +5,10 @@ A teacher learns to embed the images of labelled classes. k-means on its embeddi
 classes, gives these pseudo-labels. A student learns from both sets, together with a feature basis W_a, one vector for
 every labelled class, whose similarities say which pairs of pseudo-labelled images to believe:
 
-    min over θ^s, W_a of L_rank(D^l; θ^s) + λ1 L_rank(D^u; θ^s) + λ2 (L_CE(D^l) + L_SD(D^u))        (L_Basis in the
-    parentheses)
+    min over θ^s, W_a of L_rank(D^l; θ^s) + λ1 L_rank(D^u; θ^s) + λ2 (L_CE(D^l) + L_SD(D^u))
 
-with the pairs of D^u mined: positive from a similarity T1 = μ⁺ on, negative up to T2 = μ⁻, the running means that L_SD
-keeps. The student is the teacher of the next round.
+with L_Basis in the parentheses, and the pairs of D^u mined: positive from a similarity T1 = μ⁺ on, negative up to T2 =
+μ⁻, the running means that L_SD keeps. The student is the teacher of the next round.
 
 The rows of the ablations are settings of the same trainer: ``student`` is "none" for the teacher alone, "pseudo-labels"
 for L_rank on the pseudo-labels, "basis" for these and L_Basis, "mining" for all of it; ``similarity_loss`` puts another
@@ -63,7 +62,8 @@ Stage = Literal["teacher", "warm-up", "joint"]
 
 SELECTED_BY = "final_MAP@R"
 """MAP@R among the validation classes, once the network is trained that the run is for: the last student, or the teacher
-where there is none. 0 before."""
+where there is none. 0 before.
+"""
 EVALUATED_EVERY = 200
 """Steps between evaluations, by default: Musgrave's two epochs of 100."""
 FIGURES = ("MAP@R", "RP", "P@1")
@@ -86,7 +86,7 @@ class Slade:
         fabric: the device, its precision and the other ranks.
         unlabeled_images: the unlabelled collection where there is one; none is needed for the teacher alone.
         network: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]); ``config.backbone`` is built if
-        none is given.
+            none is given.
     """
 
     def __init__(
@@ -167,9 +167,8 @@ class Slade:
         self.fabric.backward(losses["loss"])
         for parameter in self.basis_parameters:
             if parameter.grad is not None:
-                parameter.grad = all_reduce_mean(
-                    parameter.grad
-                )  # of the whole batch on every rank, equal but for rounding
+                # Of the whole batch on every rank, equal but for rounding
+                parameter.grad = all_reduce_mean(parameter.grad)
         self.optimizer.step()
         self.final = step >= self.config.steps - (
             self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps
@@ -271,7 +270,8 @@ class Slade:
 
     def batches(self, start_step: int) -> Iterator[SladeBatch]:
         """The batches of every step from ``start_step`` on. A round starts when its first batch is asked for, after the
-        last step of the one before; on resuming within a round, with the pseudo-labels of the checkpoint."""
+        last step of the one before; on resuming within a round, with the pseudo-labels of the checkpoint.
+        """
         config = self.config
         for labeled in self._loader(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0):
             yield SladeBatch(labeled, None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The images of SLADE: labelled and unlabelled ones, and those to validate and to test on, by Musgrave's protocol (ECCV
-2020).
+"""The images of SLADE: labelled and unlabelled ones, and those to validate and to test on, by Musgrave's protocol
+(ECCV 2020).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class SladeDataConfig:
     unlabeled_classes: UnlabeledClasses = "training"
     """Where there is no unlabelled collection: "training" takes the labels off some of the training classes; "test" has
     half of the images of the test classes, drawn by the seed and not tested on, as images without labels. The latter is
-    the situation of CUB-200 and NABirds, which has the species that are tested on."""
+    the situation of CUB-200 and NABirds, which has the species that are tested on.
+    """
     labeled_fraction: float = 0.5
     """Of the training classes, drawn by the seed, to keep their labels where some lose them."""
     image_size: int | None = None
@@ -47,7 +48,8 @@ class SladeDataConfig:
     """Class-disjoint folds of the other classes."""
     fold: int | None = 0
     """The one to validate on, from 0, with the others to train on. None trains a network for each fold and tests their
-    embeddings side by side."""
+    embeddings side by side.
+    """
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -108,8 +110,7 @@ def split_images(
 
     Args:
         unlabeled_images: the collection ``config.unlabeled_name``. Where there is no such name,
-        ``config.unlabeled_classes`` says which of
-            ``images`` are taken instead.
+            ``config.unlabeled_classes`` says which of ``images`` are taken instead.
         seed: of the draw of those.
     """
     if config.fold is None:
@@ -132,8 +133,8 @@ def split_images(
 def tested_images(
     config: SladeDataConfig, images: data.ImageCollection, *, seed: int
 ) -> tuple[data.ImageCollection, data.ImageCollection | None]:
-    """The images of the test classes that are tested on, and the others of these classes where those are the unlabelled
-    ones.
+    """The images of the test classes that are tested on, and the others of these classes where those are the
+    unlabelled ones.
     """
     held_out = data.class_subset(images, held_out_classes(config, images.num_classes))
     if config.unlabeled_name is not None or config.unlabeled_classes == "training":

@@ -5,8 +5,7 @@ Two large crops of each image and several small ones get unit embeddings z and s
 scores of a large crop in the whole batch, balanced over the prototypes by Sinkhorn and Knopp's scaling, are its code q;
 all other crops of the image predict it:
 
-    L = 1/2 Σ_{i ∈ large} 1/(V + 1) Σ_{v ≠ i} −Σ_k q_ik log softmax_k(z_v·c / τ),
-    (2), (6)
+    L = 1/2 Σ_{i ∈ large} 1/(V + 1) Σ_{v ≠ i} −Σ_k q_ik log softmax_k(z_v·c / τ),    (2), (6)
 
 with a queue of earlier embeddings beside the batch where it is too small to balance. Prototypes stay fixed for the
 first epoch.

@@ -13,8 +13,8 @@ import numpy as np
 from ssmkernels import data
 
 HELD_OUT = 0.2
-"""Share of the training images to validate on, where there is no official split of them; a fixed draw in proportion to
-the classes.
+"""Share of the training images to validate on, where there is no official split of them; a fixed draw in proportion
+to the classes.
 """
 
 

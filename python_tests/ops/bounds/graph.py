@@ -91,12 +91,11 @@ def leave_one_edge_out(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict
     """out = ω ω' (1 − z·z') of the two directions of an edge, ω = 1 − H/log C, H the entropy of z = softmax(λ(D_ii F_i
     − w F_j)).
 
-    A logit has an error of γ(row + 3) of its two terms. Where z becomes z(1 + ρ), with Σ_c z_c ρ_c = 0, H moves by
-    −Σ_c z_c ρ_c (log z_c + H) − KL(z(1 + ρ) ‖ z), and the divergence is at most Σ_c z_c ρ_c²: all of it where z is
-    uniform, as at a self-loop, whose logits cancel. H rounds as log s − Σ e a/s, a being the logits less their maximum.
-    With G = g_e + g_e', the gradient of a logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows
-    to F_i times λ D_ii, to F_j times −λ w, to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as
-    λ F_i.
+    A logit has an error of γ(row + 3) of its two terms. Where z becomes z(1 + ρ), with Σ_c z_c ρ_c = 0, H moves by −Σ_c
+    z_c ρ_c (log z_c + H) − KL(z(1 + ρ) ‖ z), and the divergence is at most Σ_c z_c ρ_c²: all of it where z is uniform,
+    as at a self-loop, whose logits cancel. H rounds as log s − Σ e a/s, a being the logits less their maximum. With G =
+    g_e + g_e', the gradient of a logit is G ω' (1 − z·z')·z(log z + H)/log C − G ω ω' z(z' − z·z'); it flows to F_i
+    times λ D_ii, to F_j times −λ w, to w_ij as −λ F_j, and to every weight of row i, since D_ii is their sum, as λ F_i.
     """
     edges = _Edges(inputs)
     bounds = {"dissimilarity": edges.value_error}

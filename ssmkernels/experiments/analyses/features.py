@@ -59,8 +59,8 @@ def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values:
 
 
 def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[float, float]]]:
-    """Figure 2's panels; and by kind of pseudo-label and share of the most confident ones their accuracy, in percent,
-    and distance.
+    """Figure 2's panels; and by kind of pseudo-label and share of the most confident ones their accuracy, in
+    percent, and distance.
     """
     train = trainer.splits.train
     unlabeled_index = np.setdiff1d(np.arange(len(train)), trainer.labeled_index)

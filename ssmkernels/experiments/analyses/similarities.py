@@ -38,7 +38,8 @@ STAGES = ("before", "after")
 
 def on_unlabeled_classes(table: Table, request: Request) -> Cells:
     """The rows of the table, and the same networks among the unlabelled images themselves, by their true labels: these
-    classes are seen in training, without labels, as many of the paper's test species are in NABirds."""
+    classes are seen in training, without labels, as many of the paper's test species are in NABirds.
+    """
     found = training_cells(table, request)
     figure = Figure("MAP@R, unlabelled classes", "MAP@R", unit="")
     more = [
