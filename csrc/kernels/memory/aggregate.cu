@@ -235,26 +235,33 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_aggregate(const __grid
   }
 }
 
-template <class Real>
+template <class Storage>
 struct ForwardScratch {
+  using Real = Compute<Storage>;
+
+  PackedInput<Storage> packed;
   ClassOrder order;
   RowSum<Real>* rows;
   ClassSum<Real>* classes_sums;
 };
 
 template <class Storage>
-ForwardScratch<Compute<Storage>> take_forward(const Aggregate<Storage>& problem, Workspace& workspace) {
+ForwardScratch<Storage> take_forward(const Aggregate<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
   const Cut cut = cut_of(problem.bank, problem.rows, false);
-  ForwardScratch<Real> scratch;
+  ForwardScratch<Storage> scratch;
+  scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.order = take_class_order(problem.bank, workspace);
   scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
   scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(problem.bank.classes, cut));
   return scratch;
 }
 
-template <class Real>
+template <class Storage>
 struct BackwardScratch {
+  using Real = Compute<Storage>;
+
+  PackedInput<Storage> packed;
   Real* slopes;
   Real* row_scale;  // [B]
   RowSum<Real>* rows;
@@ -262,10 +269,11 @@ struct BackwardScratch {
 };
 
 template <class Storage>
-BackwardScratch<Compute<Storage>> take_backward(const Aggregate<Storage>& problem, Workspace& workspace) {
+BackwardScratch<Storage> take_backward(const Aggregate<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
   const Cut cut = cut_of(problem.bank, problem.rows, true);
-  BackwardScratch<Real> scratch;
+  BackwardScratch<Storage> scratch;
+  scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.slopes = take_class_table<Real>(cut, problem.bank.classes, workspace);
   scratch.row_scale = workspace.take<Real>(problem.rows);
   scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
@@ -290,9 +298,11 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
-  const ForwardScratch<Real> scratch = take_forward(problem, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
-                                             cut_of(bank, problem.rows, false));
+  const ForwardScratch<Storage> scratch = take_forward(problem, workspace);
+  SweepInput<Storage> in;
+  if (const char* error = prepare_sweep<Storage>(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
+                                                 cut_of(bank, problem.rows, false), scratch.packed, in, stream))
+    return error;
   Merge<Real> merge{};
   merge.rows = scratch.rows;
   merge.padded_rows = in.cut.padded_rows();
@@ -324,9 +334,11 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
-  const BackwardScratch<Real> scratch = take_backward(problem, workspace);
-  const SweepInput<Storage> in =
-      sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows, cut_of(bank, problem.rows, true));
+  const BackwardScratch<Storage> scratch = take_backward(problem, workspace);
+  SweepInput<Storage> in;
+  if (const char* error = prepare_sweep<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                 cut_of(bank, problem.rows, true), scratch.packed, in, stream))
+    return error;
   if (bank.slots > 0) {
     if (const char* error =
             launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, backward.grad_aggregated,

@@ -122,8 +122,11 @@ class Matching {
   Real log_probs_[kBlocks][4];
 };
 
-template <class Real>
+template <class Storage>
 struct Scratch {
+  using Real = Compute<Storage>;
+
+  PackedInput<Storage> packed;
   ClassOrder order;
   Real* log_probs;
   unsigned char* known;  // [B]
@@ -133,12 +136,12 @@ struct Scratch {
 };
 
 template <class Storage>
-Scratch<Compute<Storage>> take_scratch(const InstanceMatching<Storage>& problem, bool with_means,
-                                       Workspace& workspace) {
+Scratch<Storage> take_scratch(const InstanceMatching<Storage>& problem, bool with_means, Workspace& workspace) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
   const Cut cut = cut_of(bank, problem.rows, with_means);
-  Scratch<Real> scratch;
+  Scratch<Storage> scratch;
+  scratch.packed = take_packed_input(bank, problem.query_weak, problem.query_strong, problem.rows, workspace);
   scratch.order = take_class_order(bank, workspace);
   scratch.log_probs = take_class_table<Real>(cut, bank.classes, workspace);
   scratch.known = workspace.take<unsigned char>(problem.rows);
@@ -263,9 +266,12 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
-  const Scratch<Real> scratch = take_scratch(problem, with_means, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong,
-                                             problem.rows, cut_of(bank, problem.rows, with_means));
+  const Scratch<Storage> scratch = take_scratch(problem, with_means, workspace);
+  SweepInput<Storage> in;
+  if (const char* error =
+          prepare_sweep<Storage>(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
+                                 cut_of(bank, problem.rows, with_means), scratch.packed, in, stream))
+    return error;
   const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
 
   if (bank.slots > 0) {

@@ -294,23 +294,74 @@ struct SweepInput {
   const Storage* query[2];
   int64_t rows;
   Cut cut;
-  bool bank_vectors, query_vectors;  // 16 bytes can be copied at once
   unsigned buffers;  // tiles in shared memory: kBuffers, or half or a quarter where a block is allowed less
 };
 
+// A sweep copies 16 bytes at a time. What lies otherwise is packed first, once per call: rows one behind the other,
+// filled up with zeros.
 template <class Storage>
-SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0,
-                                const Storage* query1, int64_t rows, const Cut& cut) {
-  const auto whole = [](int64_t elements) { return elements * sizeof(Storage) % 16 == 0; };
+struct PackedInput {
+  int64_t dim;  // of all rows, packed or not
+  Storage* bank;
+  Storage* query[2];  // null, as the bank, for what is taken as it lies
+
+  static constexpr int kThreads = 256;
+};
+
+template <class Storage>
+PackedInput<Storage> take_packed_input(const Bank<Storage>& bank, const Storage* query0, const Storage* query1,
+                                       int64_t rows, Workspace& workspace) {
+  constexpr int64_t kVector = TileShape<Storage>::kVector;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return {bank,
-          order,
-          {query0, query1},
-          rows,
-          cut,
-          bank.column_stride == 1 && whole(bank.dim) && whole(bank.row_stride) && aligned(bank.features),
-          whole(bank.dim) && aligned(query0) && aligned(query1),
-          0};
+  const bool whole = bank.dim % kVector == 0;
+  PackedInput<Storage> packed{ceil_div(bank.dim, kVector) * kVector, nullptr, {nullptr, nullptr}};
+  if (!whole || bank.column_stride != 1 || bank.row_stride % kVector != 0 || !aligned(bank.features))
+    packed.bank = workspace.take<Storage>(bank.slots * packed.dim);
+  if (!whole || !aligned(query0)) packed.query[0] = workspace.take<Storage>(rows * packed.dim);
+  if (query1 == query0)
+    packed.query[1] = packed.query[0];
+  else if (!whole || !aligned(query1))
+    packed.query[1] = workspace.take<Storage>(rows * packed.dim);
+  return packed;
+}
+
+// Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
+template <class Storage>
+__global__ void __launch_bounds__(PackedInput<Storage>::kThreads)
+    pack_matrix(const Storage* from, int64_t rows, int64_t dim, int64_t row_stride, int64_t column_stride,
+                int64_t pitch, Storage* to) {
+  const int64_t at = int64_t{blockIdx.x} * PackedInput<Storage>::kThreads + threadIdx.x;
+  if (at >= rows * pitch) return;
+  const int64_t r = column_stride == 1 ? at / pitch : at % rows, d = column_stride == 1 ? at % pitch : at / rows;
+  to[r * pitch + d] = d < dim ? from[r * row_stride + d * column_stride] : Storage{};
+}
+
+// What the sweep reads, with what had to be packed in `packed`.
+template <class Storage>
+const char* prepare_sweep(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1,
+                          int64_t rows, const Cut& cut, const PackedInput<Storage>& packed, SweepInput<Storage>& in,
+                          cudaStream_t stream) {
+  const auto pack = [&](const Storage* from, int64_t count, int64_t row_stride, int64_t column_stride, Storage* to) {
+    return launch(pack_matrix<Storage>, ceil_div<int64_t>(count * packed.dim, packed.kThreads), packed.kThreads, 0,
+                  stream, from, count, bank.dim, row_stride, column_stride, packed.dim, to);
+  };
+  in = {bank, order, {query0, query1}, rows, cut, 0};
+  in.bank.dim = packed.dim;
+  if (packed.bank) {
+    if (const char* error = pack(bank.features, bank.slots, bank.row_stride, bank.column_stride, packed.bank))
+      return error;
+    in.bank.features = packed.bank;
+    in.bank.row_stride = packed.dim;
+    in.bank.column_stride = 1;
+  }
+  for (const int q : {0, 1}) {
+    if (!packed.query[q]) continue;
+    const bool first = q == 0 || packed.query[1] != packed.query[0];
+    if (first)
+      if (const char* error = pack(in.query[q], rows, bank.dim, 1, packed.query[q])) return error;
+    in.query[q] = packed.query[q];
+  }
+  return nullptr;
 }
 
 // Where a thread stands.
@@ -341,36 +392,19 @@ struct Vectors {
   int r = threadIdx.x / Shape::kVectors, d = threadIdx.x % Shape::kVectors * Shape::kVector;
 };
 
-// to[r][d] = from(r)[d·column_stride], d in [0, width), and 0 up to `depth`.
+// to[r][d] = from(r)[d], d in [0, width), whole vectors, and 0 up to `depth`.
 template <class Engine, int kCount, class From>
-__device__ void stage_rows(typename Engine::Storage* to, int64_t column_stride, int width, int depth, bool vectors,
-                           From from) {
-  using Storage = typename Engine::Storage;
+__device__ void stage_rows(typename Engine::Storage* to, int width, int depth, From from) {
   using Shape = typename Engine::Shape;
-  if (vectors) {
-    const Vectors<Shape> mine;
-    if (mine.d >= depth) return;
-    [[maybe_unused]] constexpr int kUnroll = kCount <= 32 ? kCount / Vectors<Shape>::kStep : 1;
+  const Vectors<Shape> mine;
+  if (mine.d >= depth) return;
+  [[maybe_unused]] constexpr int kUnroll = kCount <= 32 ? kCount / Vectors<Shape>::kStep : 1;
 #pragma unroll kUnroll
-    for (int r = 0; r < kCount; r += Vectors<Shape>::kStep)
-      copy_async(to + (mine.r + r) * Shape::kPitch + mine.d, from(mine.r + r) + mine.d, mine.d < width);
-  } else {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kCount * Shape::kDim; i += kSweepThreads) {
-      // Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
-      const int r = column_stride == 1 ? i / Shape::kDim : i % kCount,
-                d = column_stride == 1 ? i % Shape::kDim : i / kCount;
-      if (d >= depth) continue;
-      const Storage x = d < width ? from(r)[d * column_stride] : Storage{};
-      if constexpr (Engine::kRounds)
-        to[r * Shape::kPitch + d] = Engine::rounded(x);
-      else
-        to[r * Shape::kPitch + d] = x;
-    }
-  }
+  for (int r = 0; r < kCount; r += Vectors<Shape>::kStep)
+    copy_async(to + (mine.r + r) * Shape::kPitch + mine.d, from(mine.r + r) + mine.d, mine.d < width);
 }
 
-// Rounds what this thread itself copied with vectors, once that has landed.
+// Rounds what this thread itself copied, once that has landed.
 template <class Engine, int kCount>
 __device__ void round_rows(typename Engine::Storage* rows, int depth) {
   using Shape = typename Engine::Shape;
@@ -457,18 +491,17 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const auto issue_queries = [&](unsigned c, Storage* to) {
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
-      stage_rows<Engine, kRows>(
-          to + q * kRows * Shape::kPitch, 1, width_of(c), depth_of(c), in.query_vectors, [&](int r) {
-            return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
-          });
+      stage_rows<Engine, kRows>(to + q * kRows * Shape::kPitch, width_of(c), depth_of(c), [&](int r) {
+        return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
+      });
   };
   const auto issue = [&](unsigned s) {
     if (s < stages) {
       const unsigned c = chunk_of(s);
-      const Storage* column = in.bank.features + int64_t{c} * Shape::kDim * in.bank.column_stride;
+      const Storage* column = in.bank.features + int64_t{c} * Shape::kDim;
       const int64_t* rows = offsets + s % kRing * kSlots;
-      stage_rows<Engine, kSlots>(tiles + (s & ahead) * kTileSize, in.bank.column_stride, width_of(c), depth_of(c),
-                                 in.bank_vectors, [&](int r) { return column + rows[r]; });
+      stage_rows<Engine, kSlots>(tiles + (s & ahead) * kTileSize, width_of(c), depth_of(c),
+                                 [&](int r) { return column + rows[r]; });
       if (chunks > 1) issue_queries(c, queries + (s & ahead) * kQuerySize);
     }
     copy_async_commit();
@@ -512,8 +545,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       Storage* tile = tiles + (s & ahead) * kTileSize;
       Storage* query = queries + (s & ahead) * query_step;
       if constexpr (Engine::kRounds) {
-        if (in.bank_vectors) round_rows<Engine, kSlots>(tile, depth);
-        if (in.query_vectors && (chunks > 1 || s == 0)) round_rows<Engine, kQueries * kRows>(query, depth);
+        round_rows<Engine, kSlots>(tile, depth);
+        if (chunks > 1 || s == 0) round_rows<Engine, kQueries * kRows>(query, depth);
       }
       __syncthreads();  // the stage has landed and no warp is at the one before any more
       if (ahead > 0) issue(s + ahead);
@@ -652,13 +685,14 @@ class TableRows {
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c)
-        if (!kClassOrder || n + c == 0) load(to, labels, lane, n, c);
+        if (!kClassOrder || (kFetchesFirst && n + c == 0)) load(to, labels, lane, n, c);
   }
   // After them: the others.
   template <int kBlocks>
   __device__ void complete(Real (&to)[kBlocks][4], const int* labels, int lane) const {
     static_assert(kClassOrder);
     const bool one_class = labels[0] == labels[kBlocks * 8 - 1];
+    if (!kFetchesFirst) load(to, labels, lane, 0, 0);
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
@@ -672,6 +706,8 @@ class TableRows {
   }
 
  private:
+  static constexpr bool kFetchesFirst = sizeof(Real) == 4;  // float64 has no registers that the products leave
+
   template <int kBlocks>
   __device__ void load(Real (&to)[kBlocks][4], const int* labels, int lane, int n, int c) const {
     const Real* at = first_ + int64_t{labels[column_of(lane, n, c)]} * 8;

@@ -172,8 +172,11 @@ static __global__ void mark_present(const int64_t* labels, int64_t slots, int64_
   if (at < slots && labels[at] >= 0 && labels[at] < classes) present[labels[at]] = 1;  // every writer writes the same
 }
 
-template <class Real>
+template <class Storage>
 struct Scratch {
+  using Real = Compute<Storage>;
+
+  PackedInput<Storage> packed;
   unsigned char* present;  // [L + 1]
   unsigned char* known;    // [B]
   Real* log_probs;
@@ -182,10 +185,11 @@ struct Scratch {
 };
 
 template <class Storage>
-Scratch<Compute<Storage>> take_scratch(const Unfold<Storage>& problem, Workspace& workspace) {
+Scratch<Storage> take_scratch(const Unfold<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
   const Cut cut = cut_of(problem.bank, problem.rows, false);
-  Scratch<Real> scratch;
+  Scratch<Storage> scratch;
+  scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.present = workspace.take<unsigned char>(problem.bank.classes + 1);
   scratch.known = workspace.take<unsigned char>(problem.rows);
   scratch.log_probs = take_class_table<Real>(cut, problem.bank.classes, workspace);
@@ -209,9 +213,11 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   const Bank<Storage>& bank = problem.bank;
   if (problem.rows == 0 || bank.slots == 0) return nullptr;
   Workspace workspace(memory);
-  const Scratch<Real> scratch = take_scratch(problem, workspace);
-  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                      cut_of(bank, problem.rows, false));
+  const Scratch<Storage> scratch = take_scratch(problem, workspace);
+  SweepInput<Storage> in;
+  if (const char* error = prepare_sweep<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                 cut_of(bank, problem.rows, false), scratch.packed, in, stream))
+    return error;
   if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
   if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels,
                                  bank.slots, bank.classes, scratch.present))

@@ -31,6 +31,7 @@ struct Shape {
   int64_t padding = 0;  // of bank rows
   double temperature = 0.1;
   bool wild_labels = false;
+  int64_t offset = 0;  // elements before the first of a bank or of queries: they start where 16 bytes do not
 };
 
 template <class Real>
@@ -45,16 +46,20 @@ template <class Storage>
 struct Problem {
   using Real = Compute<Storage>;
   Shape shape;
-  Guarded<Storage> query_weak, query_strong, bank;
+  Guarded<Storage> queries, features;
+  Storage *query_weak, *query_strong, *bank;
   Guarded<Real> probs, grad;
   Guarded<int64_t> labels;
   Values weak, strong, slots, class_probs, slopes;  // as stored
 
   Problem(const Shape& s, std::mt19937& random)
       : shape(s),
-        query_weak(s.rows * s.dim),
-        query_strong(s.rows * s.dim),
-        bank(s.transposed ? s.dim * s.slots : std::max<int64_t>(s.slots * (s.dim + s.padding) - s.padding, 0)),
+        queries(s.offset + 2 * s.rows * s.dim),
+        features(s.offset +
+                 (s.transposed ? s.dim * s.slots : std::max<int64_t>(s.slots * (s.dim + s.padding) - s.padding, 0))),
+        query_weak(queries.data() + s.offset),
+        query_strong(query_weak + s.rows * s.dim),
+        bank(features.data() + s.offset),
         probs(s.rows * s.classes),
         grad(s.rows * s.classes),
         labels(s.slots) {
@@ -93,7 +98,7 @@ struct Problem {
   }
 
   Bank<Storage> view() const {
-    return {bank.data(),
+    return {bank,
             labels.data(),
             shape.slots,
             shape.dim,
@@ -195,8 +200,8 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   const double exact = steep ? (sizeof(Real) == 8 ? 1e-8 : setup.tf32 ? 1e9 : 2e-2) : setup.exact;
   const double mean = std::max(exact, setup.mean);
 
-  const InstanceMatching<Storage> matching{problem.query_weak.data(),
-                                           problem.query_strong.data(),
+  const InstanceMatching<Storage> matching{problem.query_weak,
+                                           problem.query_strong,
                                            problem.probs.data(),
                                            problem.view(),
                                            s.rows,
@@ -242,7 +247,7 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
     }
   }
 
-  const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), s.rows, s.temperature, setup.tf32};
+  const Aggregate<Storage> aggregation{problem.query_weak, problem.view(), s.rows, s.temperature, setup.tf32};
   {
     const Workspace workspace(cuda::aggregate_workspace(aggregation));
     Guarded<Real> aggregated(s.rows * s.classes), log_normalizer(s.rows), again(s.rows * s.classes),
@@ -269,13 +274,8 @@ void test_products(const Setup& setup, const Shape& s, std::mt19937& random) {
   }
   {
     Guarded<Real> unfolded(s.rows * s.slots);
-    const Unfold<Storage> unfolding{problem.query_weak.data(),
-                                    problem.probs.data(),
-                                    problem.view(),
-                                    s.rows,
-                                    s.temperature,
-                                    setup.tf32,
-                                    unfolded.data()};
+    const Unfold<Storage> unfolding{problem.query_weak, problem.probs.data(), problem.view(), s.rows,
+                                    s.temperature,      setup.tf32,           unfolded.data()};
     const Workspace workspace(cuda::unfold_workspace(unfolding));
     const char* error = cuda::unfold(unfolding, workspace.data(), nullptr);
     succeeds(error, "unfold");
@@ -288,14 +288,8 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   using Real = Compute<Storage>;
   context = std::string(setup.name) + " empty";
   const Problem<Storage> problem({3, 0, 5, 4}, random);
-  const InstanceMatching<Storage> matching{problem.query_weak.data(),
-                                           problem.query_strong.data(),
-                                           problem.probs.data(),
-                                           problem.view(),
-                                           3,
-                                           0.1,
-                                           0.1,
-                                           setup.tf32};
+  const InstanceMatching<Storage> matching{
+      problem.query_weak, problem.query_strong, problem.probs.data(), problem.view(), 3, 0.1, 0.1, setup.tf32};
   const Workspace workspace(cuda::instance_matching_workspace(matching, true));
   Guarded<Real> logs(9), aggregated(12), logit(3), target_mean(15), strong_mean(15);
   const InstanceMatchingPartial<Real> partial{logs.data(),  logs.data() + 3,    logs.data() + 6,   aggregated.data(),
@@ -309,14 +303,8 @@ void test_empty(const Setup& setup, std::mt19937& random) {
   compare(strong_mean, Values(15), 0, "strong_mean");
 
   const Problem<Storage> no_rows({0, 7, 5, 4}, random);
-  const InstanceMatching<Storage> none{no_rows.query_weak.data(),
-                                       no_rows.query_strong.data(),
-                                       no_rows.probs.data(),
-                                       no_rows.view(),
-                                       0,
-                                       0.1,
-                                       0.1,
-                                       setup.tf32};
+  const InstanceMatching<Storage> none{
+      no_rows.query_weak, no_rows.query_strong, no_rows.probs.data(), no_rows.view(), 0, 0.1, 0.1, setup.tf32};
   succeeds(cuda::instance_matching(none, {nullptr, nullptr, nullptr, kAlpha}, nullptr, nullptr), "no rows");
 }
 
@@ -386,14 +374,8 @@ void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
     for (int64_t i = 0; i < kRows * width; ++i) right &= std::isnan(out[i]) == (in_slot || i / width == kRow);
     check(right, what);
   };
-  const InstanceMatching<Storage> matching{problem.query_weak.data(),
-                                           problem.query_strong.data(),
-                                           problem.probs.data(),
-                                           problem.view(),
-                                           kRows,
-                                           0.1,
-                                           0.1,
-                                           setup.tf32};
+  const InstanceMatching<Storage> matching{
+      problem.query_weak, problem.query_strong, problem.probs.data(), problem.view(), kRows, 0.1, 0.1, setup.tf32};
   {
     const Workspace workspace(cuda::instance_matching_workspace(matching, true));
     const Guarded<Real> pseudo_probs(kRows * kClasses), loss(kRows), gradient(kRows * kDim);
@@ -405,7 +387,7 @@ void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
     check_rows(gradient, "gradient");
   }
   {
-    const Aggregate<Storage> aggregation{problem.query_weak.data(), problem.view(), kRows, 0.1, setup.tf32};
+    const Aggregate<Storage> aggregation{problem.query_weak, problem.view(), kRows, 0.1, setup.tf32};
     const Workspace workspace(cuda::aggregate_workspace(aggregation)),
         backward_workspace(cuda::aggregate_workspace(aggregation));
     const Guarded<Real> aggregated(kRows * kClasses), log_normalizer(kRows), grad_query(kRows * kDim);
@@ -420,8 +402,8 @@ void test_not_finite(const Setup& setup, bool in_slot, std::mt19937& random) {
     check_rows(grad_query, "grad_query");
   }
   const Guarded<Real> unfolded(kRows * kSlots);
-  const Unfold<Storage> unfolding{
-      problem.query_weak.data(), problem.probs.data(), problem.view(), kRows, 0.1, setup.tf32, unfolded.data()};
+  const Unfold<Storage> unfolding{problem.query_weak, problem.probs.data(), problem.view(), kRows, 0.1,
+                                  setup.tf32,         unfolded.data()};
   const Workspace workspace(cuda::unfold_workspace(unfolding));
   succeeds(cuda::unfold(unfolding, workspace.data(), nullptr), "unfold");
   check_rows(unfolded, "unfolded");
@@ -472,6 +454,8 @@ void test_all(const Setup& setup) {
   test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 1e-4}, random);  // logits to ±1e4
   test_products<Storage>(setup, {3, 507, 8, 3, true, false, 8, 1e-4, true}, random);
   test_products<Storage>(setup, {3, 1100, 16, 5000, false}, random);  // two digits of classes
+  test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 0.1, false, 1}, random);
+  test_products<Storage>(setup, {17, 123, 100, 10, false, true, 0, 0.1, false, 1}, random);
   test_empty<Storage>(setup, random);
   for (const bool in_slot : {false, true}) test_not_finite<Storage>(setup, in_slot, random);
   test_update_not_finite<Storage>(setup);
