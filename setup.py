@@ -34,10 +34,10 @@ GIB_PER_JOB = 2  # what the largest compilation takes
 
 
 class BuildError(Exception):
-    """What is wrong, and the command that mends it."""
+    """What is wrong, and the command that fixes it."""
 
-    def __init__(self, problem: str, mend: str) -> None:
-        super().__init__(f"\n\nssmkernels cannot be built: {problem}.\nTo mend it:\n\n    {mend}\n")
+    def __init__(self, problem: str, fix: str) -> None:
+        super().__init__(f"\n\nssmkernels cannot be built: {problem}.\nTo fix it:\n\n    {fix}\n")
 
 
 def max_jobs(environment: Mapping[str, str]) -> int:
@@ -122,22 +122,22 @@ def cmake_architectures(wanted: str | None, supported: set[str]) -> str:
 
 
 def require_torch() -> None:
-    mend = f'pip install --upgrade "torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}" && {INSTALL}'
+    fix = f'pip install --upgrade "torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}" && {INSTALL}'
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
         problem = f"torch is not installed in {sys.prefix} (a build without isolation uses the torch that is there)"
         raise BuildError(problem, f"pip install torch && {INSTALL}") from None
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
-        raise BuildError(f"torch {version} is here, and {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} or newer is needed", mend)
+        raise BuildError(f"torch {version} is here, and {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} or newer is needed", fix)
 
 
 def require_tool(name: str) -> str:
     beside = Path(sys.executable).parent  # a virtual environment's scripts, also when it is not activated
-    found = shutil.which(name, path=os.pathsep.join([str(beside), os.environ.get("PATH", os.defpath)]))
-    if found is None:
+    executable = shutil.which(name, path=os.pathsep.join([str(beside), os.environ.get("PATH", os.defpath)]))
+    if executable is None:
         raise BuildError(f"{name} is not installed", f"pip install cmake ninja pybind11 setuptools wheel && {INSTALL}")
-    return found
+    return executable
 
 
 def pybind11_directory() -> str:
@@ -152,10 +152,10 @@ def pybind11_directory() -> str:
 
 def require_cxx20() -> str:
     """The C++ compiler: CXX, or the first of c++, g++ and clang++ that is there; it must compile C++20."""
-    mend = "apt-get install g++   # 11 or newer; or name another one: CXX=/path/to/g++ " + INSTALL
+    fix = "apt-get install g++   # 11 or newer; or name another one: CXX=/path/to/g++ " + INSTALL
     command = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if command is None or shutil.which(command) is None:
-        raise BuildError("there is no C++ compiler" + (f": CXX is {command!r}" if command else ""), mend)
+        raise BuildError("there is no C++ compiler" + (f": CXX is {command!r}" if command else ""), fix)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(
@@ -165,7 +165,7 @@ def require_cxx20() -> str:
             [command, "-std=c++20", "-fsyntax-only", str(source)], capture_output=True, text=True, check=False
         )
     if result.returncode:
-        raise BuildError(f"{command} does not compile C++20 ({result.stderr.strip().splitlines()[0]})", mend)
+        raise BuildError(f"{command} does not compile C++20 ({result.stderr.strip().splitlines()[0]})", fix)
     return command
 
 

@@ -68,13 +68,13 @@ def main() -> None:
         )
         print(*rows[-1], sep="  ", flush=True)
     machine = info.collect()
-    said = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
-    said += (
+    heading = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
+    heading += (
         f"`python bench/instruction_sets.py --seconds {args.seconds:g}`; medians, times of the narrower sets over that"
         " of the widest"
     )
     titles = ["op", "phase", "size", f"{names[-1]}, ms", *(f"{name}, ×" for name in names[:-1])]
-    text = f"{said}\n\n{markdown_table(titles, rows)}\n"
+    text = f"{heading}\n\n{markdown_table(titles, rows)}\n"
     print(text)
     if args.out:
         args.out.write_text(text)

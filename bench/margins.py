@@ -87,9 +87,9 @@ def measure(path: str, column: str) -> dict[str, float]:
     margins: dict[str, float] = {}
     for problem in torch.load(path, weights_only=False):
         case = CASES[problem["case"]]
-        found = case.evaluate(ops, problem["inputs"], problem["grads"])
+        results = case.evaluate(ops, problem["inputs"], problem["grads"])
         dtype = next(problem["inputs"][name].dtype for name in case.floating(problem["inputs"]))
-        for result, margin in case.margins(found, problem["exact"], problem["bounds"]).items():
+        for result, margin in case.margins(results, problem["exact"], problem["bounds"]).items():
             key = f"{case.name}|{str(dtype)[6:]}|{result}"
             margins[key] = max(margins.get(key, 0.0), margin)
     return margins
@@ -97,42 +97,44 @@ def measure(path: str, column: str) -> dict[str, float]:
 
 def collect(seeds: int) -> dict[str, dict[str, float]]:
     """Margins of every column, each measured in a process of its own."""
-    found = {}
+    margins = {}
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "problems.pt")
         torch.save(list(problems(seeds)), path)
         for column, environment in columns().items():
             command = [sys.executable, __file__, "--measure", path, "--column", column]
             done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True)
-            found[column] = json.loads(done.stdout)
-            print(f"{column}: largest {max(found[column].values()):.2f}", file=sys.stderr, flush=True)
-    return found
+            margins[column] = json.loads(done.stdout)
+            print(f"{column}: largest {max(margins[column].values()):.2f}", file=sys.stderr, flush=True)
+    return margins
 
 
-def section(found: dict[str, dict[str, float]], seeds: int) -> str:
+def section(margins: dict[str, dict[str, float]], seeds: int) -> str:
     """One row per op and result: the largest margin over dtypes in every column."""
-    keys = list(next(iter(found.values())))
+    keys = list(next(iter(margins.values())))
     rows: dict[tuple[str, str], list[float]] = {}
     for key in keys:
         op, _, result = key.split("|")
-        values = [found[column][key] for column in found]
+        values = [margins[column][key] for column in margins]
         rows[op, result] = [max(pair) for pair in zip(values, rows.get((op, result), values), strict=True)]
     cells = [[f"`{op}`", result, *(f"{value:.2g}" for value in values)] for (op, result), values in rows.items()]
     model = info.collect()["cpu"]["model"] + (", the lanes of AVX-512 in AVX instructions" if has_lanes_only() else "")
-    said = (
-        f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(found)}"
+    heading = (
+        f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(margins)}"
         " columns, the largest"
     )
-    said += f" over float64, float32, bfloat16 and float16: {max(max(each.values()) for each in found.values()):.2f}"
-    return f"## {model}\n\n{said}\n\n{markdown_table(['op', 'result', *found], cells)}\n"
+    heading += (
+        f" over float64, float32, bfloat16 and float16: {max(max(by_key.values()) for by_key in margins.values()):.2f}"
+    )
+    return f"## {model}\n\n{heading}\n\n{markdown_table(['op', 'result', *margins], cells)}\n"
 
 
 def write(path: Path, text: str) -> None:
     """Puts the section in the place of that of the same processor."""
     title = text.split("\n", 1)[0]
     head, *sections = re.split(r"(?m)^(?=## )", path.read_text())
-    kept = [each for each in sections if not each.startswith(title + "\n")]
-    path.write_text(head + "\n".join(each.rstrip("\n") + "\n" for each in [*kept, text]))
+    kept = [part for part in sections if not part.startswith(title + "\n")]
+    path.write_text(head + "\n".join(part.rstrip("\n") + "\n" for part in [*kept, text]))
 
 
 def main() -> None:
@@ -145,12 +147,14 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure, args.column)))
         return
-    found = collect(args.seeds)
-    text = section(found, args.seeds)
+    margins = collect(args.seeds)
+    text = section(margins, args.seeds)
     print(text)
     if args.out:
         write(args.out, text)
-    over = {f"{key} ({column})": value for column in found for key, value in found[column].items() if value > ALLOWED}
+    over = {
+        f"{key} ({column})": value for column in margins for key, value in margins[column].items() if value > ALLOWED
+    }
     if over:
         sys.exit(f"margins above {ALLOWED}: {over}")
 

@@ -135,8 +135,8 @@ def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tu
 def own_seconds(profiler: Any) -> tuple[float, int]:
     """Seconds in the library's operators, and how many values the host read."""
     events = profiler.key_averages()
-    seconds = sum(each.cpu_time_total for each in events if each.key.startswith("ssmkernels::")) / 1e6
-    return seconds, sum(each.count for each in events if each.key == "aten::_local_scalar_dense")
+    seconds = sum(event.cpu_time_total for event in events if event.key.startswith("ssmkernels::")) / 1e6
+    return seconds, sum(event.count for event in events if event.key == "aten::_local_scalar_dense")
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
                 waits += [] if eager else watch.wait_seconds[WARM_UP:]
         watch, profiler = train(method, args.steps, eager=False, profiled=True)
         own, reads = own_seconds(profiler)
-        ours, eager_step = (statistics.median(samples[each]) for each in (False, True))
+        ours, eager_step = (statistics.median(samples[is_eager]) for is_eager in (False, True))
         whole = sum(watch.step_seconds)
         share = own / whole
         before = 1 - ours * (1 - share) / eager_step

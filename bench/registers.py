@@ -57,7 +57,7 @@ def read_log(lines: Iterator[str]) -> Iterator[Kernel]:
         if entry := ENTRY.search(line):
             kernel = Kernel(entry[1], entry[2])
         elif kernel and (spills := SPILLS.search(line)):
-            kernel.stack, kernel.stores, kernel.loads = (int(each) for each in spills.groups())
+            kernel.stack, kernel.stores, kernel.loads = (int(count) for count in spills.groups())
         elif kernel and (used := USED.search(line)):
             kernel.registers, kernel.shared = int(used[1]), int(used[2] or 0)
             yield kernel
@@ -71,12 +71,12 @@ def instruction_counts(folder: Path) -> dict[tuple[str, str], Counter[str]]:
         sass = subprocess.run(["cuobjdump", "-sass", str(path)], check=True, capture_output=True, text=True).stdout
         architecture, count = "", Counter[str]()
         for line in sass.splitlines():
-            if found := ARCHITECTURE.search(line):
-                architecture = found[1]
-            elif found := FUNCTION.search(line):
-                count = counts[found[1], architecture] = Counter()
-            elif found := OPCODE.match(line):
-                count[found[1]] += 1
+            if match := ARCHITECTURE.search(line):
+                architecture = match[1]
+            elif match := FUNCTION.search(line):
+                count = counts[match[1], architecture] = Counter()
+            elif match := OPCODE.match(line):
+                count[match[1]] += 1
     return counts
 
 
@@ -111,9 +111,9 @@ def main() -> int:
     table: dict[tuple[str, ...], list[str]] = {}  # a kernel of several files once
     spilling = []
     for name, kernel in sorted(zip(names, kernels, strict=True), key=lambda pair: pair[0]):
-        found = counts.get((kernel.symbol, kernel.architecture), Counter())
+        count = counts.get((kernel.symbol, kernel.architecture), Counter())
         columns = [str(kernel.registers), str(kernel.shared), str(kernel.stack), f"{kernel.stores}/{kernel.loads}"]
-        columns += [str(found[opcode]) for opcode in INSTRUCTIONS] if args.objects else []
+        columns += [str(count[opcode]) for opcode in INSTRUCTIONS] if args.objects else []
         table[name, dtype_of(name), kernel.architecture] = columns
         if kernel.architecture == "sm_90" and kernel.stores + kernel.loads > 0:
             spilling.append(f"{name} spills {kernel.stores} bytes of registers and loads {kernel.loads}")

@@ -43,13 +43,13 @@ def graphs_of(features: Tensor) -> Iterator[tuple[str, graph.Graph]]:
 def accuracies(affinity: graph.Graph, classes: Tensor, seed: int) -> tuple[float, ...]:
     labels = draw_labels(classes, seed, (5,))
     mean = mean_weight(affinity)
-    found = [
+    assignments = [
         graph.label_propagation(affinity, labels).argmax(dim=1),
         # β and μ are in units of w̄: so divided, they are those of W itself.
         graph.mixed_label_propagation(affinity, labels, beta=1 / mean, mu=1 / (99 * mean)).pseudo_labels,
         graph.mixed_label_propagation(affinity, labels).pseudo_labels,
     ]
-    return tuple(float((each == classes).double().mean()) for each in found)
+    return tuple(float((assigned == classes).double().mean()) for assigned in assignments)
 
 
 def mean_weight(affinity: graph.Graph) -> float:

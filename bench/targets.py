@@ -90,7 +90,7 @@ def main() -> None:
         )
         results = [measure() for _ in range(args.runs)]
         for which, bar in targets:
-            values = [figure(each, which) for each in results]
+            values = [figure(result, which) for result in results]
             median = statistics.median(values)
             most = which == PRODUCTS
             met = median <= bar if most else median >= bar
@@ -106,9 +106,9 @@ def main() -> None:
                 ]
             )
     machine = info.collect()
-    said = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
-    said += f"`python bench/targets.py --runs {args.runs}{f' --op {args.op}' if args.op else ''}`"
-    text = f"{said}\n\n{markdown_table(['case', 'against', 'target', 'median', 'runs', ''], rows)}\n"
+    heading = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}; "
+    heading += f"`python bench/targets.py --runs {args.runs}{f' --op {args.op}' if args.op else ''}`"
+    text = f"{heading}\n\n{markdown_table(['case', 'against', 'target', 'median', 'runs', ''], rows)}\n"
     print(text)
     if args.out:
         args.out.write_text(text)

@@ -28,8 +28,8 @@ def before(affinity, points, labels, alpha, **settings):
     """affinity: scipy.sparse [N, N]; labels [N], -1 where there is none. Distributions [N, C]."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 30 steps are too few, as is shown below
-        found = LabelSpreading(kernel=lambda *_: affinity, alpha=alpha, **settings).fit(points, labels)
-    return torch.from_numpy(found.label_distributions_)
+        estimator = LabelSpreading(kernel=lambda *_: affinity, alpha=alpha, **settings).fit(points, labels)
+    return torch.from_numpy(estimator.label_distributions_)
 
 
 def after(affinity, indicators, alpha):
@@ -37,8 +37,8 @@ def after(affinity, indicators, alpha):
     degree = affinity.degree
     scale = degree.sqrt()[:, None]
     weight, diagonal, rhs = alpha * affinity.weight, (1 - alpha) * degree, (1 - alpha) * scale * indicators
-    found = ops.laplacian_solve(affinity.crow, affinity.col, weight, None, diagonal, rhs, rtol=TOLERANCE)
-    return scale * found.solution
+    solved = ops.laplacian_solve(affinity.crow, affinity.col, weight, None, diagonal, rhs, rtol=TOLERANCE)
+    return scale * solved.solution
 
 
 def exactly(affinity, indicators, alpha):
@@ -88,7 +88,7 @@ def main() -> None:
         "before, to the end": lambda: before(matrix, pixels, labels, args.alpha, max_iter=100_000, tol=TOLERANCE),
         "after": lambda: F.normalize(after(affinity, indicators, args.alpha), p=1, dim=1),
     }
-    scores, exact = (each(affinity, indicators, args.alpha) for each in (after, exactly))
+    scores, exact = (solve(affinity, indicators, args.alpha) for solve in (after, exactly))
     allowed = tolerance(affinity, indicators)
     error = (scores - exact).abs()
     share = float((error / allowed).max())
@@ -102,8 +102,8 @@ def main() -> None:
     times = time_alternating(blocks, seconds=args.seconds)
     end = F.normalize(exact, p=1, dim=1)
     for name, block in blocks.items():
-        found = block()
-        assigned, off = found.argmax(dim=1), float((found - end).abs().max())
+        distributions = block()
+        assigned, off = distributions.argmax(dim=1), float((distributions - end).abs().max())
         accuracy, same = (assigned.numpy() == truth).mean(), float((assigned == end.argmax(dim=1)).double().mean())
         print(f"{name:18} {1e3 * times[name].median:8.2f} ms   off by {off:.0e}", end="   ")
         print(f"accuracy {accuracy:.4f}   labels as at the end {same:.4f}")

@@ -45,7 +45,7 @@ def after(affinity, targets):
     """affinity: graph.Graph; targets [N, C]. Scores [N, C], and iterations [C]."""
     degree = affinity.degree
     scale = degree.sqrt()[:, None]
-    found = ops.laplacian_solve(
+    solved = ops.laplacian_solve(
         affinity.crow,
         affinity.col,
         ALPHA * affinity.weight,
@@ -54,7 +54,7 @@ def after(affinity, targets):
         scale * targets,
         rtol=TOLERANCE,
     )
-    return scale * found.solution, found.iterations.tolist()
+    return scale * solved.solution, solved.iterations.tolist()
 
 
 def exactly(affinity, targets):

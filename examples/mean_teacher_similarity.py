@@ -90,17 +90,17 @@ def main() -> None:
     images, labels = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(classes)
     seconds = {}
     for similarity in (False, True):
-        found, begin = [], time.perf_counter()
+        accuracies, begin = [], time.perf_counter()
         for seed in range(args.seed, args.seed + args.seeds):
             draw = torch.Generator().manual_seed(seed)
             is_labeled = torch.zeros(len(labels), dtype=torch.bool)
             for c in range(10):
                 members = (labels == c).nonzero()[:, 0]
                 is_labeled[members[torch.randperm(len(members), generator=draw)[: args.labels]]] = True
-            found.append(train(images, labels, is_labeled, steps=args.steps, similarity=similarity, seed=seed))
+            accuracies.append(train(images, labels, is_labeled, steps=args.steps, similarity=similarity, seed=seed))
         seconds[similarity] = time.perf_counter() - begin
         name = "Mean Teacher + similarity" if similarity else "Mean Teacher"
-        print(f"{name:26} accuracy on the other images, %: {', '.join(f'{each:.1f}' for each in found)}")
+        print(f"{name:26} accuracy on the other images, %: {', '.join(f'{accuracy:.1f}' for accuracy in accuracies)}")
     print(f"a step with the similarity loss takes {seconds[True] / seconds[False]:.1f} times as long")
 
 

@@ -106,16 +106,16 @@ def main() -> None:
 
         exact, allowed = loss_and_gradient(theirs, embeddings.double(), labels), tolerances(embeddings, labels)
         print(f"\nn={rows} d={args.dim} on {args.device}, forward and backward")
-        found = loss_and_gradient(ours, embeddings, labels)
-        for name, value, expected, most in zip(("loss", "gradient"), found, exact, allowed, strict=True):
+        computed = loss_and_gradient(ours, embeddings, labels)
+        for name, value, expected, most in zip(("loss", "gradient"), computed, exact, allowed, strict=True):
             share = float(((value - expected).abs() / most).max())
             assert share <= 1, f"{name} is off by {share:.2g} × tolerance"
             print(f"{name} equal: largest error {share:.2g} × tolerance")
         blocks = {"pytorch-metric-learning": theirs, "ssmkernels": ours}
         steps = {name: partial(loss_and_gradient, loss, embeddings, labels) for name, loss in blocks.items()}
         times = time_alternating(steps, device=args.device, seconds=args.seconds)
-        for name, each in steps.items():
-            extra = peak_extra_bytes(each, device=args.device)
+        for name, step in steps.items():
+            extra = peak_extra_bytes(step, device=args.device)
             memory = "?" if extra is None else f"{extra / 2**20:.1f}"
             print(f"{name:24} {1e3 * times[name].median:9.2f} ms   peak extra {memory} MiB")
         print(f"{times['pytorch-metric-learning'].median / times['ssmkernels'].median:.1f} times faster")

@@ -52,7 +52,7 @@ def main() -> None:
     probs = torch.randn(args.rows, args.classes, device=args.device).softmax(dim=1)
 
     def step(block, dtype=torch.float32):
-        weak, strong, memory, p = (each.detach().to(dtype) for each in (feat_ku, feat_qu, bank, probs))
+        weak, strong, memory, p = (tensor.detach().to(dtype) for tensor in (feat_ku, feat_qu, bank, probs))
         prob_ku, loss = block(weak, strong.requires_grad_(), memory, labels, p)
         (grad,) = torch.autograd.grad(loss.mean(), strong)
         return prob_ku, loss.detach(), grad

@@ -100,11 +100,11 @@ def test_mixed_label_propagation_is_that_of_graph(digits):
     }
     affinity = graph.knn_graph(torch.from_numpy(pixels), 20, gamma=2.0)
     expected = graph.mixed_label_propagation(affinity, torch.from_numpy(labels), **settings)
-    found = MixedLabelPropagation(20, gamma=2.0, **settings).fit(pixels, labels)
-    np.testing.assert_array_equal(found.transduction_, expected.pseudo_labels)
-    np.testing.assert_allclose(found.label_distributions_, expected.probs, atol=1e-8)
-    np.testing.assert_allclose(found.confidence_, expected.confidence, atol=1e-6)
-    assert found.n_iter_ == int(expected.iterations.max())
+    fitted = MixedLabelPropagation(20, gamma=2.0, **settings).fit(pixels, labels)
+    np.testing.assert_array_equal(fitted.transduction_, expected.pseudo_labels)
+    np.testing.assert_allclose(fitted.label_distributions_, expected.probs, atol=1e-8)
+    np.testing.assert_allclose(fitted.confidence_, expected.confidence, atol=1e-6)
+    assert fitted.n_iter_ == int(expected.iterations.max())
 
 
 @BOTH
@@ -122,10 +122,10 @@ def test_kinds_of_labels(estimator, digits):
         (np.where(labels < 0, -1, 7 * labels), 7 * np.arange(10)),
         (mixed, names),
     ):
-        found = clone(estimator).fit(pixels, y)
-        np.testing.assert_array_equal(found.classes_, classes)
-        np.testing.assert_array_equal(found.transduction_, classes[expected.transduction_])
-        np.testing.assert_array_equal(found.predict(pixels[:17]), classes[expected.predict(pixels[:17])])
+        fitted = clone(estimator).fit(pixels, y)
+        np.testing.assert_array_equal(fitted.classes_, classes)
+        np.testing.assert_array_equal(fitted.transduction_, classes[expected.transduction_])
+        np.testing.assert_array_equal(fitted.predict(pixels[:17]), classes[expected.predict(pixels[:17])])
 
 
 @BOTH
@@ -154,14 +154,14 @@ def test_precomputed_affinity(estimator, make, digits):
     pixels, truth, labels = digits
     expected = clone(estimator).set_params(n_neighbors=20).fit(pixels, labels)
     weights = graph.knn_graph(pixels, 20).to_scipy().toarray()
-    found = clone(estimator).set_params(affinity="precomputed").fit(make(weights), labels)
-    np.testing.assert_array_equal(found.transduction_, expected.transduction_)
-    np.testing.assert_allclose(found.label_distributions_, expected.label_distributions_, atol=1e-7)
-    assert found.n_features_in_ == len(truth)
+    fitted = clone(estimator).set_params(affinity="precomputed").fit(make(weights), labels)
+    np.testing.assert_array_equal(fitted.transduction_, expected.transduction_)
+    np.testing.assert_allclose(fitted.label_distributions_, expected.label_distributions_, atol=1e-7)
+    assert fitted.n_features_in_ == len(truth)
     new = make(weights[:29] * (np.arange(29) > 0)[:, None])
-    by_hand = weights[1:29] @ found.label_distributions_ / weights[1:29].sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(found.predict_proba(new)[1:], by_hand)
-    np.testing.assert_allclose(found.predict_proba(new)[0], np.full(10, 0.1))  # five labels of each class
+    by_hand = weights[1:29] @ fitted.label_distributions_ / weights[1:29].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(fitted.predict_proba(new)[1:], by_hand)
+    np.testing.assert_allclose(fitted.predict_proba(new)[0], np.full(10, 0.1))  # five labels of each class
 
 
 @BOTH
@@ -190,11 +190,11 @@ def test_no_precomputed_affinity(estimator, message, X):
 @pytest.mark.parametrize("make", [sparse.csr_array, sparse.csc_matrix, sparse.coo_array])
 def test_sparse_points(estimator, make, digits):
     pixels, _, labels = digits
-    expected, found = (clone(estimator).set_params(n_neighbors=20).fit(X, labels) for X in (pixels, make(pixels)))
-    np.testing.assert_array_equal(found.transduction_, expected.transduction_)
-    np.testing.assert_allclose(found.label_distributions_, expected.label_distributions_, atol=1e-7)
+    expected, fitted = (clone(estimator).set_params(n_neighbors=20).fit(X, labels) for X in (pixels, make(pixels)))
+    np.testing.assert_array_equal(fitted.transduction_, expected.transduction_)
+    np.testing.assert_allclose(fitted.label_distributions_, expected.label_distributions_, atol=1e-7)
     for new in (pixels[:29], make(pixels[:29])):
-        np.testing.assert_allclose(found.predict_proba(new), expected.predict_proba(pixels[:29]), atol=1e-7)
+        np.testing.assert_allclose(fitted.predict_proba(new), expected.predict_proba(pixels[:29]), atol=1e-7)
 
 
 @BOTH
@@ -219,31 +219,31 @@ def test_numpy_scalars(estimator):
         "mu": np.float32(0.5),
         "mu_unlabeled": np.float64(0.25),
     }
-    found = clone(estimator).set_params(**numpy, rtol=np.float32(0.0625), max_iter=np.int16(50))
+    fitted = clone(estimator).set_params(**numpy, rtol=np.float32(0.0625), max_iter=np.int16(50))
     np.testing.assert_array_equal(
-        found.fit(points, labels).label_distributions_, plain.fit(points, labels).label_distributions_
+        fitted.fit(points, labels).label_distributions_, plain.fit(points, labels).label_distributions_
     )
 
 
 @BOTH
 def test_nothing_unlabelled(estimator, digits):
     pixels, truth, _ = digits
-    found = clone(estimator).set_params(n_neighbors=10).fit(pixels[:600], truth[:600])
-    assert (found.transduction_ == truth[:600]).mean() > 0.92
-    assert found.score(pixels[600:], truth[600:]) > 0.85
+    fitted = clone(estimator).set_params(n_neighbors=10).fit(pixels[:600], truth[:600])
+    assert (fitted.transduction_ == truth[:600]).mean() > 0.92
+    assert fitted.score(pixels[600:], truth[600:]) > 0.85
 
 
 @BOTH
 def test_points_that_no_label_reaches(estimator):
     points, truth, labels = arcs()
-    found = clone(estimator).set_params(n_neighbors=5).fit(points, labels)
-    np.testing.assert_array_equal(found.transduction_[truth < 2], truth[truth < 2])
+    fitted = clone(estimator).set_params(n_neighbors=5).fit(points, labels)
+    np.testing.assert_array_equal(fitted.transduction_[truth < 2], truth[truth < 2])
     # Two labels of 0, one of 1
-    np.testing.assert_allclose(found.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1)))
-    np.testing.assert_array_equal(found.transduction_[truth == 2], 0)
-    np.testing.assert_array_equal(found.confidence_[truth == 2], 0)
+    np.testing.assert_allclose(fitted.label_distributions_[truth == 2], np.tile([2 / 3, 1 / 3], (20, 1)))
+    np.testing.assert_array_equal(fitted.transduction_[truth == 2], 0)
+    np.testing.assert_array_equal(fitted.confidence_[truth == 2], 0)
     np.testing.assert_allclose(
-        found.predict_proba([[0, 0, 3.0], [0, 0, 0], [-1, -1, -1]]), np.tile([2 / 3, 1 / 3], (3, 1))
+        fitted.predict_proba([[0, 0, 3.0], [0, 0, 0], [-1, -1, -1]]), np.tile([2 / 3, 1 / 3], (3, 1))
     )
 
 
@@ -272,9 +272,9 @@ def test_equally_near_points_all_count(estimator):
     """
     points, _, labels = arcs(seed=3)
     points, labels = np.tile(points, (4, 1)), np.concatenate([labels, np.full(180, -1)])
-    found = clone(estimator).set_params(n_neighbors=7).fit(points, labels)
-    together = found.predict_proba(points)
-    apart = np.concatenate([found.predict_proba(point[None]) for point in points])
+    fitted = clone(estimator).set_params(n_neighbors=7).fit(points, labels)
+    together = fitted.predict_proba(points)
+    apart = np.concatenate([fitted.predict_proba(point[None]) for point in points])
     np.testing.assert_allclose(together, apart, rtol=1e-9)
     np.testing.assert_allclose(together[:60], together[60:120], rtol=1e-9)
 
@@ -282,11 +282,11 @@ def test_equally_near_points_all_count(estimator):
 @BOTH
 def test_scale_of_points_and_small_sets(estimator):
     points, truth, labels = arcs()
-    found = clone(estimator).fit(points, labels)  # 50 neighbours of 60
+    fitted = clone(estimator).fit(points, labels)  # 50 neighbours of 60
     for scale in (1e-200, 1e200):
         scaled = clone(estimator).fit(scale * points, labels)
-        np.testing.assert_allclose(scaled.label_distributions_, found.label_distributions_, rtol=1e-6)
-        np.testing.assert_allclose(scaled.predict_proba(points), found.predict_proba(points), rtol=1e-6)
+        np.testing.assert_allclose(scaled.label_distributions_, fitted.label_distributions_, rtol=1e-6)
+        np.testing.assert_allclose(scaled.predict_proba(points), fitted.predict_proba(points), rtol=1e-6)
     few = clone(estimator).fit(points[:4], truth[[0, 1, 0, 1]])  # 50 neighbours of 4
     assert few.label_distributions_.shape == (4, 2)
 

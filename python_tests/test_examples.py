@@ -59,8 +59,8 @@ def test_fails_where_the_op_is_wrong(name, run, monkeypatch):
     op = getattr(ops, SMALL[name][1])
 
     def wrong(*arguments, **settings):
-        found = op(*arguments, **settings)
-        return found._replace(**{found._fields[0]: 1.01 * found[0]}) if isinstance(found, tuple) else 1.01 * found
+        result = op(*arguments, **settings)
+        return result._replace(**{result._fields[0]: 1.01 * result[0]}) if isinstance(result, tuple) else 1.01 * result
 
     monkeypatch.setattr(ops, SMALL[name][1], wrong)
     with pytest.raises(AssertionError, match="× tolerance"):

@@ -111,32 +111,32 @@ def test_text_report(installation):
 def test_torch_missing(installation):
     (entry,) = installation.problems()
     assert entry["problem"] == "torch is not installed"
-    assert entry["mend"] == f"{sys.executable} -m pip install torch"
+    assert entry["fix"] == f"{sys.executable} -m pip install torch"
 
 
 def test_torch_too_old(installation):
     installation.add_torch(version="2.10.1")
     (entry,) = installation.problems()
     assert entry["problem"] == "torch 2.10.1 is older than 2.11"
-    assert entry["mend"].endswith('-m pip install --upgrade "torch>=2.11"')
+    assert entry["fix"].endswith('-m pip install --upgrade "torch>=2.11"')
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [("raise OSError('libcudart.so.9: missing')", "so.9: missing"), ("import os; os.abort()", "signal 6")],
 )
-def test_torch_broken(installation, code, said):
+def test_torch_broken(installation, code, message):
     installation.write("torch.py", code)
     (entry,) = installation.problems()
     assert "torch does not import" in entry["problem"]
-    assert said in entry["problem"]
+    assert message in entry["problem"]
 
 
 def test_library_missing(installation):
     installation.add_torch()
     (entry,) = installation.problems()
     assert f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]} is not there" in entry["problem"]
-    assert "-m pip install --force-reinstall --no-deps --no-build-isolation ssmkernels" in entry["mend"]
+    assert "-m pip install --force-reinstall --no-deps --no-build-isolation ssmkernels" in entry["fix"]
 
 
 def test_library_of_another_python(installation):
@@ -157,7 +157,7 @@ def test_source_tree_is_mended_in_place(installation):
     installation.add_torch()
     installation.write("CMakeLists.txt", "")
     (entry,) = installation.problems()
-    assert entry["mend"] == f"cd {installation.root} && {sys.executable} -m pip install --no-build-isolation -e ."
+    assert entry["fix"] == f"cd {installation.root} && {sys.executable} -m pip install --no-build-isolation -e ."
 
 
 def test_stale_library(installation):
@@ -172,7 +172,7 @@ def test_device_without_cuda_build(installation):
     installation.add_library(cuda=None, cuda_architectures=[])
     (entry,) = installation.problems()
     assert entry["problem"] == "there is Device 0, but the compiled library was built without CUDA"
-    assert entry["mend"].startswith("FORCE_CUDA=1 ")
+    assert entry["fix"].startswith("FORCE_CUDA=1 ")
 
 
 def test_device_without_code(installation):
@@ -180,7 +180,7 @@ def test_device_without_code(installation):
     installation.add_library(cuda_architectures=["90-real", "90-virtual"])
     (entry,) = installation.problems()
     assert entry["problem"] == "the compiled library has no code for Device 0 (8.6): it was built for sm_90 PTX_90"
-    assert entry["mend"].startswith('TORCH_CUDA_ARCH_LIST="8.6" ')
+    assert entry["fix"].startswith('TORCH_CUDA_ARCH_LIST="8.6" ')
 
 
 def test_unknown_instruction_set(installation):
@@ -189,7 +189,7 @@ def test_unknown_instruction_set(installation):
     (entry,) = installation.problems(SSMKERNELS_ISA="avx1024")
     assert entry == {
         "problem": "SSMKERNELS_ISA is 'avx1024', and this processor runs baseline, avx2",
-        "mend": "unset SSMKERNELS_ISA",
+        "fix": "unset SSMKERNELS_ISA",
     }
 
 
@@ -263,7 +263,7 @@ def test_op_without_library_raises_what_keeps_it_from_loading(monkeypatch):
 def test_cuda_tensor_given_to_a_cpu_build(monkeypatch):
     monkeypatch.setattr(_library, "_cuda_built", False)
     message = (
-        r"(?s)a CUDA tensor was given to a build without CUDA\nbuilt: .*\nhere:  .*\nmend:  .*FORCE_CUDA=1 .*pip"
+        r"(?s)a CUDA tensor was given to a build without CUDA\nbuilt: .*\nhere:  .*\nfix:   .*FORCE_CUDA=1 .*pip"
         r" install"
     )
     with pytest.raises(RuntimeError, match=message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The rules of the house that a compiler does not check."""
+"""Rules of the source tree that a compiler does not check."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
-# A room imports only rooms of lower floors; the ground imports no other room at all.
-FLOORS = [
+# A module imports only modules of lower layers; those of the lowest import no other.
+LAYERS = [
     {"data", "models", "metrics", "reference", "distributed", "info"},
     {"_library"},
     {"ops"},
@@ -22,13 +22,13 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
 SOURCE_SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
 FOREIGN_INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10|pybind11|Python\.h)')
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
-def imported_rooms(source):
+def imported_modules(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -57,18 +57,17 @@ def test_include_rule_sees_what_it_forbids():
     assert not FOREIGN_INCLUDE.search('#include "../common/isa.h"')
 
 
-def test_rooms_import_only_from_below(source_tree):
+def test_modules_import_only_from_lower_layers(source_tree):
     package = source_tree / "ssmkernels"
     wrong = []
     for path in sorted(package.rglob("*.py")):
-        room = path.relative_to(package).parts[0].removesuffix(".py")
-        if room == "__init__":
-            assert not set(imported_rooms(path.read_text())), "ssmkernels/__init__.py imports nothing by itself"
+        module = path.relative_to(package).parts[0].removesuffix(".py")
+        if module == "__init__":
+            assert not set(imported_modules(path.read_text())), "ssmkernels/__init__.py imports nothing by itself"
             continue
-        rooms = {name for name in imported_rooms(path.read_text()) if not name.startswith("__") and name != room}
-        wrong += [
-            f"{path.relative_to(source_tree)} imports {name}" for name in rooms if FLOOR_OF[name] >= FLOOR_OF[room]
-        ]
+        for name in sorted(set(imported_modules(path.read_text())) - {module, "__version__"}):
+            if LAYER_OF[name] >= LAYER_OF[module]:
+                wrong.append(f"{path.relative_to(source_tree)} imports {name}")
     assert not wrong
 
 
@@ -82,8 +81,8 @@ def test_every_source_is_listed_and_has_a_licence(source_tree):
     ]
     scripts = [
         path
-        for room in ("ssmkernels", "python_tests", "bench", "docs", "examples")
-        for path in (source_tree / room).rglob("*.py")
+        for folder in ("ssmkernels", "python_tests", "bench", "docs", "examples")
+        for path in (source_tree / folder).rglob("*.py")
     ]
     licence = re.compile(r"(//|#) SPDX-License-Identifier: BSD-3-Clause\n")
     assert not [str(path) for path in sources + scripts if not licence.match(path.read_text())]

@@ -29,9 +29,9 @@ def by_hand(embeddings, labels, references=None, reference_labels=None, ranks=(1
             rows.setdefault("RP", []).append(sum(same[:r]) / r)
             rows.setdefault("MAP@R", []).append(sum(same[j] * sum(same[: j + 1]) / (j + 1) for j in range(r)) / r)
             rows.setdefault("P@1 of those with R", []).append(same[0])
-    found = {name: float(np.mean(values)) for name, values in rows.items()}
-    found["P@1"] = found.pop("P@1 of those with R", math.nan)
-    return found
+    figures = {name: float(np.mean(values)) for name, values in rows.items()}
+    figures["P@1"] = figures.pop("P@1 of those with R", math.nan)
+    return figures
 
 
 def random_set(rows, dim, classes, seed):
@@ -50,20 +50,20 @@ def digits():
 @pytest.mark.parametrize(("rows", "classes"), [(3, 2), (17, 12), (123, 5), (507, 40)])
 def test_within_agrees_with_a_full_ranking(rows, classes):
     embeddings, labels = random_set(rows, 7, classes, seed=rows)
-    found = metrics.retrieval(embeddings, labels)
-    assert list(found) == ["P@1", "R@1", "R@2", "R@4", "R@8", "P@2", "P@4", "P@8", "RP", "MAP@R"]
-    assert found == pytest.approx(by_hand(embeddings.double().numpy(), labels.numpy()))
+    figures = metrics.retrieval(embeddings, labels)
+    assert list(figures) == ["P@1", "R@1", "R@2", "R@4", "R@8", "P@2", "P@4", "P@8", "RP", "MAP@R"]
+    assert figures == pytest.approx(by_hand(embeddings.double().numpy(), labels.numpy()))
 
 
 def test_separate_references_agree_with_a_full_ranking():
     embeddings, labels = random_set(61, 5, 9, seed=0)
     references, reference_labels = random_set(203, 5, 7, seed=1)  # classes 7 and 8 have no reference
-    found = metrics.retrieval(embeddings, labels, references=references, reference_labels=reference_labels)
+    figures = metrics.retrieval(embeddings, labels, references=references, reference_labels=reference_labels)
     expected = by_hand(
         embeddings.double().numpy(), labels.numpy(), references.double().numpy(), reference_labels.numpy()
     )
-    assert found == pytest.approx(expected)
-    assert found["P@1"] > found["R@1"]  # the queries without a reference of their class count in R@1 only
+    assert figures == pytest.approx(expected)
+    assert figures["P@1"] > figures["R@1"]  # the queries without a reference of their class count in R@1 only
 
 
 @pytest.mark.parametrize("k", ["max_bin_count", None])
@@ -106,9 +106,9 @@ def test_equal_distances_rank_by_index():
     references = prototypes[torch.arange(1003) % 3]
     reference_labels = torch.randint(0, 4, (1003,), generator=generator)
     queries, labels = torch.randn(29, 33, generator=generator), torch.randint(0, 4, (29,), generator=generator)
-    found = metrics.retrieval(queries, labels, references=references, reference_labels=reference_labels)
+    figures = metrics.retrieval(queries, labels, references=references, reference_labels=reference_labels)
     arrays = [value.double().numpy() if value.is_floating_point() else value.numpy() for value in (queries, labels)]
-    assert found == pytest.approx(by_hand(*arrays, references.double().numpy(), reference_labels.numpy()))
+    assert figures == pytest.approx(by_hand(*arrays, references.double().numpy(), reference_labels.numpy()))
 
     whole = torch.randint(
         0, 3, (203, 4), generator=generator
@@ -140,20 +140,20 @@ def test_no_full_matrix_is_made(monkeypatch):
 def test_order_of_distances_and_scale_of_embeddings():
     """Euclidean on the embeddings as given: lengths matter."""
     references, reference_labels = torch.tensor([[10.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
-    found = metrics.retrieval(
+    figures = metrics.retrieval(
         torch.tensor([[1.0, 0.1]]),
         torch.tensor([0]),
         references=references,
         reference_labels=reference_labels,
         recall_at=(1, 2),
     )
-    assert (found["R@1"], found["R@2"]) == (0.0, 1.0)
+    assert (figures["R@1"], figures["R@2"]) == (0.0, 1.0)
 
 
 def test_ranks_asked_for_and_lists_that_are_too_short():
     embeddings, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([4, 4, 4])
-    found = metrics.retrieval(embeddings, labels, recall_at=(5,), precision_at=[4])
-    assert found == {"P@1": 1.0, "R@5": 1.0, "P@4": 0.5, "RP": 1.0, "MAP@R": 1.0}
+    figures = metrics.retrieval(embeddings, labels, recall_at=(5,), precision_at=[4])
+    assert figures == {"P@1": 1.0, "R@5": 1.0, "P@4": 0.5, "RP": 1.0, "MAP@R": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_every_label_is_a_class():
 
 
 def test_no_query_has_a_reference_of_its_class():
-    found = metrics.retrieval(torch.randn(5, 3), torch.arange(5), recall_at=(1,), precision_at=(2,))
-    assert (found["R@1"], found["P@2"]) == (0.0, 0.0)
-    assert all(math.isnan(found[name]) for name in ("P@1", "RP", "MAP@R"))
+    figures = metrics.retrieval(torch.randn(5, 3), torch.arange(5), recall_at=(1,), precision_at=(2,))
+    assert (figures["R@1"], figures["P@2"]) == (0.0, 0.0)
+    assert all(math.isnan(figures[name]) for name in ("P@1", "RP", "MAP@R"))
 
 
 def test_arrays_half_types_strides_and_gradients():

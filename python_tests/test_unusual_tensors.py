@@ -26,17 +26,17 @@ def test_neighbours(backend: str) -> None:
     if backend == "faiss":
         pytest.importorskip("faiss")
     features = rows(30, 4)
-    found, expected = (graph.knn_graph(each, 5, backend=backend) for each in (negated(features), features))
-    assert found.col.equal(expected.col)
-    assert found.weight.equal(expected.weight)
+    neighbours, expected = (graph.knn_graph(rows, 5, backend=backend) for rows in (negated(features), features))
+    assert neighbours.col.equal(expected.col)
+    assert neighbours.weight.equal(expected.weight)
 
 
 def test_a_graph() -> None:
     plain = graph.knn_graph(rows(30, 4), 5)
-    found = graph.Graph(negated(plain.crow), negated(plain.col), negated(plain.weight))
+    copied = graph.Graph(negated(plain.crow), negated(plain.col), negated(plain.weight))
     for part in ("crow", "col", "weight"):
-        assert not getattr(found, part).is_neg()
-        assert getattr(found, part).equal(getattr(plain, part))
+        assert not getattr(copied, part).is_neg()
+        assert getattr(copied, part).equal(getattr(plain, part))
     assert plain.with_weight(negated(plain.weight)).to_scipy().data.tolist() == plain.weight.tolist()
 
 

@@ -33,7 +33,7 @@ def library() -> ModuleType:
     """The module ``ssmkernels._C``.
 
     Raises:
-        RuntimeError: it did not load; the message says what was built, what is here and the command that mends it.
+        RuntimeError: it did not load; the message says what was built, what is here and the command that fixes it.
     """
     if _C is None:
         raise RuntimeError(
@@ -46,7 +46,7 @@ def require(tensor: torch.Tensor) -> None:
     """Raises unless the library is loaded and was built for the device of ``tensor``.
 
     Raises:
-        RuntimeError: what was built, what is here and the command that mends it.
+        RuntimeError: what was built, what is here and the command that fixes it.
     """
     if _C is None:
         library()
@@ -68,15 +68,15 @@ def _require_cuda(tensor: torch.Tensor) -> None:
     major, minor = torch.cuda.get_device_capability(tensor.device)
     if not info.covers(library().build_info()["cuda_architectures"], (major, minor)):
         name = torch.cuda.get_device_name(tensor.device)
-        mend = info.install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"')
-        raise RuntimeError(_failure(f"it has no code for {name} (compute capability {major}.{minor})", mend))
+        fix = info.install_command(f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"')
+        raise RuntimeError(_failure(f"it has no code for {name} (compute capability {major}.{minor})", fix))
     _checked_devices.add(tensor.device.index)
 
 
-def _failure(problem: str, mend: str | None = None) -> str:
+def _failure(problem: str, fix: str | None = None) -> str:
     report = info.collect()
-    mend = mend or next((entry["mend"] for entry in report["problems"]), info.install_command())
+    fix = fix or next((entry["fix"] for entry in report["problems"]), info.install_command())
     return (
-        f"ssmkernels cannot run: {problem}\nbuilt: {info.describe_build(report)}\nhere: "
-        f" {info.describe_machine(report)}\nmend:  {mend}\nMore is told by: python -m ssmkernels info"
+        f"ssmkernels cannot run: {problem}\nbuilt: {info.describe_build(report)}\n"
+        f"here:  {info.describe_machine(report)}\nfix:   {fix}\nmore:  python -m ssmkernels info"
     )

@@ -292,11 +292,11 @@ def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     filled = np.full(len(y), labels[0], dtype=labels.dtype)
     filled[~unlabelled] = labels
     check_classification_targets(filled)
-    classes, found = np.unique(labels, return_inverse=True)
+    classes, class_index = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
         raise ValueError(f"y should have labels of at least 2 classes, got 1 class: {classes[0]!r}")
     codes = np.full(len(y), -1, dtype=np.int64)
-    codes[~unlabelled] = found
+    codes[~unlabelled] = class_index
     return classes, codes
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``ssmkernels info``: what was built, what machine this is, and what is wrong, with the command that mends it.
+"""``ssmkernels info``: what was built, what machine this is, and what is wrong, with the command that fixes it.
 
 Needs the standard library only, and works where torch or the compiled library is missing or broken: both are looked at
 from a process of their own, so that even a crash of theirs is but a line of the report.
@@ -52,7 +52,7 @@ print("MARK" + json.dumps({"build": _C.build_info(), "file": _C.__file__, "instr
 
 
 def collect() -> Report:
-    """Everything that ``ssmkernels info`` says, as JSON types; ``problems`` has entries of ``problem`` and ``mend``."""
+    """Everything that ``ssmkernels info`` says, as JSON types; ``problems`` has entries of ``problem`` and ``fix``."""
     report: Report = {
         "ssmkernels": {"version": __version__, "location": str(PACKAGE)},
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
@@ -64,7 +64,7 @@ def collect() -> Report:
         "cuda": {"nvcc": _nvcc_version(), "driver": _driver_version(), "devices": _nvidia_devices()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
-    report["problems"] = [{"problem": problem, "mend": mend} for problem, mend in _problems(report)]
+    report["problems"] = [{"problem": problem, "fix": fix} for problem, fix in _problems(report)]
     return report
 
 
@@ -107,7 +107,7 @@ def describe_build(report: Report) -> str:
 
 def describe_machine(report: Report) -> str:
     torch = report["torch"]
-    found = (
+    torch_version = (
         "no torch"
         if torch is None
         else "a torch that does not import"
@@ -115,7 +115,7 @@ def describe_machine(report: Report) -> str:
         else f"torch {torch['version']}"
     )
     devices = ", ".join(_device_name(device) for device in _devices(report)) or "no CUDA device"
-    return f"{__version__}, Python {report['python']['version']}, {found}, {devices}"
+    return f"{__version__}, Python {report['python']['version']}, {torch_version}, {devices}"
 
 
 def format_report(report: Report) -> str:
@@ -125,7 +125,7 @@ def format_report(report: Report) -> str:
         width = max(len(name) for name, _ in rows)
         blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]))
     problems = [
-        line for entry in report["problems"] for line in (f"  - {entry['problem']}", f"    mend: {entry['mend']}")
+        line for entry in report["problems"] for line in (f"  - {entry['problem']}", f"    fix: {entry['fix']}")
     ]
     blocks.append("\n".join(["problems", *(problems or ["  none"])]))
     return "\n\n".join(blocks)
@@ -291,8 +291,8 @@ def _probe(code: str) -> Report:
 
 def _devices(report: Report) -> list[Report]:
     torch = report["torch"] or {}
-    found: list[Report] = torch.get("devices") or report["cuda"]["devices"]
-    return found
+    devices: list[Report] = torch.get("devices") or report["cuda"]["devices"]
+    return devices
 
 
 def _device_name(device: Report) -> str:
@@ -335,10 +335,10 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _cpu_field(name: str) -> str:
     try:
-        found = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(rf"^{name}\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return ""
-    return found[1] if found else ""
+    return match[1] if match else ""
 
 
 def _cpu_model() -> str:

@@ -103,9 +103,9 @@ def retrieval(
     relevant = torch.bincount(key_labels, minlength=len(classes))[labels] - int(within)  # R of each query
     distances = _Distances(keys)
 
-    found = {f"R@{k}": queries.new_empty(len(queries)) for k in recall_at}
-    found |= {f"P@{k}": queries.new_empty(len(queries)) for k in precision_at}
-    found |= {name: queries.new_empty(len(queries)) for name in ("P@1", "RP", "MAP@R")}
+    figures = {f"R@{k}": queries.new_empty(len(queries)) for k in recall_at}
+    figures |= {f"P@{k}": queries.new_empty(len(queries)) for k in precision_at}
+    figures |= {name: queries.new_empty(len(queries)) for name in ("P@1", "RP", "MAP@R")}
     # Queries of classes of similar size go together, so that one large class does not lengthen every list.
     for rows in relevant.argsort(stable=True).split(max(1, _CHUNK_ENTRIES // len(keys))):
         chunk = distances.of(queries[rows])
@@ -116,16 +116,18 @@ def retrieval(
         same = key_labels[nearest] == labels[rows, None]
         hits = same.cumsum(dim=1, dtype=torch.float64)
         for k in recall_at:
-            found[f"R@{k}"][rows] = (hits[:, :k][:, -1] > 0).double()
+            figures[f"R@{k}"][rows] = (hits[:, :k][:, -1] > 0).double()
         for k in {1, *precision_at}:
-            found[f"P@{k}"][rows] = hits[:, :k][:, -1] / k
+            figures[f"P@{k}"][rows] = hits[:, :k][:, -1] / k
         count = relevant[rows]
         rank = torch.arange(1, nearest.shape[1] + 1, device=count.device)
-        found["RP"][rows] = hits.gather(1, (count[:, None] - 1).clamp_min(0))[:, 0] / count
-        found["MAP@R"][rows] = (hits / rank * (same & (rank <= count[:, None]))).sum(dim=1) / count
+        figures["RP"][rows] = hits.gather(1, (count[:, None] - 1).clamp_min(0))[:, 0] / count
+        figures["MAP@R"][rows] = (hits / rank * (same & (rank <= count[:, None]))).sum(dim=1) / count
 
     answered = relevant > 0
-    selected = {name: values[answered] if name in ("P@1", "RP", "MAP@R") else values for name, values in found.items()}
+    selected = {
+        name: values[answered] if name in ("P@1", "RP", "MAP@R") else values for name, values in figures.items()
+    }
     names = ["P@1", *(f"R@{k}" for k in recall_at), *(f"P@{k}" for k in precision_at), "RP", "MAP@R"]
     return {name: float(selected[name].mean()) for name in names}
 
@@ -280,10 +282,10 @@ def _tensor(name: str, value: Tensor | np.ndarray) -> Tensor:
 def _ranks(name: str, ranks: Any) -> list[int]:
     if isinstance(ranks, str) or not isinstance(ranks, Iterable) or getattr(ranks, "ndim", 1) == 0:
         ranks = [ranks]
-    found = sorted({_integer(name, k) for k in ranks})
-    if found and found[0] < 1:
-        raise ValueError(f"{name} should be integers ≥ 1, got {found[0]}")
-    return found
+    distinct = sorted({_integer(name, k) for k in ranks})
+    if distinct and distinct[0] < 1:
+        raise ValueError(f"{name} should be integers ≥ 1, got {distinct[0]}")
+    return distinct
 
 
 def _integer(name: str, value: Any) -> int:

@@ -25,7 +25,9 @@ LOADS = (sys.executable, "-c", "import torch, ssmkernels._C")
 
 def lacking(wheels: Path) -> list[Path]:
     """The wheels of packages that are not installed."""
-    here = {(each.metadata["Name"] or "").lower().replace("-", "_") for each in metadata.distributions()}
+    here = {
+        (distribution.metadata["Name"] or "").lower().replace("-", "_") for distribution in metadata.distributions()
+    }
     return [wheel for wheel in sorted(wheels.glob("*.whl")) if wheel.name.split("-")[0].lower() not in here]
 
 

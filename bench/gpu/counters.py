@@ -106,8 +106,8 @@ def profile(log: Path, calls: list[str]) -> dict[str, Any]:
     text = log.read_text() if log.exists() else ""
     launches = parse(text, metrics)
     if not launches:
-        said = (text + result.stdout + result.stderr)[-1500:]
-        raise RuntimeError(f"ncu gave no launch (exit {result.returncode}): {said}")
+        output = (text + result.stdout + result.stderr)[-1500:]
+        raise RuntimeError(f"ncu gave no launch (exit {result.returncode}): {output}")
     return {
         "launches": launches,
         "missing": sorted(set(METRICS) - set(metrics)),
@@ -120,14 +120,14 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _without(launches: list[dict[str, Any]]) -> list[str]:
-    seen = {name for each in launches for name in re.findall(r"\w+", each["kernel"])}
+    seen = {name for launch in launches for name in re.findall(r"\w+", launch["kernel"])}
     return [kernel for kernel in KERNELS if kernel not in seen]
 
 
 def main(argv: list[str] | None = None, call: Callable[[str], None] = call_each_op) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if "--calls" in argv:
-        call(arguments([each for each in argv if each != "--calls"], "Calls each op once.").device)
+        call(arguments([argument for argument in argv if argument != "--calls"], "Calls each op once.").device)
         return 0
     args = arguments(argv, "Counters of the main kernels.")
     rows = Rows(args.out, ROW_SECONDS)

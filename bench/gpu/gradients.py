@@ -23,8 +23,8 @@ def check(case: Case, variant: dict[str, Any], device: str) -> dict[str, Any]:
 
     def smooth_outputs(*values: Tensor) -> tuple[Tensor, ...]:
         changed = case.free(inputs | dict(zip(given, values, strict=True)))
-        found = dict(zip(case.outputs, case.run(ops, changed), strict=True))
-        return tuple(found[name] for name in case.smooth)
+        outputs = dict(zip(case.outputs, case.run(ops, changed), strict=True))
+        return tuple(outputs[name] for name in case.smooth)
 
     gradcheck(smooth_outputs, [inputs[name].detach().requires_grad_() for name in given], fast_mode=True)
     return {"inputs": list(given)}

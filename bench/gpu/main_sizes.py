@@ -36,7 +36,10 @@ def _graph(device: str, dtype: torch.dtype) -> list[Case]:
 
 def _pairs(device: str, dtype: torch.dtype) -> list[Case]:
     nodes, rows, listed = (4096, 16_384, 4_000_000) if device == "cuda" else (32, 32, 100)
-    cases = [pairs.case_of_size(each, nodes, 128, None, device, dtype) for each in ("concat", "absdiff", "product")]
+    cases = [
+        pairs.case_of_size(interaction, nodes, 128, None, device, dtype)
+        for interaction in ("concat", "absdiff", "product")
+    ]
     return [*cases, pairs.case_of_size("concat", rows, 128, listed, device, dtype)]
 
 

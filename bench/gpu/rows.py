@@ -54,8 +54,8 @@ class Rows:
         finally:
             faulthandler.cancel_dump_traceback_later()
         self._write(label, row)
-        told = row["error"] if "error" in row else show(row)
-        print(f"{label}: {told}" + ("" if row["state"] == "passed" else " (FAILED)"), flush=True)
+        text = row["error"] if "error" in row else show(row)
+        print(f"{label}: {text}" + ("" if row["state"] == "passed" else " (FAILED)"), flush=True)
         if "error" in row:
             _free_memory()
 

@@ -119,7 +119,7 @@ def write(outcomes: Sequence[Outcome], out: Path) -> None:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     lines = ["| step | result | seconds | file | last line |", "|---|---|---:|---|---|"]
-    for each in outcomes:
-        last = each.last_line.replace("|", "/")
-        lines.append(f"| {each.name} | {each.result} | {each.seconds:.0f} | {each.file} | {last} |")
+    for outcome in outcomes:
+        last = outcome.last_line.replace("|", "/")
+        lines.append(f"| {outcome.name} | {outcome.result} | {outcome.seconds:.0f} | {outcome.file} | {last} |")
     return "\n".join(lines)

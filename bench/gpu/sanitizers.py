@@ -45,16 +45,16 @@ def missing() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv, "The C++ tests under compute-sanitizer.")
-    rows, found = Rows(args.out, ROW_SECONDS), programs()
-    for tool in TOOLS if found else ():
-        for program in found:
+    rows, executables = Rows(args.out, ROW_SECONDS), programs()
+    for tool in TOOLS if executables else ():
+        for program in executables:
             label = f"{tool} {program.name}"
             rows.run(
                 label,
                 partial(check, program, tool, args.device),
                 lambda row: f"exit {row['exit']}, {row['seconds']:.0f} s",
             )
-    if not found:
+    if not executables:
         rows.run("programs", missing)
     return rows.finish()
 

@@ -35,10 +35,10 @@ def check(case: Case, dtype: torch.dtype, device: str, *, backward: bool) -> dic
     for size, variant in problems(case):
         inputs = case.draw(size, dtype, **variant)
         grads = case.grads(inputs) if backward else None
-        found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+        results = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
         exact = case.evaluate(reference, double(inputs), grads)
-        found = {name: value.cpu() for name, value in found.items() if name.startswith("grad ") == backward}
-        for result, margin in case.margins(found, exact, case.bound(inputs, grads or {})).items():
+        results = {name: value.cpu() for name, value in results.items() if name.startswith("grad ") == backward}
+        for result, margin in case.margins(results, exact, case.bound(inputs, grads or {})).items():
             if margin >= worst:
                 worst, name = margin, result
     return {"state": "passed" if worst <= 1 else "failed", "share_of_bound": worst, "of": name}

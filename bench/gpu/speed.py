@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     measured = DTYPES if args.device == "cuda" else (torch.float32,)  # a CPU takes its time for products of half types
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in measured}
     rows.run("rates", lambda: dataclasses.asdict(device_rates(args.device, dtypes)), show_rates)
-    found = rows.rows["rates"]
-    rates = Rates(found.get("copy", float("inf")), found.get("matmul", {}))
+    measured_rates = rows.rows["rates"]
+    rates = Rates(measured_rates.get("copy", float("inf")), measured_rates.get("matmul", {}))
     device = device_of(args.device)
     for _, case in cases(rows, args.device, DTYPES):
         rows.run(case.label(), lambda case=case: measure(case, device, rates), show)

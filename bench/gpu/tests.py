@@ -12,5 +12,5 @@ PROCESSES = 6
 
 if __name__ == "__main__":
     spread = [f"--numprocesses={PROCESSES}", "--dist=worksteal"] if importlib.util.find_spec("xdist") else []
-    chosen = [each for each in sys.argv[1:] if spread or not each.startswith("--numprocesses")]
+    chosen = [argument for argument in sys.argv[1:] if spread or not argument.startswith("--numprocesses")]
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *spread, *chosen]))

@@ -27,9 +27,9 @@ def small_case(**changes):
     return case.Case(**(settings | changes))
 
 
-def run(each):
+def run(op_case):
     rates = measure.Rates(copy=1e9, matmul={"float32": 1e9})
-    return case.run(each, device="cpu", rates=rates, seconds=0.05, say=lambda line: None)
+    return case.run(op_case, device="cpu", rates=rates, seconds=0.05, say=lambda line: None)
 
 
 def test_every_function_is_timed_in_every_round():
@@ -92,9 +92,9 @@ def test_unknown_family(capsys):
 
 def test_cases_agree_with_their_peers():
     """What is timed is the same computation: each peer's gradient is ours."""
-    for each in memory.cases(quick=True):
-        if each.op in ("instance_matching", "aggregate") and each.size["K"] == 250:
-            ours, eager = each.ours()[0], each.peers["eager"]()[0]
+    for op_case in memory.cases(quick=True):
+        if op_case.op in ("instance_matching", "aggregate") and op_case.size["K"] == 250:
+            ours, eager = op_case.ours()[0], op_case.peers["eager"]()[0]
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
 
 
@@ -103,7 +103,7 @@ def test_one_op_of_a_family(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "device_rates", lambda device, dtypes: measure.Rates(1e9, {"float32": 1e9}))
     arguments = ["memory", "--seconds", "0.05", "--out", str(tmp_path / "cpu.json")]
     assert bench.main([*arguments, "--op", "unfold"]) == 0
-    assert [each["op"] for each in json.loads((tmp_path / "cpu.json").read_text())["results"]] == ["unfold"]
+    assert [result["op"] for result in json.loads((tmp_path / "cpu.json").read_text())["results"]] == ["unfold"]
     assert bench.main([*arguments, "--op", "fold"]) == 1
     assert "no case of these families is of 'fold'" in capsys.readouterr().err
 
@@ -160,8 +160,8 @@ def test_growth_is_told_per_unit():
 def test_every_growing_op_grows():
     cases = list(growth.cases(quick=True))
     for op in growth.OPS:
-        sizes = [dict(each.size) for each in cases if each.op == op]
-        assert len(sizes) == 2 and sizes[0] != sizes[1] and all(not each.peers for each in cases)
+        sizes = [dict(op_case.size) for op_case in cases if op_case.op == op]
+        assert len(sizes) == 2 and sizes[0] != sizes[1] and all(not op_case.peers for op_case in cases)
 
 
 def test_kernels_of_a_call_are_its_operators_alone():
@@ -178,5 +178,5 @@ def test_families_are_measured_apart(tmp_path):
     assert (
         bench.main(["memory", "pairs", "--quick", "--seconds", "0", "--op", "memory_update_", "--out", str(out)]) == 0
     )
-    assert {each["op"] for each in json.loads(out.read_text())["results"]} == {"memory_update_"}
+    assert {result["op"] for result in json.loads(out.read_text())["results"]} == {"memory_update_"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu-roofline.png", "cpu.json", "cpu.md"]

@@ -275,8 +275,8 @@ def test_cold_time_is_what_a_call_adds_to_the_reads(gpu):
 
     device = Fake()
     device.op()  # what cold memory it meets is behind it
-    found = gpu.device.time_call(device, device.op)
-    assert found == gpu.device.CallTime(warm=2.0**-13, cold=2.0**-12)
+    times = gpu.device.time_call(device, device.op)
+    assert times == gpu.device.CallTime(warm=2.0**-13, cold=2.0**-12)
 
 
 def test_the_device_tests_are_compiled_for_the_device(gpu, tmp_path, monkeypatch, source_tree):
@@ -289,7 +289,7 @@ def test_the_device_tests_are_compiled_for_the_device(gpu, tmp_path, monkeypatch
     assert build.startswith("--build --preset device-tests --parallel ")
     presets = json.loads((source_tree / "CMakePresets.json").read_text())
     for kind in ("configurePresets", "buildPresets"):
-        assert "device-tests" in {each["name"] for each in presets[kind]}
+        assert "device-tests" in {preset["name"] for preset in presets[kind]}
 
 
 def test_dry_run_of_sanitizers(gpu, tmp_path, monkeypatch):
@@ -358,8 +358,8 @@ def test_counters_are_read(gpu, tmp_path, monkeypatch):
 def test_the_counted_kernels_are_there(gpu, source_tree):
     text = "".join(path.read_text() for path in (source_tree / "csrc/kernels").rglob("*.cu*"))
     launched = r"__global__\s+void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\("
-    found = set(re.findall(launched, re.sub(r"//.*", "", text)))
-    assert len(gpu.counters.KERNELS) == 7 and set(gpu.counters.KERNELS) <= found
+    kernels = set(re.findall(launched, re.sub(r"//.*", "", text)))
+    assert len(gpu.counters.KERNELS) == 7 and set(gpu.counters.KERNELS) <= kernels
 
 
 def test_dry_run_of_gradients(few, tmp_path):

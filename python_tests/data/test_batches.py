@@ -42,7 +42,7 @@ def identity(image, rng):
 
 def test_shapes_and_types():
     batch = batches()[0]
-    assert [(tuple(each.shape), each.dtype) for each in batch] == [
+    assert [(tuple(images.shape), images.dtype) for images in batch] == [
         ((8, 3, 16, 16), torch.float32),
         ((8,), torch.int64),
         ((8,), torch.int64),
@@ -59,8 +59,8 @@ def test_images_labels_and_slots_belong_together():
         assert torch.equal(image, to_tensor(IMAGES.image(LABELED[slot]), **STATISTICS))
     assert torch.equal(batch.unlabeled_weak, batch.unlabeled_strong), "two views of the same images"
     everything = torch.stack([to_tensor(IMAGES.image(i), **STATISTICS) for i in range(50)])
-    found = [int((everything == image).flatten(1).all(dim=1).nonzero()) for image in batch.unlabeled_weak]
-    assert batch.unlabeled_labels.tolist() == IMAGES.labels[found].tolist()
+    index = [int((everything == image).flatten(1).all(dim=1).nonzero()) for image in batch.unlabeled_weak]
+    assert batch.unlabeled_labels.tolist() == IMAGES.labels[index].tolist()
 
 
 def test_views_differ():
@@ -144,7 +144,7 @@ def test_evaluation_batches(workers):
 def test_evaluation_is_shared_among_ranks():
     shares = [list(evaluation_batches(IMAGES, 7, rank=rank, world_size=3, **STATISTICS)) for rank in range(3)]
     labels = [torch.cat([labels for _, labels in share]) for share in shares]
-    assert [each.tolist() for each in labels] == [IMAGES.labels[rank::3].tolist() for rank in range(3)]
+    assert [of_rank.tolist() for of_rank in labels] == [IMAGES.labels[rank::3].tolist() for rank in range(3)]
 
 
 def test_evaluation_transforms_and_leaves_the_global_generator_alone():

@@ -58,7 +58,7 @@ def test_crops_stand_crop_by_crop_and_show_the_images_named():
 
 def test_every_image_comes_once_an_epoch():
     positions = torch.cat([batches(batch_size=5)[step].positions for step in range(4)])
-    assert all(sorted(each.tolist()) == list(range(10)) for each in positions.split(10))
+    assert all(sorted(epoch.tolist()) == list(range(10)) for epoch in positions.split(10))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -88,7 +88,7 @@ def test_small_crops_show_less():
     image, spread = collection.images.image(0), {}
     for name, view in (("large", crops.large), ("small", crops.small)):
         pixels = [np.asarray(view(image, data.generator(0, 0, step)), dtype=float) for step in range(50)]
-        spread[name] = np.array([np.ptp(each) / 255 for each in pixels])
+        spread[name] = np.array([np.ptp(crop) / 255 for crop in pixels])
     # Widths √(area · aspect), of areas from .05 to .14 and from .14 to 1 and of aspects from 3/4 to 4/3.
     assert spread["small"].min() > 0.1 and spread["small"].max() < 0.45
     assert spread["large"].min() > 0.28 and spread["large"].max() > 0.8
@@ -99,7 +99,7 @@ def test_what_networks_take():
     assert (native.large.shape[1:], native.small.shape[1:]) == ((1, 8, 8), (1, 6, 6))
     bgr, rgb = (views(normalization=name, jitter=0, blur=0) for name in ("bgr-caffe", "half"))
     image = PHOTOGRAPHS.images.image(0)
-    first, second = (np.asarray(each.large(image, data.generator(0, 0, 1))) for each in (bgr, rgb))
+    first, second = (np.asarray(crops.large(image, data.generator(0, 0, 1))) for crops in (bgr, rgb))
     assert np.array_equal(first, second[..., ::-1])
     assert bgr.mean == data.NORMALIZATIONS["bgr-caffe"].mean
 

@@ -35,9 +35,9 @@ def batches(index=INDEX, labels=LABELS, **changes):
 def groups(batch, per_class=4):
     """[P, K] positions, and the class of each row."""
     positions = batch.positions.reshape(-1, per_class).tolist()
-    classes = [{LABEL_OF[each] for each in row} for row in positions]
-    assert all(len(each) == 1 for each in classes), "the images of a class stand in a row"
-    return positions, [each.pop() for each in classes]
+    classes = [{LABEL_OF[position] for position in row} for row in positions]
+    assert all(len(of_row) == 1 for of_row in classes), "the images of a class stand in a row"
+    return positions, [of_row.pop() for of_row in classes]
 
 
 def test_a_batch_is_classes_times_images():
@@ -74,7 +74,7 @@ def test_classes_come_again_with_other_images_where_there_are_too_few():
 def test_three_groups_of_two_classes():
     two = np.where(np.isin(LABELS, [0, 30]), LABELS, -1)
     tallies = [sorted(groups(batches(labels=two, batch_size=9, per_class=3)[step], 3)[1]) for step in range(20)]
-    assert {tuple(each) for each in tallies} == {(0, 0, 30), (0, 30, 30)}
+    assert {tuple(tally) for tally in tallies} == {(0, 0, 30), (0, 30, 30)}
 
 
 def test_the_images_are_those_named():

@@ -153,7 +153,7 @@ def jpegs_with_a_common_header(path, count, **changes):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, format="JPEG", quality=90)
         files.append(buffer.getvalue())
-    header = files[0][: next(i for i, each in enumerate(zip(*files, strict=False)) if len(set(each)) > 1)]
+    header = files[0][: next(i for i, column in enumerate(zip(*files, strict=False)) if len(set(column)) > 1)]
     tails = [file[len(header) : -2] for file in files]
     content = {
         "header": np.frombuffer(header, np.uint8),

@@ -331,7 +331,7 @@ def test_normalisations():
     torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "half")), (pixels - 127) / 128)
     bgr = pixels.flip(1) - torch.tensor([104.0, 117.0, 128.0])[:, None, None]
     torch.testing.assert_close(evaluated(collection, retrieval_views(collection, "bgr-caffe")), bgr, atol=1e-4, rtol=0)
-    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(channels)[:, None, None] for channels in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     torch.testing.assert_close(
         evaluated(collection, retrieval_views(collection, "imagenet")), (pixels / 255 - mean) / std
     )
@@ -370,7 +370,7 @@ def test_what_is_flipped(augmentation, flips):
     )
     view = retrieval_views(collection).training
     pixels = [np.asarray(view(collection.images.image(0), data.generator(1, 0, step)), dtype=int) for step in range(30)]
-    falling = sum(each[:, -6, 0].mean() < each[:, 5, 0].mean() for each in pixels)
+    falling = sum(image[:, -6, 0].mean() < image[:, 5, 0].mean() for image in pixels)
     assert (5 < falling < 25) if flips else falling == 0
 
 

@@ -145,8 +145,8 @@ def test_stationary_point_solves_the_indefinite_system(dense, monkeypatch):
     assert len(caught) == 1
     laplacian = torch.from_numpy(-graph.to_scipy().toarray()) + torch.diag(graph.degree)
     expected = torch.nn.functional.one_hot(labels.clamp_min(0), 2) * (labels >= 0)[:, None]
-    found = -2 * laplacian @ scores + (labels >= 0)[:, None] / 99 * scores
-    torch.testing.assert_close(found, expected.double(), rtol=1e-5, atol=1e-5)
+    gradient = -2 * laplacian @ scores + (labels >= 0)[:, None] / 99 * scores
+    torch.testing.assert_close(gradient, expected.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_lpdr_that_does_not_converge_says_so(digits, draw_labels):

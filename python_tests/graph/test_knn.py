@@ -96,8 +96,8 @@ def test_dtypes_and_arrays(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_numpy_scalars(scalar, backend):
     features = features_of(50, 8)
-    found = knn_graph(features, scalar(5), gamma=np.float32(2), backend=backend)
-    assert found.weight.equal(knn_graph(features, 5, gamma=2.0, backend=backend).weight)
+    graph = knn_graph(features, scalar(5), gamma=np.float32(2), backend=backend)
+    assert graph.weight.equal(knn_graph(features, 5, gamma=2.0, backend=backend).weight)
 
 
 @pytest.mark.parametrize("make", ["csr_array", "coo_matrix"])

@@ -30,7 +30,7 @@ def blobs(sizes, seed=0, k=6):
         axes[i] + 0.2 * torch.randn(n, len(sizes) + 1, generator=draw, dtype=torch.float64).abs()
         for i, n in enumerate(sizes)
     ]
-    graphs = [knn_graph(each, min(k, len(each) - 1)).to_scipy() for each in points]
+    graphs = [knn_graph(cluster, min(k, len(cluster) - 1)).to_scipy() for cluster in points]
     from scipy.sparse import block_diag
 
     return Graph.from_scipy(block_diag(graphs, format="csr"))
@@ -143,11 +143,11 @@ def test_mixed_is_free_of_scale(dtype, digits, draw_labels):
     results = {
         c: mixed_label_propagation(graph.with_weight(c * graph.weight), labels) for c in (1, 1e-12, 1e12, 2.0**-40)
     }
-    for c, found in results.items():
-        assert found.pseudo_labels.equal(results[1].pseudo_labels)
-        torch.testing.assert_close(found.dissimilarity, results[1].dissimilarity, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(found.confidence, results[1].confidence, rtol=1e-3, atol=1e-5)
-        assert found.scores.equal(results[1].scores) or c in (1e-12, 1e12)
+    for c, result in results.items():
+        assert result.pseudo_labels.equal(results[1].pseudo_labels)
+        torch.testing.assert_close(result.dissimilarity, results[1].dissimilarity, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(result.confidence, results[1].confidence, rtol=1e-3, atol=1e-5)
+        assert result.scores.equal(results[1].scores) or c in (1e-12, 1e12)
     damped = [
         comparisons.uniform_damping(graph.with_weight(c * graph.weight), labels, results[1].dissimilarity).pseudo_labels
         for c in (1, 1e-12, 1e12)
@@ -273,10 +273,10 @@ def test_numpy_scalars():
             "mu_unlabeled": kind(0),
             "rtol": kind(0.0625),
         }
-        found = mixed_label_propagation(
+        mixed = mixed_label_propagation(
             graph, labels, num_classes=labels.numpy().max() + 1, max_iter=np.int32(500), **settings
         )
-        assert found.scores.equal(plain.scores)
+        assert mixed.scores.equal(plain.scores)
 
 
 @pytest.mark.parametrize("function", [label_propagation, mixed_label_propagation])
@@ -294,8 +294,8 @@ def test_no_convergence_is_said_of_nan(monkeypatch):
     graph.weight[0] = graph.weight[graph.reverse[0]] = torch.nan
     monkeypatch.setattr(propagation.check, "values_are_checked", lambda tensor: False)
     with pytest.warns(RuntimeWarning, match="label_propagation did not converge .*residual nan"):
-        found = label_propagation(graph, labels)
-    assert found[graph.components[0] == graph.components[0][0]].isnan().any()
+        propagated = label_propagation(graph, labels)
+    assert propagated[graph.components[0] == graph.components[0][0]].isnan().any()
 
 
 BAD = [

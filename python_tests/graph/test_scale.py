@@ -80,11 +80,13 @@ def test_labels_are_those_of_the_exact_solution(name, dtype):
         graph, labels = make(name, scale, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = label_propagation(graph, labels).argmax(dim=1).tolist()
+            pseudo_labels = label_propagation(graph, labels).argmax(dim=1).tolist()
         for node, scores in enumerate(exact_scores(graph, labels)):
             best, second = sorted(scores, reverse=True)[:2]
             spread = best - min(scores)
-            assert found[node] == scores.index(best) or best - second <= GAP * spread, f"node {node} at scale {scale:g}"
+            assert pseudo_labels[node] == scores.index(best) or best - second <= GAP * spread, (
+                f"node {node} at scale {scale:g}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +120,8 @@ def test_labels_of_real_points(scale, images, draw_labels):
     clear = best - second > GAP * (best - exact.amin(dim=1))
     assert clear.double().mean() > 0.999
     for dtype in (torch.float32, torch.float64):
-        found = label_propagation(graph.to(dtype), labels).argmax(dim=1)
-        assert found[clear].equal(exact.argmax(dim=1)[clear])
+        pseudo_labels = label_propagation(graph.to(dtype), labels).argmax(dim=1)
+        assert pseudo_labels[clear].equal(exact.argmax(dim=1)[clear])
 
 
 def test_groups_are_those_of_strong_edges():

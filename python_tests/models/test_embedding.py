@@ -51,8 +51,8 @@ def test_backbones(backbone, feature_dim, parameters):
     assert sum(parameter.numel() for parameter in model.backbone.parameters()) == parameters
     features, embeddings = model(torch.randn(2, 3, 64, 64))
     assert (model.feature_dim, features.shape, embeddings.shape) == (feature_dim, (2, feature_dim), (2, 24))
-    for each in (features, embeddings):
-        torch.testing.assert_close(each.norm(dim=1), torch.ones(2))
+    for rows in (features, embeddings):
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
 
 
 def test_normalisations_of_the_backbones():
@@ -116,9 +116,9 @@ def test_every_parameter_gets_a_gradient(backbone):
 def test_autocast_gives_float32_of_norm_1():
     with torch.autocast("cpu", torch.bfloat16):
         outputs = tiny()(torch.randn(4, 3, 9, 9))
-    for each in outputs:
-        assert each.dtype == torch.float32
-        torch.testing.assert_close(each.norm(dim=1), torch.ones(4))
+    for rows in outputs:
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(4))
 
 
 def test_training_draws_no_random_numbers():

@@ -102,7 +102,7 @@ def test_equal_rows_have_no_gradient_towards_each_other(monkeypatch, listed, den
     monkeypatch.setattr(contrastive_loss, "DENSE_LIST", dense)
     embeddings = torch.tensor([[1.0, 2.0], [1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1])
-    pairs = [torch.tensor(each) for each in ([0, 1], [1, 0], [0, 1, 2, 2], [2, 2, 0, 1])] if listed else None
+    pairs = [torch.tensor(index) for index in ([0, 1], [1, 0], [0, 1, 2, 2], [2, 2, 0, 1])] if listed else None
     loss = ContrastiveLoss(0.0, 3.0)(embeddings, labels, pairs)
     expected = literal(embeddings, labels, 0.0, 3.0)
     torch.testing.assert_close(loss, expected)

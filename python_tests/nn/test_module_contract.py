@@ -23,7 +23,7 @@ import ssmkernels.nn
 from ssmkernels.nn import PrototypeHead
 
 EXPORTS = [getattr(ssmkernels.nn, name) for name in ssmkernels.nn.__all__]
-MODULES = [each for each in EXPORTS if isinstance(each, type) and issubclass(each, nn.Module)]
+MODULES = [export for export in EXPORTS if isinstance(export, type) and issubclass(export, nn.Module)]
 Tensors = tuple[Tensor, ...]
 HALF = (torch.bfloat16, torch.float16)
 SETTINGS = {(case.module, name): (case, name) for case in CASES for name in case.settings if name != "model"}
@@ -31,7 +31,7 @@ SETTINGS = {(case.module, name): (case, name) for case in CASES for name in case
 
 def cases(*unwanted: str) -> pytest.MarkDecorator:
     """Every case of which none of these attributes is true."""
-    wanted = [case for case in CASES if not any(getattr(case, each) for each in unwanted)]
+    wanted = [case for case in CASES if not any(getattr(case, trait) for trait in unwanted)]
     return pytest.mark.parametrize("case", wanted, ids=lambda case: case.name)
 
 
@@ -59,7 +59,7 @@ def gradients_of(outputs: Tensors, leaves: list[Tensor], *, create_graph: bool =
 
 def results(case: Case, module: nn.Module, inputs: Inputs, run: typing.Any = None) -> tuple[Tensors, Tensors]:
     """Outputs, and gradients of inputs and parameters."""
-    leaves = with_leaves(case, inputs) + [each for each in module.parameters() if each.requires_grad]
+    leaves = with_leaves(case, inputs) + [parameter for parameter in module.parameters() if parameter.requires_grad]
     outputs = case.run(module, inputs) if run is None else run(inputs)
     gradients = gradients_of(outputs, leaves)
     return tuple(output.detach() for output in outputs), gradients
@@ -126,7 +126,7 @@ def test_statistics_stay_in_float32_or_better(case, convert):
         assert converted.dtype == (torch.float64 if convert == "double" else torch.float32)
         assert torch.equal(converted.float(), value)
     if not isinstance(module, ssmkernels.nn.EMATeacher):
-        assert all(each.dtype == getattr(torch.ones(()), convert)().dtype for each in module.parameters())
+        assert all(parameter.dtype == getattr(torch.ones(()), convert)().dtype for parameter in module.parameters())
 
 
 @cases()
@@ -135,11 +135,11 @@ def test_copies_give_the_same_bits_and_share_nothing(case):
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
     addresses = {value.data_ptr() for value in [*module.parameters(), *module.buffers()]}
     expected = results(case, module, inputs)
-    for each in copies:
-        assert repr(each) == repr(module)
-        assert not addresses & {value.data_ptr() for value in [*each.parameters(), *each.buffers()]}
-        assert_same(results(case, each, inputs), expected, rtol=0, atol=0)
-        assert_same(each.state_dict(), module.state_dict(), rtol=0, atol=0)
+    for duplicate in copies:
+        assert repr(duplicate) == repr(module)
+        assert not addresses & {value.data_ptr() for value in [*duplicate.parameters(), *duplicate.buffers()]}
+        assert_same(results(case, duplicate, inputs), expected, rtol=0, atol=0)
+        assert_same(duplicate.state_dict(), module.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -291,14 +291,14 @@ def test_vmap_is_a_loop(case):
     stacked = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
     outputs = torch.func.vmap(lambda inputs: case.run(module, inputs))(stacked)
     expected = [case.run(module, batch) for batch in batches]
-    assert_same(outputs, tuple(torch.stack(each) for each in zip(*expected, strict=True)))
+    assert_same(outputs, tuple(torch.stack(values) for values in zip(*expected, strict=True)))
 
 
 @cases("accumulates")
 def test_checkpointing_changes_nothing(case):
     module, inputs = case.make(), case.inputs()
     expected = results(case, module, case.inputs())
-    again = results(case, module, inputs, lambda each: checkpoint(Call(case, module), each, use_reentrant=False))
+    again = results(case, module, inputs, lambda value: checkpoint(Call(case, module), value, use_reentrant=False))
     assert_same(again, expected, rtol=0, atol=0)
 
 
@@ -306,7 +306,7 @@ def test_checkpointing_changes_nothing(case):
 def test_autocast_keeps_losses_and_statistics_in_float32(case):
     module, inputs = case.make(), case.inputs()
     expected = results(case, copy.deepcopy(module), case.inputs())
-    leaves = with_leaves(case, inputs) + [each for each in module.parameters() if each.requires_grad]
+    leaves = with_leaves(case, inputs) + [parameter for parameter in module.parameters() if parameter.requires_grad]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = case.run(module, inputs)
     gradients = gradients_of(outputs, leaves)
@@ -380,11 +380,11 @@ def test_a_bad_setting_is_named(case, name):
         bad += [float("nan"), 1j]
     if isinstance(value, int):
         bad += [0, -1, 1.5, True]
-    for each in bad:
-        if name == "labels" and each is None:
+    for setting in bad:
+        if name == "labels" and setting is None:
             continue  # they may be unknown
         with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
-            case.make(**{name: each})
+            case.make(**{name: setting})
 
 
 @cases("passes_inputs_on")
@@ -396,16 +396,18 @@ def test_a_bad_input_is_named(case):
     of_the_batch = inputs.keys() - case.fixed
     for name, value in inputs.items():
         other_kind = value.long() if value.is_floating_point() else value.double()
-        bad = [(each, name) for each in (value.tolist(), value[..., None], other_kind, value.to(torch.complex64))]
+        bad = [
+            (bad_value, name) for bad_value in (value.tolist(), value[..., None], other_kind, value.to(torch.complex64))
+        ]
         if name not in case.optional:
             bad.append((None, name))
         if len(of_the_batch) > 1 and name in of_the_batch:
             bad.append((value[:-1], any_name))
         if before:
             bad.append((value.to("meta"), any_name))
-        for each, named in bad:
+        for bad_value, named in bad:
             with pytest.raises((TypeError, ValueError), match=rf"\b({named})\b"):
-                case.run(module, {**inputs, name: each})
+                case.run(module, {**inputs, name: bad_value})
     assert_same(module.state_dict(), before, rtol=0, atol=0)
 
 

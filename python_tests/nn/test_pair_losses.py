@@ -17,7 +17,7 @@ from pair_batches import LABELS, assert_same, make
 
 from ssmkernels.nn import ContrastiveLoss, MultiSimilarityLoss, SimilarityDistributionLoss
 
-BOTH = pytest.mark.parametrize("ours", [ContrastiveLoss, MultiSimilarityLoss], ids=lambda each: each.__name__)
+BOTH = pytest.mark.parametrize("ours", [ContrastiveLoss, MultiSimilarityLoss], ids=lambda loss: loss.__name__)
 MINERS = [
     "BatchEasyHardMiner",
     "BatchHardMiner",
@@ -166,9 +166,9 @@ def test_is_an_instance_of_their_base_class_in_name_only(losses, ours):
     assert type(loss).__name__ == ours.__name__
     assert type(ours()) is type(loss)
     assert not [*loss.children()]
-    for each in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert type(each) is type(loss)
-        assert repr(each) == repr(loss)
+    for duplicate in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert type(duplicate) is type(loss)
+        assert repr(duplicate) == repr(loss)
 
 
 def test_their_package_is_not_imported_and_a_pickle_does_without_it(losses, tmp_path):
@@ -205,8 +205,8 @@ def test_every_label_is_a_class_by_default(ours):
 def test_rows_with_the_label_to_ignore_are_as_if_they_were_not_there(ours, ignored):
     embeddings, labels = make(20)
     references, reference_labels = make(9, seed=1)
-    for each in (labels, reference_labels):
-        each[each == 2] = ignored
+    for of_rows in (labels, reference_labels):
+        of_rows[of_rows == 2] = ignored
     kept, kept_references = labels != ignored, reference_labels != ignored
     loss = ours(ignore_index=ignored)
     assert_same(loss(embeddings, labels), ours()(embeddings[kept], labels[kept]), embeddings)

@@ -27,7 +27,7 @@ def literal(embeddings, proxies, labels, confidence, epsilon, margin):
             continue
         cosines = []
         for proxy in proxies.tolist():
-            norm = math.sqrt(sum(each**2 for each in proxy))
+            norm = math.sqrt(sum(component**2 for component in proxy))
             cosines.append(sum(a * b for a, b in zip(z, proxy, strict=True)) / norm)
         positive = math.log(1 + math.exp(-epsilon * (cosines[y] - margin)))
         negative = sum(math.log(1 + math.exp(epsilon * (cosines[c] + margin))) for c in range(CLASSES) if c != y)

@@ -86,7 +86,7 @@ def test_gradients():
 
 def test_only_global_has_something_to_learn():
     assert not list(make_local().parameters())
-    learnt = {name: tuple(each.shape) for name, each in make_global().named_parameters()}
+    learnt = {name: tuple(parameter.shape) for name, parameter in make_global().named_parameters()}
     assert learnt == {"prototypes": (CLUSTERS, BASIS)}
 
 

@@ -188,7 +188,7 @@ def test_does_not_synchronise_and_agrees_with_the_cpu():
     on_device.train()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = [on_device(*each) for each in moved]
+        values = [on_device(*arguments) for arguments in moved]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for value, (features, labels) in zip(values, batches, strict=True):

@@ -81,7 +81,7 @@ def test_focal_loss_is_the_ops(make_network):
         gamma=1.5,
     )
     torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(each, [x, *parameters]) for each in (loss, expected)]
+    gradients = [torch.autograd.grad(value, [x, *parameters]) for value in (loss, expected)]
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other)
         assert mine.abs().sum() > 0

@@ -85,11 +85,11 @@ class Case:
         wanted = self.given(inputs) if grads is not None else ()
         for name in wanted:
             inputs[name].requires_grad_()
-        found = dict(zip(self.outputs, self.run(module, inputs), strict=True))
-        results = {name: value.detach() for name, value in found.items()}
+        outputs = dict(zip(self.outputs, self.run(module, inputs), strict=True))
+        results = {name: value.detach() for name, value in outputs.items()}
         if wanted:
-            smooth = [found[name] for name in self.smooth]
-            slopes = [grads[name].to(found[name]).expand_as(found[name]) for name in self.smooth]
+            smooth = [outputs[name] for name in self.smooth]
+            slopes = [grads[name].to(outputs[name]).expand_as(outputs[name]) for name in self.smooth]
             values = torch.autograd.grad(smooth, [inputs[name] for name in wanted], slopes)
             results |= {f"grad {name}": value for name, value in zip(wanted, values, strict=True)}
         return results
@@ -110,20 +110,20 @@ class Case:
             return None
         generator = torch.Generator().manual_seed(1000 + seed)
         with torch.no_grad():
-            found = dict(zip(self.outputs, self.run(ops, dict(inputs)), strict=True))
+            outputs = dict(zip(self.outputs, self.run(ops, dict(inputs)), strict=True))
         return {
-            name: torch.randn(found[name].shape, generator=generator).to(found[name].device, torch.float64)
+            name: torch.randn(outputs[name].shape, generator=generator).to(outputs[name].device, torch.float64)
             for name in self.smooth
         }
 
     def margins(
-        self, found: dict[str, Tensor], exact: dict[str, Tensor], bounds: dict[str, Tensor]
+        self, results: dict[str, Tensor], exact: dict[str, Tensor], bounds: dict[str, Tensor]
     ) -> dict[str, float]:
         """Largest error over bound of every result. ``exact`` is evaluated in float64, which is as far off: a float64
         result is allowed twice its bound.
         """
         margins = {}
-        for name, value in found.items():
+        for name, value in results.items():
             bound = bounds[name].expand(value.shape) * (2 if value.dtype == torch.float64 else 1)
             assert not bound.isnan().any(), f"{self.name}: the bound of {name} is NaN"
             error = (value.double() - exact[name].double()).abs()
@@ -155,12 +155,12 @@ def to(inputs: Inputs, device: str) -> Inputs:
 def judge(case: Case, inputs: Inputs, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
     """The results of an op on a device, on the CPU, once they are found to be within their bounds."""
     grads = case.grads(inputs, seed)
-    found = case.evaluate(ops, to(inputs, device), None if grads is None else to(grads, device))
-    found = {name: value.cpu() for name, value in found.items()}
+    results = case.evaluate(ops, to(inputs, device), None if grads is None else to(grads, device))
+    results = {name: value.cpu() for name, value in results.items()}
     exact = case.evaluate(reference, double(inputs), grads)
-    for name, margin in case.margins(found, exact, case.bound(inputs, grads or {})).items():
+    for name, margin in case.margins(results, exact, case.bound(inputs, grads or {})).items():
         assert margin <= 1, f"{name} is off by {margin:.2g} times its bound"
-    return found
+    return results
 
 
 class _Draw:

@@ -167,9 +167,9 @@ def test_arguments_without_a_gradient_are_detached():
     for call, value in calls:
         assert not call(value.clone().requires_grad_()).requires_grad
     strong = rows.clone().requires_grad_()
-    given = [each.clone().requires_grad_() for each in (rows, bank, probs)]
+    given = [tensor.clone().requires_grad_() for tensor in (rows, bank, probs)]
     ops.instance_matching(given[0], strong, given[1], labels, given[2]).loss.sum().backward()
-    assert strong.grad.any() and all(each.grad is None for each in given)
+    assert strong.grad.any() and all(tensor.grad is None for tensor in given)
 
 
 @pytest.mark.parametrize("tile", [7, 40, 1 << 18])

@@ -33,13 +33,13 @@ def test_one_bad_value_is_found(dtype, bad, at):
     good = torch.linspace(0, 1, 1000).to(dtype)
     wrong = good.clone()
     wrong[at] = bad
-    for fine, found in zip(layouts(good), layouts(wrong), strict=True):
+    for fine, flawed in zip(layouts(good), layouts(wrong), strict=True):
         check.check_finite("x", fine)
         check.check_weights("x", fine)
         with pytest.raises(ValueError, match=r"^x must be finite, got values from"):
-            check.check_finite("x", found)
+            check.check_finite("x", flawed)
         with pytest.raises(ValueError, match=r"^x must be finite and >= 0, got values from"):
-            check.check_weights("x", found)
+            check.check_weights("x", flawed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,8 +28,8 @@ def everything(case: Case, device="cpu"):
     results = []
     for size, variant in case.busy:
         inputs = to(case.draw(size, torch.float32, **variant), device)
-        found = case.evaluate(ops, inputs, case.grads(inputs))
-        results += [found[name] for name in found if name not in case.unordered(inputs)]
+        outputs = case.evaluate(ops, inputs, case.grads(inputs))
+        results += [outputs[name] for name in outputs if name not in case.unordered(inputs)]
     return results
 
 
@@ -59,9 +59,9 @@ def test_value_and_gradient(case, dtype, device):
 @EVERY
 def test_empty(case, device):
     for size in case.empty:
-        found = judge(case, case.draw(size, torch.float32), device)
-        assert all(value.isfinite().all() or value.isneginf().all() for value in found.values())
-        assert not any(value.any() for name, value in found.items() if name.startswith("grad "))
+        results = judge(case, case.draw(size, torch.float32), device)
+        assert all(value.isfinite().all() or value.isneginf().all() for value in results.values())
+        assert not any(value.any() for name, value in results.items() if name.startswith("grad "))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
@@ -102,7 +102,7 @@ def test_calls_from_several_threads(case):
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(seen) == 4 and all(same_bits(expected, list(found.values())) for found in seen)
+    assert len(seen) == 4 and all(same_bits(expected, list(results.values())) for results in seen)
 
 
 def _apart(value):
@@ -127,9 +127,9 @@ def test_strides_and_offsets(case, layout, device):
         inputs = to(case.draw(case.sizes[2], torch.float32, **variant), device)
         grads = case.grads(inputs)
         laid_out = {name: layout(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        found, expected = case.evaluate(ops, laid_out, grads), case.evaluate(ops, inputs, grads)
+        results, expected = case.evaluate(ops, laid_out, grads), case.evaluate(ops, inputs, grads)
         bounds = case.bound(inputs, grads or {})
-        for name, margin in case.margins(found, expected, bounds).items():
+        for name, margin in case.margins(results, expected, bounds).items():
             assert margin <= 1, name
 
 
@@ -139,9 +139,9 @@ def test_inputs_are_not_written(case, device):
     for name in case.given(inputs):
         inputs[name].requires_grad_()
     before = {name: (inputs[name].detach().clone(), inputs[name]._version) for name in case.tensors(inputs)}
-    found = dict(zip(case.outputs, case.run(ops, inputs), strict=True))
+    outputs = dict(zip(case.outputs, case.run(ops, inputs), strict=True))
     if case.given(inputs):
-        sum(found[name].sum() for name in case.smooth).backward()
+        sum(outputs[name].sum() for name in case.smooth).backward()
     for name, (value, version) in before.items():
         assert inputs[name].equal(value) and inputs[name]._version == version, name
 
@@ -169,9 +169,9 @@ def test_nan_in_nan_out(case, device):
             inputs = whole | {name: spoiled}
             if device == "cpu" and refuses(case, inputs, name):
                 continue
-            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+            results = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
             for result, expected in case.evaluate(reference, double(inputs), grads).items():
-                values, where = found[result].cpu(), f"{result}, of a NaN in {name}"
+                values, where = results[result].cpu(), f"{result}, of a NaN in {name}"
                 assert values[expected.isnan()].isnan().all(), where
                 if result not in case.outputs:
                     continue
@@ -199,10 +199,10 @@ def test_every_scale(case, dtype, device):
             if not inputs[name].isfinite().all():
                 continue
             exact = case.evaluate(reference, double(inputs), grads)
-            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+            results = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
             for result, expected in exact.items():
                 possible = expected.abs() < largest / 2
-                assert found[result].cpu()[possible].isfinite().all(), f"{result}, of {name} times {factor:g}"
+                assert results[result].cpu()[possible].isfinite().all(), f"{result}, of {name} times {factor:g}"
 
 
 @EVERY
@@ -232,10 +232,10 @@ def test_peak_memory(case):
     grads = dict.fromkeys(case.smooth, torch.ones(()))
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = case.evaluate(ops, inputs, grads)
+    results = case.evaluate(ops, inputs, grads)
     copies = sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
     extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - copies
-    assert found and extra < allowed * 2**20, f"{extra / 2**20:.1f} MiB more"
+    assert results and extra < allowed * 2**20, f"{extra / 2**20:.1f} MiB more"
 
 
 @pytest.mark.parametrize(
@@ -340,8 +340,8 @@ def test_cuda_graph(case):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = case.evaluate(ops, first, grads)
+        results = case.evaluate(ops, first, grads)
     for name in case.tensors(first):
         first[name].copy_(second[name])
     graph.replay()
-    assert same_bits(list(found.values()), list(case.evaluate(ops, second, grads).values()))
+    assert same_bits(list(results.values()), list(case.evaluate(ops, second, grads).values()))

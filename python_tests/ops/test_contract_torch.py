@@ -41,8 +41,8 @@ def by_parameters(case: Case, inputs):
     names = case.given(inputs)
 
     def function(*values):
-        found = case.run(ops, case.free(inputs | dict(zip(names, values, strict=True))))
-        return tuple(value for name, value in zip(case.outputs, found, strict=True) if name in case.smooth)
+        outputs = case.run(ops, case.free(inputs | dict(zip(names, values, strict=True))))
+        return tuple(value for name, value in zip(case.outputs, outputs, strict=True) if name in case.smooth)
 
     return function, tuple(inputs[name].detach().requires_grad_() for name in names)
 
@@ -129,9 +129,9 @@ def test_torch_compile(case, device):
     for size in (5, 8, 3, 17, 1, 33, 64, 2, 40, 100):
         changed = batch_of(case, inputs, max(size, case.least_batch))
         grads = case.grads(changed)
-        found = compiled.evaluate(ops, changed, grads)
+        results = compiled.evaluate(ops, changed, grads)
         for name, value in case.evaluate(ops, changed, grads).items():
-            torch.testing.assert_close(found[name], value)
+            torch.testing.assert_close(results[name], value)
     assert counter.frame_count <= 3
 
 
@@ -162,8 +162,8 @@ def test_export_with_a_dynamic_batch(case, device):
     program = _exported(case, inputs).module()
     for size in (case.least_batch, 3, 40):
         changed = batch_of(case, inputs, size)
-        found = program({name: changed[name] for name in case.tensors(changed)})
-        for value, expected in zip(found, case.run(ops, changed), strict=True):
+        outputs = program({name: changed[name] for name in case.tensors(changed)})
+        for value, expected in zip(outputs, case.run(ops, changed), strict=True):
             torch.testing.assert_close(value, expected)
 
 
@@ -189,9 +189,9 @@ def test_inductor(how, device, tmp_path):
         torch._inductor.aoti_compile_and_package(torch.export.export(module, (tensors,)), package_path=path)
         program = torch._inductor.aoti_load_package(path)
     with torch.no_grad():
-        found = program(tensors)
+        outputs = program(tensors)
         for name, values in module(tensors).items():
-            for value, expected in zip(found[name], values, strict=True):
+            for value, expected in zip(outputs[name], values, strict=True):
                 torch.testing.assert_close(value, expected)
 
 
@@ -201,8 +201,8 @@ def test_func_grad(case, device):
     names = case.given(inputs)
 
     def loss(*values):
-        found = dict(zip(case.outputs, case.run(ops, inputs | dict(zip(names, values, strict=True))), strict=True))
-        return sum(found[name].sum() for name in case.smooth)
+        outputs = dict(zip(case.outputs, case.run(ops, inputs | dict(zip(names, values, strict=True))), strict=True))
+        return sum(outputs[name].sum() for name in case.smooth)
 
     slopes = torch.func.grad(loss, argnums=tuple(range(len(names))))(*(inputs[name] for name in names))
     expected = case.evaluate(ops, inputs, dict.fromkeys(case.smooth, torch.ones((), device=device)))
@@ -228,15 +228,15 @@ def test_autocast(case, low, device):
         inputs = case.draw(case.sizes[3], torch.float32, **variant)
         grads = case.grads(inputs)
         with torch.autocast(device, low):
-            found = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
+            results = case.evaluate(ops, to(inputs, device), grads and to(grads, device))
         rounded = inputs | {name: inputs[name].to(low) for name in case.autocast}
-        assert all(value.dtype == torch.float32 or not value.is_floating_point() for value in found.values())
-        found, exact = (
-            {name: value.cpu() for name, value in found.items()},
+        assert all(value.dtype == torch.float32 or not value.is_floating_point() for value in results.values())
+        results, exact = (
+            {name: value.cpu() for name, value in results.items()},
             case.evaluate(reference, double(rounded), grads),
         )
         # A gradient comes back through the rounding, but only to those inputs.
-        for name, margin in case.margins(found, exact, case.bound(rounded, grads or {})).items():
+        for name, margin in case.margins(results, exact, case.bound(rounded, grads or {})).items():
             assert margin <= 1 and not math.isnan(margin), name
 
 
@@ -291,8 +291,8 @@ def test_meta_and_fake_tensors(case):
             for name, value in inputs.items()
         }
         slopes = grads and {name: mode.from_tensor(value) for name, value in grads.items()}
-        found = case.evaluate(ops, fake, slopes)
-    assert {name: (value.shape, value.dtype) for name, value in found.items()} == described
+        results = case.evaluate(ops, fake, slopes)
+    assert {name: (value.shape, value.dtype) for name, value in results.items()} == described
 
 
 @FUNCTIONAL
@@ -308,9 +308,9 @@ def test_vmap(case, device):
         def call(value, name=name, inputs=inputs):
             return case.run(ops, inputs | {name: value})
 
-        found = torch.func.vmap(call)(values)
+        outputs = torch.func.vmap(call)(values)
         for place, value in enumerate(values):
-            for ours, expected in zip(found, call(value), strict=True):
+            for ours, expected in zip(outputs, call(value), strict=True):
                 assert ours[place].equal(expected), name
 
 
@@ -322,8 +322,8 @@ def test_vmap_of_grad(case, device):
     values = torch.stack([inputs[name], 0.5 * inputs[name]])
 
     def loss(value):
-        found = dict(zip(case.outputs, case.run(ops, inputs | {name: value}), strict=True))
-        return sum(found[output].sum() for output in case.smooth)
+        outputs = dict(zip(case.outputs, case.run(ops, inputs | {name: value}), strict=True))
+        return sum(outputs[output].sum() for output in case.smooth)
 
     slopes = torch.func.vmap(torch.func.grad(loss))(values)
     for value, slope in zip(values, slopes, strict=True):
@@ -347,9 +347,9 @@ def test_only_the_gradients_asked_for(case, device):
         assert not any(value.requires_grad for value in case.run(ops, asked))
     for name in case.floating(inputs):
         leaf = inputs[name].detach().requires_grad_()
-        found = dict(zip(case.outputs, case.run(ops, inputs | {name: leaf}), strict=True))
+        outputs = dict(zip(case.outputs, case.run(ops, inputs | {name: leaf}), strict=True))
         smooth = case.smooth if name in case.differentiable else ()
-        assert {output for output, value in found.items() if value.requires_grad} == set(smooth), name
+        assert {output for output, value in outputs.items() if value.requires_grad} == set(smooth), name
         if smooth:
-            sum(found[output].sum() for output in smooth).backward()
+            sum(outputs[output].sum() for output in smooth).backward()
             assert leaf.grad is not None and leaf.grad.shape == leaf.shape

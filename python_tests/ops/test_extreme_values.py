@@ -102,7 +102,7 @@ def test_a_row_of_nan_in_the_pair_network(interaction: str, listed: bool, device
     pairs = torch.cartesian_prod(torch.arange(5), torch.arange(7)).to(device) if listed else None
     results = []
     for library in (ops, pairs_reference):
-        arguments = [each.to(device).requires_grad_() for each in (each.clone() for each in inputs)]
+        arguments = [tensor.to(device).requires_grad_() for tensor in (tensor.clone() for tensor in inputs)]
         logits = library.pair_logits(*arguments, interaction=interaction, pairs=pairs)
         grads = torch.autograd.grad(logits, arguments, draw(*logits.shape, seed=6).to(device))
         results.append([logits.detach(), *grads])

@@ -355,6 +355,6 @@ def test_kernels_survive_ids_out_of_range():
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 def test_saturated_logits(dtype, device):
     """±1e4: nothing overflows, and weights are 0 or 1 nearly everywhere."""
-    found = judge(CASES["leave_one_edge_out"], CASES["leave_one_edge_out"].draw((80, 12), dtype, scale=1e4), device)
-    weights = found["dissimilarity"]
+    results = judge(CASES["leave_one_edge_out"], CASES["leave_one_edge_out"].draw((80, 12), dtype, scale=1e4), device)
+    weights = results["dissimilarity"]
     assert ((weights < 1e-3) | (weights > 0.999)).double().mean() > 0.9

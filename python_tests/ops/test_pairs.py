@@ -113,9 +113,9 @@ def test_ignored_labels_count_nowhere(interaction, device):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     problem.y_labels.fill_(-1)
-    assert not any(each.any() for each in problem.loss(ops))  # none counts: 0, and no NaN
+    assert not any(value.any() for value in problem.loss(ops))  # none counts: 0, and no NaN
     problem.pairs = torch.tensor([[3, 4], [5, 6]], device=device)
-    assert not any(each.any() for each in problem.loss(ops))
+    assert not any(value.any() for value in problem.loss(ops))
 
 
 @pytest.mark.parametrize("interaction", INTERACTIONS)
@@ -166,8 +166,8 @@ def test_pairs_out_of_range_are_never_followed(device):
             and not logits[[1, 2, 3, 5]].any()
         )
         ours, expected = (
-            library.pair_focal_loss_sum(x, y, *labels, *weights, each, interaction, 0.25, 2.0, -1, True, True)
-            for each in (mixed, good)
+            library.pair_focal_loss_sum(x, y, *labels, *weights, pairs, interaction, 0.25, 2.0, -1, True, True)
+            for pairs in (mixed, good)
         )
         for a, b in zip(ours, expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -191,5 +191,5 @@ def test_saturated_logits(dtype, interaction, device):
     case = CASES["pair_focal_loss"]
     for gamma in (0.0, 0.5, 2.0):
         inputs = case.draw((20, 30, 6, 12), dtype, interaction=interaction, scale=1e4, gamma=gamma)
-        found = judge(case, inputs, device)
-        assert all(each.isfinite().all() for each in found.values())
+        results = judge(case, inputs, device)
+        assert all(value.isfinite().all() for value in results.values())

@@ -76,18 +76,18 @@ def test_agrees_with_pytorch_metric_learning(metric, device):
     problem = Problem(90, 12, device=device)
     theirs, ours = (problem.embeddings.clone().requires_grad_() for _ in range(2))
     expected = losses.ContrastiveLoss(pos_margin=0.2, neg_margin=1.1)(theirs, problem.labels)
-    found = ops.pair_ranking_loss(ours, problem.labels, positive_margin=0.2, negative_margin=1.1)
+    loss = ops.pair_ranking_loss(ours, problem.labels, positive_margin=0.2, negative_margin=1.1)
     if metric == "value":
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     else:
-        (a,), (b,) = torch.autograd.grad(found, ours), torch.autograd.grad(expected, theirs)
+        (a,), (b,) = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, theirs)
         along = (b - b * problem.embeddings * problem.embeddings).norm()  # theirs comes back through a normalisation
         tangent = a - (a * problem.embeddings).sum(1, keepdim=True) * problem.embeddings
         torch.testing.assert_close(tangent, b, rtol=1e-8, atol=1e-10 * float(along))
 
 
 def _zero(values):
-    return not any(each.any() for each in values)
+    return not any(value.any() for value in values)
 
 
 def test_no_positives_or_no_negatives(device):
@@ -226,8 +226,8 @@ def test_thresholds(thresholds, device):
     inputs = MINED.draw((80, 7), torch.float64, negative_margin=1.2, **numbers)
     expected = judge(MINED, inputs, device)
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-    found = judge(MINED, inputs | tensors, device)
-    assert all(found[name].equal(value) for name, value in expected.items())
+    results = judge(MINED, inputs | tensors, device)
+    assert all(results[name].equal(value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -271,7 +271,7 @@ def test_long_rows(dtype, device):
     inputs["embeddings"] = 1e4 + inputs["embeddings"]
     inputs["embeddings"][:3] = -1e4
     judge(LABELED, inputs, device)
-    assert all(each.isfinite() for each in ops.similarity_moments(inputs["embeddings"], inputs["labels"]))
+    assert all(moment.isfinite() for moment in ops.similarity_moments(inputs["embeddings"], inputs["labels"]))
 
 
 def test_rows_of_zeros_have_no_direction(device):

@@ -106,7 +106,7 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
 
     from ssmkernels.bench import case, graph, growth, measure, memory, overhead, pairs, ranking
 
-    rooms = {
+    modules = {
         "memory": memory,
         "graph": graph,
         "pairs": pairs,
@@ -125,13 +125,13 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
     results: list[Result] = []
     try:
-        for each in rooms[family].cases(device=args.device, dtype=dtype, quick=args.quick):
-            if args.op not in (None, each.op):
+        for op_case in modules[family].cases(device=args.device, dtype=dtype, quick=args.quick):
+            if args.op not in (None, op_case.op):
                 continue
             torch.compiler.reset()  # every size is compiled for itself, as its user would have it
             results.append(
                 case.run(
-                    each,
+                    op_case,
                     device=args.device,
                     rates=rates,
                     seconds=args.seconds,
@@ -177,7 +177,7 @@ def _read(path: Path) -> tuple[Rates, list[Result]]:
     from ssmkernels.bench.measure import Rates
 
     document = json.loads(path.read_text())
-    return Rates(**document["rates"]), [Result.from_json(each) for each in document["results"]]
+    return Rates(**document["rates"]), [Result.from_json(result) for result in document["results"]]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -62,7 +62,9 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
     bank, labels = F.normalize(normal(SLOTS, DIM), dim=1), torch.randint(0, CLASSES, (ROWS,), generator=draw).to(device)
     bank_labels = torch.randint(0, CLASSES, (SLOTS,), generator=draw).sort().values.to(device)
     probs = normal(ROWS, CLASSES).float().softmax(dim=1)
-    network = [each.requires_grad_() for each in (normal(DIM, 2 * DIM) / 16, normal(DIM), normal(DIM), normal())]
+    network = [
+        parameter.requires_grad_() for parameter in (normal(DIM, 2 * DIM) / 16, normal(DIM), normal(DIM), normal())
+    ]
     logits = normal(ROWS, CLASSES).float().requires_grad_()
     points = knn_graph(torch.randn(ROWS, 16, generator=draw), 5).to(device)
     system = (points.crow, points.col, points.weight, None, torch.ones(ROWS, device=device))

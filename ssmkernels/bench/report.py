@@ -89,14 +89,16 @@ def compare(results: Sequence[Result], before: Sequence[Result]) -> dict[str, fl
     def relative(result: Result) -> float:
         return result.ours.median / (result.floor or list(result.peers.values())[-1].median)
 
-    earlier = {each.label(): relative(each) for each in before}
-    return {each.label(): relative(each) / earlier[each.label()] for each in results if each.label() in earlier}
+    earlier = {result.label(): relative(result) for result in before}
+    return {
+        result.label(): relative(result) / earlier[result.label()] for result in results if result.label() in earlier
+    }
 
 
 def comparison_table(changes: Mapping[str, float]) -> str:
     lines = ["| case | time over floor, to what it was |", "|---|---|"]
     return "\n".join(
-        lines + [f"| {label} | {change:.2f}x |" for label, change in sorted(changes.items(), key=lambda each: -each[1])]
+        lines + [f"| {label} | {change:.2f}x |" for label, change in sorted(changes.items(), key=lambda item: -item[1])]
     )
 
 

@@ -247,9 +247,9 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
 def to_tensors(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """N images of one size and mode as float32 [N, C, H, W], (pixel / 255 − mean) / std per channel."""
     if len({(image.size, image.mode) for image in images}) != 1:
-        found = sorted({f"{image.mode} {image.width}x{image.height}" for image in images})
+        kinds = sorted({f"{image.mode} {image.width}x{image.height}" for image in images})
         raise ValueError(
-            f"images are {', '.join(found) or 'none'}; they should be of one size and mode to make a batch"
+            f"images are {', '.join(kinds) or 'none'}; they should be of one size and mode to make a batch"
         )
     pixels = np.stack([np.asarray(image) for image in images])
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)

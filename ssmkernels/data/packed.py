@@ -37,7 +37,7 @@ def packed_images(archive: Any, rows: slice = slice(None)) -> tuple[list[Image.I
         raise ValueError(
             f"the archive has {len(files)} images and {len(labels)} labels; it should have as many of either"
         )
-    return [Image.open(io.BytesIO(each)).convert("RGB") for each in files[rows]], labels[rows]
+    return [Image.open(io.BytesIO(file)).convert("RGB") for file in files[rows]], labels[rows]
 
 
 def packed_arrays(archive: Any, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:

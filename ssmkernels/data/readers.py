@@ -188,7 +188,10 @@ def _missing_data_explained(name: str, root: Path, *, looked_for: str) -> Iterat
 
 
 def _folders(name: str, root: Path, tests: tuple[str, ...], hint: str) -> ImageSplits:
-    parts = [root / "train", next((root / each for each in tests if (root / each).is_dir()), root / tests[0])]
+    parts = [
+        root / "train",
+        next((root / folder_name for folder_name in tests if (root / folder_name).is_dir()), root / tests[0]),
+    ]
     for part in parts:
         if not part.is_dir():
             raise FileNotFoundError(f"{name}: looked for the folder {part.resolve()} and found none; {hint}")

@@ -135,7 +135,9 @@ def first_images(collection: ImageCollection, count: int) -> ImageCollection:
     if count < 1:
         raise ValueError(f"count is {count}; it should be at least 1")
     labels = collection.labels
-    index = np.sort(np.concatenate([np.flatnonzero(labels == each)[:count] for each in range(collection.num_classes)]))
+    index = np.sort(
+        np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(collection.num_classes)])
+    )
     return replace(collection, images=ImageSubset(collection.images, index, labels[index], collection.num_classes))
 
 

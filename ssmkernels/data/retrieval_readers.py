@@ -113,7 +113,7 @@ def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
     label = {number: i for i, number in enumerate(numbers)}
     return _files(
         ((folder / "images" / path, label[classes[image]]) for image, path in paths.items()),
-        [names[each] for each in numbers],
+        [names[number] for number in numbers],
     )
 
 
@@ -121,7 +121,7 @@ def _compcars(name: str, root: Path, download: bool) -> ImageCollection:
     """Models are named by the numbers of their make and of themselves, such as 78/1."""
     folder = root / "data" / "image"
     models = sorted(
-        (each for each in folder.glob("*/*") if each.is_dir()), key=lambda each: (each.parent.name, each.name)
+        (path for path in folder.glob("*/*") if path.is_dir()), key=lambda path: (path.parent.name, path.name)
     )
     samples = [
         (path, model.relative_to(folder).as_posix()) for model in models for path in sorted(model.glob("*/*.jpg"))
@@ -142,7 +142,7 @@ def _inshop(name: str, root: Path, download: bool) -> ImageCollection:
         if not (root / "Img" / "img").is_dir():
             raise FileNotFoundError(root / "Img" / "img")
     listed = [line.split() for line in lines if line.strip()]
-    if not listed or any(len(each) != 3 for each in listed):
+    if not listed or any(len(fields) != 3 for fields in listed):
         raise ValueError(
             f"list_eval_partition.txt of {root / 'Eval'} should have lines of an image, an item and a split after the"
             " second"
@@ -185,10 +185,11 @@ def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
 
 def _dogs(name: str, root: Path, download: bool) -> ImageCollection:
     hint = "Get images.tar from http://vision.stanford.edu/aditya86/ImageNetDogs and unpack it there."
-    folder = next((each for each in (root / "stanford_dogs" / "Images", root / "Images") if each.is_dir()), None)
+    folder = next((path for path in (root / "stanford_dogs" / "Images", root / "Images") if path.is_dir()), None)
     if folder is None:
         raise _not_found(name, root, "stanford_dogs/Images/ or Images/", hint)
-    return _class_folders(name, folder, hint, class_name=lambda each: each.partition("-")[2])  # n02085620-Chihuahua
+    # Folders are named as n02085620-Chihuahua
+    return _class_folders(name, folder, hint, class_name=lambda directory: directory.partition("-")[2])
 
 
 def _pets(name: str, root: Path, download: bool) -> ImageCollection:
@@ -293,8 +294,8 @@ def _files(
 
 
 def _named(samples: Iterable[tuple[Path, str]], class_names: Sequence[str]) -> ImageCollection:
-    label = {each: i for i, each in enumerate(class_names)}
-    return _files(((path, label[each]) for path, each in samples), class_names)
+    label = {class_name: i for i, class_name in enumerate(class_names)}
+    return _files(((path, label[class_name]) for path, class_name in samples), class_names)
 
 
 def _class_folders(name: str, root: Path, hint: str, *, class_name: Callable[[str], str] = str) -> ImageCollection:

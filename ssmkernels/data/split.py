@@ -41,15 +41,15 @@ def split_labels(labels: np.ndarray, num_labeled: int, *, seed: int, proportiona
             f"num_labeled is {num_labeled}; it should be at least {classes}, the classes, and at most {len(labels)},"
             " the images"
         )
-    each = num_labeled // classes
+    per_class = num_labeled // classes
     if not proportional and num_labeled % classes:
         raise ValueError(
             f"num_labeled is {num_labeled}; it should be a multiple of {classes}, the classes, unless proportional"
         )
-    if not proportional and each > sizes.min():
+    if not proportional and per_class > sizes.min():
         raise ValueError(
-            f"num_labeled is {num_labeled}, {each} of each class; class {int(sizes.argmin())} has only {sizes.min()}"
-            " images"
+            f"num_labeled is {num_labeled}, {per_class} of each class; class {int(sizes.argmin())} has only"
+            f" {sizes.min()} images"
         )
 
     shuffled = generator(seed, Stream.SPLIT).permutation(len(labels))

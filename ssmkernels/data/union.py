@@ -26,8 +26,10 @@ class ImageUnion:
             raise ValueError("datasets is empty; it should have at least one")
         self.datasets = datasets
         self._starts = np.cumsum([0, *map(len, datasets)])
-        first_class = np.cumsum([0, *(each.num_classes for each in datasets)])
-        self.labels = np.concatenate([each.labels + first for each, first in zip(datasets, first_class, strict=False)])
+        first_class = np.cumsum([0, *(dataset.num_classes for dataset in datasets)])
+        self.labels = np.concatenate(
+            [dataset.labels + first for dataset, first in zip(datasets, first_class, strict=False)]
+        )
         self.num_classes = int(first_class[-1])
 
     def __len__(self) -> int:
@@ -56,6 +58,6 @@ def unite(first: ImageCollection, *others: ImageCollection) -> ImageCollection:
     every = (first, *others)
     return replace(
         first,
-        images=ImageUnion(*(each.images for each in every)),
-        class_names=tuple(itertools.chain.from_iterable(each.class_names for each in every)),
+        images=ImageUnion(*(collection.images for collection in every)),
+        class_names=tuple(itertools.chain.from_iterable(collection.class_names for collection in every)),
     )

@@ -181,10 +181,10 @@ def uniform_damping(
     system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
     damping = beta * float(graph.sum_rows(dissimilarity.double()).mean())
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
-    found = system.solve(damping=damping, rtol=rtol, max_iter=max_iter)
+    solution = system.solve(damping=damping, rtol=rtol, max_iter=max_iter)
     system.warn("uniform_damping")
     return MixedLabelPropagation(
-        propagated=propagated, dissimilarity=torch.zeros_like(dissimilarity), **found._asdict()
+        propagated=propagated, dissimilarity=torch.zeros_like(dissimilarity), **solution._asdict()
     )
 
 
@@ -275,11 +275,11 @@ def _stationary_point(
         kept
     ][:, kept]
     rhs = system.rhs.cpu().numpy()[kept]
-    found = _solve_indefinite(matrix, rhs, rtol, max_iter)
+    solution = _solve_indefinite(matrix, rhs, rtol, max_iter)
     lengths = np.linalg.norm(rhs, axis=0)
-    residual = np.linalg.norm(rhs - matrix @ found, axis=0) / np.where(lengths > 0, lengths, 1)
+    residual = np.linalg.norm(rhs - matrix @ solution, axis=0) / np.where(lengths > 0, lengths, 1)
     scores = torch.zeros(system.rhs.shape, dtype=torch.float64)
-    scores[has_labels.cpu()] = torch.from_numpy(found)
+    scores[has_labels.cpu()] = torch.from_numpy(solution)
     return scores.to(graph.device), float(residual.max())
 
 

@@ -140,8 +140,8 @@ class Groups:
         scale = matrix.diagonal().rsqrt()
         matrix = scale[:, None] * matrix * scale
         owner = component.new_empty(self.count).scatter_(0, self.group, component)[self.joined].cpu()
-        for each in owner.unique():
-            inside = (owner == each).nonzero()[:, 0]
+        for owning in owner.unique():
+            inside = (owner == owning).nonzero()[:, 0]
             along = sums[inside] if bool(sums[inside].any()) else torch.ones_like(sums[inside])
             along = torch.nn.functional.normalize(scale[inside] * along, dim=0)
             matrix[inside[:, None], inside] += along[:, None] * along
@@ -164,9 +164,9 @@ class Groups:
         if len(self.joined) == 0:
             return out
         sums = sum_by(self.group, self.count, residual)[self.joined].cpu()
-        found = self.scale[:, None] * torch.linalg.solve(self.matrix, self.scale[:, None] * sums)
+        shift = self.scale[:, None] * torch.linalg.solve(self.matrix, self.scale[:, None] * sums)
         constants = residual.new_zeros(self.count, residual.shape[1])
-        constants[self.joined] = found.to(residual.device)
+        constants[self.joined] = shift.to(residual.device)
         return constants[self.group]
 
 

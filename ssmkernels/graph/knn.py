@@ -73,17 +73,17 @@ def nearest_neighbours(
     unit = _normalized(features)
     nodes = len(unit)
     ids, similarities = torch.empty(nodes, k, dtype=torch.int32), torch.empty(nodes, k, dtype=unit.dtype)
-    for begin, found, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
-        rows = torch.arange(begin, begin + len(found), device=unit.device)
-        exact = _pairwise(unit, rows, found)
-        exact[found == rows[:, None]] = -torch.inf  # itself
-        chosen, best = _rank(found, exact, k)
-        if found.shape[1] < nodes:  # what was not fetched may tie with the k-th
+    for begin, candidates, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
+        rows = torch.arange(begin, begin + len(candidates), device=unit.device)
+        exact = _pairwise(unit, rows, candidates)
+        exact[candidates == rows[:, None]] = -torch.inf  # itself
+        chosen, best = _rank(candidates, exact, k)
+        if candidates.shape[1] < nodes:  # what was not fetched may tie with the k-th
             unsure = (best[:, -1] > 0) & (scores.min(dim=1).values + ROUNDING >= best[:, -1])
             for row in unsure.nonzero()[:, 0].tolist():
                 chosen[row], best[row] = _rank_all(unit, begin + row, k)
-        ids[begin : begin + len(found)] = chosen.int().cpu()
-        similarities[begin : begin + len(found)] = best.cpu()
+        ids[begin : begin + len(candidates)] = chosen.int().cpu()
+        similarities[begin : begin + len(candidates)] = best.cpu()
     return ids.long(), similarities
 
 
@@ -140,14 +140,14 @@ def _sparse_neighbours(features: Any, k: int) -> tuple[Tensor, Tensor]:
         features.data /= np.repeat(np.where(length > 0, length, 1), entries)
     # A product adds the terms of a pair in the order of the columns, whichever of the two comes first.
     columns = features.T.tocsr()
-    found, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
+    nearest, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
     for begin in range(0, nodes, size):
         distances = torch.from_numpy(-(features[begin : begin + size] @ columns).toarray())
         rows = torch.arange(len(distances))
         distances[rows, begin + rows] = torch.inf  # itself
         ids = smallest(distances, k)
-        found.append((ids, -distances.gather(1, ids)))
-    ids, similarities = (torch.cat(parts) for parts in zip(*found, strict=True))
+        nearest.append((ids, -distances.gather(1, ids)))
+    ids, similarities = (torch.cat(parts) for parts in zip(*nearest, strict=True))
     return ids, similarities
 
 
@@ -173,8 +173,8 @@ def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tenso
         search, size = _torch_search(unit, count), CHUNK_BYTES // (4 * nodes)
     size = max(1, min(4096, size, max(32, CHUNK_PRODUCTS // (nodes * max(unit.shape[1], 1)))))
     for begin in range(0, nodes, size):
-        scores, found = search(unit[begin : begin + size])
-        yield begin, found, scores
+        scores, ids = search(unit[begin : begin + size])
+        yield begin, ids, scores
 
 
 def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -188,8 +188,8 @@ def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, 
     index.add(unit.numpy())
 
     def search(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scores, found = index.search(rows.numpy(), count)
-        return torch.from_numpy(scores), torch.from_numpy(found)
+        scores, ids = index.search(rows.numpy(), count)
+        return torch.from_numpy(scores), torch.from_numpy(ids)
 
     return search
 
@@ -197,8 +197,8 @@ def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, 
 def _torch_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def search(rows: Tensor) -> tuple[Tensor, Tensor]:
         with _full_precision(unit.device):
-            scores, found = (rows @ unit.t()).topk(count, dim=1)
-        return scores, found
+            scores, ids = (rows @ unit.t()).topk(count, dim=1)
+        return scores, ids
 
     return search
 
@@ -208,15 +208,15 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     """Products of float32 without autocast, TF32 or bfloat16, whose errors are beyond ROUNDING."""
     backends = cast(Any, torch.backends)  # mkldnn.matmul is set at run time
     products = backends.cuda.matmul, backends.mkldnn.matmul
-    kept = [each.fp32_precision for each in products]
+    kept = [product.fp32_precision for product in products]
     try:
-        for each in products:
-            each.fp32_precision = "ieee"
+        for product in products:
+            product.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for each, precision in zip(products, kept, strict=True):
-            each.fp32_precision = precision
+        for product, precision in zip(products, kept, strict=True):
+            product.fp32_precision = precision
 
 
 def _pairwise(unit: Tensor, rows: Tensor, others: Tensor) -> Tensor:

@@ -171,8 +171,8 @@ def mix(
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
     if dissimilarity is None:
         dissimilarity = dissimilarity_of(system.graph, propagated, logit_scale)
-    found = system.solve(None if beta == 0 else beta * dissimilarity, rtol=rtol, max_iter=max_iter)
-    return MixedLabelPropagation(propagated=propagated, dissimilarity=dissimilarity, **found._asdict())
+    result = system.solve(None if beta == 0 else beta * dissimilarity, rtol=rtol, max_iter=max_iter)
+    return MixedLabelPropagation(propagated=propagated, dissimilarity=dissimilarity, **result._asdict())
 
 
 def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
@@ -245,8 +245,8 @@ class LabelSystem:
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""
-        found = self._solve(self.diagonal, None, rtol, max_iter)
-        return rounded(found.values + (found.constant - self.offset[:, None])[self.component], self.graph.dtype)
+        solution = self._solve(self.diagonal, None, rtol, max_iter)
+        return rounded(solution.values + (solution.constant - self.offset[:, None])[self.component], self.graph.dtype)
 
     def solve(
         self,
@@ -257,10 +257,10 @@ class LabelSystem:
         max_iter: int = 1000,
     ) -> Scores:
         """(L + U + D_dis + W_dis + damping) G = (U/μ) Y, and what follows from G."""
-        found = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
+        solution = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
         # The same for every class present, where classes are balanced
-        largest = found.constant.amax(dim=1, keepdim=True)
-        deviation = found.values + (found.constant - largest)[self.component]
+        largest = solution.constant.amax(dim=1, keepdim=True)
+        deviation = solution.values + (solution.constant - largest)[self.component]
         scores = deviation + largest[self.component]
         probs = scores.clamp_min(0)
         sums = probs.sum(dim=1, keepdim=True)
@@ -273,8 +273,8 @@ class LabelSystem:
             probs=probs.to(dtype),
             confidence=confidence.to(dtype),
             pseudo_labels=torch.where(decided, deviation.argmax(dim=1), -1),
-            iterations=found.iterations,
-            residual=found.residual.to(dtype),
+            iterations=solution.iterations,
+            residual=solution.residual.to(dtype),
         )
 
     def warn(self, caller: str) -> None:
@@ -285,15 +285,15 @@ class LabelSystem:
     def _solve(self, diagonal: Tensor, dissimilarity: Tensor | None, rtol: float | None, max_iter: int) -> Deviation:
         rtol = RTOL if rtol is None else check.check_positive("rtol", rtol)
         max_iter = check.check_count("max_iter", max_iter)
-        found = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
-        residual = float(found.residual.max())
+        solution = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
+        residual = float(solution.residual.max())
         # Conjugate gradients may drift from the residual by rounding; NaN is no convergence
         if not residual <= 10 * rtol:
             self.shortfall = (
                 f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
                 f" ({max_iter}) or rtol"
             )
-        return found
+        return solution
 
 
 def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:

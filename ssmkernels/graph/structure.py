@@ -51,21 +51,21 @@ class Graph:
         crow, col = _plain(crow.long()), _plain(col.long())
         nodes, rows = len(crow) - 1, _rows(crow)
         _check_rows(rows, col, nodes)
-        found = _reverse(crow, rows, col)
-        if reverse is not None and not bool((reverse.long() == found).all()):
-            entry = int((reverse.long() != found).nonzero()[0])
+        mirror = _reverse(crow, rows, col)
+        if reverse is not None and not bool((reverse.long() == mirror).all()):
+            entry = int((reverse.long() != mirror).nonzero()[0])
             place = f"(i, j) = ({int(rows[entry])}, {int(col[entry])})"
             raise ValueError(
-                f"reverse[{entry}] is {int(reverse[entry])}; it should be {int(found[entry])}, the position of (j, i)"
+                f"reverse[{entry}] is {int(reverse[entry])}; it should be {int(mirror[entry])}, the position of (j, i)"
                 f" for {place}"
             )
-        _check_weight(weight, found, rows, col)
-        if mutual is not None and not mutual.equal(mutual[found]):
-            entry = int((mutual != mutual[found]).nonzero()[0])
+        _check_weight(weight, mirror, rows, col)
+        if mutual is not None and not mutual.equal(mutual[mirror]):
+            entry = int((mutual != mutual[mirror]).nonzero()[0])
             raise ValueError(
                 f"mutual must be symmetric; the entry ({int(rows[entry])}, {int(col[entry])}) differs from its mirror"
             )
-        self._set(crow, col.int(), _plain(weight.detach()), found, mutual)
+        self._set(crow, col.int(), _plain(weight.detach()), mirror, mutual)
 
     @classmethod
     def _trusted(cls, crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor, mutual: Tensor | None) -> Graph:
@@ -362,15 +362,15 @@ def _reverse(crow: Tensor, rows: Tensor, col: Tensor) -> Tensor:
         if np.array_equal(positions.indptr, crow.numpy()) and np.array_equal(positions.indices, col.numpy()):
             return torch.from_numpy(positions.data.astype(np.int64))
     keys, wanted = rows * nodes + col, col * nodes + rows
-    found = torch.searchsorted(keys, wanted).clamp_max(max(len(keys) - 1, 0))
-    missing = keys[found] != wanted
+    places = torch.searchsorted(keys, wanted).clamp_max(max(len(keys) - 1, 0))
+    missing = keys[places] != wanted
     if bool(missing.any()):
         entry = int(missing.nonzero()[0])
         i, j = int(rows[entry]), int(col[entry])
         raise ValueError(
             f"the graph must be symmetric: it has the entry ({i}, {j}) but not ({j}, {i}); W + W.T makes it so"
         )
-    return found
+    return places
 
 
 def _check_weight(weight: Tensor, reverse: Tensor, rows: Tensor, col: Tensor) -> None:

@@ -233,8 +233,8 @@ def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Pat
     reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     if any(faults.values()):
-        said = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
-        raise ValueError(f"weights, {weights}, are not those of {backbone}: of their keys {said}")
+        problems = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
+        raise ValueError(f"weights, {weights}, are not those of {backbone}: of their keys {problems}")
     target.load_state_dict(state, strict=False)
 
 

@@ -58,7 +58,7 @@ def _indices(indices_tuple: Sequence[Tensor], rows: int, columns: int, like: Ten
         got = f"{len(indices_tuple)} elements" if isinstance(indices_tuple, Sequence) else type(indices_tuple).__name__
         must_be = "3 tensors (anchors, positives, negatives) or 4 (two lists of pairs)"
         raise ValueError(f"indices_tuple must be {must_be}, got {got}")
-    listed = [_integers(f"indices_tuple[{place}]", each, like) for place, each in enumerate(indices_tuple)]
+    listed = [_integers(f"indices_tuple[{place}]", positions, like) for place, positions in enumerate(indices_tuple)]
     anchors, positives, *negative = listed
     indices = PairIndices(anchors, positives, *(negative if len(negative) == 2 else (anchors, *negative)))
     for kind, first, second in (("positive", indices[0], indices[1]), ("negative", indices[2], indices[3])):
@@ -129,8 +129,8 @@ def _without_ignored(
     if ignore_index is None:
         return embeddings, references, pairs
     kept = [
-        torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if each is None else each != ignore_index
-        for rows, each in ((embeddings, labels), (references, ref_labels))
+        torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device) if ids is None else ids != ignore_index
+        for rows, ids in ((embeddings, labels), (references, ref_labels))
     ]
     x = embeddings[kept[0]]
     y = x if references is embeddings else references[kept[1]]
@@ -167,7 +167,7 @@ def without_diagonal(pairs: Tensor) -> Tensor:
 
 def at_most_one_is_listed(pairs: PairIndices | PairLabels) -> bool:
     """Whether there are lists of pairs, and each holds one at most."""
-    return isinstance(pairs, PairIndices) and all(len(each) <= 1 for each in pairs)
+    return isinstance(pairs, PairIndices) and all(len(rows) <= 1 for rows in pairs)
 
 
 def zero_loss(embeddings: Tensor) -> Tensor:

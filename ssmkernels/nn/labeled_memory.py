@@ -122,7 +122,7 @@ class LabeledMemory(nn.Module):
             check.check_range("slots", slots, self.bank.shape[0], "the slots of the memory")
             check.check_range("labels", labels, self.num_classes, "the number of classes")
         slots = slots.resolve_neg()  # torch's indexing ignores the negative bit of an index
-        slots, embeddings, labels = (all_gather_rows(each) for each in (slots, embeddings.to(self.bank.dtype), labels))
+        slots, embeddings, labels = (all_gather_rows(rows) for rows in (slots, embeddings.to(self.bank.dtype), labels))
         ops.memory_update_(self.bank, self.labels, self.rows[slots], embeddings, labels, momentum=self.momentum)
 
     def features(self) -> Tensor:

@@ -64,7 +64,7 @@ def _over_batch(call: Callable[..., Any], info: Any, in_dims: tuple[int | None, 
     outputs = []
     for element in range(info.batch_size):
         pairs = zip(inputs, in_dims, strict=True)
-        outputs.append(call(*(each if dim is None else each.select(dim, element) for each, dim in pairs)))
+        outputs.append(call(*(value if dim is None else value.select(dim, element) for value, dim in pairs)))
     if isinstance(outputs[0], Tensor):
         return torch.stack(outputs), 0
     stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))

@@ -188,7 +188,7 @@ def similarity_moments(v: Tensor, grad: Tensor, features: Tensor, labels: Tensor
     grad_grad = torch.stack([change, spread_change], dim=1).flatten()
     if not sums:
         return grad_grad, torch.zeros_like(features)
-    q, q_change = torch.cat([each[0] for each in sums]), torch.cat([each[1] for each in sums])
+    q, q_change = torch.cat([parts[0] for parts in sums]), torch.cat([parts[1] for parts in sums])
     along = (unit * q).sum(dim=1, keepdim=True)
     along_change = (turn * q + unit * q_change).sum(dim=1, keepdim=True)
     return grad_grad, (q_change - turn * along - unit * along_change - stretch * (q - unit * along)) * inverse
@@ -212,7 +212,7 @@ def pair_logits(
     Returns:
         Gradients of grad, and of x, y, w1, b1, w2 and b2, dtype of grad.
     """
-    network = tuple(each.to(grad.dtype) for each in network)
+    network = tuple(parameter.to(grad.dtype) for parameter in network)
     if interaction == "concat":
         changes, grads = _concat_logits(v, grad.flatten(), network, pairs)
     else:

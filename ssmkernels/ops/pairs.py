@@ -262,9 +262,9 @@ def _spread(grads: tuple[Tensor, ...], dtype: torch.dtype, labels: int, settings
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.tensors = [isinstance(each, Tensor) for each in inputs]
-    ctx.settings = [each for each in inputs if not isinstance(each, Tensor)]
-    ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
+    ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+    ctx.settings = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
 
 
 def _saved_inputs(ctx: Any) -> list[Any]:
@@ -281,7 +281,7 @@ def _pair_logits_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor 
     grad_logits, *network, pairs, interaction = _saved_inputs(ctx)
     computed = grad_logits.dtype
     given = zip(v, network, strict=True)
-    cotangents = tuple(torch.zeros_like(each, dtype=computed) if one is None else one for one, each in given)
+    cotangents = tuple(torch.zeros_like(saved, dtype=computed) if one is None else one for one, saved in given)
     grad, grads = second_order.pair_logits(cotangents, grad_logits, tuple(network), pairs, INTERACTIONS[interaction])
     return grad, *_spread(grads, network[0].dtype, 0, 2)
 
@@ -302,9 +302,9 @@ def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) ->
     gradients, network = list(saved[:6]), saved[6:]
     if gradients[0].shape != network[0].shape:
         raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
-    gradients = [autograd.gradient_of("pair_focal_loss", each, *network) for each in gradients]
+    gradients = [autograd.gradient_of("pair_focal_loss", gradient, *network) for gradient in gradients]
     if torch._C._are_functorch_transforms_active():  # vmap has no rule for _foreach_mul, which is quicker
-        scaled = [each * grad_loss for each in gradients]
+        scaled = [gradient * grad_loss for gradient in gradients]
     else:
         scaled = list(torch._foreach_mul(gradients, grad_loss))
     return _spread(tuple(scaled), network[0].dtype, 2, 7)

@@ -42,7 +42,7 @@ def laplacian_solve(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
 
     ends, ends_error = x.abs()[rows] + x.abs()[col], x_error[rows] + x_error[col]
     left, left_error = adjoint[rows], adjoint_error[rows]
-    found = {
+    gradients = {
         "weight": (
             product_error(left, left_error, x[rows] - x[col], ends_error, ends),
             -(left * (x[rows] - x[col])).sum(1),
@@ -54,7 +54,7 @@ def laplacian_solve(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
         "diagonal": (product_error(adjoint, adjoint_error, x, x_error, x.abs()), -(adjoint * x).sum(1)),
         "rhs": (adjoint_error, adjoint),
     }
-    return bounds | {f"grad {name}": rounding.stored(value, error) for name, (error, value) in found.items()}
+    return bounds | {f"grad {name}": rounding.stored(value, error) for name, (error, value) in gradients.items()}
 
 
 class _System:
@@ -172,8 +172,8 @@ class _Edges:
         moved = scatter(rows, own * error + self.degree_error[rows, None] * slope.abs()) + scatter(col, other * error)
         labels_error = self.scale * (moved + rounding.gamma(2 * self.longest + 6) * size)
 
-        degree_size, degree_error = (scatter(rows, (left.abs() * each).sum(1))[rows] for each in (slope.abs(), error))
-        weight_size, weight_error = ((right.abs() * each).sum(1) for each in (slope.abs(), error))
+        degree_size, degree_error = (scatter(rows, (left.abs() * terms).sum(1))[rows] for terms in (slope.abs(), error))
+        weight_size, weight_error = ((right.abs() * terms).sum(1) for terms in (slope.abs(), error))
         weight_exact = self.scale * (scatter(rows, (left * slope).sum(1))[rows] - (right * slope).sum(1))
         sums = rounding.gamma(self.classes + self.longest + 6)
         weights_error = self.scale * (degree_error + weight_error + sums * (degree_size + weight_size))

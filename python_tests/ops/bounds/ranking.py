@@ -177,7 +177,7 @@ def pair_ranking_loss(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[
     bounds["grad embeddings"] = _row_gradients(distances, k, rounding, both=references is None)[1]
     if references is not None:
         mirrored = _Distances(others, rows, rounding)
-        bounds["grad references"] = _row_gradients(mirrored, tuple(each.mT for each in k), rounding, both=False)[1]
+        bounds["grad references"] = _row_gradients(mirrored, tuple(matrix.mT for matrix in k), rounding, both=False)[1]
     return bounds
 
 
