@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../kernels/memory/aggregate.h"
 
-#include "common.h"
+#include "memory.h"
 
 namespace ssmkernels::binding {
 namespace {
@@ -13,12 +13,8 @@ Aggregate<Storage> problem_of(const Tensor& query, const Tensor& bank, const Ten
 }
 
 template <class Storage>
-Tensor workspace([[maybe_unused]] const Aggregate<Storage>& problem, [[maybe_unused]] const Tensor& like) {
-#ifdef SSM_WITH_CUDA
+Tensor workspace(const Aggregate<Storage>& problem, const Tensor& like) {
   return new_tensor(like, {cuda::aggregate_workspace(problem)}, ScalarType::Byte);
-#else
-  return {};
-#endif
 }
 
 std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank, const Tensor& bank_labels,
@@ -39,9 +35,10 @@ std::tuple<Tensor, Tensor> aggregate_op(const Tensor& query, const Tensor& bank,
         bank, "aggregate",
         [&] { SSM_CALL_ISA(aggregate, problem, result, Threads(bank_work(1, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::aggregate(problem, result, data<void>(workspace(problem, bank)), stream);
-#endif
+          if constexpr (kWithCuda) {
+            const auto kept = with_kept_order(problem, labels, stream);
+            return cuda::aggregate(kept, result, data<void>(workspace(kept, bank)), stream);
+          }
         });
   });
   return {aggregated, log_normalizer};
@@ -73,9 +70,8 @@ Tensor aggregate_backward_op(const Tensor& grad_aggregated, const Tensor& query,
         bank, "aggregate_backward",
         [&] { SSM_CALL_ISA(aggregate_backward, problem, backward, Threads(bank_work(2, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::aggregate_backward(problem, backward, data<void>(workspace(problem, bank)), stream);
-#endif
+          if constexpr (kWithCuda)
+            return cuda::aggregate_backward(problem, backward, data<void>(workspace(problem, bank)), stream);
         });
   });
   return grad_query;

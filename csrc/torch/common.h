@@ -17,7 +17,6 @@
 
 #include "../kernels/common/dtype.h"
 #include "../kernels/common/isa.h"
-#include "../kernels/memory/bank.h"
 #include "threads.h"
 
 // Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of
@@ -26,14 +25,14 @@
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
-#ifdef SSM_WITH_CUDA
 // Lives in libtorch_cuda: present under a CUDA build of torch, null under a CPU one, so that one binary loads under
 // both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
-#endif
 
 namespace ssmkernels::binding {
+
+inline constexpr bool kWithCuda = SSM_WITH_CUDA;
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -108,61 +107,33 @@ void dispatch_dtype(const Tensor& tensor, const F& f) {
 }
 
 // Runs cpu() or, on the tensor's device and the current stream, cuda(stream), which returns an error message or null.
+// Of a build without CUDA nothing that cuda() names has to exist: what it does stands under `if constexpr (kWithCuda)`.
 template <class Cpu, class Cuda>
-void run_on_device(const Tensor& tensor, const char* op, const Cpu& cpu, [[maybe_unused]] const Cuda& cuda) {
+void run_on_device(const Tensor& tensor, const char* op, const Cpu& cpu, const Cuda& cuda) {
   if (tensor.is_cpu()) return cpu();
-#ifdef SSM_WITH_CUDA
-  STD_TORCH_CHECK(tensor.is_cuda() && aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
-  const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
-  void* stream = nullptr;
-  const auto status = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
-  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, op, ": no current CUDA stream");
-  const char* error = cuda(static_cast<CudaStream>(stream));
-  STD_TORCH_CHECK(!error, op, ": ", error);
-#else
-  STD_TORCH_CHECK(false, op, ": ssmkernels was built without CUDA");
-#endif
-}
-
-template <class Storage>
-Bank<Storage> bank_view(const Tensor& bank, const Tensor& labels, int64_t classes) {
-  return {data<Storage>(bank), data<int64_t>(labels), bank.size(0), bank.size(1), classes,
-          bank.stride(0),      bank.stride(1)};
-}
-
-// As many products of all rows with a bank, and the exponentials.
-template <class Storage>
-double bank_work(int products, int64_t rows, const Bank<Storage>& bank) {
-  return static_cast<double>(products) * rows * bank.slots * (bank.dim + 16);
-}
-
-// Checks bank [K, D] and bank_labels [K] and returns the labels, contiguous.
-inline Tensor check_bank(const Tensor& bank, const Tensor& bank_labels, const Tensor& query) {
-  STD_TORCH_CHECK(bank.dim() == 2, "bank must be [K, D]");
-  check_like(bank, "bank", query.scalar_type(), query);
-  check_like(bank_labels, "bank_labels", ScalarType::Long, query);
-  check_shape(bank_labels, "bank_labels", bank.size(0));
-  return as_contiguous(bank_labels);
-}
-
-inline Tensor check_query(const Tensor& query, const char* name, const Tensor& bank) {
-  STD_TORCH_CHECK(query.dim() == 2 && query.size(1) == bank.size(1), name, " must be [B, ", bank.size(1), "]");
-  return as_contiguous(query);
+  if constexpr (kWithCuda) {
+    STD_TORCH_CHECK(tensor.is_cuda() && aoti_torch_get_current_cuda_stream, op, ": this torch has no CUDA");
+    const torch::stable::accelerator::DeviceGuard guard(tensor.get_device_index());
+    void* stream = nullptr;
+    const auto status = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+    STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, op, ": no current CUDA stream");
+    const char* error = cuda(static_cast<CudaStream>(stream));
+    STD_TORCH_CHECK(!error, op, ": ", error);
+  } else {
+    STD_TORCH_CHECK(false, op, ": ssmkernels was built without CUDA");
+  }
 }
 
 }  // namespace ssmkernels::binding
 
-#ifdef SSM_WITH_CUDA
-#define SSM_REGISTER(name, function)                     \
-  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) {  \
-    library.impl(name, TORCH_BOX(&function));            \
-  }                                                      \
-  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CUDA, library) { \
-    library.impl(name, TORCH_BOX(&function));            \
+#define SSM_REGISTER_FOR(device, name, function)           \
+  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, device, library) { \
+    library.impl(name, TORCH_BOX(&function));              \
   }
+#if SSM_WITH_CUDA
+#define SSM_REGISTER(name, function)    \
+  SSM_REGISTER_FOR(CPU, name, function) \
+  SSM_REGISTER_FOR(CUDA, name, function)
 #else
-#define SSM_REGISTER(name, function)                    \
-  STABLE_TORCH_LIBRARY_IMPL(ssmkernels, CPU, library) { \
-    library.impl(name, TORCH_BOX(&function));           \
-  }
+#define SSM_REGISTER(name, function) SSM_REGISTER_FOR(CPU, name, function)
 #endif

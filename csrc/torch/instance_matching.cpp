@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../kernels/memory/instance_matching.h"
 
-#include "common.h"
+#include "memory.h"
 
 namespace ssmkernels::binding {
 namespace {
@@ -50,13 +50,8 @@ struct Inputs {
 };
 
 template <class Storage>
-Tensor workspace(const Inputs& in, bool with_gradient) {
-#ifdef SSM_WITH_CUDA
-  return new_tensor(in.bank, {cuda::instance_matching_workspace(in.problem<Storage>(), with_gradient)},
-                    ScalarType::Byte);
-#else
-  return {};
-#endif
+Tensor workspace(const InstanceMatching<Storage>& problem, const Tensor& like, bool with_gradient) {
+  return new_tensor(like, {cuda::instance_matching_workspace(problem, with_gradient)}, ScalarType::Byte);
 }
 
 std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak, const Tensor& query_strong,
@@ -82,10 +77,11 @@ std::tuple<Tensor, Tensor, Tensor> instance_matching_op(const Tensor& query_weak
         bank, "instance_matching",
         [&] { SSM_CALL_ISA(instance_matching, in.problem<Storage>(), result, in.threads<Storage>(with_gradient)); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::instance_matching(in.problem<Storage>(), result,
-                                         data<void>(workspace<Storage>(in, with_gradient)), stream);
-#endif
+          if constexpr (kWithCuda) {
+            const auto problem = with_kept_order(in.problem<Storage>(), in.bank_labels, stream);
+            return cuda::instance_matching(problem, result, data<void>(workspace(problem, bank, with_gradient)),
+                                           stream);
+          }
         });
   });
   return {pseudo_probs, loss, gradient};
@@ -113,10 +109,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> instance_matc
           bank, "instance_matching_partial",
           [&] { SSM_CALL_ISA(instance_matching_partial, in.problem<Storage>(), partial, in.threads<Storage>(true)); },
           [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-            return cuda::instance_matching_partial(in.problem<Storage>(), partial,
-                                                   data<void>(workspace<Storage>(in, true)), stream);
-#endif
+            if constexpr (kWithCuda) {
+              const auto problem = with_kept_order(in.problem<Storage>(), in.bank_labels, stream);
+              return cuda::instance_matching_partial(problem, partial, data<void>(workspace(problem, bank, true)),
+                                                     stream);
+            }
           });
     });
   }

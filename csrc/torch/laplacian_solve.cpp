@@ -54,10 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> laplacian_solve_op(const Tensor& crow
         rhs, "laplacian_solve",
         [&] { SSM_CALL_ISA(laplacian_solve, problem, result, graph.threads(kOperations, columns)); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          const Tensor workspace = new_tensor(rhs, {cuda::laplacian_solve_workspace(problem)}, ScalarType::Byte);
-          return cuda::laplacian_solve(problem, result, data<void>(workspace), stream);
-#endif
+          if constexpr (kWithCuda) {
+            const Tensor workspace = new_tensor(rhs, {cuda::laplacian_solve_workspace(problem)}, ScalarType::Byte);
+            return cuda::laplacian_solve(problem, result, data<void>(workspace), stream);
+          }
         });
   });
   return {solution, iterations, residual, curvature};
@@ -86,9 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> laplacian_solve_backward_op(const Tensor& cro
         grad_rhs, "laplacian_solve_backward",
         [&] { SSM_CALL_ISA(laplacian_solve_backward, problem, graph.threads(kBackwardOperations, columns)); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::laplacian_solve_backward(problem, stream);
-#endif
+          if constexpr (kWithCuda) return cuda::laplacian_solve_backward(problem, stream);
         });
   });
   return {grad_weight, grad_dissimilarity, grad_diagonal};

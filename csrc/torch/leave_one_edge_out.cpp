@@ -37,11 +37,7 @@ struct Inputs {
 
   template <class Real>
   Tensor workspace(bool with_gradients) const {
-#ifdef SSM_WITH_CUDA
     return new_tensor(weight, {cuda::leave_one_edge_out_workspace(problem<Real>(), with_gradients)}, ScalarType::Byte);
-#else
-    return {};
-#endif
   }
 };
 
@@ -58,10 +54,9 @@ Tensor leave_one_edge_out_op(const Tensor& crow, const Tensor& col, const Tensor
           SSM_CALL_ISA(leave_one_edge_out, in.problem<Real>(), data<Real>(dissimilarity), in.threads(kOperations));
         },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::leave_one_edge_out(in.problem<Real>(), data<Real>(dissimilarity),
-                                          data<void>(in.workspace<Real>(false)), stream);
-#endif
+          if constexpr (kWithCuda)
+            return cuda::leave_one_edge_out(in.problem<Real>(), data<Real>(dissimilarity),
+                                            data<void>(in.workspace<Real>(false)), stream);
         });
   });
   return dissimilarity;
@@ -84,10 +79,9 @@ std::tuple<Tensor, Tensor> leave_one_edge_out_backward_op(const Tensor& grad_dis
         weight, "leave_one_edge_out_backward",
         [&] { SSM_CALL_ISA(leave_one_edge_out_backward, in.problem<Real>(), backward, in.threads(2 * kOperations)); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::leave_one_edge_out_backward(in.problem<Real>(), backward, data<void>(in.workspace<Real>(true)),
-                                                   stream);
-#endif
+          if constexpr (kWithCuda)
+            return cuda::leave_one_edge_out_backward(in.problem<Real>(), backward, data<void>(in.workspace<Real>(true)),
+                                                     stream);
         });
   });
   return {grad_weight, grad_propagated};

@@ -5,7 +5,7 @@
 #include <array>
 #include <utility>
 
-#include "common.h"
+#include "memory.h"
 
 namespace ssmkernels::binding {
 namespace {
@@ -77,9 +77,7 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
         bank, "memory_update_",
         [&] { SSM_CALL_ISA(memory_update, problem, Threads(64. * problem.rows * problem.dim)); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          return cuda::memory_update(problem, stream);
-#endif
+          if constexpr (kWithCuda) return cuda::memory_update(problem, stream);
         });
   });
 }

@@ -37,10 +37,10 @@ RankingLossTensors mined_pair_ranking_loss_op(const Tensor& embeddings, const Te
                      in.threads(basis_features.size(1)));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        const auto loss = ranking_loss_view<Compute<Storage>>(out, reduction);
-        return cuda::mined_pair_ranking_loss(pairs, basis.view<Storage>(), loss, workspace, stream);
-#endif
+        if constexpr (kWithCuda) {
+          const auto loss = ranking_loss_view<Compute<Storage>>(out, reduction);
+          return cuda::mined_pair_ranking_loss(pairs, basis.view<Storage>(), loss, workspace, stream);
+        }
       });
   return out;
 }
@@ -59,10 +59,9 @@ Tensor mined_pair_ranking_loss_backward_op(const Tensor& grad_loss, const Tensor
                      in.threads(basis_features.size(1)));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::mined_pair_ranking_loss_backward(pairs, basis.view<Storage>(), out.view<Compute<Storage>>(),
-                                                      workspace, stream);
-#endif
+        if constexpr (kWithCuda)
+          return cuda::mined_pair_ranking_loss_backward(pairs, basis.view<Storage>(), out.view<Compute<Storage>>(),
+                                                        workspace, stream);
       });
   return out.rows;
 }

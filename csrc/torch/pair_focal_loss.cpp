@@ -40,9 +40,8 @@ Tensor pair_focal_loss_op(const Tensor& x, const Tensor& y, const Tensor& x_labe
         SSM_CALL_ISA(pair_focal_loss, network, focal.view, data<Real>(losses), in.threads(false));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::pair_focal_loss(network, focal.view, data<Compute<Storage>>(losses), workspace, stream);
-#endif
+        if constexpr (kWithCuda)
+          return cuda::pair_focal_loss(network, focal.view, data<Compute<Storage>>(losses), workspace, stream);
       });
   return losses;
 }
@@ -67,11 +66,11 @@ PairGradientTuple pair_focal_loss_backward_op(const Tensor& grad_losses, const T
                      in.threads(true));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        using Real = Compute<Storage>;
-        return cuda::pair_focal_loss_backward(network, focal.view, data<Real>(grad), out.view<Real>(), workspace,
-                                              stream);
-#endif
+        if constexpr (kWithCuda) {
+          using Real = Compute<Storage>;
+          return cuda::pair_focal_loss_backward(network, focal.view, data<Real>(grad), out.view<Real>(), workspace,
+                                                stream);
+        }
       });
   out.finish(in);
   return out.tuple();
@@ -99,12 +98,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pair_focal_lo
         SSM_CALL_ISA(pair_focal_loss_sum, network, focal.view, sum, in.threads(with_gradients));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        using Real = Compute<Storage>;
-        const PairGradients<Real> gradients = out.view<Real>();
-        const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
-        return cuda::pair_focal_loss_sum(network, focal.view, sum, workspace, stream);
-#endif
+        if constexpr (kWithCuda) {
+          using Real = Compute<Storage>;
+          const PairGradients<Real> gradients = out.view<Real>();
+          const FocalLossSum<Real> sum{mean, data<Real>(loss), with_gradients ? &gradients : nullptr};
+          return cuda::pair_focal_loss_sum(network, focal.view, sum, workspace, stream);
+        }
       });
   out.finish(in);
   return std::tuple_cat(std::make_tuple(loss), out.tuple());

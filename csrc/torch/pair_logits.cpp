@@ -15,9 +15,7 @@ Tensor pair_logits_op(const Tensor& x, const Tensor& y, const Tensor& w1, const 
         SSM_CALL_ISA(pair_logits, network, data<Real>(logits), in.threads(false));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::pair_logits(network, data<Compute<Storage>>(logits), workspace, stream);
-#endif
+        if constexpr (kWithCuda) return cuda::pair_logits(network, data<Compute<Storage>>(logits), workspace, stream);
       });
   return logits;
 }
@@ -38,10 +36,10 @@ PairGradientTuple pair_logits_backward_op(const Tensor& grad_logits, const Tenso
         SSM_CALL_ISA(pair_logits_backward, network, data<Real>(grad), out.view<Real>(), in.threads(true));
       },
       [&]<class Storage>(const PairNetwork<Storage>& network, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        using Real = Compute<Storage>;
-        return cuda::pair_logits_backward(network, data<Real>(grad), out.view<Real>(), workspace, stream);
-#endif
+        if constexpr (kWithCuda) {
+          using Real = Compute<Storage>;
+          return cuda::pair_logits_backward(network, data<Real>(grad), out.view<Real>(), workspace, stream);
+        }
       });
   out.finish(in);
   return out.tuple();

@@ -46,10 +46,9 @@ RankingLossTensors pair_ranking_loss_op(const Tensor& embeddings, const Tensor& 
         SSM_CALL_ISA(pair_ranking_loss, pairs, by_label.view(), ranking_loss_view<Real>(out, reduction), in.threads(0));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::pair_ranking_loss(pairs, by_label.view(), ranking_loss_view<Compute<Storage>>(out, reduction),
-                                       workspace, stream);
-#endif
+        if constexpr (kWithCuda)
+          return cuda::pair_ranking_loss(pairs, by_label.view(), ranking_loss_view<Compute<Storage>>(out, reduction),
+                                         workspace, stream);
       });
   return out;
 }
@@ -70,10 +69,9 @@ std::tuple<Tensor, Tensor> pair_ranking_loss_backward_op(const Tensor& grad_loss
         SSM_CALL_ISA(pair_ranking_loss_backward, pairs, by_label.view(), out.view<Real>(), in.threads(0));
       },
       [&]<class Storage>(const RankingPairs<Storage>& pairs, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::pair_ranking_loss_backward(pairs, by_label.view(), out.view<Compute<Storage>>(), workspace,
-                                                stream);
-#endif
+        if constexpr (kWithCuda)
+          return cuda::pair_ranking_loss_backward(pairs, by_label.view(), out.view<Compute<Storage>>(), workspace,
+                                                  stream);
       });
   return {out.rows, out.references};
 }

@@ -197,8 +197,7 @@ using PairGradientTuple = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // Runs cpu(network) with a network of float32 or float64, or cuda(network, workspace, stream) with one of any dtype.
 template <class Cpu, class Cuda>
-void run_pairs(const PairTensors& in, const char* op, bool with_gradients, const Cpu& cpu,
-               [[maybe_unused]] const Cuda& cuda_call) {
+void run_pairs(const PairTensors& in, const char* op, bool with_gradients, const Cpu& cpu, const Cuda& cuda_call) {
   dispatch_dtype(in.x, [&](auto storage) {
     using Storage = decltype(storage);
     const PairNetwork<Storage> network = in.view<Storage>();
@@ -211,12 +210,13 @@ void run_pairs(const PairTensors& in, const char* op, bool with_gradients, const
             STD_TORCH_CHECK(false, op, ": half types are float32 on the CPU");
         },
         [&](CudaStream stream) -> const char* {
-#ifdef SSM_WITH_CUDA
-          const Tensor workspace = new_tensor(in.x, {cuda::pair_workspace(network, with_gradients)}, ScalarType::Byte);
-          return cuda_call(network, data<void>(workspace), stream);
-#else
-          return nullptr;
-#endif
+          if constexpr (kWithCuda) {
+            const Tensor workspace =
+                new_tensor(in.x, {cuda::pair_workspace(network, with_gradients)}, ScalarType::Byte);
+            return cuda_call(network, data<void>(workspace), stream);
+          } else {
+            return nullptr;
+          }
         });
   });
 }

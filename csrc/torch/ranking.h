@@ -104,7 +104,7 @@ struct RankingGradientTensors {
 // Runs cpu(pairs) with rows of float32 or float64, or cuda(pairs, workspace, stream) with rows of any dtype.
 template <class Cpu, class Cuda>
 void run_ranking(const RankingTensors& in, const char* op, int64_t basis_dim, bool backward, const Cpu& cpu,
-                 [[maybe_unused]] const Cuda& cuda_call) {
+                 const Cuda& cuda_call) {
   dispatch_dtype(in.rows, [&](auto storage) {
     using Storage = decltype(storage);
     const RankingPairs<Storage> pairs = in.view<Storage>();
@@ -117,13 +117,13 @@ void run_ranking(const RankingTensors& in, const char* op, int64_t basis_dim, bo
             STD_TORCH_CHECK(false, op, ": half types are float32 on the CPU");
         },
         [&](CudaStream stream) -> const char* {
-#ifdef SSM_WITH_CUDA
-          const Tensor workspace =
-              new_tensor(in.rows, {cuda::ranking_workspace(pairs, basis_dim, backward)}, ScalarType::Byte);
-          return cuda_call(pairs, data<void>(workspace), stream);
-#else
-          return nullptr;
-#endif
+          if constexpr (kWithCuda) {
+            const Tensor workspace =
+                new_tensor(in.rows, {cuda::ranking_workspace(pairs, basis_dim, backward)}, ScalarType::Byte);
+            return cuda_call(pairs, data<void>(workspace), stream);
+          } else {
+            return nullptr;
+          }
         });
   });
 }

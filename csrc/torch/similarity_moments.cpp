@@ -27,8 +27,7 @@ struct LabeledTensors {
 };
 
 template <class Cpu, class Cuda>
-void run_moments(const LabeledTensors& in, const char* op, bool backward, const Cpu& cpu,
-                 [[maybe_unused]] const Cuda& cuda_call) {
+void run_moments(const LabeledTensors& in, const char* op, bool backward, const Cpu& cpu, const Cuda& cuda_call) {
   dispatch_dtype(in.features, [&](auto storage) {
     using Storage = decltype(storage);
     const LabeledFeatures<Storage> features = in.view<Storage>();
@@ -41,13 +40,13 @@ void run_moments(const LabeledTensors& in, const char* op, bool backward, const 
             STD_TORCH_CHECK(false, op, ": half types are float32 on the CPU");
         },
         [&](CudaStream stream) -> const char* {
-#ifdef SSM_WITH_CUDA
-          const Tensor workspace =
-              new_tensor(in.features, {cuda::similarity_moments_workspace(features, backward)}, ScalarType::Byte);
-          return cuda_call(features, data<void>(workspace), stream);
-#else
-          return nullptr;
-#endif
+          if constexpr (kWithCuda) {
+            const Tensor workspace =
+                new_tensor(in.features, {cuda::similarity_moments_workspace(features, backward)}, ScalarType::Byte);
+            return cuda_call(features, data<void>(workspace), stream);
+          } else {
+            return nullptr;
+          }
         });
   });
 }
@@ -61,9 +60,8 @@ Tensor similarity_moments_op(const Tensor& features, const Tensor& order, const 
         SSM_CALL_ISA(similarity_moments, view, data<Real>(moments), in.threads());
       },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        return cuda::similarity_moments(view, data<Compute<Storage>>(moments), workspace, stream);
-#endif
+        if constexpr (kWithCuda)
+          return cuda::similarity_moments(view, data<Compute<Storage>>(moments), workspace, stream);
       });
   return moments;
 }
@@ -86,11 +84,11 @@ Tensor similarity_moments_backward_op(const Tensor& grad_moments, const Tensor& 
                      in.threads());
       },
       [&]<class Storage>(const LabeledFeatures<Storage>& view, void* workspace, CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-        using Real = Compute<Storage>;
-        return cuda::similarity_moments_backward(view, data<Real>(values), data<Real>(grad), data<Real>(out), workspace,
-                                                 stream);
-#endif
+        if constexpr (kWithCuda) {
+          using Real = Compute<Storage>;
+          return cuda::similarity_moments_backward(view, data<Real>(values), data<Real>(grad), data<Real>(out),
+                                                   workspace, stream);
+        }
       });
   return out;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "../kernels/memory/unfold.h"
 
-#include "common.h"
+#include "memory.h"
 
 namespace ssmkernels::binding {
 namespace {
@@ -26,10 +26,10 @@ Tensor unfold_op(const Tensor& query, const Tensor& bank, const Tensor& bank_lab
     run_on_device(
         bank, "unfold", [&] { SSM_CALL_ISA(unfold, problem, Threads(bank_work(1, problem.rows, problem.bank))); },
         [&](CudaStream stream) {
-#ifdef SSM_WITH_CUDA
-          const Tensor workspace = new_tensor(bank, {cuda::unfold_workspace(problem)}, ScalarType::Byte);
-          return cuda::unfold(problem, data<void>(workspace), stream);
-#endif
+          if constexpr (kWithCuda) {
+            const Tensor workspace = new_tensor(bank, {cuda::unfold_workspace(problem)}, ScalarType::Byte);
+            return cuda::unfold(problem, data<void>(workspace), stream);
+          }
         });
   });
   return unfolded;

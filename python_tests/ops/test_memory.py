@@ -163,6 +163,74 @@ def test_a_bank_written_before_the_backward(device):
         aggregated[0, 0].backward()
 
 
+def write_by_index(problem):
+    problem.labels[3:40] = 0
+
+
+def write_data(problem):
+    problem.labels.data.fill_(2)  # no version counter sees it
+
+
+def write_through_view(problem):
+    problem.labels.view(-1, 8)[:, 1] += 1
+    problem.labels %= problem.num_classes
+
+
+def write_by_update(problem):
+    index = torch.arange(7, 4000, 13, device=problem.labels.device)
+    ops.memory_update_(problem.bank, problem.labels, index, problem.bank[index], index % problem.num_classes)
+
+
+def write_by_compiled_update(problem):
+    @torch.compile(fullgraph=True)
+    def swap(labels):
+        labels.copy_(labels.flip(0))
+
+    swap(problem.labels)
+
+
+def write_by_graph(problem):
+    if problem.labels.device.type != "cuda":
+        return write_by_index(problem)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        problem.labels.copy_(problem.labels.flip(0))
+    graph.replay()
+
+
+WRITES = [write_by_index, write_data, write_through_view, write_by_update, write_by_compiled_update, write_by_graph]
+
+
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__.removeprefix("write_"))
+def test_labels_written_between_calls(write, device):
+    """A GPU keeps the class order of a bank that is not small between calls; it is that of the labels as they are."""
+    problem = Problem(3, 8, 5000, 7, torch.float32, device)
+    problem.matching(ops)
+    for _ in range(2):
+        write(problem)
+        fresh = Problem(3, 8, 5000, 7, torch.float32, device)
+        fresh.bank, fresh.labels = problem.bank.clone(), problem.labels.clone()
+        for kept, anew in zip(problem.matching(ops), fresh.matching(ops), strict=True):
+            assert torch.equal(kept, anew)
+        assert torch.equal(problem.aggregate(ops)[0], fresh.aggregate(ops)[0])
+        expected = problem.double().matching(reference)[0]
+        torch.testing.assert_close(problem.matching(ops)[0].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_a_captured_call_finds_the_labels_of_its_replay():
+    problem = Problem(3, 8, 5000, 7, torch.float32, "cuda")
+    problem.matching(ops)
+    arguments = (problem.query_weak, problem.query_strong, problem.bank, problem.labels, problem.probs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.instance_matching(*arguments)
+    for _ in range(2):
+        problem.labels.copy_(problem.labels.flip(0))
+        graph.replay()
+        assert torch.equal(out.pseudo_probs, ops.instance_matching(*arguments).pseudo_probs)
+
+
 def test_memory_update_normalises_each_slot_not_each_feature(device):
     problem = Problem(7, 5, 9, 2, torch.float32, device)
     index = torch.arange(7, device=device)

@@ -2,7 +2,6 @@
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21
 // GFLOP (scores, means).
 #include "aggregate.h"
-#include "class_order.cuh"
 #include "class_table.cuh"
 #include "sweep.cuh"
 
@@ -147,34 +146,41 @@ class Backward {
 // (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the
 // row: half types have a narrow range.
 template <class Real>
-__global__ void __launch_bounds__(32 * kTableRows)
-    slope_table(const Real* grad, const Real* aggregated, int64_t rows, int64_t classes, Real* table, Real* row_scale) {
-  SSM_SHARED(shift, Real[kTableRows]);
-  SSM_SHARED(scale, Real[kTableRows]);
-  const int64_t first_row = int64_t{blockIdx.x} * kTableRows;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t row = first_row + warp;
-  Real mean = 0, top = 0;
-  if (row < rows) {
-    for (int64_t c = lane; c < classes; c += 32) mean += grad[row * classes + c] * aggregated[row * classes + c];
-    mean = warp_sum(mean);
-    for (int64_t c = lane; c < classes; c += 32) top = max(top, fabs(grad[row * classes + c] - mean));
-    top = warp_max(max(top, fabs(mean)));
-  }
-  if (lane == 0) {
-    shift[warp] = mean;
-    scale[warp] = top > 0 ? top : Real(1);
-    if (row < rows) row_scale[row] = scale[warp];
-  }
-  __syncthreads();
-  for (int64_t c = threadIdx.x; c <= classes; c += blockDim.x) {
-    Real* out = table + (int64_t{blockIdx.x} * (classes + 1) + c) * kTableRows;
-    for (int i = 0; i < kTableRows; ++i) {
-      const Real g = c < classes && first_row + i < rows ? grad[(first_row + i) * classes + c] : Real(0);
-      out[i] = (g - shift[i]) / scale[i];
+struct GradTable {
+  const Real* grad;        // [B, L]
+  const Real* aggregated;  // [B, L]
+  int64_t rows, classes;
+  Real* table;
+  Real* row_scale;  // [B]
+
+  __device__ void make(int64_t block) const {
+    SSM_SHARED(shift, Real[kTableRows]);
+    SSM_SHARED(scale, Real[kTableRows]);
+    const int64_t first_row = block * kTableRows;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t row = first_row + warp;
+    Real mean = 0, top = 0;
+    if (row < rows) {
+      for (int64_t c = lane; c < classes; c += 32) mean += grad[row * classes + c] * aggregated[row * classes + c];
+      mean = warp_sum(mean);
+      for (int64_t c = lane; c < classes; c += 32) top = max(top, fabs(grad[row * classes + c] - mean));
+      top = warp_max(max(top, fabs(mean)));
+    }
+    if (lane == 0) {
+      shift[warp] = mean;
+      scale[warp] = top > 0 ? top : Real(1);
+      if (row < rows) row_scale[row] = scale[warp];
+    }
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c <= classes; c += blockDim.x) {
+      Real* out = table + (block * (classes + 1) + c) * kTableRows;
+      for (int i = 0; i < kTableRows; ++i) {
+        const Real g = c < classes && first_row + i < rows ? grad[(first_row + i) * classes + c] : Real(0);
+        out[i] = (g - shift[i]) / scale[i];
+      }
     }
   }
-}
+};
 
 template <class Real>
 struct Merge {
@@ -251,7 +257,7 @@ ForwardScratch<Storage> take_forward(const Aggregate<Storage>& problem, Workspac
   const Cut cut = cut_of(problem.bank, problem.rows, false);
   ForwardScratch<Storage> scratch;
   scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
-  scratch.order = take_class_order(problem.bank, workspace);
+  scratch.order = take_class_order(labels_of(problem.bank), problem.bank.class_order, workspace);
   scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
   scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(problem.bank.classes, cut));
   return scratch;
@@ -299,10 +305,8 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const ForwardScratch<Storage> scratch = take_forward(problem, workspace);
-  SweepInput<Storage> in;
-  if (const char* error = prepare_sweep<Storage>(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
-                                                 cut_of(bank, problem.rows, false), scratch.packed, in, stream))
-    return error;
+  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
+                                             cut_of(bank, problem.rows, false), scratch.packed);
   Merge<Real> merge{};
   merge.rows = scratch.rows;
   merge.padded_rows = in.cut.padded_rows();
@@ -314,7 +318,10 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   merge.classes = bank.classes;
   merge.result = result;
   if (bank.slots > 0) {
-    if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
+    Preparation<Storage, NoTable> preparation;
+    if (const char* error = prepare_order(bank, scratch.order, preparation, stream)) return error;
+    prepare_rows(bank, problem.query, problem.query, problem.rows, scratch.packed, preparation);
+    if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       return launch_sweep<Engine, Forward<Engine>>(in,
@@ -335,15 +342,15 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const BackwardScratch<Storage> scratch = take_backward(problem, workspace);
-  SweepInput<Storage> in;
-  if (const char* error = prepare_sweep<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                 cut_of(bank, problem.rows, true), scratch.packed, in, stream))
-    return error;
+  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                      cut_of(bank, problem.rows, true), scratch.packed);
   if (bank.slots > 0) {
-    if (const char* error =
-            launch(slope_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, backward.grad_aggregated,
-                   backward.aggregated, problem.rows, bank.classes, scratch.slopes, scratch.row_scale))
-      return error;
+    Preparation<Storage, GradTable<Real>> preparation;
+    prepare_rows(bank, problem.query, problem.query, problem.rows, scratch.packed, preparation);
+    preparation.table = {backward.grad_aggregated, backward.aggregated, problem.rows, bank.classes,
+                         scratch.slopes,           scratch.row_scale};
+    preparation.table_blocks = table_blocks(in.cut);
+    if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       return launch_sweep<Engine, Backward<Engine>>(

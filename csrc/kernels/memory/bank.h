@@ -18,6 +18,20 @@ struct Bank {
   int64_t classes;          // L
   int64_t row_stride;
   int64_t column_stride;
+  void* class_order = nullptr;  // CUDA only: what kept_class_order_bytes says; null: the order is found anew
 };
 
 }  // namespace ssmkernels
+
+namespace ssmkernels::cuda {
+
+// Of device memory that holds the class order of a bank between calls with as many slots and classes, for one stream at
+// a time; clear_class_order before its first use. 0 for a small bank, whose order is not kept. Each call compares the
+// order with the labels on the device, whoever wrote them.
+int64_t kept_class_order_bytes(int64_t slots, int64_t classes);
+const char* clear_class_order(void* memory, int64_t bytes, CudaStream stream);
+
+// Whether what is launched on the stream becomes part of a graph, which must find its memory at each replay.
+bool is_capturing(CudaStream stream);
+
+}  // namespace ssmkernels::cuda

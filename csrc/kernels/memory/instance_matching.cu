@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of
-// means). Its floor is the products, on the tensor cores. Kernels: the class order of the slots, log p by class, the
-// sweep, the merge of the splits.
-#include "class_order.cuh"
+// means). Its floor is the products, on the tensor cores. Kernels: the class order of a large bank, what the sweep
+// needs beside it, the sweep, the merge of the splits.
 #include "class_table.cuh"
 #include "instance_matching.h"
 #include "sweep.cuh"
@@ -142,7 +141,7 @@ Scratch<Storage> take_scratch(const InstanceMatching<Storage>& problem, bool wit
   const Cut cut = cut_of(bank, problem.rows, with_means);
   Scratch<Storage> scratch;
   scratch.packed = take_packed_input(bank, problem.query_weak, problem.query_strong, problem.rows, workspace);
-  scratch.order = take_class_order(bank, workspace);
+  scratch.order = take_class_order(labels_of(bank), bank.class_order, workspace);
   scratch.log_probs = take_class_table<Real>(cut, bank.classes, workspace);
   scratch.known = workspace.take<unsigned char>(problem.rows);
   scratch.rows = workspace.take<RowSums<Real>>(cut.splits * cut.padded_rows());
@@ -267,19 +266,20 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Storage> scratch = take_scratch(problem, with_means, workspace);
-  SweepInput<Storage> in;
-  if (const char* error =
-          prepare_sweep<Storage>(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
-                                 cut_of(bank, problem.rows, with_means), scratch.packed, in, stream))
-    return error;
+  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong,
+                                             problem.rows, cut_of(bank, problem.rows, with_means), scratch.packed);
   const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
 
   if (bank.slots > 0) {
-    if (const char* error = sort_by_class(bank, scratch.order, stream)) return error;
-    if (const char* error =
-            launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs_weak,
-                   scratch.order.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
-      return error;
+    Preparation<Storage, LogProbsTable<Real>> preparation;
+    if (const char* error = prepare_order(bank, scratch.order, preparation, stream)) return error;
+    prepare_rows(bank, problem.query_weak, problem.query_strong, problem.rows, scratch.packed, preparation);
+    const bool ordered = preparation.order_blocks == 0;
+    preparation.table = {problem.probs_weak, ordered ? scratch.order.present : nullptr,
+                         labels_of(bank),    problem.rows,
+                         scratch.log_probs,  scratch.known};
+    preparation.table_blocks = table_blocks(in.cut);
+    if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       const auto sweep_with = [&](auto operation) {

@@ -14,9 +14,11 @@
 
 #include <limits>
 
+#include "../common/class_order.cuh"
 #include "../common/cuda.cuh"
 #include "../common/mma.cuh"
-#include "slot.cuh"
+#include "../common/vector_rows.cuh"
+#include "bank.h"
 
 namespace ssmkernels::cuda {
 
@@ -297,70 +299,71 @@ struct SweepInput {
   unsigned buffers;  // tiles in shared memory: kBuffers, or half or a quarter where a block is allowed less
 };
 
-// A sweep copies 16 bytes at a time. What lies otherwise is packed first, once per call: rows one behind the other,
-// filled up with zeros.
+// Memory for those of the bank and the queries that have to be packed.
 template <class Storage>
 struct PackedInput {
-  int64_t dim;  // of all rows, packed or not
   Storage* bank;
-  Storage* query[2];  // null, as the bank, for what is taken as it lies
-
-  static constexpr int kThreads = 256;
+  Storage* query[2];
 };
+
+template <class Storage>
+StridedRows<Storage> bank_rows(const Bank<Storage>& bank) {
+  return {bank.features, bank.slots, bank.dim, bank.row_stride, bank.column_stride};
+}
+template <class Storage>
+StridedRows<Storage> query_rows(const Bank<Storage>& bank, const Storage* query, int64_t rows) {
+  return {query, rows, bank.dim, bank.dim, 1};
+}
 
 template <class Storage>
 PackedInput<Storage> take_packed_input(const Bank<Storage>& bank, const Storage* query0, const Storage* query1,
                                        int64_t rows, Workspace& workspace) {
-  constexpr int64_t kVector = TileShape<Storage>::kVector;
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool whole = bank.dim % kVector == 0;
-  PackedInput<Storage> packed{ceil_div(bank.dim, kVector) * kVector, nullptr, {nullptr, nullptr}};
-  if (!whole || bank.column_stride != 1 || bank.row_stride % kVector != 0 || !aligned(bank.features))
-    packed.bank = workspace.take<Storage>(bank.slots * packed.dim);
-  if (!whole || !aligned(query0)) packed.query[0] = workspace.take<Storage>(rows * packed.dim);
-  if (query1 == query0)
-    packed.query[1] = packed.query[0];
-  else if (!whole || !aligned(query1))
-    packed.query[1] = workspace.take<Storage>(rows * packed.dim);
+  PackedInput<Storage> packed;
+  packed.bank = take_packed(bank_rows(bank), workspace);
+  packed.query[0] = take_packed(query_rows(bank, query0, rows), workspace);
+  packed.query[1] = query1 == query0 ? packed.query[0] : take_packed(query_rows(bank, query1, rows), workspace);
   return packed;
 }
 
-// Neighbouring threads read neighbouring elements: along the row, or across rows in a transposed bank.
 template <class Storage>
-__global__ void __launch_bounds__(PackedInput<Storage>::kThreads)
-    pack_matrix(const Storage* from, int64_t rows, int64_t dim, int64_t row_stride, int64_t column_stride,
-                int64_t pitch, Storage* to) {
-  const int64_t at = int64_t{blockIdx.x} * PackedInput<Storage>::kThreads + threadIdx.x;
-  if (at >= rows * pitch) return;
-  const int64_t r = column_stride == 1 ? at / pitch : at % rows, d = column_stride == 1 ? at % pitch : at / rows;
-  to[r * pitch + d] = d < dim ? from[r * row_stride + d * column_stride] : Storage{};
+Labels labels_of(const Bank<Storage>& bank) {
+  return {bank.labels, bank.slots, bank.classes};
 }
 
-// What the sweep reads, with what had to be packed in `packed`.
+// What the sweep reads, of rows that are packed by then.
 template <class Storage>
-const char* prepare_sweep(const Bank<Storage>& bank, const Slot* order, const Storage* query0, const Storage* query1,
-                          int64_t rows, const Cut& cut, const PackedInput<Storage>& packed, SweepInput<Storage>& in,
-                          cudaStream_t stream) {
-  const auto pack = [&](const Storage* from, int64_t count, int64_t row_stride, int64_t column_stride, Storage* to) {
-    return launch(pack_matrix<Storage>, ceil_div<int64_t>(count * packed.dim, packed.kThreads), packed.kThreads, 0,
-                  stream, from, count, bank.dim, row_stride, column_stride, packed.dim, to);
-  };
-  in = {bank, order, {query0, query1}, rows, cut, 0};
-  in.bank.dim = packed.dim;
+SweepInput<Storage> sweep_input(const Bank<Storage>& bank, const Slot* order, const Storage* query0,
+                                const Storage* query1, int64_t rows, const Cut& cut,
+                                const PackedInput<Storage>& packed) {
+  SweepInput<Storage> in{bank, order, {query0, query1}, rows, cut, 0};
+  in.bank.dim = vector_pitch<Storage>(bank.dim);
   if (packed.bank) {
-    if (const char* error = pack(bank.features, bank.slots, bank.row_stride, bank.column_stride, packed.bank))
-      return error;
     in.bank.features = packed.bank;
-    in.bank.row_stride = packed.dim;
+    in.bank.row_stride = in.bank.dim;
     in.bank.column_stride = 1;
   }
-  for (const int q : {0, 1}) {
-    if (!packed.query[q]) continue;
-    const bool first = q == 0 || packed.query[1] != packed.query[0];
-    if (first)
-      if (const char* error = pack(in.query[q], rows, bank.dim, 1, packed.query[q])) return error;
-    in.query[q] = packed.query[q];
-  }
+  for (const int q : {0, 1})
+    if (packed.query[q]) in.query[q] = packed.query[q];
+  return in;
+}
+
+// Adds the packing to what is done before a sweep.
+template <class Storage, class Preparation>
+void prepare_rows(const Bank<Storage>& bank, const Storage* query0, const Storage* query1, int64_t rows,
+                  const PackedInput<Storage>& packed, Preparation& preparation) {
+  preparation.pack(0, bank_rows(bank), packed.bank);
+  preparation.pack(1, query_rows(bank, query0, rows), packed.query[0]);
+  if (query1 != query0) preparation.pack(2, query_rows(bank, query1, rows), packed.query[1]);
+}
+
+// Adds the class order to it where the bank is small, and finds it now where it is not.
+template <class Storage, class Preparation>
+const char* prepare_order(const Bank<Storage>& bank, const ClassOrder& order, Preparation& preparation,
+                          cudaStream_t stream) {
+  if (!has_few_slots(labels_of(bank))) return sort_by_class(labels_of(bank), order, stream);
+  preparation.labels = labels_of(bank);
+  preparation.order = order;
+  preparation.order_blocks = rank_blocks(preparation.labels);
   return nullptr;
 }
 
@@ -635,6 +638,12 @@ template <class Real>
 __device__ Real row_sum(Real x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+template <class Real>
+__device__ Real row_max(Real x) {
+  x = max(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return max(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 template <class Real, int kBlocks>

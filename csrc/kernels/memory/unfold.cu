@@ -25,8 +25,8 @@ struct UnfoldArguments {
   Real scale;                // log₂e / t
   Normalizer<Real>* splits;  // [splits][padded rows]
   int64_t padded_rows;
-  const Normalizer<Real>* rows;  // [B]
-  Real* unfolded;                // [B, K]
+  int64_t split_count;
+  Real* unfolded;  // [B, K]
   int64_t slots;
 };
 
@@ -85,23 +85,6 @@ class Normalize {
   Real log_probs_[kBlocks][4];
 };
 
-template <class Real>
-__global__ void merge_normalizers(const Normalizer<Real>* parts, int64_t splits, int64_t padded_rows, int64_t rows,
-                                  Normalizer<Real>* out) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x / 32 + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int lane = threadIdx.x % 32;
-  Real top = kLowest<Real>, sum = 0;
-  for (int64_t s = lane; s < splits; s += 32) top = max(top, parts[s * padded_rows + row].reference);
-  top = warp_max(top);
-  for (int64_t s = lane; s < splits; s += 32) {
-    const Normalizer<Real> part = parts[s * padded_rows + row];
-    sum += exp2_of(part.reference - top) * part.sum;
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) out[row] = {top, sum};
-}
-
 // Second sweep: the values.
 template <class Engine>
 class Write {
@@ -115,10 +98,17 @@ class Write {
 
   __device__ Write(const Arguments& arguments, const Place& place)
       : arguments_(arguments), place_(place), table_(arguments.log_probs, arguments.classes, place) {
+    // The four lanes of a row merge the splits.
     for (int r = 0; r < 2; ++r) {
-      const Normalizer<Real> normalizer = arguments.rows[min(place.row + 8 * r, place.last_row)];
-      reference_[r] = normalizer.reference;
-      share_[r] = 1 / normalizer.sum;
+      const Normalizer<Real>* parts = arguments.splits + min(place.row + 8 * r, place.last_row);
+      const auto part = [&](int64_t s) { return parts[s * arguments.padded_rows]; };
+      Real top = kLowest<Real>, sum = 0;
+      for (int64_t s = place.lane % 4; s < arguments.split_count; s += 4) top = max(top, part(s).reference);
+      top = row_max(top);
+      for (int64_t s = place.lane % 4; s < arguments.split_count; s += 4)
+        sum += exp2_of(part(s).reference - top) * part(s).sum;
+      reference_[r] = top;
+      share_[r] = 1 / row_sum(sum);
     }
   }
 
@@ -181,7 +171,6 @@ struct Scratch {
   unsigned char* known;    // [B]
   Real* log_probs;
   Normalizer<Real>* splits;
-  Normalizer<Real>* rows;
 };
 
 template <class Storage>
@@ -194,7 +183,6 @@ Scratch<Storage> take_scratch(const Unfold<Storage>& problem, Workspace& workspa
   scratch.known = workspace.take<unsigned char>(problem.rows);
   scratch.log_probs = take_class_table<Real>(cut, problem.bank.classes, workspace);
   scratch.splits = workspace.take<Normalizer<Real>>(cut.splits * cut.padded_rows());
-  scratch.rows = workspace.take<Normalizer<Real>>(problem.rows);
   return scratch;
 }
 
@@ -214,17 +202,21 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   if (problem.rows == 0 || bank.slots == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Storage> scratch = take_scratch(problem, workspace);
-  SweepInput<Storage> in;
-  if (const char* error = prepare_sweep<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                 cut_of(bank, problem.rows, false), scratch.packed, in, stream))
-    return error;
-  if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
-  if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels,
-                                 bank.slots, bank.classes, scratch.present))
-    return error;
-  if (const char* error = launch(log_probs_table<Real>, table_blocks(in.cut), 32 * kTableRows, 0, stream, problem.probs,
-                                 scratch.present, problem.rows, bank.classes, scratch.log_probs, scratch.known))
-    return error;
+  const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
+                                                      cut_of(bank, problem.rows, false), scratch.packed);
+  const bool few = has_few_slots(labels_of(bank));
+  if (!few) {
+    if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
+    if (const char* error = launch(mark_present, ceil_div<int64_t>(bank.slots, 256), 256, 0, stream, bank.labels,
+                                   bank.slots, bank.classes, scratch.present))
+      return error;
+  }
+  Preparation<Storage, LogProbsTable<Real>> preparation;
+  prepare_rows(bank, problem.query, problem.query, problem.rows, scratch.packed, preparation);
+  preparation.table = {problem.probs, few ? nullptr : scratch.present, labels_of(bank), problem.rows, scratch.log_probs,
+                       scratch.known};
+  preparation.table_blocks = table_blocks(in.cut);
+  if (const char* error = launch_prepare(preparation, stream)) return error;
   return with_engine<Storage>(problem.allow_tf32, [&](auto engine) -> const char* {
     using Engine = decltype(engine);
     const UnfoldArguments<Engine> arguments{scratch.log_probs,
@@ -232,15 +224,10 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
                                             static_cast<Real>(kLog2e / problem.temperature),
                                             scratch.splits,
                                             in.cut.padded_rows(),
-                                            scratch.rows,
+                                            in.cut.splits,
                                             problem.unfolded,
                                             bank.slots};
     if (const char* error = launch_sweep<Engine, Normalize<Engine>>(in, arguments, stream)) return error;
-    constexpr int kThreads = 128;
-    if (const char* error =
-            launch(merge_normalizers<Real>, ceil_div<int64_t>(problem.rows, kThreads / 32), kThreads, 0, stream,
-                   scratch.splits, in.cut.splits, arguments.padded_rows, problem.rows, scratch.rows))
-      return error;
     return launch_sweep<Engine, Write<Engine>>(in, arguments, stream);
   });
 }

@@ -28,7 +28,7 @@ template <class Real>
 struct ConcatSweep {
   const Real *a, *b, *w2, *b2;
   int64_t rows, columns, hidden;
-  bool vectors;
+  int64_t pitch;  // of a, b and w2
   TileGrid grid;
   PairHead<Real> head;
   PairSums* sums;  // [blocks]
@@ -64,15 +64,14 @@ __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int6
       if (r < kConcatRows) {
         const int64_t row = first_row + r;
         tile.a[r * kChunkPitch + k] =
-            load_padded(row < in.rows ? in.a + row * in.hidden : nullptr, chunk + k * kWidth, in.hidden, in.vectors);
+            load_padded(row < in.rows ? in.a + row * in.pitch : nullptr, chunk + k * kWidth, in.hidden);
       } else {
         const int64_t column = first_column + r - kConcatRows;
-        tile.b[(r - kConcatRows) * kChunkPitch + k] = load_padded(
-            column < in.columns ? in.b + column * in.hidden : nullptr, chunk + k * kWidth, in.hidden, in.vectors);
+        tile.b[(r - kConcatRows) * kChunkPitch + k] =
+            load_padded(column < in.columns ? in.b + column * in.pitch : nullptr, chunk + k * kWidth, in.hidden);
       }
     }
-    if (threadIdx.x < kChunkVectors)
-      tile.w2[threadIdx.x] = load_padded(in.w2, chunk + threadIdx.x * kWidth, in.hidden, in.vectors);
+    if (threadIdx.x < kChunkVectors) tile.w2[threadIdx.x] = load_padded(in.w2, chunk + threadIdx.x * kWidth, in.hidden);
     __syncthreads();
 #pragma unroll 2
     for (int k = 0; k < kChunkVectors; ++k) {
@@ -109,16 +108,16 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
 #pragma unroll
       for (int r = 0; r < kGroup; ++r) {
         const int64_t row = first_row + group + r;
-        a[r] = row < in.rows ? in.a[row * in.hidden + h] : Real(0);
+        a[r] = row < in.rows ? in.a[row * in.pitch + h] : Real(0);
         own[r] = 0;
       }
       const bool fresh = first_visit_of_columns && group == 0;
-      const Real* b_at = in.b + first_column * in.hidden + h;
+      const Real* b_at = in.b + first_column * in.pitch + h;
       Real *v_at = v + first_column * in.hidden + h, b = *b_at;
 #pragma unroll 1
       for (int c = 0; c < columns; ++c, v_at += in.hidden) {
         const Real threshold = -b, before = fresh ? Real(0) : *v_at;
-        b_at += in.hidden;
+        b_at += in.pitch;
         if (c + 1 < columns) b = *b_at;
         Real others = 0;
 #pragma unroll
@@ -194,7 +193,7 @@ struct ConcatList {
   const Real *a, *b, *w2, *b2;
   const int64_t* pairs;
   int64_t rows, columns, hidden, count;
-  bool vectors;
+  int64_t pitch;  // of a, b and w2
   PairHead<Real> head;
   PairSums* sums;  // [blocks]
   Real* slopes;    // [p] ∂L/∂logit, or null
@@ -221,15 +220,14 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
       for (int k = 0; k < kListBatch; ++k) {
         const int64_t i = __shfl_sync(kAllLanes, pair.i, k), j = __shfl_sync(kAllLanes, pair.j, k);
         const bool valid = __shfl_sync(kAllLanes, int{pair.valid}, k);
-        a_rows[k] = valid ? in.a + i * in.hidden : nullptr;
-        b_rows[k] = valid ? in.b + j * in.hidden : nullptr;
+        a_rows[k] = valid ? in.a + i * in.pitch : nullptr;
+        b_rows[k] = valid ? in.b + j * in.pitch : nullptr;
       }
       for (int64_t h = lane * kWidth; h < in.hidden; h += 32 * kWidth) {
-        const Vector<Real> w = load_padded(in.w2, h, in.hidden, in.vectors);
+        const Vector<Real> w = load_padded(in.w2, h, in.hidden);
 #pragma unroll
         for (int k = 0; k < kListBatch; ++k) {
-          const Vector<Real> a = load_padded(a_rows[k], h, in.hidden, in.vectors),
-                             b = load_padded(b_rows[k], h, in.hidden, in.vectors);
+          const Vector<Real> a = load_padded(a_rows[k], h, in.hidden), b = load_padded(b_rows[k], h, in.hidden);
 #pragma unroll
           for (int v = 0; v < kWidth; ++v) dots[k] += w.values[v] * relu(a.values[v] + b.values[v]);
         }
@@ -270,8 +268,8 @@ struct ConcatGather {
   int64_t rows, hidden, count;
   int64_t share, shares;
   int64_t chunks;  // of the hidden units
-  bool vectors;
-  Real* sums;  // RowParts
+  int64_t pitch;   // of own and others
+  Real* sums;      // RowParts
 };
 
 template <class Real>
@@ -312,7 +310,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
       for (int k = 0; k < kGatherBatch; ++k) {
         rows[k] = __shfl_sync(kAllLanes, own_row, first + k);
         const int64_t other = __shfl_sync(kAllLanes, other_row, first + k);
-        others[k] = load_padded(rows[k] < 0 ? nullptr : in.others + other * in.hidden, h, in.hidden, in.vectors);
+        others[k] = load_padded(rows[k] < 0 ? nullptr : in.others + other * in.pitch, h, in.hidden);
       }
 #pragma unroll
       for (int k = 0; k < kGatherBatch; ++k) {
@@ -321,7 +319,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
         if (rows[k] != row) {
           close_row();
           row = rows[k];
-          own = load_padded(in.own + row * in.hidden, h, in.hidden, in.vectors);
+          own = load_padded(in.own + row * in.pitch, h, in.hidden);
           sum = {};
         }
 #pragma unroll
@@ -335,6 +333,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
 
 template <class Real>
 struct ConcatScratch {
+  PackedNetwork<Real> packed;
   PairSums* sums;
   // gradients
   Real *x_parts, *y_parts;  // of listed pairs the same: one side after the other
@@ -351,10 +350,16 @@ inline int64_t list_share(int64_t count) {
 }
 
 template <class Real>
+NetworkMatrices<Real> concat_matrices(const PairNetwork<Real>& network) {
+  return {network, network.w2, 1};
+}
+
+template <class Real>
 ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_gradients, Workspace& workspace) {
   const int64_t n = network.x_rows, m = network.y_rows, h = network.hidden;
   const TileGrid grid = grid_of(network, with_gradients, kConcatRows, kConcatColumns);
   ConcatScratch<Real> scratch{};
+  scratch.packed = concat_matrices(network).take(workspace);
   scratch.sums = workspace.take<PairSums>(network.pairs ? list_blocks(network.count) : grid.blocks());
   if (!with_gradients) return scratch;
   scratch.products = workspace.take<Real>((finish_blocks(n) + finish_blocks(m)) * h);
@@ -372,7 +377,7 @@ ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_grad
 
 // ∂A = w2∘U and ∂B = w2∘V of listed pairs, whose slopes are known.
 template <class Real>
-const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool vectors,
+const char* finish_concat_side(const PairNetwork<Real>& network, int side, const NetworkRows<Real>& rows,
                                const ConcatScratch<Real>& scratch, FinishRows<Real> finish, cudaStream_t stream) {
   if (network.pairs && network.count > 0) {
     if (const char* error =
@@ -382,8 +387,8 @@ const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool 
     gather.order = scratch.sorted.order.slots;
     gather.pairs = network.pairs;
     gather.slopes = scratch.slopes;
-    gather.own = side == 0 ? network.x : network.y;
-    gather.others = side == 0 ? network.y : network.x;
+    gather.own = side == 0 ? rows.x : rows.y;
+    gather.others = side == 0 ? rows.y : rows.x;
     gather.side = side;
     gather.rows = finish.rows;
     gather.hidden = network.hidden;
@@ -391,7 +396,7 @@ const char* finish_concat_side(const PairNetwork<Real>& network, int side, bool 
     gather.share = list_share(network.count);
     gather.shares = ceil_div(network.count, gather.share);
     gather.chunks = ceil_div<int64_t>(network.hidden, 32 * kVector<Real>);
-    gather.vectors = vectors;
+    gather.pitch = rows.pitch;
     gather.sums = scratch.x_parts;
     finish.parts.starts = scratch.sorted.order.starts;
     finish.parts.share = gather.share;
@@ -408,17 +413,18 @@ const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<
   const int64_t n = network.x_rows, m = network.y_rows, h = network.hidden;
   const ConcatScratch<Real> scratch = take_concat(network, gradients != nullptr, workspace);
   const TileGrid grid = grid_of(network, gradients != nullptr, kConcatRows, kConcatColumns);
-  const bool vectors = allows_vectors(network.x, h) && allows_vectors(network.y, h) && allows_vectors(network.w2, h);
+  NetworkRows<Real> rows{};
+  if (const char* error = concat_matrices(network).pack(scratch.packed, rows, stream)) return error;
   int64_t blocks;
   if (network.pairs) {
     blocks = list_blocks(network.count);
-    const ConcatList<Real> list{network.x,     network.y, network.w2, network.b2,   network.pairs, n, m, h,
-                                network.count, vectors,   head,       scratch.sums, scratch.slopes};
+    const ConcatList<Real> list{rows.x,        rows.y,     rows.w, network.b2,   network.pairs, n, m, h,
+                                network.count, rows.pitch, head,   scratch.sums, scratch.slopes};
     if (const char* error = launch(list_concat<Real>, blocks, 32 * kListWarps, 0, stream, list)) return error;
   } else {
     blocks = grid.blocks();
-    const ConcatSweep<Real> sweep{network.x, network.y,    network.w2,      network.b2,     n, m, h, vectors, grid,
-                                  head,      scratch.sums, scratch.x_parts, scratch.y_parts};
+    const ConcatSweep<Real> sweep{rows.x, rows.y,       rows.w,          network.b2,     n, m, h, rows.pitch, grid,
+                                  head,   scratch.sums, scratch.x_parts, scratch.y_parts};
     if (const char* error = launch(gradients ? sweep_concat<Real, true> : sweep_concat<Real, false>, blocks,
                                    kConcatThreads, 0, stream, sweep))
       return error;
@@ -440,8 +446,8 @@ const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<
                            gradients->y,
                            network.y,
                            scratch.products + x_blocks * h};
-  if (const char* error = finish_concat_side(network, 0, vectors, scratch, x, stream)) return error;
-  if (const char* error = finish_concat_side(network, 1, vectors, scratch, y, stream)) return error;
+  if (const char* error = finish_concat_side(network, 0, rows, scratch, x, stream)) return error;
+  if (const char* error = finish_concat_side(network, 1, rows, scratch, y, stream)) return error;
   return launch(finish_columns<Real>, ceil_div<int64_t>(h, 32), 32 * kPartGroups, 0, stream, scratch.products,
                 x_blocks + y_blocks, h, gradients->w2);
 }

@@ -24,7 +24,7 @@ struct InteractionSweep {
   using Real = Compute<Storage>;
 
   PairNetwork<Storage> network;
-  bool row_vectors, w1_vectors;
+  NetworkRows<Storage> rows;
   PairHead<Real> head;
   TileGrid grid;
   // listed pairs
@@ -175,8 +175,8 @@ __device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, 
 #pragma unroll 2
   for (int step = 0; step < kTilePairs; step += kStep) {
     const int p = step + thread / kVectors, d = thread % kVectors * kWidth;
-    const Vector<Storage> x = load_padded(tile.x[p], first + d, in.network.features, in.row_vectors);
-    const Vector<Storage> y = load_padded(tile.y[p], first + d, in.network.features, in.row_vectors);
+    const Vector<Storage> x = load_padded(tile.x[p], first + d, in.network.features);
+    const Vector<Storage> y = load_padded(tile.y[p], first + d, in.network.features);
     const Real factor = kScaled ? tile.slope(p) / largest : Real(1);
     Vector<Storage> phi;
 #pragma unroll
@@ -202,8 +202,7 @@ __device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, i
     const int r = step + thread / kVectors, d = thread % kVectors * kWidth;
     const int64_t h = unit + r;
     const bool inside = h < in.network.hidden;
-    Vector<Storage> w1 = load_padded(inside ? in.network.w1 + h * in.network.features : nullptr, first + d,
-                                     in.network.features, in.w1_vectors);
+    Vector<Storage> w1 = load_padded(inside ? in.rows.w + h * in.rows.pitch : nullptr, first + d, in.network.features);
     if constexpr (kScaled) {
       const Real factor = inside ? in.network.w2[h] / largest : Real(0);
 #pragma unroll
@@ -490,8 +489,8 @@ __global__ void __launch_bounds__(kInteractionThreads, 2)
     if (p < kTilePairs) {
       const TilePair pair = tile_pair(in, walk, p);
       tile.pairs[p] = pair;
-      tile.x[p] = pair.valid ? network.x + pair.i * network.features : nullptr;
-      tile.y[p] = pair.valid ? network.y + pair.j * network.features : nullptr;
+      tile.x[p] = pair.valid ? in.rows.x + pair.i * in.rows.pitch : nullptr;
+      tile.y[p] = pair.valid ? in.rows.y + pair.j * in.rows.pitch : nullptr;
       tile.own[p] = !pair.valid ? -1 : in.side == 0 ? pair.i : pair.j;
     }
     __syncthreads();
@@ -552,8 +551,11 @@ __global__ void __launch_bounds__(32 * kPartGroups)
   out.w2[h] = dot + network.b1[h] * bias;
 }
 
-template <class Real>
+template <class Storage>
 struct InteractionScratch {
+  using Real = Compute<Storage>;
+
+  PackedNetwork<Storage> packed;
   PairSums* sums;
   // gradients
   uint32_t* masks;
@@ -574,13 +576,19 @@ int64_t interaction_blocks(const PairNetwork<Storage>& network, bool with_gradie
 }
 
 template <class Storage>
-InteractionScratch<Compute<Storage>> take_interaction(const PairNetwork<Storage>& network, bool with_gradients,
-                                                      Workspace& workspace) {
+NetworkMatrices<Storage> interaction_matrices(const PairNetwork<Storage>& network) {
+  return {network, network.w1, network.hidden};
+}
+
+template <class Storage>
+InteractionScratch<Storage> take_interaction(const PairNetwork<Storage>& network, bool with_gradients,
+                                             Workspace& workspace) {
   using Real = Compute<Storage>;
   const int64_t n = network.x_rows, m = network.y_rows, h = network.hidden, d = network.features,
                 blocks = interaction_blocks(network, with_gradients);
   const TileGrid grid = grid_of(network, with_gradients, kTileRows, kTileColumns);
-  InteractionScratch<Real> scratch{};
+  InteractionScratch<Storage> scratch{};
+  scratch.packed = interaction_matrices(network).take(workspace);
   scratch.sums = workspace.take<PairSums>(blocks);
   if (!with_gradients) return scratch;
   scratch.masks = workspace.take<uint32_t>(blocks * ceil_div<int64_t>(h, 64) * 2 * kTilePairs);
@@ -604,12 +612,11 @@ const char* sweep_interaction_pairs(const PairNetwork<Storage>& network, const P
   using Real = Compute<Storage>;
   using Engine = typename EngineFor<Storage>::type;
   using Memory = InteractionMemory<Engine>;
-  const InteractionScratch<Real> scratch = take_interaction(network, gradients != nullptr, workspace);
+  const InteractionScratch<Storage> scratch = take_interaction(network, gradients != nullptr, workspace);
   const int64_t blocks = interaction_blocks(network, gradients != nullptr);
   InteractionSweep<Storage> sweep{};
   sweep.network = network;
-  sweep.row_vectors = allows_vectors(network.x, network.features) && allows_vectors(network.y, network.features);
-  sweep.w1_vectors = allows_vectors(network.w1, network.features);
+  if (const char* error = interaction_matrices(network).pack(scratch.packed, sweep.rows, stream)) return error;
   sweep.head = head;
   sweep.grid = grid_of(network, gradients != nullptr, kTileRows, kTileColumns);
   sweep.tiles_each = list_tiles_each(network.count);

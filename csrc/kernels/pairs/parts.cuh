@@ -7,8 +7,8 @@
 // every share that has pairs of it.
 #pragma once
 
-#include "../common/cuda.cuh"
-#include "../memory/class_order.cuh"
+#include "../common/class_order.cuh"
+#include "../common/vector_rows.cuh"
 #include "head.cuh"
 
 namespace ssmkernels::cuda::pairwise {
@@ -33,24 +33,46 @@ __device__ Vector<Storage> vector_at(const Storage* from) {
   return *reinterpret_cast<const Vector<Storage>*>(from);
 }
 
-// Elements from `at` on of a row of `width`; 0 past its end, and if there is no row. `vectors`: 16 bytes can be read at
-// once.
+// Elements from `at` on of a row of `width`, filled up with zeros to whole vectors; 0 past its end, and if there is no
+// row.
 template <class Storage>
-__device__ Vector<Storage> load_padded(const Storage* row, int64_t at, int64_t width, bool vectors) {
+__device__ Vector<Storage> load_padded(const Storage* row, int64_t at, int64_t width) {
   if (!row || at >= width) return {};
-  row = in_global(row);
-  if (vectors) return vector_at(row + at);
-  Vector<Storage> out{};
-#pragma unroll
-  for (int k = 0; k < kVector<Storage>; ++k)
-    if (at + k < width) out.values[k] = row[at + k];
-  return out;
+  return vector_at(in_global(row) + at);
 }
 
+// What a sweep reads 16 bytes at a time: rows of x and y, and of w1 or, for concat, w2.
 template <class Storage>
-bool allows_vectors(const Storage* matrix, int64_t width) {
-  return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && width % kVector<Storage> == 0;
-}
+struct NetworkRows {
+  const Storage *x, *y, *w;
+  int64_t pitch;
+};
+
+// Memory for those of them that have to be packed.
+template <class Storage>
+struct PackedNetwork {
+  Storage *x, *y, *w;
+};
+
+template <class Storage>
+struct NetworkMatrices {
+  StridedRows<Storage> x, y, w;
+
+  NetworkMatrices(const PairNetwork<Storage>& network, const Storage* weights, int64_t weight_rows)
+      : x{network.x, network.x_rows, network.features, network.features, 1},
+        y{network.y, network.y_rows, network.features, network.features, 1},
+        w{weights, weight_rows, network.features, network.features, 1} {}
+
+  PackedNetwork<Storage> take(Workspace& workspace) const {
+    return {take_packed(x, workspace), take_packed(y, workspace), take_packed(w, workspace)};
+  }
+  const char* pack(const PackedNetwork<Storage>& packed, NetworkRows<Storage>& rows, cudaStream_t stream) const {
+    rows.pitch = vector_pitch<Storage>(x.dim);
+    if (const char* error = pack_where_needed(x, packed.x, rows.x, stream)) return error;
+    if (const char* error = pack_where_needed(y, packed.y, rows.y, stream)) return error;
+    return pack_where_needed(w, packed.w, rows.w, stream);
+  }
+};
 
 // All pairs in tiles, and the tiles in rectangles, one to a block.
 struct TileGrid {
@@ -93,7 +115,7 @@ struct SortedPairs {
 inline SortedPairs take_sorted_pairs(int64_t count, int64_t x_rows, int64_t y_rows, Workspace& workspace) {
   SortedPairs sorted;
   sorted.rows = workspace.take<int64_t>(count);
-  sorted.order = take_class_order(Bank<float>{nullptr, nullptr, count, 0, max(x_rows, y_rows), 0, 0}, workspace);
+  sorted.order = take_class_order({nullptr, count, max(x_rows, y_rows)}, nullptr, workspace);
   return sorted;
 }
 
@@ -112,8 +134,7 @@ inline const char* sort_pairs(const int64_t* pairs, int64_t count, int64_t x_row
   if (const char* error = launch(rows_of_side, ceil_div<int64_t>(count, 256), 256, 0, stream, pairs, count, x_rows,
                                  y_rows, side, sorted.rows))
     return error;
-  return sort_by_class(Bank<float>{nullptr, sorted.rows, count, 0, side == 0 ? x_rows : y_rows, 0, 0}, sorted.order,
-                       stream);
+  return sort_by_class({sorted.rows, count, side == 0 ? x_rows : y_rows}, sorted.order, stream);
 }
 
 // The partial sums of a matrix.

@@ -55,6 +55,9 @@ inline void set_shared_limit(int bytes) {
 inline void set_resident_threads(int most) {
   emulator::most_resident_threads = most;
 }
+inline unsigned launches() {
+  return emulator::machine().launches;
+}
 inline bool has_device() {
   return true;
 }

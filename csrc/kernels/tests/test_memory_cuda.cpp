@@ -429,6 +429,82 @@ void test_update_not_finite(const Setup& setup) {
   check(right, "features");
 }
 
+// The order of a large bank is kept between calls, and found anew when a label is another than before.
+template <class Storage>
+void test_kept_order(const Setup& setup, int64_t classes, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  constexpr int64_t kRows = 3, kSlots = 4200, kDim = 8;
+  context = std::string(setup.name) + " kept order of " + std::to_string(classes) + " classes";
+  const Problem<Storage> problem({kRows, kSlots, kDim, classes}, random);
+  const Guarded<unsigned char> kept(cuda::kept_class_order_bytes(kSlots, classes));
+  check(kept.size() > 0, "memory");
+  succeeds(cuda::clear_class_order(kept.data(), kept.size(), nullptr), "clear_class_order");
+  Bank<Storage> remembering = problem.view();
+  remembering.class_order = kept.data();
+  const auto aggregate = [&](const Bank<Storage>& bank, const Guarded<Real>& out) {
+    const Guarded<Real> log_normalizer(kRows);
+    const Aggregate<Storage> aggregation{problem.query_weak, bank, kRows, 0.1, setup.tf32};
+    const Workspace workspace(cuda::aggregate_workspace(aggregation));
+    succeeds(cuda::aggregate(aggregation, {out.data(), log_normalizer.data()}, workspace.data(), nullptr), "aggregate");
+  };
+  // How often it was sorted stands behind the arrivals at barriers (OrderState).
+  const auto sorts = [&] { return reinterpret_cast<const unsigned long long*>(kept.data())[1]; };
+  const Guarded<Real> out(kRows * classes), expected(kRows * classes);
+  const auto check_call = [&](unsigned long long times, const char* what) {
+    aggregate(problem.view(), expected);
+    aggregate(remembering, out);
+    check(out.same_bits(expected), what);
+    check(sorts() == times, "times sorted", static_cast<double>(sorts()));
+  };
+  check_call(1, "first call");
+  check_call(1, "the same labels");
+  problem.labels[4199] = (problem.labels[4199] + 1) % classes;
+  check_call(2, "another label");
+  problem.labels[0] = -1;
+  check_call(3, "a label of no class");
+  problem.labels[0] = classes + 5;  // of no class either
+  check_call(3, "another label of no class");
+  std::reverse(problem.labels.data(), problem.labels.data() + kSlots);
+  check_call(4, "all labels");
+}
+
+#ifdef SSM_CUDA_EMULATOR
+// Small calls are three launches, packed or not.
+template <class Storage>
+void test_launches(const Setup& setup, int64_t dim, std::mt19937& random) {
+  using Real = Compute<Storage>;
+  constexpr int64_t kRows = 64, kSlots = 4000, kClasses = 10;
+  context = std::string(setup.name) + " launches, D " + std::to_string(dim);
+  const Problem<Storage> problem({kRows, kSlots, dim, kClasses}, random);
+  const auto count = [&](const char* what, const auto& call) {
+    const unsigned before = launches();
+    succeeds(call(), what);
+    check(launches() - before <= 3, what, launches() - before);
+  };
+  const Guarded<Real> by_class(kRows * kClasses), by_row(kRows), by_dim(kRows * dim), by_slot(kRows * kSlots);
+  const InstanceMatching<Storage> matching{
+      problem.query_weak, problem.query_strong, problem.probs.data(), problem.view(), kRows, 0.1, 0.1, setup.tf32};
+  const Workspace matching_workspace(cuda::instance_matching_workspace(matching, true));
+  count("instance_matching", [&] {
+    return cuda::instance_matching(matching, {by_class.data(), by_row.data(), by_dim.data(), kAlpha},
+                                   matching_workspace.data(), nullptr);
+  });
+  const Aggregate<Storage> aggregation{problem.query_weak, problem.view(), kRows, 0.1, setup.tf32};
+  const Workspace aggregate_workspace(cuda::aggregate_workspace(aggregation));
+  count("aggregate", [&] {
+    return cuda::aggregate(aggregation, {by_class.data(), by_row.data()}, aggregate_workspace.data(), nullptr);
+  });
+  count("aggregate_backward", [&] {
+    return cuda::aggregate_backward(aggregation, {problem.grad.data(), by_class.data(), by_row.data(), by_dim.data()},
+                                    aggregate_workspace.data(), nullptr);
+  });
+  const Unfold<Storage> unfolding{problem.query_weak, problem.probs.data(), problem.view(), kRows, 0.1,
+                                  setup.tf32,         by_slot.data()};
+  const Workspace unfold_workspace(cuda::unfold_workspace(unfolding));
+  count("unfold", [&] { return cuda::unfold(unfolding, unfold_workspace.data(), nullptr); });
+}
+#endif
+
 template <class Storage>
 void test_all(const Setup& setup) {
   std::mt19937 random(1234);
@@ -456,6 +532,12 @@ void test_all(const Setup& setup) {
   test_products<Storage>(setup, {3, 1100, 16, 5000, false}, random);  // two digits of classes
   test_products<Storage>(setup, {17, 123, 64, 10, false, false, 0, 0.1, false, 1}, random);
   test_products<Storage>(setup, {17, 123, 100, 10, false, true, 0, 0.1, false, 1}, random);
+  test_products<Storage>(setup, {3, 4200, 5, 10, false, false, 0, 0.1, true}, random);  // many slots
+  for (const int64_t classes : {7, 2500}) test_kept_order<Storage>(setup, classes, random);
+#ifdef SSM_CUDA_EMULATOR
+  if (sizeof(Storage) < 8)
+    for (const int64_t dim : {5, 16}) test_launches<Storage>(setup, dim, random);
+#endif
   test_empty<Storage>(setup, random);
   for (const bool in_slot : {false, true}) test_not_finite<Storage>(setup, in_slot, random);
   test_update_not_finite<Storage>(setup);

@@ -137,7 +137,7 @@ struct Machine {
   std::map<const void*, size_t> static_bytes;    // of the kernels that have run
   std::map<const void*, size_t> dynamic_limits;  // that kernels asked for
   int variables = 0;
-  unsigned launches = 0;
+  unsigned launches = 0;  // of kernels and copies
 };
 
 inline Machine& machine() {
@@ -465,7 +465,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessor_count : emulator::shared_limit;
   return cudaSuccess;
 }
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
+  ++emulator::machine().launches;
   std::memset(at, value, bytes);
   return cudaSuccess;
 }
