@@ -190,12 +190,11 @@ def write_by_compiled_update(problem):
 
 
 def write_by_graph(problem):
-    if problem.labels.device.type != "cuda":
-        return write_by_index(problem)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        problem.labels.copy_(problem.labels.flip(0))
-    graph.replay()
+    if problem.labels.device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            problem.labels.copy_(problem.labels.flip(0))
+        graph.replay()
 
 
 WRITES = [write_by_index, write_data, write_through_view, write_by_update, write_by_compiled_update, write_by_graph]
