@@ -45,8 +45,8 @@ docs: setup  ## run the examples of README.md and docs/, check that every op has
 	$(BIN)/python docs/check.py
 
 examples: setup  ## run examples/ as a user does; stops at the first that fails
-	@for each in examples/*.py; do \
-	  echo "== $$each"; $(BIN)/python "$$each" || { echo "make examples: $$each failed" >&2; exit 1; }; \
+	@for example in examples/*.py; do \
+	  echo "== $$example"; $(BIN)/python "$$example" || { echo "make examples: $$example failed" >&2; exit 1; }; \
 	done
 
 format: setup  ## format C++ and Python
@@ -54,10 +54,11 @@ format: setup  ## format C++ and Python
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lint: setup  ## formatting, lint, types
+lint: setup  ## formatting, lint, words, types
 	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMAT_FILES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --dictionary=- --dictionary=.ci/words.txt
 	$(BIN)/mypy
 
 setup:  ## .venv with pinned packages and the built library
@@ -75,7 +76,8 @@ $(VENV)/packages: pyproject.toml $(VENV)/tools
 	@echo "== torch, torchvision and what trainers, benchmarks and checks need (about 3 minutes, 6 GB)"
 	$(BIN)/python -c "from setuptools.config.pyprojecttoml import read_configuration as read; \
 	  project = read('pyproject.toml', expand=False)['project']; \
-	  print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')" >$(VENV)/requirements.txt
+	  print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')" \
+	  >$(VENV)/requirements.txt
 	$(PIP) --no-compile -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -90,13 +92,15 @@ $(VENV)/built: $(VENV)/packages $(VENV)/kernels
 	$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
-# No network and no virtual environment: the machine's own Python and torch, and the bundle where there is one. Every step has its
-# time box; all of them together nine minutes. STEPS=smoke,speed runs those.
+# No network and no virtual environment: the machine's own Python and torch, and the bundle where there is one. Every
+# step has its time box; all of them together nine minutes. STEPS=smoke,speed runs those.
 gpu:  ## build, check and measure on this machine's GPU, with its own torch; results in build/gpu/
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch %s sees no CUDA device' % torch.__version__)"
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or \
+	  sys.exit('make gpu: torch %s sees no CUDA device' % torch.__version__)"
 	@$(PYTHON) -m bench.gpu $(if $(STEPS),--steps $(STEPS))
 
-# For a GPU machine without a network, which has Python, torch and nvcc of its own. The oldest torch that is supported gives the headers.
+# For a GPU machine without a network, which has Python, torch and nvcc of its own. The oldest torch that is supported
+# gives the headers.
 GPU_PYTHON ?= python3.12
 GPU_TORCH ?= 2.11.0
 GPU_WHEELS = pytorch-metric-learning pytest-xdist execnet hypothesis sortedcontainers
@@ -114,18 +118,26 @@ gpu-bundle:  ## build/gpu-bundle/: _C for the GPU machine (GPU_PYTHON, GPU_TORCH
 registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills
 	export PATH="$(CURDIR)/$(BIN):$$PATH:/usr/local/cuda/bin" && \
 	  cmake -G Ninja -S . -B build/registers -DSSM_CUDA=ON -DSSM_PTXAS_VERBOSE=ON -DCMAKE_CUDA_ARCHITECTURES=90 && \
-	  { cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1 || { tail build/registers/ptxas.log; exit 1; }; } && \
-	  python bench/registers.py build/registers/ptxas.log $$(command -v cuobjdump >/dev/null && echo --objects build/registers)
+	  { cmake --build build/registers --target kernels_cuda --clean-first >build/registers/ptxas.log 2>&1 || \
+	    { tail build/registers/ptxas.log; exit 1; }; } && \
+	  python bench/registers.py build/registers/ptxas.log \
+	    $$(command -v cuobjdump >/dev/null && echo --objects build/registers)
 
-# The package by links to this one, with a sanitised _C in its place. Python is not built with AddressSanitizer, which has to come first.
+# The package by links to this one, with a sanitised _C in its place. Python is not built with AddressSanitizer, which
+# has to come first.
 ASAN = build/bindings-asan
 asan: setup  ## call the operators below their checks, 300 times each, under AddressSanitizer
-	mkdir -p $(ASAN) && cp -rsf "$(CURDIR)/ssmkernels" $(ASAN) && rm -f $(ASAN)/ssmkernels/_C.*.so $(ASAN)/ssmkernels/_build_info.json
-	export PATH="$(CURDIR)/$(BIN):$$PATH" && cmake --preset kernels-asan && cmake --build --preset kernels-asan --target kernels && \
-	  cmake --preset bindings-asan -DPython_EXECUTABLE="$$(command -v python)" -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" && \
+	mkdir -p $(ASAN) && cp -rsf "$(CURDIR)/ssmkernels" $(ASAN)
+	rm -f $(ASAN)/ssmkernels/_C.*.so $(ASAN)/ssmkernels/_build_info.json
+	export PATH="$(CURDIR)/$(BIN):$$PATH" && cmake --preset kernels-asan && \
+	  cmake --build --preset kernels-asan --target kernels && \
+	  cmake --preset bindings-asan -DPython_EXECUTABLE="$$(command -v python)" \
+	    -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" && \
 	  cmake --build --preset bindings-asan
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=$(ASAN) SSMKERNELS_RAW_EXAMPLES=300 $(BIN)/pytest python_tests/ops/test_raw_operators.py
 
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

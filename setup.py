@@ -54,7 +54,8 @@ def max_jobs(environment: Mapping[str, str]) -> int:
 
 def available_gib() -> int:
     try:
-        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) >> 20  # type: ignore[index]
+        available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+        return int(available[1]) >> 20  # type: ignore[index]
     except (OSError, TypeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
 
@@ -197,7 +198,7 @@ def cmake_build(options: list[str], folder: Path, target: str) -> None:
     for command in (configure, build):
         print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode:
-            raise BuildError("the first error is above", f"rm -rf {folder} && {INSTALL}   # after mending what it says")
+            raise BuildError("the first error is above", f"rm -rf {folder} && {INSTALL}   # after fixing what it says")
 
 
 class BuildKernels(build_clib):

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.gpu.rows import FAILED
 from bench.gpu.steps import ROOT, Step
 
-GRACE = 5.0  # seconds of a time box that are left to a command which is told to stop: pytest then prints what it has
+GRACE = 5.0  # seconds of a time box that are left to a command which is asked to stop: pytest then prints what it has
 RESTARTS = 20  # of one step, where a row took the process down
 SITE = ROOT / "build" / "gpu-site"  # packages that the machine lacks and the bundle brought
 PASSED = "passed"

@@ -91,8 +91,8 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Writes ``record`` into ``folder``, made if need be. Whoever reads, now or after a crash, finds the old file or
-    the new one, whole.
+    """Writes ``record`` into ``folder``, made if need be. A reader finds the old file or the new one, whole, now
+    and after a crash.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n")

@@ -172,8 +172,8 @@ def uniform_damping(
     rtol: float | None = None,
     max_iter: int = 1000,
 ) -> MixedLabelPropagation:
-    """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge is told from
-    another.
+    """β times the mean of D_dis added to every diagonal entry, in place of β(D_dis + W_dis): no edge differs
+    from another.
     """
     beta = check.check_nonnegative("beta", beta)
     graph = check_graph(graph).normalized()

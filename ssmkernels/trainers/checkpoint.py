@@ -12,8 +12,8 @@ import torch
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` to ``path`` atomically: whoever reads, now or after a crash, finds the old file or the new
-    one, whole.
+    """Writes ``state`` to ``path`` atomically: a reader finds the old file or the new one, whole, now and after
+    a crash.
     """
     # In the same folder, as os.replace is atomic only within a file system
     temporary = path.with_name(path.name + ".tmp")

@@ -100,7 +100,7 @@ class Trainer(Protocol):
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The scalars that the progress bar has room for."""
+        """The scalars that fit into the progress bar."""
 
     def batches(self, start_step: int) -> Iterable[Any]:
         """The batches of every step from ``start_step`` on; the same whether or not the run was interrupted before."""

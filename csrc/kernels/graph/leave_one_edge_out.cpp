@@ -279,7 +279,7 @@ struct Pairs {
   int32_t other[kCapacity];                           // j
   Real logit_weight[kCapacity], mirrored[kCapacity];  // λ w_ij, λ w_ji
 
-  // Takes the entries from `at` up to `end`, as far as there is room; returns where it stopped.
+  // Takes the entries from `at` up to `end`, as far as they fit; returns where it stopped.
   int64_t take(const LeaveOneEdgeOut<Real>& in, int64_t at, int64_t end) {
     const int count = static_cast<int>(min<int64_t>(end - at, kCapacity - size));
     const uint32_t nodes = static_cast<uint32_t>(in.graph.nodes);

@@ -41,8 +41,8 @@ inline constexpr int64_t kMaxTasks = 64;  // how far the walk is cut: by shape a
 template <class Real>
 using PairHead = FunctionRef<void(const PairSpan&, Real* values)>;
 
-// For φ = [x, y]: concat.cpp; for |x − y| and x∘y: interaction.cpp. Without `with_logits`, the head is told nothing and
-// gives ∂L/∂logit.
+// For φ = [x, y]: concat.cpp; for |x − y| and x∘y: interaction.cpp. Without `with_logits`, the head is given nothing
+// and gives ∂L/∂logit.
 template <class Real>
 void concat_logits(const PairNetwork<Real>&, PairHead<Real>, ParallelFor);
 template <class Real>

@@ -264,7 +264,7 @@ const std::vector<Planted>& all_planted() {
        [](bool fault) {
          return launched(plain_launch(both_kinds, 1, kThreads, (fault ? 42 : 37) * kKiB, false, results));
        }},
-      {"the attribute leaves no room for static shared memory", "invalid argument",
+      {"the attribute leaves no space for static shared memory", "invalid argument",
        [](bool fault) {
          if (const char* error = plain_launch(both_kinds, 1, kThreads, kKiB, false, results)) return error;
          const int bytes = 227 * kKiB - (fault ? 0 : kThreads * 22 * sizeof(float));

@@ -384,8 +384,8 @@ void test_solve_scales() {
   }
 }
 
-// Labels 0 and 1 in one half of a graph, the other tied to the node of label 1 by a weak edge: what the weak half is
-// told must pass it.
+// Labels 0 and 1 in one half of a graph, the other tied to the node of label 1 by a weak edge: what reaches the weak
+// half must pass it.
 template <class Real>
 void test_weak_bridge() {
   std::mt19937 random(13);

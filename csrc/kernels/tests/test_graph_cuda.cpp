@@ -135,7 +135,7 @@ struct System {
   Values start() const {
     return has_initial ? initial : Values(rhs.size(), 0.0);
   }
-  // Per column, of a solution: what is told of it, ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ or the largest imbalance of a row, and how
+  // Per column, of a solution: what is reported of it, ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ or the largest imbalance of a row, and how
   // much rounding its numbers to `epsilon` changes that.
   struct Left {
     double told = 0, rounding = 0;
@@ -293,7 +293,7 @@ System make_system(Graph graph, int64_t columns, std::mt19937& random) {
   return system;
 }
 
-// The solution within what the tolerance allows, the residual that is told, iterations and curvature near those in
+// The solution within what the tolerance allows, the residual that is reported, iterations and curvature near those in
 // double precision.
 template <class Real>
 void test_solve(const System& system, const char* what) {
@@ -425,7 +425,7 @@ void test_solve_nan(std::mt19937& random) {
   }
 }
 
-// Label 1 beside an edge of 1e-9 that leads to a path without labels: what that path is told must pass it.
+// Label 1 beside an edge of 1e-9 that leads to a path without labels: what reaches that path must pass it.
 template <class Real>
 void test_weak_bridge() {
   context = "weak bridge";

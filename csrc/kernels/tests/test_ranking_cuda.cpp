@@ -242,7 +242,7 @@ struct Output {
         references(in.references.size()),
         active((in.shape.rows + 31) / 32 * ((in.others + 31) / 32)) {
     std::fill(active.data(), active.data() + active.size(),
-              0);  // whoever reads a flag that is not written finds nothing active
+              0);  // a flag that is read before it is written says that nothing is active
   }
   bool same_bits(const Output& other) const {
     return loss.same_bits(other.loss) && weights.same_bits(other.weights) && rows.same_bits(other.rows) &&

@@ -234,14 +234,14 @@ inline void run_warp(int warp, int lanes, bool down) {
 
 inline void start_block(Block& block, unsigned index, int threads, size_t shared_bytes) {
   static const size_t page = sysconf(_SC_PAGESIZE);
-  static const size_t room = (kMaxShared + page - 1) / page * page;
+  static const size_t capacity = (kMaxShared + page - 1) / page * page;
   if (!block.shared_page) {
-    void* memory = mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory = mmap(nullptr, capacity + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) fail("no shared memory");
     block.shared_page = static_cast<unsigned char*>(memory);
-    mprotect(block.shared_page + room, page, PROT_NONE);
+    mprotect(block.shared_page + capacity, page, PROT_NONE);
   }
-  block.shared = block.shared_page + room - (shared_bytes + 15) / 16 * 16;
+  block.shared = block.shared_page + capacity - (shared_bytes + 15) / 16 * 16;
   block.shared_bytes = shared_bytes;
   poison(block.shared, (shared_bytes + 15) / 16 * 16);
   block.variables.assign(block.variables.size(), nullptr);
