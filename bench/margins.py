@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """How much of its error bound each op uses: largest error over bound, which is to stay below one half on every machine.
 
-python bench/margins.py [--seeds 20] [--out docs/margins.md]
+python bench/margins.py [--seeds 20] [--out docs/internals/margins.md]
 
 Under every instruction set of the kernels with one and two threads, and under the modes of the libraries that torch's
 own products come from, each in a process of its own. A processor has its own section in the file that is written; those

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks README.md and docs/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has
+"""Checks README.md and docs/**/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has
 its entry.
 """
 
@@ -44,7 +44,7 @@ def missing_ops(texts: list[str]) -> list[str]:
 
 
 def main() -> int:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     texts = [page.read_text() for page in pages]
     problems = missing_ops(texts[1:])
     for page, text in zip(pages, texts, strict=True):
