@@ -15,11 +15,15 @@ from :func:`gradient_of`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from ssmkernels import _library
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What torch's own registrations from Python use as well: the kernel of the device, past what records a derivative.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -71,8 +75,24 @@ def _over_batch(call: Callable[..., Any], info: Any, in_dims: tuple[int | None, 
     return stacked, (0,) * len(stacked)
 
 
+def fake(name: str) -> Callable[[Function], Function]:
+    """Decorates the function that gives an op's results for fake tensors: their shapes, dtypes and devices.
+
+    This and the functions below register an op beside its public function, and do nothing without the library.
+    """
+
+    def register_fake(function: Function) -> Function:
+        if _library.load():
+            torch.library.register_fake(f"ssmkernels::{name}", function)
+        return function
+
+    return register_fake
+
+
 def register_vmap(name: str) -> None:
     """Makes an op work under torch.func.vmap."""
+    if not _library.load():
+        return
     op = kernel(name)
     torch.library.register_vmap(f"ssmkernels::{name}", lambda info, dims, *inputs: _over_batch(op, info, dims, *inputs))
 
@@ -87,6 +107,8 @@ def register(name: str, backward: Callable[..., Any], save: Callable[[Any, tuple
             differentiable mean nothing.
         save: (ctx, inputs, output), called after the forward.
     """
+    if not _library.load():
+        return
     torch.library.register_autograd(f"ssmkernels::{name}", backward, setup_context=save)
     register_vmap(name)
     op = kernel(name)
@@ -136,6 +158,18 @@ def register_gradient(name: str) -> None:
         _refuse_second_derivative(name)
 
     register(name, backward, lambda ctx, inputs, output: None)
+
+
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """A ``save`` for :func:`register` that keeps all inputs; the backward has them from :func:`saved_inputs`."""
+    ctx.tensors = [isinstance(value, Tensor) for value in inputs]
+    ctx.settings = [value for value in inputs if not isinstance(value, Tensor)]
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+
+
+def saved_inputs(ctx: Any) -> list[Any]:
+    tensors, settings = iter(ctx.saved_tensors), iter(ctx.settings)
+    return [next(tensors) if is_tensor else next(settings) for is_tensor in ctx.tensors]
 
 
 def kernel(name: str) -> Any:

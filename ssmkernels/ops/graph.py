@@ -23,6 +23,12 @@ from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _second_order as second_order
 
+__all__ = [
+    "LaplacianSolution",
+    "laplacian_solve",
+    "leave_one_edge_out",
+]
+
 Preconditioner = Literal["jacobi", "none"]
 
 PRECONDITIONERS = get_args(Preconditioner)
@@ -136,6 +142,76 @@ def laplacian_solve(
     return LaplacianSolution(solution, iterations, residual)
 
 
+@autograd.fake("laplacian_solve")
+def _fake_laplacian_solve(
+    crow: Tensor, col: Tensor, weight: Tensor, dissimilarity: Tensor | None, diagonal: Tensor, rhs: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    columns = rhs.shape[1]
+    per_column = (rhs.new_empty((columns,), dtype=dtype) for dtype in (torch.int64, rhs.dtype, rhs.dtype))
+    return rhs.new_empty(rhs.shape), *per_column
+
+
+@autograd.fake("laplacian_solve_backward")
+def _fake_laplacian_solve_backward(
+    crow: Tensor, col: Tensor, grad_rhs: Tensor, solution: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries, nodes = col.shape[0], crow.shape[0] - 1
+    return grad_rhs.new_empty((entries,)), grad_rhs.new_empty((entries,)), grad_rhs.new_empty((nodes,))
+
+
+def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    crow, col, weight, dissimilarity, diagonal, _, _, ctx.rtol, ctx.max_iter, ctx.jacobi = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(crow, col, weight, dissimilarity, diagonal, output[0])
+
+
+def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
+    crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
+    grad_rhs = autograd.call(
+        "laplacian_solve",
+        crow,
+        col,
+        weight,
+        dissimilarity,
+        diagonal,
+        grad_solution,
+        None,
+        ctx.rtol,
+        ctx.max_iter,
+        ctx.jacobi,
+    )[0]
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(ctx.needs_input_grad[2:5]):
+        grads = autograd.call("laplacian_solve_backward", crow, col, grad_rhs, solution)
+    grad_weight, grad_dissimilarity, grad_diagonal = grads
+    return (
+        None,
+        None,
+        grad_weight,
+        None if dissimilarity is None else grad_dissimilarity,
+        grad_diagonal,
+        grad_rhs,
+        *[None] * 4,
+    )
+
+
+def _save_laplacian_solve_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _laplacian_solve_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+    crow, col, grad_rhs, solution = ctx.saved_tensors
+    sizes = (len(col), len(col), len(grad_rhs))
+    given = zip(v, sizes, strict=True)
+    weight, dissimilarity, diagonal = (grad_rhs.new_zeros(size) if one is None else one for one, size in given)
+    grads = second_order.laplacian_solve(weight, dissimilarity, diagonal, crow, col, grad_rhs, solution)
+    return None, None, *grads
+
+
+autograd.register("laplacian_solve", _laplacian_solve_backward, _save_laplacian_solve)
+autograd.register("laplacian_solve_backward", _laplacian_solve_backward_backward, _save_laplacian_solve_backward)
+
+
 def solve_with_curvature(
     crow: Tensor,
     col: Tensor,
@@ -227,6 +303,40 @@ def leave_one_edge_out(
     )
 
 
+@autograd.fake("leave_one_edge_out")
+def _fake_leave_one_edge_out(
+    crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, logit_scale: float
+) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+@autograd.fake("leave_one_edge_out_backward")
+def _fake_leave_one_edge_out_backward(
+    grad_dissimilarity: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    reverse: Tensor,
+    weight: Tensor,
+    propagated: Tensor,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), propagated.new_empty(propagated.shape)
+
+
+def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.logit_scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _leave_one_edge_out_backward(ctx: Any, grad_dissimilarity: Tensor) -> tuple[Tensor | None, ...]:
+    grads = autograd.call("leave_one_edge_out_backward", grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
+    return None, None, None, *grads, None
+
+
+autograd.register_gradient("leave_one_edge_out_backward")
+autograd.register("leave_one_edge_out", _leave_one_edge_out_backward, _save_leave_one_edge_out)
+
+
 def _check_ids(name: str, value: Tensor) -> None:
     check.check_tensor(name, value, "[N + 1]" if name == "crow" else "[E]", 1)
     if value.dtype not in (torch.int32, torch.int64):
@@ -286,114 +396,3 @@ def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
-
-
-def _fake_laplacian_solve(
-    crow: Tensor, col: Tensor, weight: Tensor, dissimilarity: Tensor | None, diagonal: Tensor, rhs: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    columns = rhs.shape[1]
-    per_column = (rhs.new_empty((columns,), dtype=dtype) for dtype in (torch.int64, rhs.dtype, rhs.dtype))
-    return rhs.new_empty(rhs.shape), *per_column
-
-
-def _fake_laplacian_solve_backward(
-    crow: Tensor, col: Tensor, grad_rhs: Tensor, solution: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    entries, nodes = col.shape[0], crow.shape[0] - 1
-    return grad_rhs.new_empty((entries,)), grad_rhs.new_empty((entries,)), grad_rhs.new_empty((nodes,))
-
-
-def _fake_leave_one_edge_out(
-    crow: Tensor, col: Tensor, reverse: Tensor, weight: Tensor, propagated: Tensor, logit_scale: float
-) -> Tensor:
-    return weight.new_empty(weight.shape)
-
-
-def _fake_leave_one_edge_out_backward(
-    grad_dissimilarity: Tensor,
-    crow: Tensor,
-    col: Tensor,
-    reverse: Tensor,
-    weight: Tensor,
-    propagated: Tensor,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape), propagated.new_empty(propagated.shape)
-
-
-def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    crow, col, weight, dissimilarity, diagonal, _, _, ctx.rtol, ctx.max_iter, ctx.jacobi = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(crow, col, weight, dissimilarity, diagonal, output[0])
-
-
-def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-    crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
-    grad_rhs = autograd.call(
-        "laplacian_solve",
-        crow,
-        col,
-        weight,
-        dissimilarity,
-        diagonal,
-        grad_solution,
-        None,
-        ctx.rtol,
-        ctx.max_iter,
-        ctx.jacobi,
-    )[0]
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if any(ctx.needs_input_grad[2:5]):
-        grads = autograd.call("laplacian_solve_backward", crow, col, grad_rhs, solution)
-    grad_weight, grad_dissimilarity, grad_diagonal = grads
-    return (
-        None,
-        None,
-        grad_weight,
-        None if dissimilarity is None else grad_dissimilarity,
-        grad_diagonal,
-        grad_rhs,
-        *[None] * 4,
-    )
-
-
-def _save_laplacian_solve_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _laplacian_solve_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-    crow, col, grad_rhs, solution = ctx.saved_tensors
-    sizes = (len(col), len(col), len(grad_rhs))
-    given = zip(v, sizes, strict=True)
-    weight, dissimilarity, diagonal = (grad_rhs.new_zeros(size) if one is None else one for one, size in given)
-    grads = second_order.laplacian_solve(weight, dissimilarity, diagonal, crow, col, grad_rhs, solution)
-    return None, None, *grads
-
-
-def _save_leave_one_edge_out(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.logit_scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _leave_one_edge_out_backward(ctx: Any, grad_dissimilarity: Tensor) -> tuple[Tensor | None, ...]:
-    grads = autograd.call("leave_one_edge_out_backward", grad_dissimilarity, *ctx.saved_tensors, ctx.logit_scale)
-    return None, None, None, *grads, None
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("ssmkernels::laplacian_solve", _fake_laplacian_solve)
-    library.register_fake("ssmkernels::laplacian_solve_backward", _fake_laplacian_solve_backward)
-    library.register_fake("ssmkernels::leave_one_edge_out", _fake_leave_one_edge_out)
-    library.register_fake("ssmkernels::leave_one_edge_out_backward", _fake_leave_one_edge_out_backward)
-    autograd.register("laplacian_solve", _laplacian_solve_backward, _save_laplacian_solve)
-    autograd.register("laplacian_solve_backward", _laplacian_solve_backward_backward, _save_laplacian_solve_backward)
-    autograd.register_gradient("leave_one_edge_out_backward")
-    autograd.register("leave_one_edge_out", _leave_one_edge_out_backward, _save_leave_one_edge_out)
-
-
-if _library.load():
-    _register()

@@ -20,6 +20,18 @@ from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _second_order as second_order
 
+__all__ = [
+    "InstanceMatching",
+    "InstanceMatchingPartial",
+    "aggregate",
+    "finish_instance_matching",
+    "instance_matching",
+    "instance_matching_partial",
+    "memory_update_",
+    "merge_instance_matching",
+    "unfold",
+]
+
 
 class InstanceMatching(NamedTuple):
     """What :func:`instance_matching` returns."""
@@ -101,6 +113,49 @@ def instance_matching(
     return InstanceMatching(pseudo_probs, loss)
 
 
+@autograd.fake("instance_matching")
+def _fake_instance_matching(
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    temperature_weak: float,
+    temperature_strong: float,
+    alpha: float,
+    with_gradient: bool,
+    allow_tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = check.compute_dtype(query_weak.dtype)
+    rows, dim = query_weak.shape
+    return (
+        bank.new_empty((rows, probs_weak.shape[1]), dtype=dtype),
+        bank.new_empty((rows,), dtype=dtype),
+        bank.new_empty((rows if with_gradient else 0, dim), dtype=dtype),
+    )
+
+
+def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    pseudo_probs, _, gradient = output
+    ctx.mark_non_differentiable(pseudo_probs, gradient)
+    ctx.save_for_backward(inputs[1], gradient)
+
+
+def _instance_matching_backward(
+    ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    query_strong, gradient = ctx.saved_tensors
+    if not ctx.needs_input_grad[1]:
+        return (None,) * 10
+    if gradient.shape[0] != query_strong.shape[0]:
+        raise RuntimeError("instance_matching was called with with_gradient=False, so that it has no gradient")
+    gradient = autograd.gradient_of("instance_matching", gradient, query_strong)
+    return (None, check.cast(grad_loss.unsqueeze(1) * gradient, query_strong.dtype), *[None] * 8)
+
+
+autograd.register("instance_matching", _instance_matching_backward, _save_instance_matching)
+
+
 @torch.no_grad()
 def instance_matching_partial(
     query_weak: Tensor,
@@ -124,6 +179,26 @@ def instance_matching_partial(
     return InstanceMatchingPartial(
         *torch.ops.ssmkernels.instance_matching_partial.default(*args, check.allow_tf32(args[2]))
     )
+
+
+@autograd.fake("instance_matching_partial")
+def _fake_instance_matching_partial(
+    query_weak: Tensor,
+    query_strong: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    probs_weak: Tensor,
+    temperature_weak: float,
+    temperature_strong: float,
+    allow_tf32: bool,
+) -> tuple[Tensor, ...]:
+    dtype = check.compute_dtype(query_weak.dtype)
+    rows, dim = query_weak.shape
+    sizes = ((rows,), (rows,), (rows,), (rows, probs_weak.shape[1]), (rows,), (rows, dim), (rows, dim))
+    return tuple(bank.new_empty(size, dtype=dtype) for size in sizes)
+
+
+autograd.register_vmap("instance_matching_partial")
 
 
 @torch.no_grad()
@@ -240,6 +315,47 @@ def aggregate(
     return autograd.call("aggregate", query, bank, bank_labels, num_classes, temperature, check.allow_tf32(bank))[0]
 
 
+@autograd.fake("aggregate")
+def _fake_aggregate(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, temperature: float, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = check.compute_dtype(query.dtype)
+    return bank.new_empty((query.shape[0], num_classes), dtype=dtype), bank.new_empty((query.shape[0],), dtype=dtype)
+
+
+@autograd.fake("aggregate_backward")
+def _fake_aggregate_backward(grad_aggregated: Tensor, query: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(query.shape, dtype=check.compute_dtype(query.dtype))
+
+
+def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, bank, bank_labels, _, ctx.temperature, ctx.allow_tf32 = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, bank, bank_labels, *output)
+
+
+def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
+    query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
+    saved = (query, bank, bank_labels, aggregated, log_normalizer)
+    grad_query = autograd.call("aggregate_backward", grad_aggregated, *saved, ctx.temperature, ctx.allow_tf32)
+    return (check.cast(grad_query, query.dtype), *[None] * 5)
+
+
+def _save_aggregate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_aggregated, query, bank, bank_labels, _, _, ctx.temperature, _ = inputs
+    ctx.save_for_backward(grad_aggregated, query, bank, bank_labels)
+
+
+def _aggregate_backward_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    grad_aggregated, query, bank, bank_labels = ctx.saved_tensors
+    grads = second_order.aggregate(v, grad_aggregated, query, bank, bank_labels, ctx.temperature)
+    return grads[0], check.cast(grads[1], query.dtype), *[None] * 6
+
+
+autograd.register("aggregate", _aggregate_backward, _save_aggregate)
+autograd.register("aggregate_backward", _aggregate_backward_backward, _save_aggregate_backward)
+
+
 @torch.no_grad()
 def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, temperature: float = 0.1) -> Tensor:
     """The calibrated instance similarities q̂, equations (7) and (8), materialised.
@@ -271,6 +387,16 @@ def unfold(query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, *, t
     query, bank = check.autocast(query, bank)
     probs = check.cast(probs, check.compute_dtype(bank.dtype))
     return torch.ops.ssmkernels.unfold.default(query, bank, bank_labels, probs, temperature, check.allow_tf32(bank))
+
+
+@autograd.fake("unfold")
+def _fake_unfold(
+    query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, temperature: float, allow_tf32: bool
+) -> Tensor:
+    return bank.new_empty((query.shape[0], bank.shape[0]), dtype=check.compute_dtype(query.dtype))
+
+
+autograd.register_vmap("unfold")
 
 
 @torch.no_grad()
@@ -320,6 +446,11 @@ def memory_update_(
     torch.ops.ssmkernels.memory_update_.default(bank, bank_labels, index, features, labels, momentum)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version((bank, bank_labels))  # autograd then sees that a saved bank has changed
+
+
+@autograd.fake("memory_update_")
+def _fake_memory_update(*arguments: Any) -> None:
+    return None
 
 
 def _check_partial(name: str, value: object) -> None:
@@ -382,125 +513,3 @@ def _check_matching(
     query_weak, query_strong, bank = check.autocast(check.fixed(query_weak), query_strong, check.fixed(bank))
     probs_weak = check.cast(check.fixed(probs_weak), check.compute_dtype(bank.dtype))
     return query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
-
-
-# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
-
-
-def _fake_instance_matching(
-    query_weak: Tensor,
-    query_strong: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    probs_weak: Tensor,
-    temperature_weak: float,
-    temperature_strong: float,
-    alpha: float,
-    with_gradient: bool,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = check.compute_dtype(query_weak.dtype)
-    rows, dim = query_weak.shape
-    return (
-        bank.new_empty((rows, probs_weak.shape[1]), dtype=dtype),
-        bank.new_empty((rows,), dtype=dtype),
-        bank.new_empty((rows if with_gradient else 0, dim), dtype=dtype),
-    )
-
-
-def _fake_instance_matching_partial(
-    query_weak: Tensor,
-    query_strong: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    probs_weak: Tensor,
-    temperature_weak: float,
-    temperature_strong: float,
-    allow_tf32: bool,
-) -> tuple[Tensor, ...]:
-    dtype = check.compute_dtype(query_weak.dtype)
-    rows, dim = query_weak.shape
-    sizes = ((rows,), (rows,), (rows,), (rows, probs_weak.shape[1]), (rows,), (rows, dim), (rows, dim))
-    return tuple(bank.new_empty(size, dtype=dtype) for size in sizes)
-
-
-def _fake_aggregate(
-    query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, temperature: float, allow_tf32: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = check.compute_dtype(query.dtype)
-    return bank.new_empty((query.shape[0], num_classes), dtype=dtype), bank.new_empty((query.shape[0],), dtype=dtype)
-
-
-def _fake_aggregate_backward(grad_aggregated: Tensor, query: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(query.shape, dtype=check.compute_dtype(query.dtype))
-
-
-def _fake_unfold(
-    query: Tensor, bank: Tensor, bank_labels: Tensor, probs: Tensor, temperature: float, allow_tf32: bool
-) -> Tensor:
-    return bank.new_empty((query.shape[0], bank.shape[0]), dtype=check.compute_dtype(query.dtype))
-
-
-def _fake_memory_update(*arguments: Any) -> None:
-    return None
-
-
-def _save_instance_matching(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    pseudo_probs, _, gradient = output
-    ctx.mark_non_differentiable(pseudo_probs, gradient)
-    ctx.save_for_backward(inputs[1], gradient)
-
-
-def _instance_matching_backward(
-    ctx: Any, grad_probs: Tensor, grad_loss: Tensor, grad_gradient: Tensor
-) -> tuple[Tensor | None, ...]:
-    query_strong, gradient = ctx.saved_tensors
-    if not ctx.needs_input_grad[1]:
-        return (None,) * 10
-    if gradient.shape[0] != query_strong.shape[0]:
-        raise RuntimeError("instance_matching was called with with_gradient=False, so that it has no gradient")
-    gradient = autograd.gradient_of("instance_matching", gradient, query_strong)
-    return (None, check.cast(grad_loss.unsqueeze(1) * gradient, query_strong.dtype), *[None] * 8)
-
-
-def _save_aggregate(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, bank, bank_labels, _, ctx.temperature, ctx.allow_tf32 = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, bank, bank_labels, *output)
-
-
-def _aggregate_backward(ctx: Any, grad_aggregated: Tensor, grad_normalizer: Tensor) -> tuple[Tensor | None, ...]:
-    query, bank, bank_labels, aggregated, log_normalizer = ctx.saved_tensors
-    saved = (query, bank, bank_labels, aggregated, log_normalizer)
-    grad_query = autograd.call("aggregate_backward", grad_aggregated, *saved, ctx.temperature, ctx.allow_tf32)
-    return (check.cast(grad_query, query.dtype), *[None] * 5)
-
-
-def _save_aggregate_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_aggregated, query, bank, bank_labels, _, _, ctx.temperature, _ = inputs
-    ctx.save_for_backward(grad_aggregated, query, bank, bank_labels)
-
-
-def _aggregate_backward_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    grad_aggregated, query, bank, bank_labels = ctx.saved_tensors
-    grads = second_order.aggregate(v, grad_aggregated, query, bank, bank_labels, ctx.temperature)
-    return grads[0], check.cast(grads[1], query.dtype), *[None] * 6
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("ssmkernels::instance_matching", _fake_instance_matching)
-    library.register_fake("ssmkernels::instance_matching_partial", _fake_instance_matching_partial)
-    library.register_fake("ssmkernels::aggregate", _fake_aggregate)
-    library.register_fake("ssmkernels::aggregate_backward", _fake_aggregate_backward)
-    library.register_fake("ssmkernels::unfold", _fake_unfold)
-    library.register_fake("ssmkernels::memory_update_", _fake_memory_update)
-    autograd.register("instance_matching", _instance_matching_backward, _save_instance_matching)
-    autograd.register("aggregate", _aggregate_backward, _save_aggregate)
-    autograd.register("aggregate_backward", _aggregate_backward_backward, _save_aggregate_backward)
-    for name in ("instance_matching_partial", "unfold"):
-        autograd.register_vmap(name)
-
-
-if _library.load():
-    _register()

@@ -22,10 +22,17 @@ from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _second_order as second_order
 
+__all__ = [
+    "pair_focal_loss",
+    "pair_logits",
+]
+
 Interaction = Literal["concat", "absdiff", "product"]
+
 Reduction = Literal["mean", "sum", "none"]
 
 INTERACTIONS = get_args(Interaction)
+
 REDUCTIONS = get_args(Reduction)
 
 
@@ -63,6 +70,38 @@ def pair_logits(
         ValueError: a shape, device or value is wrong; the message names it.
     """
     return autograd.call("pair_logits", *_network(x, y, w1, b1, w2, b2, interaction, pairs))
+
+
+@autograd.fake("pair_logits")
+def _fake_pair_logits(
+    x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pairs: Tensor | None, interaction: int
+) -> Tensor:
+    return _fake_values(x, y, w2, pairs)
+
+
+@autograd.fake("pair_logits_backward")
+def _fake_pair_logits_backward(
+    grad_logits: Tensor, x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+
+
+def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = autograd.saved_inputs(ctx)
+    return _spread(autograd.call("pair_logits_backward", grad_logits, *inputs), inputs[0].dtype, 0, 2)
+
+
+def _pair_logits_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_logits, *network, pairs, interaction = autograd.saved_inputs(ctx)
+    computed = grad_logits.dtype
+    given = zip(v, network, strict=True)
+    cotangents = tuple(torch.zeros_like(saved, dtype=computed) if one is None else one for one, saved in given)
+    grad, grads = second_order.pair_logits(cotangents, grad_logits, tuple(network), pairs, INTERACTIONS[interaction])
+    return grad, *_spread(grads, network[0].dtype, 0, 2)
+
+
+autograd.register("pair_logits", _pair_logits_backward, autograd.save_inputs)
+autograd.register("pair_logits_backward", _pair_logits_backward_backward, autograd.save_inputs)
 
 
 def pair_focal_loss(
@@ -125,6 +164,85 @@ def pair_focal_loss(
     return autograd.call("pair_focal_loss_sum", *args, reduction == "mean", with_gradients)[0]
 
 
+@autograd.fake("pair_focal_loss")
+def _fake_pair_focal_loss(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    pairs: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    return _fake_values(x, y, w2, pairs)
+
+
+@autograd.fake("pair_focal_loss_backward")
+def _fake_pair_focal_loss_backward(
+    grad_losses: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+
+
+@autograd.fake("pair_focal_loss_sum")
+def _fake_pair_focal_loss_sum(
+    x: Tensor,
+    y: Tensor,
+    x_labels: Tensor,
+    y_labels: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    with_gradients = rest[-1]
+    if with_gradients:
+        return w2.new_empty(()), *_fake_gradients(x, y, w1, b1, w2, b2, like=w2)
+    return w2.new_empty(()), *(w2.new_empty((0,)) for _ in range(6))
+
+
+def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = autograd.saved_inputs(ctx)
+    return _spread(autograd.call("pair_focal_loss_backward", grad_losses, *inputs), inputs[0].dtype, 2, 5)
+
+
+def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, _, _, w1, b1, w2, b2, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:], x, y, w1, b1, w2, b2)
+
+
+def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: under activation checkpointing each is unpacked once
+    gradients, network = list(saved[:6]), saved[6:]
+    if gradients[0].shape != network[0].shape:
+        raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
+    gradients = [autograd.gradient_of("pair_focal_loss", gradient, *network) for gradient in gradients]
+    if torch._C._are_functorch_transforms_active():  # vmap has no rule for _foreach_mul, which is quicker
+        scaled = [gradient * grad_loss for gradient in gradients]
+    else:
+        scaled = list(torch._foreach_mul(gradients, grad_loss))
+    return _spread(tuple(scaled), network[0].dtype, 2, 7)
+
+
+autograd.register_gradient("pair_focal_loss_backward")
+autograd.register("pair_focal_loss", _pair_focal_loss_backward, autograd.save_inputs)
+autograd.register("pair_focal_loss_sum", _pair_focal_loss_sum_backward, _save_pair_focal_loss_sum)
+
+
 def _network(
     x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, interaction: str, pairs: Tensor | None
 ) -> tuple[Any, ...]:
@@ -184,9 +302,6 @@ def _check_network(x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2:
     check.check_size("w2", w2, 0, w1.shape[0], "h of w1")
 
 
-# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
-
-
 def _fake_values(x: Tensor, y: Tensor, w2: Tensor, pairs: Tensor | None) -> Tensor:
     return w2.new_empty((x.shape[0], y.shape[0]) if pairs is None else (pairs.shape[0],))
 
@@ -195,134 +310,8 @@ def _fake_gradients(*tensors: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(tensor.shape) for tensor in tensors)
 
 
-def _fake_pair_logits(
-    x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, pairs: Tensor | None, interaction: int
-) -> Tensor:
-    return _fake_values(x, y, w2, pairs)
-
-
-def _fake_pair_logits_backward(
-    grad_logits: Tensor, x: Tensor, y: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
-
-
-def _fake_pair_focal_loss(
-    x: Tensor,
-    y: Tensor,
-    x_labels: Tensor,
-    y_labels: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    pairs: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    return _fake_values(x, y, w2, pairs)
-
-
-def _fake_pair_focal_loss_backward(
-    grad_losses: Tensor,
-    x: Tensor,
-    y: Tensor,
-    x_labels: Tensor,
-    y_labels: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    return _fake_gradients(x, y, w1, b1, w2, b2, like=w2)
-
-
-def _fake_pair_focal_loss_sum(
-    x: Tensor,
-    y: Tensor,
-    x_labels: Tensor,
-    y_labels: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    with_gradients = rest[-1]
-    if with_gradients:
-        return w2.new_empty(()), *_fake_gradients(x, y, w1, b1, w2, b2, like=w2)
-    return w2.new_empty(()), *(w2.new_empty((0,)) for _ in range(6))
-
-
 def _spread(grads: tuple[Tensor, ...], dtype: torch.dtype, labels: int, settings: int) -> tuple[Tensor | None, ...]:
     """Gradients of an op's arguments: x and y, as many labels, the network, and as many settings."""
     x, y, w1, b1, w2, b2 = grads
     x, y, w1 = check.cast(x, dtype), check.cast(y, dtype), check.cast(w1, dtype)
     return x, y, *[None] * labels, w1, b1, w2, b2, *[None] * settings
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.tensors = [isinstance(value, Tensor) for value in inputs]
-    ctx.settings = [value for value in inputs if not isinstance(value, Tensor)]
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-
-
-def _saved_inputs(ctx: Any) -> list[Any]:
-    tensors, settings = iter(ctx.saved_tensors), iter(ctx.settings)
-    return [next(tensors) if is_tensor else next(settings) for is_tensor in ctx.tensors]
-
-
-def _pair_logits_backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = _saved_inputs(ctx)
-    return _spread(autograd.call("pair_logits_backward", grad_logits, *inputs), inputs[0].dtype, 0, 2)
-
-
-def _pair_logits_backward_backward(ctx: Any, *v: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logits, *network, pairs, interaction = _saved_inputs(ctx)
-    computed = grad_logits.dtype
-    given = zip(v, network, strict=True)
-    cotangents = tuple(torch.zeros_like(saved, dtype=computed) if one is None else one for one, saved in given)
-    grad, grads = second_order.pair_logits(cotangents, grad_logits, tuple(network), pairs, INTERACTIONS[interaction])
-    return grad, *_spread(grads, network[0].dtype, 0, 2)
-
-
-def _pair_focal_loss_backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = _saved_inputs(ctx)
-    return _spread(autograd.call("pair_focal_loss_backward", grad_losses, *inputs), inputs[0].dtype, 2, 5)
-
-
-def _save_pair_focal_loss_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, _, _, w1, b1, w2, b2, *_ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:], x, y, w1, b1, w2, b2)
-
-
-def _pair_focal_loss_sum_backward(ctx: Any, grad_loss: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under activation checkpointing each is unpacked once
-    gradients, network = list(saved[:6]), saved[6:]
-    if gradients[0].shape != network[0].shape:
-        raise RuntimeError("pair_focal_loss_sum was called with with_gradients=False, so that it has no gradient")
-    gradients = [autograd.gradient_of("pair_focal_loss", gradient, *network) for gradient in gradients]
-    if torch._C._are_functorch_transforms_active():  # vmap has no rule for _foreach_mul, which is quicker
-        scaled = [gradient * grad_loss for gradient in gradients]
-    else:
-        scaled = list(torch._foreach_mul(gradients, grad_loss))
-    return _spread(tuple(scaled), network[0].dtype, 2, 7)
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("ssmkernels::pair_logits", _fake_pair_logits)
-    library.register_fake("ssmkernels::pair_logits_backward", _fake_pair_logits_backward)
-    library.register_fake("ssmkernels::pair_focal_loss", _fake_pair_focal_loss)
-    library.register_fake("ssmkernels::pair_focal_loss_backward", _fake_pair_focal_loss_backward)
-    library.register_fake("ssmkernels::pair_focal_loss_sum", _fake_pair_focal_loss_sum)
-    autograd.register("pair_logits", _pair_logits_backward, _save_inputs)
-    autograd.register("pair_logits_backward", _pair_logits_backward_backward, _save_inputs)
-    autograd.register_gradient("pair_focal_loss_backward")
-    autograd.register("pair_focal_loss", _pair_focal_loss_backward, _save_inputs)
-    autograd.register("pair_focal_loss_sum", _pair_focal_loss_sum_backward, _save_pair_focal_loss_sum)
-
-
-if _library.load():
-    _register()

@@ -20,6 +20,13 @@ from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _second_order as second_order
 
+__all__ = [
+    "SimilarityMoments",
+    "mined_pair_ranking_loss",
+    "pair_ranking_loss",
+    "similarity_moments",
+]
+
 Reduction = Literal["mean_nonzero", "mean", "sum"]
 
 REDUCTIONS = get_args(Reduction)
@@ -105,6 +112,74 @@ def pair_ranking_loss(
     )[0]
 
 
+@autograd.fake("pair_ranking_loss")
+def _fake_pair_ranking_loss(
+    embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_ranking_loss(embeddings, references)
+
+
+@autograd.fake("pair_ranking_loss_backward")
+def _fake_pair_ranking_loss_backward(
+    grad_loss: Tensor, embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = check.compute_dtype(embeddings.dtype)
+    others = (
+        embeddings.new_empty(0, dtype=dtype)
+        if references is None
+        else references.new_empty(references.shape, dtype=dtype)
+    )
+    return embeddings.new_empty(embeddings.shape, dtype=dtype), others
+
+
+def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, positive_margin, negative_margin, _ = inputs
+    _, weights, active = output
+    ctx.margins = positive_margin, negative_margin
+    ctx.mark_non_differentiable(weights, active)
+    ctx.save_for_backward(*tensors, weights, active)
+
+
+def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, weights, active = ctx.saved_tensors
+    rows, references = autograd.call("pair_ranking_loss_backward", grad_loss, *tensors, *ctx.margins, weights, active)
+    dtype = tensors[0].dtype
+    grad_references = None if tensors[3] is None else check.cast(references, dtype)
+    return check.cast(rows, dtype), None, None, grad_references, *[None] * 5
+
+
+def _save_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, positive_margin, negative_margin, weights, _ = inputs
+    ctx.margins = positive_margin, negative_margin
+    if tensors[4] is None:
+        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, weights)
+
+
+def _pair_ranking_loss_second(ctx: Any, v: Tensor | None, v_references: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad, rows, order, labels, references, reference_order, reference_labels, weights = ctx.saved_tensors
+    labels = other_labels = _in_order_of_rows(order, labels)
+    if references is not None:
+        other_labels = _in_order_of_rows(reference_order, reference_labels)
+
+    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
+        same = labels[row_tile, None] == other_labels[column_tile]
+        return same, ~same
+
+    computed = weights.dtype
+    others = None if references is None else references.to(computed)
+    v = torch.zeros_like(rows, dtype=computed) if v is None else v
+    v_references = torch.zeros_like(others) if others is not None and v_references is None else v_references
+    coefficients = _coefficients(weights, ctx.margins, parts, references)
+    grads = second_order.pair_ranking_loss(v, v_references, grad, rows.to(computed), others, coefficients)
+    grad_references = None if grads[2] is None else check.cast(grads[2], references.dtype)
+    return grads[0], check.cast(grads[1], rows.dtype), None, None, grad_references, *[None] * 6
+
+
+autograd.register("pair_ranking_loss", _pair_ranking_loss_backward, _save_pair_ranking_loss)
+autograd.register("pair_ranking_loss_backward", _pair_ranking_loss_second, _save_pair_ranking_loss_backward)
+
+
 def mined_pair_ranking_loss(
     embeddings: Tensor,
     basis_features: Tensor,
@@ -163,6 +238,57 @@ def mined_pair_ranking_loss(
     )[0]
 
 
+@autograd.fake("mined_pair_ranking_loss")
+def _fake_mined_pair_ranking_loss(embeddings: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_ranking_loss(embeddings, None)
+
+
+@autograd.fake("mined_pair_ranking_loss_backward")
+def _fake_mined_pair_ranking_loss_backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
+    return embeddings.new_empty(embeddings.shape, dtype=check.compute_dtype(embeddings.dtype))
+
+
+def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, basis_features, thresholds, *ctx.margins, _ = inputs
+    _, weights, active = output
+    ctx.mark_non_differentiable(weights, active)
+    ctx.save_for_backward(embeddings, basis_features, thresholds, weights, active)
+
+
+def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
+    saved = (embeddings, basis_features, thresholds, *ctx.margins, weights, active)
+    rows = autograd.call("mined_pair_ranking_loss_backward", grad_loss, *saved)
+    return check.cast(rows, embeddings.dtype), *[None] * 5
+
+
+def _save_mined_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, positive_margin, negative_margin, weights, _ = inputs
+    ctx.margins = positive_margin, negative_margin
+    ctx.save_for_backward(*tensors, weights)
+
+
+def _mined_pair_ranking_loss_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    grad, rows, basis_features, thresholds, weights = ctx.saved_tensors
+    basis = basis_features.to(weights.dtype)
+    norms = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    basis = basis / torch.where(norms < 1e-12, torch.inf, norms)
+
+    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
+        cosines = basis[row_tile] @ basis[column_tile].t()
+        return cosines >= thresholds[0], cosines <= thresholds[1]
+
+    coefficients = _coefficients(weights, ctx.margins, parts, None)
+    grads = second_order.pair_ranking_loss(v, None, grad, rows.to(weights.dtype), None, coefficients)
+    return grads[0], check.cast(grads[1], rows.dtype), *[None] * 6
+
+
+autograd.register("mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, _save_mined_pair_ranking_loss)
+autograd.register(
+    "mined_pair_ranking_loss_backward", _mined_pair_ranking_loss_second, _save_mined_pair_ranking_loss_backward
+)
+
+
 def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with
     different ones.
@@ -185,6 +311,42 @@ def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     _check_labels("labels", labels, "[n]", "features", features)
     labels, order = labels.sort(stable=True)
     return SimilarityMoments(*autograd.call("similarity_moments", _computed(features), order, labels).unbind())
+
+
+@autograd.fake("similarity_moments")
+def _fake_similarity_moments(features: Tensor, order: Tensor, labels: Tensor) -> Tensor:
+    return features.new_empty(4, dtype=check.compute_dtype(features.dtype))
+
+
+@autograd.fake("similarity_moments_backward")
+def _fake_similarity_moments_backward(grad_moments: Tensor, features: Tensor, *rest: Any) -> Tensor:
+    return features.new_empty(features.shape, dtype=check.compute_dtype(features.dtype))
+
+
+def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
+    features, order, labels, moments = ctx.saved_tensors
+    grad = autograd.call("similarity_moments_backward", grad_moments, features, order, labels, moments)
+    return check.cast(grad, features.dtype), None, None
+
+
+def _save_similarity_moments_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _similarity_moments_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    # The moments, an input of the gradient, are those of the features: what they add is in the gradient of the
+    # features.
+    grad, features, order, labels = ctx.saved_tensors
+    grads = second_order.similarity_moments(v, grad, features.to(grad.dtype), _in_order_of_rows(order, labels))
+    return grads[0], check.cast(grads[1], features.dtype), None, None, None
+
+
+autograd.register("similarity_moments", _similarity_moments_backward, _save_similarity_moments)
+autograd.register("similarity_moments_backward", _similarity_moments_second, _save_similarity_moments_backward)
 
 
 def _check_rows(name: str, rows: Tensor, shape: str) -> None:
@@ -217,8 +379,6 @@ def _computed(rows: Tensor) -> Tensor:
     return check.cast(rows, check.compute_dtype(rows.dtype)) if rows.is_cpu else rows
 
 
-# What torch has to know of the ops: shapes for fake tensors, and the derivatives.
-
 TILE = 32  # kRankingTile of the kernels
 
 
@@ -231,83 +391,6 @@ def _fake_ranking_loss(embeddings: Tensor, references: Tensor | None) -> tuple[T
         embeddings.new_empty(2, dtype=dtype),
         embeddings.new_empty(tiles, dtype=torch.uint8),
     )
-
-
-def _fake_pair_ranking_loss(
-    embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _fake_ranking_loss(embeddings, references)
-
-
-def _fake_pair_ranking_loss_backward(
-    grad_loss: Tensor, embeddings: Tensor, order: Tensor, labels: Tensor, references: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    dtype = check.compute_dtype(embeddings.dtype)
-    others = (
-        embeddings.new_empty(0, dtype=dtype)
-        if references is None
-        else references.new_empty(references.shape, dtype=dtype)
-    )
-    return embeddings.new_empty(embeddings.shape, dtype=dtype), others
-
-
-def _fake_mined_pair_ranking_loss(embeddings: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_ranking_loss(embeddings, None)
-
-
-def _fake_mined_pair_ranking_loss_backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> Tensor:
-    return embeddings.new_empty(embeddings.shape, dtype=check.compute_dtype(embeddings.dtype))
-
-
-def _fake_similarity_moments(features: Tensor, order: Tensor, labels: Tensor) -> Tensor:
-    return features.new_empty(4, dtype=check.compute_dtype(features.dtype))
-
-
-def _fake_similarity_moments_backward(grad_moments: Tensor, features: Tensor, *rest: Any) -> Tensor:
-    return features.new_empty(features.shape, dtype=check.compute_dtype(features.dtype))
-
-
-def _save_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, positive_margin, negative_margin, _ = inputs
-    _, weights, active = output
-    ctx.margins = positive_margin, negative_margin
-    ctx.mark_non_differentiable(weights, active)
-    ctx.save_for_backward(*tensors, weights, active)
-
-
-def _pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, weights, active = ctx.saved_tensors
-    rows, references = autograd.call("pair_ranking_loss_backward", grad_loss, *tensors, *ctx.margins, weights, active)
-    dtype = tensors[0].dtype
-    grad_references = None if tensors[3] is None else check.cast(references, dtype)
-    return check.cast(rows, dtype), None, None, grad_references, *[None] * 5
-
-
-def _save_mined_pair_ranking_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, basis_features, thresholds, *ctx.margins, _ = inputs
-    _, weights, active = output
-    ctx.mark_non_differentiable(weights, active)
-    ctx.save_for_backward(embeddings, basis_features, thresholds, weights, active)
-
-
-def _mined_pair_ranking_loss_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    embeddings, basis_features, thresholds, weights, active = ctx.saved_tensors
-    saved = (embeddings, basis_features, thresholds, *ctx.margins, weights, active)
-    rows = autograd.call("mined_pair_ranking_loss_backward", grad_loss, *saved)
-    return check.cast(rows, embeddings.dtype), *[None] * 5
-
-
-def _save_similarity_moments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
-
-
-def _similarity_moments_backward(ctx: Any, grad_moments: Tensor) -> tuple[Tensor | None, ...]:
-    features, order, labels, moments = ctx.saved_tensors
-    grad = autograd.call("similarity_moments_backward", grad_moments, features, order, labels, moments)
-    return check.cast(grad, features.dtype), None, None
-
-
-# Derivatives of the gradients.
 
 
 def _in_order_of_rows(order: Tensor, labels: Tensor) -> Tensor:
@@ -337,86 +420,3 @@ def _coefficients(
         return torch.where(row_places[:, None] == column_places, 0, costs)
 
     return coefficients
-
-
-def _save_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, positive_margin, negative_margin, weights, _ = inputs
-    ctx.margins = positive_margin, negative_margin
-    if tensors[4] is None:
-        ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, weights)
-
-
-def _pair_ranking_loss_second(ctx: Any, v: Tensor | None, v_references: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad, rows, order, labels, references, reference_order, reference_labels, weights = ctx.saved_tensors
-    labels = other_labels = _in_order_of_rows(order, labels)
-    if references is not None:
-        other_labels = _in_order_of_rows(reference_order, reference_labels)
-
-    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
-        same = labels[row_tile, None] == other_labels[column_tile]
-        return same, ~same
-
-    computed = weights.dtype
-    others = None if references is None else references.to(computed)
-    v = torch.zeros_like(rows, dtype=computed) if v is None else v
-    v_references = torch.zeros_like(others) if others is not None and v_references is None else v_references
-    coefficients = _coefficients(weights, ctx.margins, parts, references)
-    grads = second_order.pair_ranking_loss(v, v_references, grad, rows.to(computed), others, coefficients)
-    grad_references = None if grads[2] is None else check.cast(grads[2], references.dtype)
-    return grads[0], check.cast(grads[1], rows.dtype), None, None, grad_references, *[None] * 6
-
-
-def _save_mined_pair_ranking_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, positive_margin, negative_margin, weights, _ = inputs
-    ctx.margins = positive_margin, negative_margin
-    ctx.save_for_backward(*tensors, weights)
-
-
-def _mined_pair_ranking_loss_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    grad, rows, basis_features, thresholds, weights = ctx.saved_tensors
-    basis = basis_features.to(weights.dtype)
-    norms = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
-    basis = basis / torch.where(norms < 1e-12, torch.inf, norms)
-
-    def parts(row_tile: slice, column_tile: slice) -> tuple[Tensor, Tensor]:
-        cosines = basis[row_tile] @ basis[column_tile].t()
-        return cosines >= thresholds[0], cosines <= thresholds[1]
-
-    coefficients = _coefficients(weights, ctx.margins, parts, None)
-    grads = second_order.pair_ranking_loss(v, None, grad, rows.to(weights.dtype), None, coefficients)
-    return grads[0], check.cast(grads[1], rows.dtype), *[None] * 6
-
-
-def _save_similarity_moments_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _similarity_moments_second(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    # The moments, an input of the gradient, are those of the features: what they add is in the gradient of the
-    # features.
-    grad, features, order, labels = ctx.saved_tensors
-    grads = second_order.similarity_moments(v, grad, features.to(grad.dtype), _in_order_of_rows(order, labels))
-    return grads[0], check.cast(grads[1], features.dtype), None, None, None
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("ssmkernels::pair_ranking_loss", _fake_pair_ranking_loss)
-    library.register_fake("ssmkernels::pair_ranking_loss_backward", _fake_pair_ranking_loss_backward)
-    library.register_fake("ssmkernels::mined_pair_ranking_loss", _fake_mined_pair_ranking_loss)
-    library.register_fake("ssmkernels::mined_pair_ranking_loss_backward", _fake_mined_pair_ranking_loss_backward)
-    library.register_fake("ssmkernels::similarity_moments", _fake_similarity_moments)
-    library.register_fake("ssmkernels::similarity_moments_backward", _fake_similarity_moments_backward)
-    autograd.register("pair_ranking_loss", _pair_ranking_loss_backward, _save_pair_ranking_loss)
-    autograd.register("mined_pair_ranking_loss", _mined_pair_ranking_loss_backward, _save_mined_pair_ranking_loss)
-    autograd.register("similarity_moments", _similarity_moments_backward, _save_similarity_moments)
-    autograd.register("pair_ranking_loss_backward", _pair_ranking_loss_second, _save_pair_ranking_loss_backward)
-    autograd.register(
-        "mined_pair_ranking_loss_backward", _mined_pair_ranking_loss_second, _save_mined_pair_ranking_loss_backward
-    )
-    autograd.register("similarity_moments_backward", _similarity_moments_second, _save_similarity_moments_backward)
-
-
-if _library.load():
-    _register()

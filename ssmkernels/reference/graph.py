@@ -9,6 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "LaplacianSolution",
+    "laplacian_solve",
+    "leave_one_edge_out",
+]
+
 
 class LaplacianSolution(NamedTuple):
     """The solution [N, C], CG iterations [C] and relative residual [C] of each column."""

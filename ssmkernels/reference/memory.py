@@ -9,6 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "InstanceMatching",
+    "InstanceMatchingPartial",
+    "aggregate",
+    "instance_matching",
+    "instance_matching_partial",
+    "memory_update_",
+    "unfold",
+]
+
 
 class InstanceMatching(NamedTuple):
     """Pseudo-labels [B, L] and the instance-matching loss [B] of each row."""

@@ -9,6 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "pair_focal_loss",
+    "pair_logits",
+]
+
 
 def _interact(left: Tensor, right: Tensor, interaction: str) -> Tensor:
     """φ [..., d], or [..., 2d] for "concat", of rows [..., d]."""

@@ -8,6 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = [
+    "SimilarityMoments",
+    "mined_pair_ranking_loss",
+    "pair_ranking_loss",
+    "similarity_moments",
+]
+
 
 class SimilarityMoments(NamedTuple):
     """Means and population variances of the cosines of pairs with equal and with different labels, four scalars; 0
