@@ -54,6 +54,41 @@ def test_duplicates_take_the_lowest_indices(backend):
     torch.testing.assert_close(similarities, torch.ones_like(similarities))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+def test_tight_clusters_are_searched_together(backend, noise, monkeypatch):
+    """Of rows with more near others than are fetched, the neighbours are exact, and many rows are searched at once."""
+    nodes, k = 600, 20
+    features = features_of(2, 16).repeat_interleave(nodes // 2, dim=0) + noise * features_of(nodes, 16, seed=1)
+    tiles = []
+    products = knn._products
+
+    def counted(rows, unit):
+        tiles.append(len(rows))
+        return products(rows, unit)
+
+    monkeypatch.setattr(knn, "_products", counted)
+    ids, similarities = knn.nearest_neighbours(features.float(), k, backend=backend)
+    unit = knn._normalized(features.float())
+    everyone = torch.arange(nodes)
+    exact = knn._pairwise(unit, everyone, everyone.expand(nodes, nodes))
+    exact.fill_diagonal_(-torch.inf)
+    expected = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
+    assert ids.equal(expected) and similarities.equal(exact.gather(1, expected))
+    assert len(tiles) <= 2 + nodes // 256  # not a search for each row
+
+
+def test_similarities_differ_from_a_search_by_less_than_is_allowed_for():
+    """Vectors whose products all have one sign and size round the worst."""
+    for dim in (1, 64, 500, 3000):
+        rows = knn._normalized(torch.rand(200, dim, generator=torch.Generator().manual_seed(0)) + 1)
+        everyone = torch.arange(200)
+        exact = knn._pairwise(rows, everyone, everyone.expand(200, 200))
+        tiles = torch.cat([products for _, products in knn._products(rows, rows)], dim=1)
+        assert (tiles - exact).abs().max() <= knn._rounding(dim)
+        assert (exact.double() - rows.double() @ rows.double().t()).abs().max() <= knn._rounding(dim)
+
+
 def test_backends_agree_bit_for_bit():
     pytest.importorskip("faiss")
     features = torch.randint(-2, 3, (300, 4), generator=torch.Generator().manual_seed(0)).float()  # many ties

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args
@@ -20,7 +21,6 @@ Backend = Literal["auto", "faiss", "torch"]
 CHUNK_BYTES = 2**27
 CHUNK_PRODUCTS = 2**32  # multiplications between two chances for Ctrl-C: some tenths of a second
 SPARE = 8  # candidates beyond k, so that ties at the boundary are mostly seen
-ROUNDING = 2e-5  # by which the similarity of a search may differ from the one of the pair
 
 
 def knn_graph(
@@ -71,20 +71,34 @@ def nearest_neighbours(
     if not isinstance(features, Tensor):
         return _sparse_neighbours(features, k)
     unit = _normalized(features)
-    nodes = len(unit)
+    searched = unit.float().contiguous()
+    nodes, rounding = len(unit), _rounding(unit.shape[1])
     ids, similarities = torch.empty(nodes, k, dtype=torch.int32), torch.empty(nodes, k, dtype=unit.dtype)
-    for begin, candidates, scores in _search(unit.float().contiguous(), min(k + 1 + SPARE, nodes), backend):
+    for begin, candidates, scores in _search(searched, min(k + 1 + SPARE, nodes), backend):
         rows = torch.arange(begin, begin + len(candidates), device=unit.device)
         exact = _pairwise(unit, rows, candidates)
         exact[candidates == rows[:, None]] = -torch.inf  # itself
         chosen, best = _rank(candidates, exact, k)
         if candidates.shape[1] < nodes:  # what was not fetched may tie with the k-th
-            unsure = (best[:, -1] > 0) & (scores.min(dim=1).values + ROUNDING >= best[:, -1])
-            for row in unsure.nonzero()[:, 0].tolist():
-                chosen[row], best[row] = _rank_all(unit, begin + row, k)
+            unsure = (best[:, -1] > 0) & (scores.min(dim=1).values + rounding >= best[:, -1])
+            if bool(unsure.any()):
+                chosen[unsure], best[unsure] = _search_above(
+                    unit, searched, rows[unsure], best[unsure, -1].float() - rounding, k
+                )
         ids[begin : begin + len(candidates)] = chosen.int().cpu()
         similarities[begin : begin + len(candidates)] = best.cpu()
     return ids.long(), similarities
+
+
+def _rounding(dim: int) -> float:
+    """By how much the similarity of a search, a float32 product in any order, may differ from the one of the pair.
+
+    Each of the two sums of ``dim`` products errs by at most dim u Σ|a_i b_i| ≤ dim u, u = 2⁻²⁴, and rounding the
+    features to float32 adds 2u. Beyond some hundred terms that is never met: errors of that many roundings add up as
+    √dim (Higham and Mary, 2019), here with a factor of 16 for each sum, which independent roundings exceed with
+    probability 2 exp(−16²/2) < 1e-55.
+    """
+    return 2.0**-24 * (2 + 2 * min(dim, 16 * math.sqrt(dim)))
 
 
 def _checked(features: Tensor | np.ndarray | Any, backend: str) -> Tensor | Any:
@@ -140,15 +154,14 @@ def _sparse_neighbours(features: Any, k: int) -> tuple[Tensor, Tensor]:
         features.data /= np.repeat(np.where(length > 0, length, 1), entries)
     # A product adds the terms of a pair in the order of the columns, whichever of the two comes first.
     columns = features.T.tocsr()
-    nearest, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
+    parts, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
     for begin in range(0, nodes, size):
         distances = torch.from_numpy(-(features[begin : begin + size] @ columns).toarray())
         rows = torch.arange(len(distances))
         distances[rows, begin + rows] = torch.inf  # itself
         ids = smallest(distances, k)
-        nearest.append((ids, -distances.gather(1, ids)))
-    ids, similarities = (torch.cat(parts) for parts in zip(*nearest, strict=True))
-    return ids, similarities
+        parts.append((ids, -distances.gather(1, ids)))
+    return torch.cat([ids for ids, _ in parts]), torch.cat([similarities for _, similarities in parts])
 
 
 def _normalized(features: Tensor) -> Tensor:
@@ -168,13 +181,13 @@ def _search(unit: Tensor, count: int, backend: str) -> Iterator[tuple[int, Tenso
     if backend == "faiss" or (
         backend == "auto" and unit.device.type == "cpu" and importlib.util.find_spec("faiss") is not None
     ):
-        search, size = _faiss_search(unit, count), 4096
+        search = _faiss_search(unit, count)
     else:
-        search, size = _torch_search(unit, count), CHUNK_BYTES // (4 * nodes)
-    size = max(1, min(4096, size, max(32, CHUNK_PRODUCTS // (nodes * max(unit.shape[1], 1)))))
+        search = _torch_search(unit, count)
+    size = _rows_at_once(unit)
     for begin in range(0, nodes, size):
-        scores, ids = search(unit[begin : begin + size])
-        yield begin, ids, scores
+        scores, candidates = search(unit[begin : begin + size])
+        yield begin, candidates, scores
 
 
 def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -188,24 +201,81 @@ def _faiss_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, 
     index.add(unit.numpy())
 
     def search(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scores, ids = index.search(rows.numpy(), count)
-        return torch.from_numpy(scores), torch.from_numpy(ids)
+        scores, candidates = index.search(rows.numpy(), count)
+        return torch.from_numpy(scores), torch.from_numpy(candidates)
 
     return search
+
+
+def _rows_at_once(unit: Tensor) -> int:
+    """Rows whose products with all others take some tenths of a second."""
+    return max(1, min(4096, max(32, CHUNK_PRODUCTS // (len(unit) * max(unit.shape[1], 1)))))
 
 
 def _torch_search(unit: Tensor, count: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def search(rows: Tensor) -> tuple[Tensor, Tensor]:
-        with _full_precision(unit.device):
-            scores, ids = (rows @ unit.t()).topk(count, dim=1)
-        return scores, ids
+        best = rows.new_empty(len(rows), 0)
+        ids = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        for begin, products in _products(rows, unit):
+            values, places = products.topk(min(count, products.shape[1]), dim=1)
+            best, ids = torch.cat([best, values], dim=1), torch.cat([ids, places + begin], dim=1)
+            best, places = best.topk(min(count, best.shape[1]), dim=1)
+            ids = ids.gather(1, places)
+        return best, ids
 
     return search
 
 
+def _products(rows: Tensor, unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Tiles of ``rows`` [B, d] times ``unit`` [N, d]: the first column, and [B, n] products, of CHUNK_BYTES at most."""
+    size = max(1, CHUNK_BYTES // (4 * len(rows)))
+    for begin in range(0, len(unit), size):
+        with _full_precision(unit.device):
+            yield begin, rows @ unit[begin : begin + size].t()
+
+
+def _search_above(unit: Tensor, searched: Tensor, rows: Tensor, least: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of ``rows`` [M] among all others whose score is ``least`` [M] or more, which at least k have.
+
+    For rows of which more others than a search fetches are about as similar as the k-th best: points of a tight
+    cluster, or duplicates.
+    """
+    chosen = torch.empty(len(rows), k, dtype=torch.int64, device=unit.device)
+    best = torch.empty(len(rows), k, dtype=unit.dtype, device=unit.device)
+    size = max(1, min(256, _rows_at_once(searched)))
+    for begin in range(0, len(rows), size):
+        part = slice(begin, begin + size)
+        row = torch.empty(0, dtype=torch.int64, device=unit.device)
+        ids, similarities = row, best.new_empty(0)
+        for first, products in _products(searched[rows[part]], searched):
+            near, column = (products >= least[part, None]).nonzero(as_tuple=True)
+            column = column + first
+            other = rows[part][near] != column
+            near, column = near[other], column[other]
+            exact = _pairwise(unit, rows[part][near], column[:, None])[:, 0]
+            row, ids, similarities = _best_of_each(
+                torch.cat([row, near]), torch.cat([ids, column]), torch.cat([similarities, exact]), k
+            )
+        chosen[part], best[part] = ids.view(-1, k), similarities.view(-1, k)
+    return chosen, best
+
+
+def _best_of_each(row: Tensor, ids: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of candidates [P], given by their row, the k best of each row, by similarity and then by index; all where a row
+    has fewer. Rows ascend in the result.
+    """
+    order = ids.argsort()
+    order = order[similarities[order].argsort(descending=True, stable=True)]
+    order = order[row[order].argsort(stable=True)]
+    row = row[order]
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    kept = order[place < k]
+    return row[place < k], ids[kept], similarities[kept]
+
+
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 without autocast, TF32 or bfloat16, whose errors are beyond ROUNDING."""
+    """Products of float32 without autocast, TF32 or bfloat16, whose errors are beyond :func:`_rounding`."""
     backends = cast(Any, torch.backends)  # mkldnn.matmul is set at run time
     products = backends.cuda.matmul, backends.mkldnn.matmul
     kept = [product.fp32_precision for product in products]
@@ -237,14 +307,6 @@ def _rank(ids: Tensor, similarities: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids, similarities = ids.gather(1, by_index), similarities.gather(1, by_index)
     best = similarities.argsort(dim=1, descending=True, stable=True)[:, :k]
     return ids.gather(1, best), similarities.gather(1, best)
-
-
-def _rank_all(unit: Tensor, row: int, k: int) -> tuple[Tensor, Tensor]:
-    everyone = torch.arange(len(unit), device=unit.device)
-    similarities = _pairwise(unit, everyone, torch.full((len(unit), 1), row, device=unit.device))[:, 0]
-    similarities[row] = -torch.inf
-    chosen, best = _rank(everyone[None], similarities[None], k)
-    return chosen[0], best[0]
 
 
 def _assemble(neighbours: Tensor, weights: Tensor) -> Graph:
