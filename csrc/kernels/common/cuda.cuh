@@ -132,6 +132,13 @@ constexpr __host__ __device__ T min(T a, T b) {
   return a < b ? a : b;
 }
 
+// Lets the compiler know that p, which came through memory, points to global memory.
+template <class T>
+__device__ T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // Sums in a fixed tree: the same bits in every lane, and in every run.
 template <class Real>
 __device__ Real warp_sum(Real x) {

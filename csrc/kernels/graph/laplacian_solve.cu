@@ -11,12 +11,14 @@
 namespace ssmkernels::cuda {
 namespace {
 
+using namespace graph;
+
 inline constexpr int kMostWarps = 20;   // of a block: with 96 registers a thread one fills a multiprocessor
 inline constexpr int kRowsPerWarp = 8;  // with fewer than that, several tiles are solved at a time
 inline constexpr int kRowCost = 8;      // of a row, in entries
 inline constexpr int kUnroll = 4;       // rows of neighbours under way
 
-struct Plan {
+struct Partition {
   int width;  // columns per pack
   int warps;  // of a block: fewer where the device lets no block of kMostWarps run, under a profiler or a sanitizer
   int packs;  // per row of a tile
@@ -48,7 +50,7 @@ template <class Real>
 struct Solve {
   LaplacianSolve<Real> in;
   LaplacianSolution<Real> out;
-  Plan plan;
+  Partition partition;
   Real* value;            // [E]  −A_ij, 0 on its diagonal and where the column is none
   Real* excess;           // [N]  u_i + 2 Σ_j w_dis,ij
   Real* diagonal;         // [N]  A_ii
@@ -70,7 +72,7 @@ class Solver {
   explicit __device__ Solver(const Solve<Real>& solve)
       : solve_(solve),
         in_(solve.in),
-        plan_(solve.plan),
+        plan_(solve.partition),
         team_(blockIdx.x / plan_.parts),
         part_(blockIdx.x % plan_.parts),
         warp_(threadIdx.x / 32),
@@ -545,7 +547,7 @@ class Solver {
 
   const Solve<Real>& solve_;
   const LaplacianSolve<Real>& in_;
-  const Plan& plan_;
+  const Partition& plan_;
   const int64_t team_, part_;
   const int warp_, lane_;
   const int groups_, group_;  // of lanes
@@ -568,53 +570,55 @@ __global__ void __launch_bounds__(32 * kMostWarps, 1) solve_laplacian(const __gr
 }
 
 template <class Real>
-auto solver_of(const Plan& plan) {
-  return plan.width == 1   ? solve_laplacian<Real, 1>
-         : plan.width == 2 ? solve_laplacian<Real, 2>
-                           : solve_laplacian<Real, kWidest<Real>>;
+auto solver_of(const Partition& partition) {
+  return partition.width == 1   ? solve_laplacian<Real, 1>
+         : partition.width == 2 ? solve_laplacian<Real, 2>
+                                : solve_laplacian<Real, kWidest<Real>>;
 }
 
 template <class Real>
-Plan plan_of(int64_t nodes, int64_t columns) {
-  Plan plan;
-  plan.width = columns == 1 ? 1 : columns == 2 ? 2 : kWidest<Real>;
-  const int64_t packs = ceil_div<int64_t>(columns, plan.width);
-  plan.tiles = ceil_div<int64_t>(packs, 32);
-  plan.packs = static_cast<int>(ceil_div(packs, max<int64_t>(plan.tiles, 1)));
-  plan.lanes = lanes_for(plan.packs, 32);
-  plan.warps = kMostWarps;
+Partition partition_of(int64_t nodes, int64_t columns) {
+  Partition partition;
+  partition.width = columns == 1 ? 1 : columns == 2 ? 2 : kWidest<Real>;
+  const int64_t packs = ceil_div<int64_t>(columns, partition.width);
+  partition.tiles = ceil_div<int64_t>(packs, 32);
+  partition.packs = static_cast<int>(ceil_div(packs, max<int64_t>(partition.tiles, 1)));
+  partition.lanes = lanes_for(partition.packs, 32);
+  partition.warps = kMostWarps;
   const auto resident = [&] {
-    return resident_blocks(solver_of<Real>(plan), plan.threads(), plan.shared_bytes(sizeof(Real)));
+    return resident_blocks(solver_of<Real>(partition), partition.threads(), partition.shared_bytes(sizeof(Real)));
   };
   int64_t blocks = resident();  // they wait for each other, so all must run at once
-  while (blocks == 0 && plan.warps > 1) {
-    plan.warps /= 2;
+  while (blocks == 0 && partition.warps > 1) {
+    partition.warps /= 2;
     blocks = resident();
   }
   // One fills a multiprocessor; without any the launch says what is wrong.
   blocks = max<int64_t>(min<int64_t>(blocks, device_attribute(cudaDevAttrMultiProcessorCount)), 1);
-  plan.teams =
-      min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, plan.warps * kRowsPerWarp), 1), 1), plan.tiles);
-  plan.parts = min(max<int64_t>(ceil_div<int64_t>(nodes, plan.warps), 1), blocks / max<int64_t>(plan.teams, 1));
-  return plan;
+  partition.teams =
+      min(max<int64_t>(blocks / max<int64_t>(ceil_div<int64_t>(nodes, partition.warps * kRowsPerWarp), 1), 1),
+          partition.tiles);
+  partition.parts =
+      min(max<int64_t>(ceil_div<int64_t>(nodes, partition.warps), 1), blocks / max<int64_t>(partition.teams, 1));
+  return partition;
 }
 
 template <class Real>
 Solve<Real> take_solve(const LaplacianSolve<Real>& in, Workspace& workspace) {
   Solve<Real> solve{};
-  const Plan plan = plan_of<Real>(in.graph.nodes, in.columns);
+  const Partition partition = partition_of<Real>(in.graph.nodes, in.columns);
   solve.in = in;
-  solve.plan = plan;
-  solve.arrivals = workspace.take<unsigned long long>(1 + plan.teams);
-  solve.active = workspace.take<int>(plan.teams);
-  solve.extremes = workspace.take<double>(2 * plan.teams * plan.parts);
-  solve.columns = workspace.take<Column<Real>>(plan.teams * plan.pitch());
-  solve.partials = workspace.take<double>(plan.teams * plan.pitch() * 2 * plan.parts);
+  solve.partition = partition;
+  solve.arrivals = workspace.take<unsigned long long>(1 + partition.teams);
+  solve.active = workspace.take<int>(partition.teams);
+  solve.extremes = workspace.take<double>(2 * partition.teams * partition.parts);
+  solve.columns = workspace.take<Column<Real>>(partition.teams * partition.pitch());
+  solve.partials = workspace.take<double>(partition.teams * partition.pitch() * 2 * partition.parts);
   solve.excess = workspace.take<Real>(in.graph.nodes);
   solve.diagonal = workspace.take<Real>(in.graph.nodes);
   solve.value = workspace.take<Real>(in.graph.edges);
-  solve.x = workspace.take<double>(plan.teams * in.graph.nodes * plan.pitch());
-  solve.vectors = workspace.take<Real>(plan.teams * 3 * in.graph.nodes * plan.pitch());
+  solve.x = workspace.take<double>(partition.teams * in.graph.nodes * partition.pitch());
+  solve.vectors = workspace.take<Real>(partition.teams * 3 * in.graph.nodes * partition.pitch());
   return solve;
 }
 
@@ -681,12 +685,12 @@ const char* laplacian_solve(const LaplacianSolve<Real>& in, const LaplacianSolut
   Workspace workspace(memory);
   Solve<Real> solve = take_solve(in, workspace);
   solve.out = out;
-  const Plan& plan = solve.plan;
+  const Partition& partition = solve.partition;
   if (const char* error =
-          message(cudaMemsetAsync(solve.arrivals, 0, (1 + plan.teams) * sizeof *solve.arrivals, stream)))
+          message(cudaMemsetAsync(solve.arrivals, 0, (1 + partition.teams) * sizeof *solve.arrivals, stream)))
     return error;
-  return launch<true>(solver_of<Real>(plan), plan.teams * plan.parts, plan.threads(), plan.shared_bytes(sizeof(Real)),
-                      stream, solve);
+  return launch<true>(solver_of<Real>(partition), partition.teams * partition.parts, partition.threads(),
+                      partition.shared_bytes(sizeof(Real)), stream, solve);
 }
 
 template <class Real>

@@ -11,6 +11,8 @@
 namespace ssmkernels::cuda {
 namespace {
 
+using namespace graph;
+
 inline constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
 inline constexpr int kWarps = 8;
 inline constexpr int kThreads = 32 * kWarps;
@@ -227,14 +229,14 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
 // What the derivatives need of an entry, with a less its references: G r_ij = e_ij (constant_i + linear_i a_ij − both
 // e_ji), r_ji likewise.
 template <class Real>
-struct Slopes {
+struct GradLogits {
   int j;
   Real weight, mirrored, degree_j, top_j;
   Real reference_i, reference_j;
   Real constant_i, linear_i, constant_j, linear_j, both;
 
-  __device__ Slopes from(int lane) const {
-    Slopes at;
+  __device__ GradLogits from(int lane) const {
+    GradLogits at;
     at.j = __shfl_sync(kAllLanes, j, lane);
     at.weight = __shfl_sync(kAllLanes, weight, lane);
     at.mirrored = __shfl_sync(kAllLanes, mirrored, lane);
@@ -253,33 +255,33 @@ struct Slopes {
 
 // Of the entry e < end of row i; where there is none, what adds nothing.
 template <class Real>
-__device__ Slopes<Real> slopes_of(const Problem<Real>& problem, const Real* grad_dissimilarity, int64_t i, int64_t e,
-                                  int64_t end) {
-  Slopes<Real> slopes{};
-  slopes.j = static_cast<int>(i);
-  slopes.reference_i = slopes.reference_j = kLargest<Real>;
-  if (e >= end) return slopes;
+__device__ GradLogits<Real> grad_logits_of(const Problem<Real>& problem, const Real* grad_dissimilarity, int64_t i,
+                                           int64_t e, int64_t end) {
+  GradLogits<Real> grad_logits{};
+  grad_logits.j = static_cast<int>(i);
+  grad_logits.reference_i = grad_logits.reference_j = kLargest<Real>;
+  if (e >= end) return grad_logits;
   const int64_t j = problem.in.graph.col[e], mirror = problem.in.reverse[e];
-  if (!problem.is_valid(j, mirror)) return slopes;
+  if (!problem.is_valid(j, mirror)) return grad_logits;
   const Softmax<Real> own = problem.softmaxes[e], other = problem.softmaxes[mirror];
-  if (own.sum == 0 || other.sum == 0) return slopes;
+  if (own.sum == 0 || other.sum == 0) return grad_logits;
   const Real grad = grad_dissimilarity[e] + grad_dissimilarity[mirror];
   const Real omega_i = confidence(own.sum, own.mean, problem.inverse_log_classes);
   const Real omega_j = confidence(other.sum, other.mean, problem.inverse_log_classes);
   const Real both = grad * omega_i * omega_j, apart = grad * (1 - own.overlap) * problem.inverse_log_classes;
-  slopes.j = static_cast<int>(j);
-  slopes.weight = problem.in.weight[e];
-  slopes.mirrored = problem.in.weight[mirror];
-  slopes.degree_j = problem.nodes[j].degree;
-  slopes.top_j = problem.nodes[j].top;
-  slopes.reference_i = own.reference;
-  slopes.reference_j = other.reference;
-  slopes.linear_i = apart * omega_j / own.sum;
-  slopes.linear_j = apart * omega_i / other.sum;
-  slopes.constant_i = both * own.overlap / own.sum - slopes.linear_i * own.mean;
-  slopes.constant_j = both * own.overlap / other.sum - slopes.linear_j * other.mean;
-  slopes.both = both / (own.sum * other.sum);
-  return slopes;
+  grad_logits.j = static_cast<int>(j);
+  grad_logits.weight = problem.in.weight[e];
+  grad_logits.mirrored = problem.in.weight[mirror];
+  grad_logits.degree_j = problem.nodes[j].degree;
+  grad_logits.top_j = problem.nodes[j].top;
+  grad_logits.reference_i = own.reference;
+  grad_logits.reference_j = other.reference;
+  grad_logits.linear_i = apart * omega_j / own.sum;
+  grad_logits.linear_j = apart * omega_i / other.sum;
+  grad_logits.constant_i = both * own.overlap / own.sum - grad_logits.linear_i * own.mean;
+  grad_logits.constant_j = both * own.overlap / other.sum - grad_logits.linear_j * other.mean;
+  grad_logits.both = both / (own.sum * other.sum);
+  return grad_logits;
 }
 
 // One warp per row: `lanes` lanes hold kPacks packs each of the row's classes, a panel of them at a time, and 32/lanes
@@ -308,12 +310,12 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
       x[p] = load<kWidth>(problem.row(static_cast<int32_t>(i)) + place[p]);
     }
     for (int64_t base = entries.begin; base < entries.end; base += 32) {
-      const Slopes<Real> mine = slopes_of(problem, out.grad_dissimilarity, i, base + lane, entries.end);
+      const GradLogits<Real> mine = grad_logits_of(problem, out.grad_dissimilarity, i, base + lane, entries.end);
       const int rounds = ceil_div(static_cast<int>(min<int64_t>(entries.end - base, 32)), groups);
       Real along = 0;  // Σ_c G r_ij f_j of the lane's entry; r sums to 0, so that the middle of F_j makes no difference
 #pragma unroll 1
       for (int round = 0; round < rounds; ++round) {
-        const Slopes<Real> s = mine.from(round * groups + group);
+        const GradLogits<Real> s = mine.from(round * groups + group);
         const Real* f_j = problem.row(s.j);
         Real sum = 0;
 #pragma unroll

@@ -7,7 +7,7 @@
 #include "../common/cuda.cuh"
 #include "csr.h"
 
-namespace ssmkernels::cuda {
+namespace ssmkernels::cuda::graph {
 
 // Numbers that one instruction moves.
 template <class Real, int kWidth>
@@ -16,13 +16,6 @@ struct alignas(kWidth * sizeof(Real)) Pack {
 };
 template <class Real>
 inline constexpr int kWidest = 16 / sizeof(Real);
-
-// Lets the compiler know that p, which came through memory, points to global memory.
-template <class T>
-__device__ T* in_global(T* p) {
-  __builtin_assume(__isGlobal(p));
-  return p;
-}
 
 template <int kWidth, class Real>
 __device__ Pack<Real, kWidth> load(const Real* from) {
@@ -84,4 +77,4 @@ __device__ Real max_over_groups(Real x, int lanes) {
   return x;
 }
 
-}  // namespace ssmkernels::cuda
+}  // namespace ssmkernels::cuda::graph

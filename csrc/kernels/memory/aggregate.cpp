@@ -62,21 +62,21 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
                ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
-  const Partition cut = partition<Real>(problem.rows, bank.slots);
+  const Partition partition = partition_of<Real>(problem.rows, bank.slots);
   const int64_t state_size = State<Real>::size(bank.classes);
-  Buffer<Real> states(cut.panels * cut.splits * state_size);
+  Buffer<Real> states(partition.panels * partition.splits * state_size);
   auto state_of = [&](int64_t task) { return State<Real>(states.data() + task * state_size, bank.classes); };
 
-  parallel_for(cut.panels * cut.splits, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels * partition.splits, [&](int64_t begin, int64_t end) {
     Buffer<Real> scratch((bank.dim + kTile) * kPanel<Real> + tile_scratch(bank));
     Real* query = scratch.take(bank.dim * kPanel<Real>);
     Real* scores = scratch.take(kTile * kPanel<Real>);
     Real* converted = scratch.take(tile_scratch(bank));
     for (int64_t task = begin; task < end; ++task) {
       const State<Real> state = state_of(task);
-      const int64_t first = task % cut.splits * cut.split_size;
-      const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
-      pack_panel(problem.query, bank.dim, task / cut.splits * kPanel<Real>, problem.rows,
+      const int64_t first = task % partition.splits * partition.split_size;
+      const int64_t last = first + partition.split_size < bank.slots ? first + partition.split_size : bank.slots;
+      pack_panel(problem.query, bank.dim, task / partition.splits * kPanel<Real>, problem.rows,
                  static_cast<Real>(1 / problem.temperature), query);
       fill(state.maximum, kPanel<Real>, kMinusInfinity<Real>);
       fill(state.sum, (1 + bank.classes + 1) * kPanel<Real>, Real(0));
@@ -87,12 +87,12 @@ void aggregate(const Aggregate<Storage>& problem, const AggregateResult<Compute<
       }
     }
   });
-  parallel_for(cut.panels, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const State<Real> state = state_of(panel * cut.splits);
+      const State<Real> state = state_of(panel * partition.splits);
       for (int v = 0; v < 2; ++v) {
-        for (int64_t split = 1; split < cut.splits; ++split)
-          merge(state, state_of(panel * cut.splits + split), bank.classes, v);
+        for (int64_t split = 1; split < partition.splits; ++split)
+          merge(state, state_of(panel * partition.splits + split), bank.classes, v);
         const int64_t lane = v * kLanes<Real>;
         const Vec<Real> sum = load(state.sum + lane);
         store(state.maximum + lane, load(state.maximum + lane) + log(sum));
@@ -109,32 +109,32 @@ void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackwa
                         ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
-  const Partition cut = partition<Real>(problem.rows, bank.slots);
+  const Partition partition = partition_of<Real>(problem.rows, bank.slots);
   const int64_t state_size = bank.dim * kPanel<Real>;
-  Buffer<Real> states(cut.panels * cut.splits * state_size);  // grad_query of each split, [D][kPanel]
+  Buffer<Real> states(partition.panels * partition.splits * state_size);  // grad_query of each split, [D][kPanel]
 
-  parallel_for(cut.panels * cut.splits, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels * partition.splits, [&](int64_t begin, int64_t end) {
     Buffer<Real> scratch((bank.dim + bank.classes + 1 + 1 + kTile) * kPanel<Real> + tile_scratch(bank));
     Real* query = scratch.take(bank.dim * kPanel<Real>);
-    Real* slopes = scratch.take((bank.classes + 1) * kPanel<Real>);  // (g[c] − Σ_c g_c aggregated[c])/t
+    Real* class_grads = scratch.take((bank.classes + 1) * kPanel<Real>);  // (g[c] − Σ_c g_c aggregated[c])/t
     Real* log_normalizer = scratch.take(kPanel<Real>);
     Real* weights = scratch.take(kTile * kPanel<Real>);
     Real* converted = scratch.take(tile_scratch(bank));
     for (int64_t task = begin; task < end; ++task) {
       Real* grad = states.data() + task * state_size;
-      const int64_t first_row = task / cut.splits * kPanel<Real>;
-      const int64_t first = task % cut.splits * cut.split_size;
-      const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
+      const int64_t first_row = task / partition.splits * kPanel<Real>;
+      const int64_t first = task % partition.splits * partition.split_size;
+      const int64_t last = first + partition.split_size < bank.slots ? first + partition.split_size : bank.slots;
       const Real scale = static_cast<Real>(1 / problem.temperature);
       pack_panel(problem.query, bank.dim, first_row, problem.rows, scale, query);
-      fill(slopes, (bank.classes + 1 + 1) * kPanel<Real>, Real(0));
+      fill(class_grads, (bank.classes + 1 + 1) * kPanel<Real>, Real(0));
       for (int64_t lane = 0; lane < kPanel<Real> && first_row + lane < problem.rows; ++lane) {
         const Real* g = backward.grad_aggregated + (first_row + lane) * bank.classes;
         const Real* q = backward.aggregated + (first_row + lane) * bank.classes;
         Real mean = 0;
         for (int64_t c = 0; c < bank.classes; ++c) mean += g[c] * q[c];
-        for (int64_t c = 0; c < bank.classes; ++c) slopes[c * kPanel<Real> + lane] = (g[c] - mean) * scale;
-        slopes[bank.classes * kPanel<Real> + lane] = -mean * scale;
+        for (int64_t c = 0; c < bank.classes; ++c) class_grads[c * kPanel<Real> + lane] = (g[c] - mean) * scale;
+        class_grads[bank.classes * kPanel<Real> + lane] = -mean * scale;
         log_normalizer[lane] = backward.log_normalizer[first_row + lane];
       }
       fill(grad, state_size, Real(0));
@@ -146,18 +146,18 @@ void aggregate_backward(const Aggregate<Storage>& problem, const AggregateBackwa
           const Vec<Real> shift = load(log_normalizer + lane);
           for (int i = 0; i < tile.slots; ++i) {
             Real* at = weights + i * kPanel<Real> + lane;
-            store(at,
-                  exp(load(at) - shift) * load(slopes + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane));
+            store(at, exp(load(at) - shift) *
+                          load(class_grads + class_row(tile.labels[i], bank.classes) * kPanel<Real> + lane));
           }
         }
         add_means(tile, bank.dim, weights, grad);
       }
     }
   });
-  parallel_for(cut.panels, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      Real* grad = states.data() + panel * cut.splits * state_size;
-      for (int64_t split = 1; split < cut.splits; ++split)
+      Real* grad = states.data() + panel * partition.splits * state_size;
+      for (int64_t split = 1; split < partition.splits; ++split)
         for (int64_t i = 0; i < state_size; ++i) grad[i] += grad[split * state_size + i];
       unpack_panel(grad, bank.dim, panel * kPanel<Real>, problem.rows, backward.grad_query);
     }

@@ -2,11 +2,15 @@
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21
 // GFLOP (scores, means).
 #include "aggregate.h"
+#include "class_sums.cuh"
 #include "class_table.cuh"
+#include "means.cuh"
 #include "sweep.cuh"
 
 namespace ssmkernels::cuda {
 namespace {
+
+using namespace memory;
 
 inline constexpr int kMergeWarps = 8;
 inline constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
@@ -46,34 +50,34 @@ class Forward {
     largest(scores[0], top);
     top[0] *= arguments_.scale;
     top[1] *= arguments_.scale;
-    if (__any_sync(kAllLanes, track_.passed(top))) {
+    if (__any_sync(kAllLanes, total_.passed(top))) {
       Real factor[2];
-      track_.raise(top, factor);
+      total_.raise(top, factor);
       runs_.scale(factor);
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
-    runs_.add(scores[0], tile.labels, track_);
+        scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - total_.reference[i / 2]);
+    runs_.add(scores[0], tile.labels, total_);
   }
 
   template <class Means>
   __device__ void finish(const Means&, const Place& place) {
-    runs_.close(track_);
+    runs_.close(total_);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       if (place.writes(r))
-        arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r],
-                                                                                     track_.sum[r]};
+        arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {total_.reference[r],
+                                                                                     total_.sum[r]};
   }
 
  private:
   const Arguments& arguments_;
   int lane_;
   ClassRuns<Real, true> runs_;
-  Track<Real> track_;
+  RunningLogSum<Real> total_;
 };
 
 // The softmax is taken anew rather than from the forward's log-normaliser, whose rounding at large logits would scale
@@ -88,7 +92,7 @@ class Backward {
   static constexpr int kMeans = 1;
 
   struct Arguments {
-    const Real* slopes;  // class table
+    const Real* class_grads;  // class table
     int64_t classes;
     Real scale;  // log₂e / t
     RowSum<Real>* rows;
@@ -96,10 +100,10 @@ class Backward {
   };
 
   __device__ Backward(const Arguments& arguments, const Place& place)
-      : arguments_(arguments), lane_(place.lane), table_(arguments.slopes, arguments.classes, place) {}
+      : arguments_(arguments), lane_(place.lane), table_(arguments.class_grads, arguments.classes, place) {}
 
   __device__ void fetch(const int* labels) {
-    table_.fetch(slopes_, labels, lane_);
+    table_.fetch(class_grads_, labels, lane_);
   }
 
   template <int kMeanBlocks>
@@ -109,18 +113,18 @@ class Backward {
     largest(scores[0], top);
     top[0] *= arguments_.scale;
     top[1] *= arguments_.scale;
-    if (__any_sync(kAllLanes, track_.passed(top))) {
+    if (__any_sync(kAllLanes, total_.passed(top))) {
       Real factor[2];
-      track_.raise(top, factor);
+      total_.raise(top, factor);
       scale_rows(means[0], factor);
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Real weight = exp2_of(scores[0][n][i] * arguments_.scale - track_.reference[i / 2]);
-        track_.sum[i / 2] += weight;
-        scores[0][n][i] = weight * slopes_[n][i];
+        const Real weight = exp2_of(scores[0][n][i] * arguments_.scale - total_.reference[i / 2]);
+        total_.sum[i / 2] += weight;
+        scores[0][n][i] = weight * class_grads_[n][i];
       }
   }
 
@@ -128,9 +132,9 @@ class Backward {
   __device__ void finish(const Real (&means)[1][kMeanBlocks][4], const Place& place) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Real sum = row_sum(track_.sum[r]);
+      const Real sum = row_sum(total_.sum[r]);
       if (place.writes(r))
-        arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
+        arguments_.rows[place.split * arguments_.means.padded_rows + place.row + 8 * r] = {total_.reference[r], sum};
     }
     arguments_.means.put(means, place);
   }
@@ -139,8 +143,8 @@ class Backward {
   const Arguments& arguments_;
   int lane_;
   TableRows<Real, false> table_;
-  Track<Real> track_;
-  Real slopes_[kBlocks][4];
+  RunningLogSum<Real> total_;
+  Real class_grads_[kBlocks][4];
 };
 
 // (g[c] − Σ_c g[c] q[c]) / row_scale by class, with g 0 for no class, and row_scale the largest such magnitude of the
@@ -254,12 +258,13 @@ struct ForwardScratch {
 template <class Storage>
 ForwardScratch<Storage> take_forward(const Aggregate<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
-  const Cut cut = cut_of(problem.bank, problem.rows, false);
+  const Partition partition = partition_of(problem.bank, problem.rows, false);
   ForwardScratch<Storage> scratch;
   scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.order = take_class_order(labels_of(problem.bank), problem.bank.class_order, workspace);
-  scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
-  scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(problem.bank.classes, cut));
+  scratch.rows = workspace.take<RowSum<Real>>(partition.splits * partition.padded_rows());
+  scratch.classes_sums =
+      workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(problem.bank.classes, partition));
   return scratch;
 }
 
@@ -268,7 +273,7 @@ struct BackwardScratch {
   using Real = Compute<Storage>;
 
   PackedInput<Storage> packed;
-  Real* slopes;
+  Real* class_grads;
   Real* row_scale;  // [B]
   RowSum<Real>* rows;
   Means<Real> means;
@@ -277,13 +282,13 @@ struct BackwardScratch {
 template <class Storage>
 BackwardScratch<Storage> take_backward(const Aggregate<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
-  const Cut cut = cut_of(problem.bank, problem.rows, true);
+  const Partition partition = partition_of(problem.bank, problem.rows, true);
   BackwardScratch<Storage> scratch;
   scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
-  scratch.slopes = take_class_table<Real>(cut, problem.bank.classes, workspace);
+  scratch.class_grads = take_class_table<Real>(partition, problem.bank.classes, workspace);
   scratch.row_scale = workspace.take<Real>(problem.rows);
-  scratch.rows = workspace.take<RowSum<Real>>(cut.splits * cut.padded_rows());
-  scratch.means = take_means<Real>(cut, 1, problem.bank.dim, workspace);
+  scratch.rows = workspace.take<RowSum<Real>>(partition.splits * partition.padded_rows());
+  scratch.means = take_means<Real>(partition, 1, problem.bank.dim, workspace);
   return scratch;
 }
 
@@ -306,15 +311,15 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   Workspace workspace(memory);
   const ForwardScratch<Storage> scratch = take_forward(problem, workspace);
   const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
-                                             cut_of(bank, problem.rows, false), scratch.packed);
+                                             partition_of(bank, problem.rows, false), scratch.packed);
   Merge<Real> merge{};
   merge.rows = scratch.rows;
-  merge.padded_rows = in.cut.padded_rows();
-  merge.splits = in.cut.splits;
-  merge.split_size = in.cut.split_size;
+  merge.padded_rows = in.partition.padded_rows();
+  merge.splits = in.partition.splits;
+  merge.split_size = in.partition.split_size;
   merge.classes_sums = scratch.classes_sums;
   merge.starts = scratch.order.starts;
-  merge.classes_pitch = class_sums_pitch(bank.classes, in.cut);
+  merge.classes_pitch = class_sums_pitch(bank.classes, in.partition);
   merge.classes = bank.classes;
   merge.result = result;
   if (bank.slots > 0) {
@@ -343,28 +348,29 @@ const char* aggregate_backward(const Aggregate<Storage>& problem, const Aggregat
   Workspace workspace(memory);
   const BackwardScratch<Storage> scratch = take_backward(problem, workspace);
   const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                      cut_of(bank, problem.rows, true), scratch.packed);
+                                                      partition_of(bank, problem.rows, true), scratch.packed);
   if (bank.slots > 0) {
     Preparation<Storage, GradTable<Real>> preparation;
     prepare_rows(bank, problem.query, problem.query, problem.rows, scratch.packed, preparation);
     preparation.table = {backward.grad_aggregated, backward.aggregated, problem.rows, bank.classes,
-                         scratch.slopes,           scratch.row_scale};
-    preparation.table_blocks = table_blocks(in.cut);
+                         scratch.class_grads,      scratch.row_scale};
+    preparation.table_blocks = table_blocks(in.partition);
     if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
       return launch_sweep<Engine, Backward<Engine>>(
           in,
-          {scratch.slopes, bank.classes, static_cast<Real>(kLog2e / problem.temperature), scratch.rows, scratch.means},
+          {scratch.class_grads, bank.classes, static_cast<Real>(kLog2e / problem.temperature), scratch.rows,
+           scratch.means},
           stream);
     });
     if (error) return error;
   }
   Merge<Real> merge{};
   merge.rows = scratch.rows;
-  merge.padded_rows = in.cut.padded_rows();
-  merge.splits = in.cut.splits;
-  merge.split_size = in.cut.split_size;
+  merge.padded_rows = in.partition.padded_rows();
+  merge.splits = in.partition.splits;
+  merge.split_size = in.partition.split_size;
   merge.means = scratch.means;
   merge.row_scale = scratch.row_scale;
   merge.scale = static_cast<Real>(1 / problem.temperature);

@@ -5,20 +5,20 @@
 #pragma once
 
 #include "prepare.cuh"
-#include "sweep.cuh"
+#include "sweep_input.cuh"
 
-namespace ssmkernels::cuda {
+namespace ssmkernels::cuda::memory {
 
 inline constexpr int kTableRows = 8;  // one warp each while a table is made
 static_assert(32 * kTableRows == kPrepareThreads);
 
 template <class Real>
-Real* take_class_table(const Cut& cut, int64_t classes, Workspace& workspace) {
-  return workspace.take<Real>(cut.padded_rows() * (classes + 1));
+Real* take_class_table(const Partition& partition, int64_t classes, Workspace& workspace) {
+  return workspace.take<Real>(partition.padded_rows() * (classes + 1));
 }
 
-inline int64_t table_blocks(const Cut& cut) {
-  return cut.padded_rows() / kTableRows;
+inline int64_t table_blocks(const Partition& partition) {
+  return partition.padded_rows() / kTableRows;
 }
 
 // log₂ p, −inf where p is 0 and for no class. A row whose p is zero on every class present is not known, and gets 0
@@ -64,4 +64,52 @@ struct LogProbsTable {
   }
 };
 
-}  // namespace ssmkernels::cuda
+// What the rows of a thread have in the class table, for the slots of a tile.
+template <class Real, bool kClassOrder>
+class TableRows {
+ public:
+  __device__ TableRows(const Real* table, const int64_t& classes, const Place& place)
+      : first_(table + place.row / 8 * (classes + 1) * 8 + place.lane / 4), classes_(classes) {}
+  // Before the products: all values, or in class order the first of each row, which most tiles have for all their
+  // slots.
+  template <int kBlocks>
+  __device__ void fetch(Real (&to)[kBlocks][4], const int* labels, int lane) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+        if (!kClassOrder || (kFetchesFirst && n + c == 0)) load(to, labels, lane, n, c);
+  }
+  // After them: the others.
+  template <int kBlocks>
+  __device__ void complete(Real (&to)[kBlocks][4], const int* labels, int lane) const {
+    static_assert(kClassOrder);
+    const bool one_class = labels[0] == labels[kBlocks * 8 - 1];
+    if (!kFetchesFirst) load(to, labels, lane, 0, 0);
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int c = n == 0; c < 2; ++c)
+        if (one_class) {
+          to[n][c] = to[0][0];
+          to[n][2 + c] = to[0][2];
+        } else {
+          load(to, labels, lane, n, c);
+        }
+  }
+
+ private:
+  static constexpr bool kFetchesFirst = sizeof(Real) == 4;  // float64 has no registers that the products leave
+
+  template <int kBlocks>
+  __device__ void load(Real (&to)[kBlocks][4], const int* labels, int lane, int n, int c) const {
+    const Real* at = first_ + int64_t{labels[column_of(lane, n, c)]} * 8;
+    to[n][c] = at[0];
+    to[n][2 + c] = at[(classes_ + 1) * 8];
+  }
+
+  const Real* first_;
+  const int64_t& classes_;  // a kernel parameter: a reference costs no register
+};
+
+}  // namespace ssmkernels::cuda::memory

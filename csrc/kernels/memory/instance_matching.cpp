@@ -230,27 +230,28 @@ void sweep_bank(const InstanceMatching<Storage>& problem, bool with_means, Paral
                 const Finish& finish) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
-  const Partition cut = partition<Real>(problem.rows, bank.slots);
+  const Partition partition = partition_of<Real>(problem.rows, bank.slots);
   const int64_t means = with_means ? bank.dim : 0;
   const int64_t state_size = State<Real>::size(bank.classes, means);
   Buffer<unsigned char> present(bank.classes + 1);
   mark_present(bank.labels, bank.slots, bank.classes, present.data());
-  Buffer<Real> states(cut.panels * cut.splits * state_size);
+  Buffer<Real> states(partition.panels * partition.splits * state_size);
   auto state_of = [&](int64_t task) { return State<Real>(states.data() + task * state_size, bank.classes, means); };
 
-  parallel_for(cut.panels * cut.splits, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels * partition.splits, [&](int64_t begin, int64_t end) {
     Sweep<Storage> sweep(problem, with_means, present.data());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_slot = task % cut.splits * cut.split_size, end_slot = first_slot + cut.split_size;
-      sweep.run(task / cut.splits * kPanel<Real>, first_slot, end_slot < bank.slots ? end_slot : bank.slots,
+      const int64_t first_slot = task % partition.splits * partition.split_size,
+                    end_slot = first_slot + partition.split_size;
+      sweep.run(task / partition.splits * kPanel<Real>, first_slot, end_slot < bank.slots ? end_slot : bank.slots,
                 state_of(task));
     }
   });
-  parallel_for(cut.panels, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const State<Real> state = state_of(panel * cut.splits);
-      for (int64_t split = 1; split < cut.splits; ++split)
-        merge(state, state_of(panel * cut.splits + split), bank.classes, means);
+      const State<Real> state = state_of(panel * partition.splits);
+      for (int64_t split = 1; split < partition.splits; ++split)
+        merge(state, state_of(panel * partition.splits + split), bank.classes, means);
       normalize(state, bank.classes, means);
       finish(panel * kPanel<Real>, state);
     }

@@ -2,12 +2,16 @@
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: 33 MB of bank, 42 GFLOP of products (two of scores, two of
 // means). Its floor is the products, on the tensor cores. Kernels: the class order of a large bank, what the sweep
 // needs beside it, the sweep, the merge of the splits.
+#include "class_sums.cuh"
 #include "class_table.cuh"
 #include "instance_matching.h"
+#include "means.cuh"
 #include "sweep.cuh"
 
 namespace ssmkernels::cuda {
 namespace {
+
+using namespace memory;
 
 // What a split knows of a row; sums are of powers of two, relative to their references.
 template <class Real>
@@ -116,7 +120,7 @@ class Matching {
   int lane_;
   TableRows<Real, true> table_;
   ClassRuns<Real, false> runs_;
-  Track<Real> weak_, target_, strong_;
+  RunningLogSum<Real> weak_, target_, strong_;
   Real target_logit_[2] = {0, 0};
   Real log_probs_[kBlocks][4];
 };
@@ -138,15 +142,15 @@ template <class Storage>
 Scratch<Storage> take_scratch(const InstanceMatching<Storage>& problem, bool with_means, Workspace& workspace) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
-  const Cut cut = cut_of(bank, problem.rows, with_means);
+  const Partition partition = partition_of(bank, problem.rows, with_means);
   Scratch<Storage> scratch;
   scratch.packed = take_packed_input(bank, problem.query_weak, problem.query_strong, problem.rows, workspace);
   scratch.order = take_class_order(labels_of(bank), bank.class_order, workspace);
-  scratch.log_probs = take_class_table<Real>(cut, bank.classes, workspace);
+  scratch.log_probs = take_class_table<Real>(partition, bank.classes, workspace);
   scratch.known = workspace.take<unsigned char>(problem.rows);
-  scratch.rows = workspace.take<RowSums<Real>>(cut.splits * cut.padded_rows());
-  scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(bank.classes, cut));
-  scratch.means = take_means<Real>(cut, with_means ? 2 : 0, bank.dim, workspace);
+  scratch.rows = workspace.take<RowSums<Real>>(partition.splits * partition.padded_rows());
+  scratch.classes_sums = workspace.take<ClassSum<Real>>(problem.rows * class_sums_pitch(bank.classes, partition));
+  scratch.means = take_means<Real>(partition, with_means ? 2 : 0, bank.dim, workspace);
   return scratch;
 }
 
@@ -266,9 +270,10 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const Scratch<Storage> scratch = take_scratch(problem, with_means, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong,
-                                             problem.rows, cut_of(bank, problem.rows, with_means), scratch.packed);
-  const int64_t pitch = class_sums_pitch(bank.classes, in.cut);
+  const SweepInput<Storage> in =
+      sweep_input(bank, scratch.order.slots, problem.query_weak, problem.query_strong, problem.rows,
+                  partition_of(bank, problem.rows, with_means), scratch.packed);
+  const int64_t pitch = class_sums_pitch(bank.classes, in.partition);
 
   if (bank.slots > 0) {
     Preparation<Storage, LogProbsTable<Real>> preparation;
@@ -278,7 +283,7 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
     preparation.table = {problem.probs_weak, ordered ? scratch.order.present : nullptr,
                          labels_of(bank),    problem.rows,
                          scratch.log_probs,  scratch.known};
-    preparation.table_blocks = table_blocks(in.cut);
+    preparation.table_blocks = table_blocks(in.partition);
     if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
@@ -296,9 +301,9 @@ const char* run(const InstanceMatching<Storage>& problem, const InstanceMatching
     });
     if (error) return error;
   }
-  return launch(merge_matching<Real>, problem.rows, 32 * kMergeWarps, 2 * in.cut.splits * sizeof(Real), stream,
+  return launch(merge_matching<Real>, problem.rows, 32 * kMergeWarps, 2 * in.partition.splits * sizeof(Real), stream,
                 Merge<Real>{scratch.rows, scratch.classes_sums, scratch.order.starts, scratch.known, problem.probs_weak,
-                            scratch.means, pitch, bank.classes, bank.dim, in.cut.splits, in.cut.split_size,
+                            scratch.means, pitch, bank.classes, bank.dim, in.partition.splits, in.partition.split_size,
                             static_cast<Real>(1 / problem.temperature_strong), partial, result});
 }
 

@@ -37,15 +37,15 @@ struct Partition {
 };
 
 template <class Real>
-static inline Partition partition(int64_t rows, int64_t slots) {
-  Partition cut;
-  cut.panels = (rows + kPanel<Real> - 1) / kPanel<Real>;
-  const int64_t wanted = cut.panels > 0 ? (kTasks + cut.panels - 1) / cut.panels : 1;
+static inline Partition partition_of(int64_t rows, int64_t slots) {
+  Partition partition;
+  partition.panels = (rows + kPanel<Real> - 1) / kPanel<Real>;
+  const int64_t wanted = partition.panels > 0 ? (kTasks + partition.panels - 1) / partition.panels : 1;
   const int64_t tiles = (slots + kTile - 1) / kTile;
   const int64_t tiles_per_split = (tiles + wanted - 1) / wanted > 4 ? (tiles + wanted - 1) / wanted : 4;
-  cut.split_size = tiles_per_split * kTile;
-  cut.splits = tiles > 0 ? (tiles + tiles_per_split - 1) / tiles_per_split : 0;
-  return cut;
+  partition.split_size = tiles_per_split * kTile;
+  partition.splits = tiles > 0 ? (tiles + tiles_per_split - 1) / tiles_per_split : 0;
+  return partition;
 }
 
 // packed[d][lane] = scale · rows[first + lane][d], and 0 in the lanes past `count`.

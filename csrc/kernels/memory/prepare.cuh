@@ -7,7 +7,7 @@
 #include "../common/vector_rows.cuh"
 #include "bank.h"
 
-namespace ssmkernels::cuda {
+namespace ssmkernels::cuda::memory {
 
 inline constexpr int kPrepareThreads = 256;
 static_assert(kPrepareThreads == kPackThreads);
@@ -56,4 +56,4 @@ const char* launch_prepare(const Preparation<Storage, Table>& in, cudaStream_t s
   return launch(prepare<Storage, Table>, blocks, kPrepareThreads, 0, stream, in);
 }
 
-}  // namespace ssmkernels::cuda
+}  // namespace ssmkernels::cuda::memory

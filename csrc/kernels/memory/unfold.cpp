@@ -35,12 +35,12 @@ template <class Storage>
 void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
   using Real = Compute<Storage>;
   const Bank<Storage>& bank = problem.bank;
-  const Partition cut = partition<Real>(problem.rows, bank.slots);
+  const Partition partition = partition_of<Real>(problem.rows, bank.slots);
   Buffer<unsigned char> present(bank.classes + 1);
   mark_present(bank.labels, bank.slots, bank.classes, present.data());
-  Buffer<Real> normalizers(cut.panels * cut.splits * 2 * kPanel<Real>);  // maximum and sum of each task
+  Buffer<Real> normalizers(partition.panels * partition.splits * 2 * kPanel<Real>);  // maximum and sum of each task
 
-  parallel_for(cut.panels * cut.splits, [&](int64_t begin, int64_t end) {
+  parallel_for(partition.panels * partition.splits, [&](int64_t begin, int64_t end) {
     Buffer<Real> scratch((bank.dim + bank.classes + 1 + 1 + kTile) * kPanel<Real> + tile_scratch(bank));
     Real* query = scratch.take(bank.dim * kPanel<Real>);
     Real* log_probs = scratch.take((bank.classes + 1) * kPanel<Real>);
@@ -50,9 +50,9 @@ void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
     for (int64_t task = begin; task < end; ++task) {
       Real* maximum = normalizers.data() + task * 2 * kPanel<Real>;
       Real* sum = maximum + kPanel<Real>;
-      const int64_t first_row = task / cut.splits * kPanel<Real>;
-      const int64_t first = task % cut.splits * cut.split_size;
-      const int64_t last = first + cut.split_size < bank.slots ? first + cut.split_size : bank.slots;
+      const int64_t first_row = task / partition.splits * kPanel<Real>;
+      const int64_t first = task % partition.splits * partition.split_size;
+      const int64_t last = first + partition.split_size < bank.slots ? first + partition.split_size : bank.slots;
       const int64_t lanes = problem.rows - first_row < kPanel<Real> ? problem.rows - first_row : kPanel<Real>;
       pack_panel(problem.query, bank.dim, first_row, problem.rows, static_cast<Real>(1 / problem.temperature), query);
       pack_log_probs(problem.probs, bank.classes, first_row, problem.rows, present.data(), log_probs, unknown);
@@ -83,14 +83,15 @@ void unfold(const Unfold<Storage>& problem, ParallelFor parallel_for) {
   });
   parallel_for(problem.rows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const Real* tasks = normalizers.data() + row / kPanel<Real> * cut.splits * 2 * kPanel<Real> + row % kPanel<Real>;
+      const Real* tasks =
+          normalizers.data() + row / kPanel<Real> * partition.splits * 2 * kPanel<Real> + row % kPanel<Real>;
       Real top = tasks[0];
-      for (int64_t split = 1; split < cut.splits; ++split) {
+      for (int64_t split = 1; split < partition.splits; ++split) {
         const Real other = tasks[split * 2 * kPanel<Real>];
         top = other > top ? other : top;
       }
       Real sum = 0;
-      for (int64_t split = 0; split < cut.splits; ++split) {
+      for (int64_t split = 0; split < partition.splits; ++split) {
         const Real* task = tasks + split * 2 * kPanel<Real>;
         sum += task[kPanel<Real>] * exp(broadcast(task[0] - top))[0];
       }

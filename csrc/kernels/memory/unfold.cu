@@ -2,11 +2,14 @@
 // Of B = 320, D = 128, K = 128k in bfloat16: 33 MB of bank read, 164 MB written, 21 GFLOP. Two sweeps: taking the
 // scores twice (10.5 GFLOP) is cheaper than writing them, reading them and writing them again (328 MB more).
 #include "class_table.cuh"
+#include "running_sums.cuh"
 #include "sweep.cuh"
 #include "unfold.h"
 
 namespace ssmkernels::cuda {
 namespace {
+
+using namespace memory;
 
 inline constexpr double kLog2e = 1.44269504088896340736;
 
@@ -57,23 +60,23 @@ class Normalize {
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[0][n][i] = scores[0][n][i] * arguments_.scale + log_probs_[n][i];
     largest(scores[0], top);
-    if (__any_sync(kAllLanes, track_.passed(top))) {
+    if (__any_sync(kAllLanes, total_.passed(top))) {
       Real factor[2];
-      track_.raise(top, factor);
+      total_.raise(top, factor);
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) track_.sum[i / 2] += exp2_of(scores[0][n][i] - track_.reference[i / 2]);
+      for (int i = 0; i < 4; ++i) total_.sum[i / 2] += exp2_of(scores[0][n][i] - total_.reference[i / 2]);
   }
 
   template <class Means>
   __device__ void finish(const Means&, const Place& place) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Real sum = row_sum(track_.sum[r]);
+      const Real sum = row_sum(total_.sum[r]);
       if (place.writes(r))
-        arguments_.splits[place.split * arguments_.padded_rows + place.row + 8 * r] = {track_.reference[r], sum};
+        arguments_.splits[place.split * arguments_.padded_rows + place.row + 8 * r] = {total_.reference[r], sum};
     }
   }
 
@@ -81,7 +84,7 @@ class Normalize {
   const Arguments& arguments_;
   int lane_;
   TableRows<Real, false> table_;
-  Track<Real> track_;
+  RunningLogSum<Real> total_;
   Real log_probs_[kBlocks][4];
 };
 
@@ -176,13 +179,13 @@ struct Scratch {
 template <class Storage>
 Scratch<Storage> take_scratch(const Unfold<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
-  const Cut cut = cut_of(problem.bank, problem.rows, false);
+  const Partition partition = partition_of(problem.bank, problem.rows, false);
   Scratch<Storage> scratch;
   scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.present = workspace.take<unsigned char>(problem.bank.classes + 1);
   scratch.known = workspace.take<unsigned char>(problem.rows);
-  scratch.log_probs = take_class_table<Real>(cut, problem.bank.classes, workspace);
-  scratch.splits = workspace.take<Normalizer<Real>>(cut.splits * cut.padded_rows());
+  scratch.log_probs = take_class_table<Real>(partition, problem.bank.classes, workspace);
+  scratch.splits = workspace.take<Normalizer<Real>>(partition.splits * partition.padded_rows());
   return scratch;
 }
 
@@ -203,7 +206,7 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   Workspace workspace(memory);
   const Scratch<Storage> scratch = take_scratch(problem, workspace);
   const SweepInput<Storage> in = sweep_input<Storage>(bank, nullptr, problem.query, problem.query, problem.rows,
-                                                      cut_of(bank, problem.rows, false), scratch.packed);
+                                                      partition_of(bank, problem.rows, false), scratch.packed);
   const bool few = has_few_slots(labels_of(bank));
   if (!few) {
     if (const char* error = message(cudaMemsetAsync(scratch.present, 0, bank.classes + 1, stream))) return error;
@@ -215,7 +218,7 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
   prepare_rows(bank, problem.query, problem.query, problem.rows, scratch.packed, preparation);
   preparation.table = {problem.probs, few ? nullptr : scratch.present, labels_of(bank), problem.rows, scratch.log_probs,
                        scratch.known};
-  preparation.table_blocks = table_blocks(in.cut);
+  preparation.table_blocks = table_blocks(in.partition);
   if (const char* error = launch_prepare(preparation, stream)) return error;
   return with_engine<Storage>(problem.allow_tf32, [&](auto engine) -> const char* {
     using Engine = decltype(engine);
@@ -223,8 +226,8 @@ const char* unfold(const Unfold<Storage>& problem, void* memory, CudaStream stre
                                             bank.classes,
                                             static_cast<Real>(kLog2e / problem.temperature),
                                             scratch.splits,
-                                            in.cut.padded_rows(),
-                                            in.cut.splits,
+                                            in.partition.padded_rows(),
+                                            in.partition.splits,
                                             problem.unfolded,
                                             bank.slots};
     if (const char* error = launch_sweep<Engine, Normalize<Engine>>(in, arguments, stream)) return error;

@@ -16,7 +16,7 @@
 #include "../common/mma.cuh"
 #include "parts.cuh"
 
-namespace ssmkernels::cuda::pairwise {
+namespace ssmkernels::cuda::pairs {
 
 inline constexpr int kConcatThreads = 128, kConcatWarps = kConcatThreads / 32;
 inline constexpr int kConcatRows = 32, kConcatColumns = 64;  // of a tile
@@ -38,13 +38,13 @@ struct ConcatSweep {
 
 template <class Real>
 struct ConcatTile {
-  static constexpr int kSlopePitch = kConcatRows + kVector<Real>;
+  static constexpr int kGradPitch = kConcatRows + kVector<Real>;
 
   Vector<Real> a[kConcatRows * kChunkPitch], b[kConcatColumns * kChunkPitch], w2[kChunkVectors];
-  Vector<Real> values[kConcatColumns * kSlopePitch / kVector<Real>];  // logits, then ∂L/∂logit: [column][row]
+  Vector<Real> values[kConcatColumns * kGradPitch / kVector<Real>];  // logits, then ∂L/∂logit: [column][row]
 
   __device__ Real& value(int row, int column) {
-    return values[(column * kSlopePitch + row) / kVector<Real>].values[row % kVector<Real>];
+    return values[(column * kGradPitch + row) / kVector<Real>].values[row % kVector<Real>];
   }
 };
 
@@ -122,7 +122,7 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
         Real others = 0;
 #pragma unroll
         for (int r = 0; r < kGroup; r += kVector<Real>) {
-          const Vector<Real> g = tile.values[(c * ConcatTile<Real>::kSlopePitch + group + r) / kVector<Real>];
+          const Vector<Real> g = tile.values[(c * ConcatTile<Real>::kGradPitch + group + r) / kVector<Real>];
 #pragma unroll
           for (int k = 0; k < kVector<Real>; ++k)
             if (!(a[r + k] <= threshold)) {  // NaN passes, as in relu's gradient
@@ -165,11 +165,11 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
         const int r = e / kConcatColumns, c = e % kConcatColumns;
         const int64_t i = first_row + r, j = first_column + c;
         Real& value = tile.value(r, c);
-        const Real slope =
+        const Real grad_logit =
             i < in.rows && j < in.columns ? in.head(value + bias, i, j, i * in.columns + j, sums.values) : Real(0);
         if constexpr (kGradients) {
-          value = slope;
-          sums.slopes += slope;
+          value = grad_logit;
+          sums.grad_logits += grad_logit;
         }
       }
       if constexpr (kGradients) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
       }
     }
   sums.values = block_sum<kConcatWarps>(sums.values, scratch);
-  sums.slopes = block_sum<kConcatWarps>(sums.slopes, scratch);
+  sums.grad_logits = block_sum<kConcatWarps>(sums.grad_logits, scratch);
   if (threadIdx.x == 0) in.sums[blockIdx.x] = sums;
 }
 
@@ -195,8 +195,8 @@ struct ConcatList {
   int64_t rows, columns, hidden, count;
   int64_t pitch;  // of a, b and w2
   PairHead<Real> head;
-  PairSums* sums;  // [blocks]
-  Real* slopes;    // [p] ∂L/∂logit, or null
+  PairSums* sums;     // [blocks]
+  Real* grad_logits;  // [p] ∂L/∂logit, or null
 };
 
 template <class Real>
@@ -240,17 +240,17 @@ __global__ void __launch_bounds__(32 * kListWarps) list_concat(const __grid_cons
     }
     if (!mine) continue;
     PairSums& sums = place_sums[warp][lane];
-    Real slope = 0;
+    Real grad_logit = 0;
     if (pair.valid)
-      slope = in.head(logit, pair.i, pair.j, at, sums.values);
+      grad_logit = in.head(logit, pair.i, pair.j, at, sums.values);
     else
       in.head.skip(at);
-    sums.slopes += slope;
-    if (in.slopes) in.slopes[at] = slope;
+    sums.grad_logits += grad_logit;
+    if (in.grad_logits) in.grad_logits[at] = grad_logit;
   }
   PairSums sums = lane < kListBatch ? place_sums[warp][lane] : PairSums{};
   sums.values = block_sum<kListWarps>(sums.values, scratch);
-  sums.slopes = block_sum<kListWarps>(sums.slopes, scratch);
+  sums.grad_logits = block_sum<kListWarps>(sums.grad_logits, scratch);
   if (threadIdx.x == 0) in.sums[blockIdx.x] = sums;
 }
 
@@ -262,7 +262,7 @@ template <class Real>
 struct ConcatGather {
   const Slot* order;
   const int64_t* pairs;
-  const Real* slopes;
+  const Real* grad_logits;
   const Real *own, *others;  // A and B, or B and A
   int side;                  // 0 or 1
   int64_t rows, hidden, count;
@@ -293,13 +293,13 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
   for (int64_t begin = share * in.share; begin < end; begin += 32) {
     // What the 32 lanes each know of a pair: its row, or -1 if it is skipped or past the end.
     int64_t own_row = -1, other_row = 0;
-    Real slope = 0;
+    Real grad_logit = 0;
     if (begin + lane < end) {
       const Slot slot = in.order[begin + lane];
       if (slot.label < in.rows) {
         own_row = slot.label;
         other_row = in.pairs[2 * slot.index + 1 - in.side];
-        slope = in.slopes[slot.index];
+        grad_logit = in.grad_logits[slot.index];
       }
     }
 #pragma unroll 1
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps) gather_concat(const __grid_
       }
 #pragma unroll
       for (int k = 0; k < kGatherBatch; ++k) {
-        const Real g = __shfl_sync(kAllLanes, slope, first + k);
+        const Real g = __shfl_sync(kAllLanes, grad_logit, first + k);
         if (rows[k] < 0) continue;
         if (rows[k] != row) {
           close_row();
@@ -338,7 +338,7 @@ struct ConcatScratch {
   // gradients
   Real *x_parts, *y_parts;  // of listed pairs the same: one side after the other
   Real* products;           // [blocks that finish x and y][h]
-  Real* slopes;             // listed pairs
+  Real* grad_logits;        // listed pairs
   SortedPairs sorted;
 };
 
@@ -364,7 +364,7 @@ ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_grad
   if (!with_gradients) return scratch;
   scratch.products = workspace.take<Real>((finish_blocks(n) + finish_blocks(m)) * h);
   if (network.pairs) {
-    scratch.slopes = workspace.take<Real>(network.count);
+    scratch.grad_logits = workspace.take<Real>(network.count);
     scratch.x_parts = scratch.y_parts =
         workspace.take<Real>((max(n, m) + ceil_div(network.count, list_share(network.count))) * h);
     scratch.sorted = take_sorted_pairs(network.count, n, m, workspace);
@@ -375,7 +375,7 @@ ConcatScratch<Real> take_concat(const PairNetwork<Real>& network, bool with_grad
   return scratch;
 }
 
-// ∂A = w2∘U and ∂B = w2∘V of listed pairs, whose slopes are known.
+// ∂A = w2∘U and ∂B = w2∘V of listed pairs, whose grad_logits are known.
 template <class Real>
 const char* finish_concat_side(const PairNetwork<Real>& network, int side, const NetworkRows<Real>& rows,
                                const ConcatScratch<Real>& scratch, FinishRows<Real> finish, cudaStream_t stream) {
@@ -386,7 +386,7 @@ const char* finish_concat_side(const PairNetwork<Real>& network, int side, const
     ConcatGather<Real> gather{};
     gather.order = scratch.sorted.order.slots;
     gather.pairs = network.pairs;
-    gather.slopes = scratch.slopes;
+    gather.grad_logits = scratch.grad_logits;
     gather.own = side == 0 ? rows.x : rows.y;
     gather.others = side == 0 ? rows.y : rows.x;
     gather.side = side;
@@ -418,8 +418,8 @@ const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<
   int64_t blocks;
   if (network.pairs) {
     blocks = list_blocks(network.count);
-    const ConcatList<Real> list{rows.x,        rows.y,     rows.w, network.b2,   network.pairs, n, m, h,
-                                network.count, rows.pitch, head,   scratch.sums, scratch.slopes};
+    const ConcatList<Real> list{rows.x,        rows.y,     rows.w, network.b2,   network.pairs,      n, m, h,
+                                network.count, rows.pitch, head,   scratch.sums, scratch.grad_logits};
     if (const char* error = launch(list_concat<Real>, blocks, 32 * kListWarps, 0, stream, list)) return error;
   } else {
     blocks = grid.blocks();
@@ -452,4 +452,4 @@ const char* sweep_concat_pairs(const PairNetwork<Real>& network, const PairHead<
                 x_blocks + y_blocks, h, gradients->w2);
 }
 
-}  // namespace ssmkernels::cuda::pairwise
+}  // namespace ssmkernels::cuda::pairs

@@ -5,7 +5,7 @@
 #include "../common/cuda.cuh"
 #include "pair_focal_loss.h"
 
-namespace ssmkernels::cuda::pairwise {
+namespace ssmkernels::cuda::pairs {
 
 struct ListedPair {
   int64_t i, j;
@@ -32,12 +32,12 @@ struct PairHead {
 
   // Writes the value and adds it to `sum`; returns ∂L/∂logit.
   __device__ Real operator()(Real logit, int64_t i, int64_t j, int64_t offset, double& sum) const {
-    Real value = logit, slope = 1;
-    if (focal.x_labels) focal_loss(focal.x_labels[i], focal.y_labels[j], logit, value, slope);
+    Real value = logit, grad_logit = 1;
+    if (focal.x_labels) focal_loss(focal.x_labels[i], focal.y_labels[j], logit, value, grad_logit);
     if (values) values[offset] = value;
     sum += value;
-    if (grad_values) return slope * grad_values[offset];
-    return scale ? slope * static_cast<Real>(*scale) : slope;
+    if (grad_values) return grad_logit * grad_values[offset];
+    return scale ? grad_logit * static_cast<Real>(*scale) : grad_logit;
   }
 
   __device__ void skip(int64_t offset) const {
@@ -46,8 +46,8 @@ struct PairHead {
 
  private:
   // FL and ∂FL/∂logit; both 0 where the pair does not count.
-  __device__ void focal_loss(int64_t left, int64_t right, Real logit, Real& loss, Real& slope) const {
-    loss = slope = 0;
+  __device__ void focal_loss(int64_t left, int64_t right, Real logit, Real& loss, Real& grad_logit) const {
+    loss = grad_logit = 0;
     if (left == focal.ignored || right == focal.ignored) return;
     const bool same = left == right;
     const Real s = same ? logit : -logit, weight = static_cast<Real>(same ? focal.alpha_same : focal.alpha_other);
@@ -57,14 +57,14 @@ struct PairHead {
     const Real surprise = std::log1p(e) + max(-s, Real(0));  // −log p_t
     const Real power = gamma == 2 ? wrong_share * wrong_share : std::pow(wrong_share, gamma);
     loss = weight * power * surprise;
-    slope = (same ? -weight : weight) * power * (gamma * right_share * surprise + wrong_share);
+    grad_logit = (same ? -weight : weight) * power * (gamma * right_share * surprise + wrong_share);
   }
 };
 
 // Of the pairs a block has seen.
 struct PairSums {
   double values;
-  double slopes;
+  double grad_logits;
 };
 
 // Σ over the blocks, in their order: the total and ∂b2.
@@ -72,16 +72,16 @@ template <class Real>
 __global__ void __launch_bounds__(256)
     finish_sums(const PairSums* sums, int64_t blocks, const double* scale, Real* total, Real* grad_b2) {
   SSM_SHARED(scratch, double[8]);
-  double values = 0, slopes = 0;
+  double values = 0, grad_logits = 0;
   for (int64_t block = threadIdx.x; block < blocks; block += 256) {
     values += sums[block].values;
-    slopes += sums[block].slopes;
+    grad_logits += sums[block].grad_logits;
   }
   values = block_sum<8>(values, scratch);
-  slopes = block_sum<8>(slopes, scratch);
+  grad_logits = block_sum<8>(grad_logits, scratch);
   if (threadIdx.x > 0) return;
   if (total) *total = static_cast<Real>(scale ? values * *scale : values);
-  if (grad_b2) *grad_b2 = static_cast<Real>(slopes);
+  if (grad_b2) *grad_b2 = static_cast<Real>(grad_logits);
 }
 
-}  // namespace ssmkernels::cuda::pairwise
+}  // namespace ssmkernels::cuda::pairs

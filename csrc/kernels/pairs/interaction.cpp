@@ -92,13 +92,13 @@ class Interactions {
   }
 
   // ∂x and ∂y of a pair are each a product of ∂φ with these.
-  void slopes(Vec<Real> left, Vec<Real> right, Vec<Real>& x_slope, Vec<Real>& y_slope) const {
+  void derivatives(Vec<Real> left, Vec<Real> right, Vec<Real>& x_derivative, Vec<Real>& y_derivative) const {
     const Vec<Real> none{};
-    x_slope = network.interaction == Interaction::product ? right
-              : left > right                              ? none + 1
-              : left < right                              ? none - 1
-                                                          : none;
-    y_slope = network.interaction == Interaction::product ? left : -x_slope;
+    x_derivative = network.interaction == Interaction::product ? right
+                   : left > right                              ? none + 1
+                   : left < right                              ? none - 1
+                                                               : none;
+    y_derivative = network.interaction == Interaction::product ? left : -x_derivative;
   }
 
   // Calls each(span) for the tiles of a task.
@@ -252,11 +252,11 @@ void add_row_gradients(Tile<Real>& tile, const Packed<Real>& transposed, const P
     const Real *left = in.x[span.x_row(k)], *right = in.y[span.y_row(k)];
     Real *x_sums = out.x.row(x_part, span.x_row(k)), *y_sums = out.y.row(y_part, span.y_row(k));
     for (int64_t c = 0; c < stride; c += kLanes<Real>) {
-      Vec<Real> x_slope, y_slope;
-      in.slopes(load(left + c), load(right + c), x_slope, y_slope);
+      Vec<Real> x_derivative, y_derivative;
+      in.derivatives(load(left + c), load(right + c), x_derivative, y_derivative);
       const Vec<Real> grad = load(tile.rows + k * stride + c);
-      store(x_sums + c, load(x_sums + c) + grad * x_slope);
-      store(y_sums + c, load(y_sums + c) + grad * y_slope);
+      store(x_sums + c, load(x_sums + c) + grad * x_derivative);
+      store(y_sums + c, load(y_sums + c) + grad * y_derivative);
     }
   }
 }

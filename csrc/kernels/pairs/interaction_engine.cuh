@@ -10,7 +10,7 @@
 #include "../common/mma.cuh"
 #include "parts.cuh"
 
-namespace ssmkernels::cuda::pairwise {
+namespace ssmkernels::cuda::pairs {
 
 inline constexpr int kInteractionWarps = 8, kInteractionThreads = 32 * kInteractionWarps;
 inline constexpr int kTilePairs = 128;
@@ -229,4 +229,4 @@ struct EngineFor<double> {
   using type = PlainEngine<double>;
 };
 
-}  // namespace ssmkernels::cuda::pairwise
+}  // namespace ssmkernels::cuda::pairs

@@ -39,7 +39,7 @@ struct Targets {
 
 enum class Gamma { zero, two, any };
 
-// Calls each(k, loss, slope) for every vector of a span, slope being ∂FL/∂logit.
+// Calls each(k, loss, grad_logit) for every vector of a span, grad_logit being ∂FL/∂logit.
 template <Gamma kGamma, class Real, class F>
 void for_each_loss(const Targets<Real>& targets, const Real* logits, int64_t count, Real gamma, const F& each) {
   const Vec<Real> none{};
@@ -103,7 +103,7 @@ void pair_focal_loss_backward(const PairNetwork<Real>& network, const FocalLoss&
   const auto head = [&](const PairSpan& span, Real* values) {
     const Targets<Real> targets(network, focal, span, 1);
     for_each_loss(focal, targets, values, span.count,
-                  [&](int64_t k, Vec<Real>, Vec<Real> slope) { store(values + k, slope); });
+                  [&](int64_t k, Vec<Real>, Vec<Real> grad_logit) { store(values + k, grad_logit); });
     for (int64_t k = 0; k < span.count; ++k) values[k] *= grad_losses[span.offset + k];
   };
   sweep_gradients<Real>(network, true, head, gradients, parallel_for);
@@ -118,9 +118,9 @@ void pair_focal_loss_sum(const PairNetwork<Real>& network, const FocalLoss& foca
   const auto head = [&](const PairSpan& span, Real* values) {
     const Targets<Real> targets(network, focal, span, 1);
     Vec<Real> sum{};
-    for_each_loss(focal, targets, values, span.count, [&](int64_t k, Vec<Real> loss, Vec<Real> slope) {
+    for_each_loss(focal, targets, values, span.count, [&](int64_t k, Vec<Real> loss, Vec<Real> grad_logit) {
       sum += loss;
-      store(values + k, slope * static_cast<Real>(scale));
+      store(values + k, grad_logit * static_cast<Real>(scale));
     });
     double span_sum = 0;
     for (int lane = 0; lane < kLanes<Real>; ++lane) span_sum += sum[lane];

@@ -5,7 +5,7 @@
 namespace ssmkernels::cuda {
 namespace {
 
-using pairwise::PairCount;
+using pairs::PairCount;
 
 constexpr int kCountThreads = 256, kCountWarps = kCountThreads / 32;
 
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, Pair
   int64_t left = 0, right = 0;
   if (in.pairs) {
     for (int64_t at = first; at < in.count; at += step) {
-      const pairwise::ListedPair pair = pairwise::listed_pair(in.pairs, at, in.x_rows, in.y_rows);
+      const pairs::ListedPair pair = pairs::listed_pair(in.pairs, at, in.x_rows, in.y_rows);
       left +=
           pair.valid && in.focal.x_labels[pair.i] != in.focal.ignored && in.focal.y_labels[pair.j] != in.focal.ignored;
     }
@@ -52,8 +52,8 @@ template <class Storage>
 const char* pair_focal_loss(const PairNetwork<Storage>& network, const FocalLoss& focal, Compute<Storage>* losses,
                             void* memory, CudaStream stream) {
   Workspace workspace(memory);
-  const pairwise::PairHead<Compute<Storage>> head{focal, losses, nullptr, nullptr, nullptr};
-  return pairwise::sweep_pairs<Storage>(network, head, nullptr, workspace, stream);
+  const pairs::PairHead<Compute<Storage>> head{focal, losses, nullptr, nullptr, nullptr};
+  return pairs::sweep_pairs<Storage>(network, head, nullptr, workspace, stream);
 }
 
 template <class Storage>
@@ -62,15 +62,15 @@ const char* pair_focal_loss_backward(const PairNetwork<Storage>& network, const 
                                      const PairGradients<Compute<Storage>>& gradients, void* memory,
                                      CudaStream stream) {
   Workspace workspace(memory);
-  const pairwise::PairHead<Compute<Storage>> head{focal, nullptr, grad_losses, nullptr, nullptr};
-  return pairwise::sweep_pairs<Storage>(network, head, &gradients, workspace, stream);
+  const pairs::PairHead<Compute<Storage>> head{focal, nullptr, grad_losses, nullptr, nullptr};
+  return pairs::sweep_pairs<Storage>(network, head, &gradients, workspace, stream);
 }
 
 template <class Storage>
 const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const FocalLoss& focal,
                                 const FocalLossSum<Compute<Storage>>& out, void* memory, CudaStream stream) {
   Workspace workspace(memory);
-  const PairCount count = pairwise::take_pair_count(workspace);
+  const PairCount count = pairs::take_pair_count(workspace);
   if (out.mean) {
     const int64_t rows = network.pairs ? network.count : max(network.x_rows, network.y_rows);
     const int64_t blocks = min<int64_t>(ceil_div<int64_t>(rows, kCountThreads), PairCount::kBlocks);
@@ -80,8 +80,8 @@ const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const Focal
             launch(finish_count, 1, PairCount::kBlocks, 0, stream, count, blocks, network.pairs != nullptr))
       return error;
   }
-  const pairwise::PairHead<Compute<Storage>> head{focal, nullptr, nullptr, out.mean ? count.scale : nullptr, out.loss};
-  return pairwise::sweep_pairs<Storage>(network, head, out.gradients, workspace, stream);
+  const pairs::PairHead<Compute<Storage>> head{focal, nullptr, nullptr, out.mean ? count.scale : nullptr, out.loss};
+  return pairs::sweep_pairs<Storage>(network, head, out.gradients, workspace, stream);
 }
 
 #define SSM_INSTANTIATE(Storage)                                                                                 \

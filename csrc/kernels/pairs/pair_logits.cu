@@ -7,7 +7,7 @@
 #include "sweep.cuh"
 
 namespace ssmkernels::cuda {
-namespace pairwise {
+namespace pairs {
 
 template <class Storage>
 const char* sweep_pairs(const PairNetwork<Storage>& network, const PairHead<Compute<Storage>>& head,
@@ -20,19 +20,19 @@ const char* sweep_pairs(const PairNetwork<Storage>& network, const PairHead<Comp
     return "for concat x and y are float32 or float64";
 }
 
-}  // namespace pairwise
+}  // namespace pairs
 
 template <class Storage>
 int64_t pair_workspace(const PairNetwork<Storage>& network, bool with_gradients) {
   Workspace workspace(nullptr);
-  pairwise::take_pair_count(workspace);
+  pairs::take_pair_count(workspace);
   if constexpr (std::is_same_v<Storage, Compute<Storage>>) {
     if (network.interaction == Interaction::concat) {
-      pairwise::take_concat(network, with_gradients, workspace);
+      pairs::take_concat(network, with_gradients, workspace);
       return workspace.bytes();
     }
   }
-  pairwise::take_interaction(network, with_gradients, workspace);
+  pairs::take_interaction(network, with_gradients, workspace);
   return workspace.bytes();
 }
 
@@ -40,24 +40,24 @@ template <class Storage>
 const char* pair_logits(const PairNetwork<Storage>& network, Compute<Storage>* logits, void* memory,
                         CudaStream stream) {
   Workspace workspace(memory);
-  const pairwise::PairHead<Compute<Storage>> head{{}, logits, nullptr, nullptr, nullptr};
-  return pairwise::sweep_pairs<Storage>(network, head, nullptr, workspace, stream);
+  const pairs::PairHead<Compute<Storage>> head{{}, logits, nullptr, nullptr, nullptr};
+  return pairs::sweep_pairs<Storage>(network, head, nullptr, workspace, stream);
 }
 
 template <class Storage>
 const char* pair_logits_backward(const PairNetwork<Storage>& network, const Compute<Storage>* grad_logits,
                                  const PairGradients<Compute<Storage>>& gradients, void* memory, CudaStream stream) {
   Workspace workspace(memory);
-  const pairwise::PairHead<Compute<Storage>> head{{}, nullptr, grad_logits, nullptr, nullptr};
-  return pairwise::sweep_pairs<Storage>(network, head, &gradients, workspace, stream);
+  const pairs::PairHead<Compute<Storage>> head{{}, nullptr, grad_logits, nullptr, nullptr};
+  return pairs::sweep_pairs<Storage>(network, head, &gradients, workspace, stream);
 }
 
-#define SSM_INSTANTIATE(Storage)                                                                                       \
-  template const char* pairwise::sweep_pairs(const PairNetwork<Storage>&, const pairwise::PairHead<Compute<Storage>>&, \
-                                             const PairGradients<Compute<Storage>>*, Workspace&, cudaStream_t);        \
-  template int64_t pair_workspace(const PairNetwork<Storage>&, bool);                                                  \
-  template const char* pair_logits(const PairNetwork<Storage>&, Compute<Storage>*, void*, CudaStream);                 \
-  template const char* pair_logits_backward(const PairNetwork<Storage>&, const Compute<Storage>*,                      \
+#define SSM_INSTANTIATE(Storage)                                                                                 \
+  template const char* pairs::sweep_pairs(const PairNetwork<Storage>&, const pairs::PairHead<Compute<Storage>>&, \
+                                          const PairGradients<Compute<Storage>>*, Workspace&, cudaStream_t);     \
+  template int64_t pair_workspace(const PairNetwork<Storage>&, bool);                                            \
+  template const char* pair_logits(const PairNetwork<Storage>&, Compute<Storage>*, void*, CudaStream);           \
+  template const char* pair_logits_backward(const PairNetwork<Storage>&, const Compute<Storage>*,                \
                                             const PairGradients<Compute<Storage>>&, void*, CudaStream);
 SSM_INSTANTIATE(float)
 SSM_INSTANTIATE(double)

@@ -11,7 +11,7 @@
 #include "../common/vector_rows.cuh"
 #include "head.cuh"
 
-namespace ssmkernels::cuda::pairwise {
+namespace ssmkernels::cuda::pairs {
 
 // 16 bytes of a row.
 template <class Storage>
@@ -20,13 +20,6 @@ template <class Storage>
 struct alignas(16) Vector {
   Storage values[kVector<Storage>];
 };
-
-// Lets the compiler know that p, which came through memory, points to global memory.
-template <class T>
-__device__ const T* in_global(const T* p) {
-  __builtin_assume(__isGlobal(p));
-  return p;
-}
 
 template <class Storage>
 __device__ Vector<Storage> vector_at(const Storage* from) {
@@ -227,4 +220,4 @@ __global__ void __launch_bounds__(32 * kPartGroups)
   if (threadIdx.x < 32 && column < width) out[column] = sum;
 }
 
-}  // namespace ssmkernels::cuda::pairwise
+}  // namespace ssmkernels::cuda::pairs

@@ -6,7 +6,7 @@
 
 #include "head.cuh"
 
-namespace ssmkernels::cuda::pairwise {
+namespace ssmkernels::cuda::pairs {
 
 // `gradients` may be null. Defined in pair_logits.cu.
 template <class Storage>
@@ -28,4 +28,4 @@ inline PairCount take_pair_count(Workspace& workspace) {
   return count;
 }
 
-}  // namespace ssmkernels::cuda::pairwise
+}  // namespace ssmkernels::cuda::pairs

@@ -15,9 +15,9 @@ inline constexpr int64_t kMeanParts = 64, kGramBlocks = 512, kRowBlocks = 256;
 
 // Of one block of rows, then of all.
 struct RowSums {
-  double slopes;     // Σ (c·t_i)²
-  double diagonal;   // Σ (s_ii − |c|²)
-  double diagonal2;  // Σ (s_ii − |c|²)²
+  double projections;  // Σ (c·t_i)²
+  double diagonal;     // Σ (s_ii − |c|²)
+  double diagonal2;    // Σ (s_ii − |c|²)²
 };
 
 struct Gram {
@@ -84,20 +84,20 @@ static __global__ void __launch_bounds__(kGramThreads) sum_rows(const __grid_con
   const double mean_norm = *gram.mean_norm;
   RowSums sums{};
   for (int64_t i = int64_t{blockIdx.x} * kGramWarps + warp; i < gram.rows.count; i += int64_t{gridDim.x} * kGramWarps) {
-    double slope = 0, norm = 0;
+    double projection = 0, norm = 0;
     for (int64_t c = lane; c < gram.rows.pitch; c += 32) {
       const double x = gram.rows.values[i * gram.rows.pitch + c], mean = gram.mean[c];
-      slope += mean * (x - mean);
+      projection += mean * (x - mean);
       norm += x * x;
     }
-    slope = warp_sum(slope);
+    projection = warp_sum(projection);
     const double diagonal = warp_sum(norm) - mean_norm;
     if (lane > 0) continue;
-    sums.slopes += slope * slope;
+    sums.projections += projection * projection;
     sums.diagonal += diagonal;
     sums.diagonal2 += diagonal * diagonal;
   }
-  sums.slopes = block_sum<kGramWarps>(sums.slopes, scratch);
+  sums.projections = block_sum<kGramWarps>(sums.projections, scratch);
   sums.diagonal = block_sum<kGramWarps>(sums.diagonal, scratch);
   sums.diagonal2 = block_sum<kGramWarps>(sums.diagonal2, scratch);
   if (threadIdx.x == 0) gram.row_sums[blockIdx.x] = sums;

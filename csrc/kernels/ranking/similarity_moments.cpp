@@ -206,14 +206,14 @@ class Moments {
 };
 
 // α + β s is what a cosine's gradient is, apart from the factor of 2 for (i, j) and (j, i).
-struct PairSlope {
+struct GradSimilarity {
   double alpha, beta;
 };
 
 // Σ_j (α + β s_kj) r_j over the rows j ≠ k of a run, added to the gradients of its rows [n][stride].
 template <class Real>
-void add_gram_gradients(const Moments<Real>& in, const Range& run, const double* sum, PairSlope slope, double* gram,
-                        Real* grads, ParallelFor parallel_for) {
+void add_gram_gradients(const Moments<Real>& in, const Range& run, const double* sum, GradSimilarity grad_similarity,
+                        double* gram, Real* grads, ParallelFor parallel_for) {
   in.fill_gram(run, gram, parallel_for);
   const int64_t tiles = divide_up(run.size(), kTile), width = in.gram_dim;
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
@@ -236,7 +236,8 @@ void add_gram_gradients(const Moments<Real>& in, const Range& run, const double*
         const double *row = rows + r * width, *product = products + r * width, self = in.self_cosines.data()[first + r];
         Real* to = grads + (first + r) * in.unit.stride;
         for (int64_t c = 0; c < in.dim; ++c)
-          to[c] += static_cast<Real>(slope.alpha * (sum[c] - row[c]) + slope.beta * (product[c] - self * row[c]));
+          to[c] += static_cast<Real>(grad_similarity.alpha * (sum[c] - row[c]) +
+                                     grad_similarity.beta * (product[c] - self * row[c]));
       }
     }
   });
@@ -308,22 +309,23 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
   const Moments<Real> in(features, parallel_for);
   const int64_t tiles = in.unit.tiles, dim = in.dim, stride = in.unit.stride;
   // ∂mean/∂s = 1/count, ∂var/∂s = 2 (s − mean)/count; a pair is met as (i, j) and as (j, i).
-  PairSlope slopes[2];
-  double mean_slope[2];
+  GradSimilarity grad_similarities[2];
+  double grad_at_mean[2];
   for (int k = 0; k < 2; ++k) {
     const double count = in.pairs[k] > 0 ? in.pairs[k] : 1;
-    slopes[k].beta = in.pairs[k] > 0 ? 4 * grad_moments[2 * k + 1] / count : 0;
-    mean_slope[k] = in.pairs[k] > 0 ? 2 * grad_moments[2 * k] / count : 0;
-    slopes[k].alpha = mean_slope[k] - slopes[k].beta * in.mean[k];
+    grad_similarities[k].beta = in.pairs[k] > 0 ? 4 * grad_moments[2 * k + 1] / count : 0;
+    grad_at_mean[k] = in.pairs[k] > 0 ? 2 * grad_moments[2 * k] / count : 0;
+    grad_similarities[k].alpha = grad_at_mean[k] - grad_similarities[k].beta * in.mean[k];
   }
-  const PairSlope difference{slopes[0].alpha - slopes[1].alpha, slopes[0].beta - slopes[1].beta};
+  const GradSimilarity difference{grad_similarities[0].alpha - grad_similarities[1].alpha,
+                                  grad_similarities[0].beta - grad_similarities[1].beta};
   const Buffer<Real> grads(tiles * kTile * stride);
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
     Buffer<Real> memory(2 * kTile * kTile);
     Real *cosines = memory.take(kTile * kTile), *weights = memory.take(kTile * kTile);
-    const auto slope_of = [&](int k, Vec<Real> cosine) {
-      return (cosine - static_cast<Real>(in.mean[k])) * static_cast<Real>(slopes[k].beta) +
-             static_cast<Real>(mean_slope[k]);
+    const auto grad_similarity_of = [&](int k, Vec<Real> cosine) {
+      return (cosine - static_cast<Real>(in.mean[k])) * static_cast<Real>(grad_similarities[k].beta) +
+             static_cast<Real>(grad_at_mean[k]);
     };
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row_tile = balanced(task, tiles);
@@ -334,8 +336,9 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
         for (int64_t k = 0; k < kTile * kTile; ++k) weights[k] = 0;
         in.for_each_vector(row_tile, column_tile, false, cosines,
                            [&](int64_t r, int64_t c, Vec<Real> cosine, Mask<Real> positives, Mask<Real> negatives) {
-                             const Vec<Real> none{}, positive = slope_of(0, cosine), negative = slope_of(1, cosine);
-                             // By RᵀR all pairs get the negatives' slope.
+                             const Vec<Real> none{}, positive = grad_similarity_of(0, cosine),
+                                                     negative = grad_similarity_of(1, cosine);
+                             // By RᵀR all pairs get the negatives' grad_similarity.
                              const Vec<Real> own = in.total_by_pairs ? positive : positive - negative;
                              store(weights + r * kTile + c, positives ? own : negatives ? negative : none);
                            });
@@ -345,7 +348,7 @@ void similarity_moments_backward(const LabeledFeatures<Real>& features, const Re
   });
   if (!in.total_by_pairs) {
     const Buffer<double> gram(in.gram_dim * in.gram_dim), sum(dim);
-    add_gram_gradients(in, in.everything(), in.total(), slopes[1], gram.data(), grads.data(), parallel_for);
+    add_gram_gradients(in, in.everything(), in.total(), grad_similarities[1], gram.data(), grads.data(), parallel_for);
     for (int64_t run = 0; run < in.run_count(); ++run)
       if (in.is_big(in.runs()[run])) {
         in.sum_rows(in.runs()[run], sum.data());

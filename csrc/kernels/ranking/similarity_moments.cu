@@ -122,12 +122,12 @@ __global__ void __launch_bounds__(kReduceThreads)
     RowSums rows{};
     double norm = 0;
     for (int64_t i = threadIdx.x; i < row_blocks; i += kReduceThreads) {
-      rows.slopes += gram.row_sums[i].slopes;
+      rows.projections += gram.row_sums[i].projections;
       rows.diagonal += gram.row_sums[i].diagonal;
       rows.diagonal2 += gram.row_sums[i].diagonal2;
     }
     for (int64_t i = threadIdx.x; i < gram.dim; i += kReduceThreads) norm += gram.h.scales[i];
-    rows.slopes = block_sum<kReduceWarps>(rows.slopes, sums);
+    rows.projections = block_sum<kReduceWarps>(rows.projections, sums);
     rows.diagonal = block_sum<kReduceWarps>(rows.diagonal, sums);
     rows.diagonal2 = block_sum<kReduceWarps>(rows.diagonal2, sums);
     norm = block_sum<kReduceWarps>(norm, sums);
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     const double apart = all.positive.mean - mean_norm;
     if (negatives > 0) {
       const double mean = -(rows.diagonal + positives * apart) / negatives;  // of s − |c|²
-      const double squares = 2 * n * rows.slopes + norm - rows.diagonal2 -
+      const double squares = 2 * n * rows.projections + norm - rows.diagonal2 -
                              (2 * all.positive.squares + positives * apart * apart) - negatives * mean * mean;
       all.negative = {negatives, mean_norm + mean, squares < 0 ? 0 : squares};
     }
@@ -172,29 +172,29 @@ __global__ void __launch_bounds__(kReduceThreads) count_positives(const int64_t*
 }
 
 // α + β s
-struct Slope {
+struct GradSimilarity {
   double alpha, beta;
 };
 
-struct Slopes {
-  Slope positive, negative;
+struct GradSimilarities {
+  GradSimilarity positive, negative;
 };
 
 template <class Real>
 __global__ void __launch_bounds__(kReduceThreads)
-    find_slopes(const int64_t* counts, int64_t blocks, int64_t count, const Real* moments, const Real* grad_moments,
-                Slopes* out) {
+    find_grad_similarities(const int64_t* counts, int64_t blocks, int64_t count, const Real* moments,
+                           const Real* grad_moments, GradSimilarities* out) {
   SSM_SHARED(scratch, int64_t[kReduceWarps]);
   const int64_t half = block_sum<kReduceWarps>(threadIdx.x < blocks ? counts[threadIdx.x] : int64_t{0}, scratch);
   if (threadIdx.x > 0) return;
   const double positives = 2.0 * static_cast<double>(half);
   const double negatives = static_cast<double>(count) * static_cast<double>(count - 1) - positives;
-  const auto slope = [&](int at, double pairs) -> Slope {
+  const auto grad_similarity = [&](int at, double pairs) -> GradSimilarity {
     if (pairs == 0) return {0, 0};
     const double beta = 2 * static_cast<double>(grad_moments[at + 1]) / pairs;
     return {grad_moments[at] / pairs - beta * moments[at], beta};
   };
-  *out = {slope(0, positives), slope(2, negatives)};
+  *out = {grad_similarity(0, positives), grad_similarity(2, negatives)};
 }
 
 // With `gram`, what positives weigh more than negatives.
@@ -204,7 +204,7 @@ struct MomentWeights {
 
   Rows columns;
   const int64_t* labels;
-  const Slopes* slopes;
+  const GradSimilarities* grad_similarities;
   bool gram;
 
   __device__ bool active(int64_t row, int64_t column) const {
@@ -218,10 +218,11 @@ struct MomentWeights {
                         double* ring, double*) const {
     using Products = Engine::Products;
     multiply_pairs<Engine>(products, columns, block_row, columns, block_column, ring);
-    const Slope negative = gram ? Slope{0, 0} : slopes->negative;
-    const Slope positive =
-        gram ? Slope{slopes->positive.alpha - slopes->negative.alpha, slopes->positive.beta - slopes->negative.beta}
-             : slopes->positive;
+    const GradSimilarity negative = gram ? GradSimilarity{0, 0} : grad_similarities->negative;
+    const GradSimilarity positive =
+        gram ? GradSimilarity{grad_similarities->positive.alpha - grad_similarities->negative.alpha,
+                              grad_similarities->positive.beta - grad_similarities->negative.beta}
+             : grad_similarities->positive;
     const int lane = threadIdx.x % 32;
     const int64_t count = columns.count;
 #pragma unroll
@@ -230,8 +231,9 @@ struct MomentWeights {
 #pragma unroll
       for (int r = 0; r < Products::kRows; ++r) {
         const int64_t i = tile.row + Products::row(lane, r);
-        const Slope slope = labels[min(i, count - 1)] == label ? positive : negative;
-        products.at(r, c) = i < count && j < count && i != j ? slope.alpha + slope.beta * products.at(r, c) : 0;
+        const GradSimilarity grad_similarity = labels[min(i, count - 1)] == label ? positive : negative;
+        products.at(r, c) =
+            i < count && j < count && i != j ? grad_similarity.alpha + grad_similarity.beta * products.at(r, c) : 0;
       }
     }
     return false;
@@ -260,7 +262,7 @@ struct FinishInput {
   const int64_t* order;
   int64_t dim;
   GradientParts<double> parts;
-  const Slopes* slopes;
+  const GradSimilarities* grad_similarities;
   Gram gram;
   const double* products;  // [padded n, padded d]  H r_i; null without a Gram matrix
   Real* out;
@@ -273,7 +275,7 @@ __global__ void __launch_bounds__(kReduceThreads) finish_moment_gradient(const _
   const int64_t i = int64_t{blockIdx.x} * kReduceWarps + threadIdx.x / 32;
   if (i >= in.rows.count) return;
   const double* row = in.rows.values + i * in.rows.pitch;
-  const Slope all = in.slopes->negative;
+  const GradSimilarity all = in.grad_similarities->negative;
   double on_mean = 0;
   if (in.products)
     for (int64_t c = lane; c < in.dim; c += 32) on_mean += row[c] * in.gram.mean[c];
@@ -305,7 +307,7 @@ struct Scratch {
   // backward
   int64_t count_blocks;
   int64_t* counts;
-  Slopes* slopes;
+  GradSimilarities* grad_similarities;
   double* products;
   GradientParts<double> gradient;
 };
@@ -319,7 +321,7 @@ Scratch take_scratch(const LabeledFeatures<Storage>& features, bool backward, Wo
   if (backward) {
     out.count_blocks = min(ceil_div<int64_t>(features.count, kReduceThreads), kCountBlocks);
     out.counts = workspace.take<int64_t>(out.count_blocks);
-    out.slopes = workspace.take<Slopes>(1);
+    out.grad_similarities = workspace.take<GradSimilarities>(1);
     if (out.with_gram) out.products = workspace.take<double>(out.rows.padded() * out.gram.h.padded());
     out.gradient = take_gradient_parts(out.rows, out.rows, workspace);
   } else {
@@ -374,8 +376,9 @@ const char* similarity_moments_backward(const LabeledFeatures<Storage>& features
   if (const char* error = launch(count_positives, scratch.count_blocks, kReduceThreads, 0, stream, features.labels,
                                  features.count, scratch.counts))
     return error;
-  if (const char* error = launch(find_slopes<Real>, 1, kReduceThreads, 0, stream, scratch.counts, scratch.count_blocks,
-                                 features.count, moments, grad_moments, scratch.slopes))
+  if (const char* error =
+          launch(find_grad_similarities<Real>, 1, kReduceThreads, 0, stream, scratch.counts, scratch.count_blocks,
+                 features.count, moments, grad_moments, scratch.grad_similarities))
     return error;
   if (scratch.with_gram) {
     if (const char* error = launch_gram(scratch.gram, stream)) return error;
@@ -383,12 +386,12 @@ const char* similarity_moments_backward(const LabeledFeatures<Storage>& features
                                    kRingBytes<double>, stream, scratch.gram, scratch.products))
       return error;
   }
-  const MomentWeights weights{scratch.rows, features.labels, scratch.slopes, scratch.with_gram};
+  const MomentWeights weights{scratch.rows, features.labels, scratch.grad_similarities, scratch.with_gram};
   if (const char* error = launch_sweep_gradient(weights, scratch.gradient, stream)) return error;
   return launch(finish_moment_gradient<Real>, ceil_div<int64_t>(features.count, kReduceWarps), kReduceThreads, 0,
                 stream,
-                FinishInput<Real>{scratch.rows, features.order, features.dim, scratch.gradient, scratch.slopes,
-                                  scratch.gram, scratch.products, grad_features});
+                FinishInput<Real>{scratch.rows, features.order, features.dim, scratch.gradient,
+                                  scratch.grad_similarities, scratch.gram, scratch.products, grad_features});
 }
 
 #define SSM_INSTANTIATE(Storage)                                                                                  \

@@ -12,34 +12,13 @@
 #include <unistd.h>
 #endif
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <random>
-#include <string>
-#include <vector>
 
 #include "half_types.h"
+#include "harness.h"
 
 namespace ssmkernels::test {
-
-using Values = std::vector<double>;
-
-inline int passed = 0, failed = 0;
-inline std::string context;
-
-inline void check(bool good, const char* what, double figure = 0) {
-  good ? ++passed : ++failed;
-  if (!good) std::printf("FAILED %s: %s (%g)\n", context.c_str(), what, figure);
-}
-
-inline double norm(const Values& x) {
-  double sum = 0;
-  for (double v : x) sum += v * v;
-  return std::sqrt(sum);
-}
 
 #ifdef SSM_CUDA_EMULATOR
 
@@ -203,8 +182,7 @@ int run_tests(F all) {
     return kSkipped;
   }
   all();
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed > 0;
+  return report();
 }
 
 }  // namespace ssmkernels::test

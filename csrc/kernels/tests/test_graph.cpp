@@ -7,57 +7,19 @@
 #include <cstring>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../graph/laplacian_solve.h"
 #include "../graph/leave_one_edge_out.h"
+#include "harness.h"
 #include "unwritten.h"
 
 using namespace ssmkernels;
+using namespace ssmkernels::test;
 
 namespace {
 
-using Values = std::vector<double>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-int failures = 0;
-
-void expect(const char* what, bool holds) {
-  if (holds) return;
-  std::printf("FAILED [%s] %s\n", isa_name(current_isa()), what);
-  ++failures;
-}
-
-template <class Real>
-void expect_close(const char* what, const std::vector<Real>& ours, const Values& expected, double tolerance) {
-  double worst = ours.size() == expected.size() ? 0 : kInfinity;
-  for (size_t i = 0; i < std::min(ours.size(), expected.size()); ++i) {
-    if (ours[i] == expected[i]) continue;  // infinities
-    const double error = std::abs(ours[i] - expected[i]);
-    worst = error <= worst ? worst : error;  // NaN sticks
-  }
-  if (worst <= tolerance) return;
-  std::printf("FAILED [%s, %zu bytes] %s: error %.3g, allowed %.3g\n", isa_name(current_isa()), sizeof(Real), what,
-              worst, tolerance);
-  ++failures;
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
-// Up to four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
-// serial_for.
-const auto threads_for = [](int64_t n, RangeBody body) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < std::min<int64_t>(n, 4); ++t)
-    threads.emplace_back([=] {
-      for (int64_t i = n - 1 - t; i >= 0; i -= 4) body(i, i + 1);
-    });
-  for (auto& thread : threads) thread.join();
-};
 
 template <class Real>
 std::vector<Real> unwritten(int64_t size) {
@@ -209,10 +171,6 @@ double dot(const Values& a, const Values& b) {
   return sum;
 }
 
-double norm(const Values& a) {
-  return std::sqrt(dot(a, a));
-}
-
 // Textbook conjugate gradients of one column, preconditioned by M⁻¹ = diag(A)⁻¹ or 1; the number of iterations, and x
 // in place.
 template <class Real>
@@ -309,21 +267,20 @@ void check_converged(const System<Real>& system) {
     for (size_t i = 0; i < x.size(); ++i) {
       reference[i] = system.start(i, c);
       if (diagonal[i] == 0)
-        expect("laplacian_solve keeps what it knows nothing of", dot(b, b) == 0 || x[i] == reference[i]);
+        check(dot(b, b) == 0 || x[i] == reference[i], "laplacian_solve keeps what it knows nothing of");
     }
     const int64_t iterations = conjugate_gradients(system, c, reference);
     const Left left = left_of(system, ours.solution, c);
-    expect("laplacian_solve iterations", std::abs(ours.iterations[c] - iterations) <= 2 + iterations / 5);
-    expect("laplacian_solve converges", ours.residual[c] <= system.rtol);
-    expect("laplacian_solve residual", std::abs(ours.residual[c] - left.residual) <= left.rounding);
-    expect("laplacian_solve curvature",
-           ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity);
+    check(std::abs(ours.iterations[c] - iterations) <= 2 + iterations / 5, "laplacian_solve iterations");
+    check(ours.residual[c] <= system.rtol, "laplacian_solve converges");
+    check(std::abs(ours.residual[c] - left.residual) <= left.rounding, "laplacian_solve residual");
+    check(ours.iterations[c] > 0 ? ours.curvature[c] > 0 : ours.curvature[c] == kInfinity, "laplacian_solve curvature");
   }
 }
 
 template <class Real>
 void check_bits(const System<Real>& system) {
-  expect("laplacian_solve bits", solve(system) == solve(system, threads_for));
+  check(solve(system) == solve(system, threads_for), "laplacian_solve bits");
 }
 
 template <class Real>
@@ -346,7 +303,7 @@ void test_solve(int64_t nodes, int64_t columns) {
     Solution<Real> expected = ours;
     for (auto* values : {&scaled.rhs, &scaled.initial, &expected.solution})
       for (Real& value : *values) value = std::ldexp(value, exponent);
-    expect("laplacian_solve of 2^k b", solve(scaled) == expected);
+    check(solve(scaled) == expected, "laplacian_solve of 2^k b");
   }
 }
 
@@ -370,7 +327,7 @@ void test_solve_scales() {
       if (of_rhs - of_matrix > most || of_matrix - of_rhs > most) continue;
       Solution<Real> expected = ours;
       for (Real& x : expected.solution) x = std::ldexp(x, of_rhs - of_matrix);
-      expect("laplacian_solve of 2^k A, 2^l b", solve(scaled(system, shift(of_matrix), shift(of_rhs))) == expected);
+      check(solve(scaled(system, shift(of_matrix), shift(of_rhs))) == expected, "laplacian_solve of 2^k A, 2^l b");
     }
   for (const double size : {1e-30, 1e-12, 1e12, 1e30}) check_converged(scaled(system, times(size), times(1)));
 
@@ -379,8 +336,8 @@ void test_solve_scales() {
     const System<Real> extreme = scaled(system, times(sizeof(Real) == 4 ? 1e3 : 1e5), times(size));
     const Solution<Real> out = solve(extreme);
     for (int64_t c = 0; c < 13; ++c)
-      expect("laplacian_solve of extreme b", out.residual[c] <= system.rtol && out.iterations[c] > 0);
-    for (const Real x : out.solution) expect("laplacian_solve of extreme b: finite", std::isfinite(x));
+      check(out.residual[c] <= system.rtol && out.iterations[c] > 0, "laplacian_solve of extreme b");
+    for (const Real x : out.solution) check(std::isfinite(x), "laplacian_solve of extreme b: finite");
   }
 }
 
@@ -415,11 +372,11 @@ void test_weak_bridge() {
       tied.graph.weight[e] = static_cast<Real>(scale * (is_bridge ? 1e-9 : 1 + (i + j) % 3));
     });
     const Solution<Real> ours = solve(tied);
-    expect("weak bridge: converges", ours.residual[0] <= tied.rtol && ours.residual[1] <= tied.rtol);
+    check(ours.residual[0] <= tied.rtol && ours.residual[1] <= tied.rtol, "weak bridge: converges");
     const Real bridge = ours.solution[(kHalf - 1) * 2 + 1];
-    expect("weak bridge: sign", bridge > 0);
+    check(bridge > 0, "weak bridge: sign");
     for (int64_t i = kHalf; i < 2 * kHalf; ++i)  // no current flows in the other half
-      expect("weak bridge", std::abs(ours.solution[i * 2 + 1] - bridge) <= 0.2 * bridge);
+      check(std::abs(ours.solution[i * 2 + 1] - bridge) <= 0.2 * bridge, "weak bridge");
   }
 }
 
@@ -449,7 +406,7 @@ void test_drift() {
     if (i / kSize != j / kSize) system.graph.weight[e] = static_cast<Real>(1e-5);
   });
   const Solution<Real> ours = solve(system);
-  for (int64_t c = 0; c < kClusters; ++c) expect("drift: residual", ours.residual[c] <= system.rtol);
+  for (int64_t c = 0; c < kClusters; ++c) check(ours.residual[c] <= system.rtol, "drift: residual");
   check_bits(system);
 }
 
@@ -467,11 +424,11 @@ void test_solve_nan() {
     const Solution<Real> ours = solve(poisoned);
     for (int64_t c = 0; c < 17; ++c) {
       const bool is_bad = c == 3 || c == 5;
-      expect("NaN column: residual", is_bad ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c]);
-      expect("NaN column: iterations", ours.iterations[c] == (is_bad ? 0 : clean.iterations[c]));
+      check(is_bad ? std::isnan(ours.residual[c]) : ours.residual[c] == clean.residual[c], "NaN column: residual");
+      check(ours.iterations[c] == (is_bad ? 0 : clean.iterations[c]), "NaN column: iterations");
       for (int64_t i = 0; i < 40; ++i) {
         const Real x = ours.solution[i * 17 + c];
-        expect("NaN column: solution", is_bad ? std::isnan(x) : x == clean.solution[i * 17 + c]);
+        check(is_bad ? std::isnan(x) : x == clean.solution[i * 17 + c], "NaN column: solution");
       }
     }
     for (const int which : {0, 1, 2}) {
@@ -481,8 +438,8 @@ void test_solve_nan() {
                     : matrix.diagonal)[3] = static_cast<Real>(bad);
       if (which == 2 && bad < 0) continue;  // a diagonal below 0
       const Solution<Real> all = solve(matrix);
-      for (const Real x : all.solution) expect("NaN in the matrix: solution", std::isnan(x));
-      for (const Real residual : all.residual) expect("NaN in the matrix: residual", std::isnan(residual));
+      for (const Real x : all.solution) check(std::isnan(x), "NaN in the matrix: solution");
+      for (const Real residual : all.residual) check(std::isnan(residual), "NaN in the matrix: residual");
     }
   }
 }
@@ -503,7 +460,7 @@ void test_max_iter() {
       for (int64_t i = 0; i < 129; ++i) x[i] = system.start(i, c);
       conjugate_gradients(system, c, x);
       for (int64_t i = 0; i < 129; ++i) expected[i * system.columns + c] = x[i];
-      expect("max_iter", ours.iterations[c] == 4);
+      check(ours.iterations[c] == 4, "max_iter");
     }
     expect_close("laplacian_solve after 4 iterations", ours.solution, expected, sizeof(Real) == 4 ? 1e-3 : 1e-11);
   }
@@ -523,8 +480,8 @@ void test_no_iterations() {
   for (int64_t i = 0; i < 40; ++i) system.rhs[i * 17 + 3] = 0;
   check_converged(system);
   const Solution<Real> ours = solve(system);
-  expect("b = 0: solution", all_zero(system.column(ours.solution, 3)));
-  expect("b = 0: counts", ours.iterations[3] == 0 && ours.residual[3] == 0 && ours.iterations[2] > 0);
+  check(all_zero(system.column(ours.solution, 3)), "b = 0: solution");
+  check(ours.iterations[3] == 0 && ours.residual[3] == 0 && ours.iterations[2] > 0, "b = 0: counts");
 
   // Where the solution is 0 and the start is not, nothing is left to balance but rounding.
   System<Real> zero(make_ring<Real>(40, random), 1, random);
@@ -534,7 +491,7 @@ void test_no_iterations() {
   zero.initial = normal_values<Real>(40, 1, random);
   for (int64_t i = 0; i < 20; ++i) zero.rhs[i] = 0;
   const Solution<Real> vanished = solve(zero);
-  expect("solution 0 in a component", vanished.residual[0] <= zero.rtol && vanished.iterations[0] <= 120);
+  check(vanished.residual[0] <= zero.rtol && vanished.iterations[0] <= 120, "solution 0 in a component");
 
   // The exact start, of small integers, with weights that are integers too.
   system.jacobi = false;
@@ -545,16 +502,16 @@ void test_no_iterations() {
     for (int64_t i = 0; i < 40; ++i) system.rhs[i * 17 + c] = static_cast<Real>(b[i]);
   }
   const Solution<Real> exact = solve(system);
-  expect("exact start: solution", same_bits(exact.solution, system.initial));
-  expect("exact start: counts", all_zero(exact.iterations) && all_zero(exact.residual));
+  check(same_bits(exact.solution, system.initial), "exact start: solution");
+  check(all_zero(exact.iterations) && all_zero(exact.residual), "exact start: counts");
   System<Real> mixed = system;  // one column iterates, the others wait
   mixed.rhs[5] += 1;
   const Solution<Real> beside = solve(mixed);
   int64_t changed = 0;
   for (int64_t i = 0; i < 40 * 17; ++i) changed += i % 17 != 5 && beside.solution[i] != system.initial[i];
-  expect("exact start beside a column that iterates", changed == 0 && beside.iterations[5] > 0);
+  check(changed == 0 && beside.iterations[5] > 0, "exact start beside a column that iterates");
   system.jacobi = true;
-  expect("exact start, jacobi: iterations", all_zero(solve(system).iterations));
+  check(all_zero(solve(system).iterations), "exact start, jacobi: iterations");
 }
 
 // Without any diagonal the matrix is singular. Where b sums to 0 there is a solution, and the start's mean under the
@@ -574,10 +531,10 @@ void test_singular() {
     const Solution<Real> ours = solve(system);
     const Values diagonal = jacobi ? system.matrix_diagonal() : Values(40, 1.0);
     for (int64_t c = 0; c < 3; ++c) {
-      expect("singular: residual", ours.residual[c] <= 3 * system.rtol);
+      check(ours.residual[c] <= 3 * system.rtol, "singular: residual");
       const Values x = system.column(ours.solution, c);
       const double drift = dot(diagonal, x) - dot(diagonal, system.column(system.initial, c));
-      expect("singular: mean", std::abs(drift) <= (sizeof(Real) == 4 ? 1e-5 : 1e-13) * norm(diagonal) * norm(x));
+      check(std::abs(drift) <= (sizeof(Real) == 4 ? 1e-5 : 1e-13) * norm(diagonal) * norm(x), "singular: mean");
     }
   }
 }
@@ -594,8 +551,8 @@ void test_indefinite() {
   expect_close("negative diagonal: solution", ours.solution, Values(system.initial.begin(), system.initial.end()),
                1e-6);
   for (int64_t c = 0; c < 10; ++c) {
-    expect("negative diagonal: curvature", ours.curvature[c] == Real(-0.5));
-    expect("negative diagonal: counts", ours.iterations[c] == 0 && ours.residual[c] > 0);
+    check(ours.curvature[c] == Real(-0.5), "negative diagonal: curvature");
+    check(ours.iterations[c] == 0 && ours.residual[c] > 0, "negative diagonal: counts");
   }
 
   // [1 2; 2 1] has the eigenvalues 3 on (1, 1) and −1 on (1, −1): the first column is solved, the second given up
@@ -663,11 +620,11 @@ void test_solve_backward(const Graph<Real>& graph, int64_t columns) {
   expect_close("laplacian_solve_backward weight", out.weight, weight, tolerance * columns);
   expect_close("laplacian_solve_backward dissimilarity", out.dissimilarity, dissimilarity, tolerance * columns);
   expect_close("laplacian_solve_backward diagonal", out.diagonal, diagonal, tolerance * columns);
-  expect("laplacian_solve_backward bits", same_bits(out.weight, again.weight) &&
-                                              same_bits(out.dissimilarity, again.dissimilarity) &&
-                                              same_bits(out.diagonal, again.diagonal));
-  expect("laplacian_solve_backward without W_dis",
-         same_bits(out.weight, without.weight) && same_bits(out.diagonal, without.diagonal));
+  check(same_bits(out.weight, again.weight) && same_bits(out.dissimilarity, again.dissimilarity) &&
+            same_bits(out.diagonal, again.diagonal),
+        "laplacian_solve_backward bits");
+  check(same_bits(out.weight, without.weight) && same_bits(out.diagonal, without.diagonal),
+        "laplacian_solve_backward without W_dis");
 }
 
 // ---- leave_one_edge_out
@@ -792,13 +749,13 @@ void check_edges(const Edges<Real>& in, double tolerance) {
                tolerance * largest(expected.grad_weight));
   expect_close("leave_one_edge_out_backward propagated", out.grad_propagated, expected.grad_propagated,
                tolerance * largest(expected.grad_propagated));
-  expect("leave_one_edge_out bits", same_bits(out.dissimilarity, again.dissimilarity));
-  expect("leave_one_edge_out_backward bits",
-         same_bits(out.grad_weight, again.grad_weight) && same_bits(out.grad_propagated, again.grad_propagated));
+  check(same_bits(out.dissimilarity, again.dissimilarity), "leave_one_edge_out bits");
+  check(same_bits(out.grad_weight, again.grad_weight) && same_bits(out.grad_propagated, again.grad_propagated),
+        "leave_one_edge_out_backward bits");
   for (int64_t e = 0; e < in.graph.edges(); ++e) {
-    expect("leave_one_edge_out in [0, 1]", out.dissimilarity[e] >= 0 && out.dissimilarity[e] <= 1);
+    check(out.dissimilarity[e] >= 0 && out.dissimilarity[e] <= 1, "leave_one_edge_out in [0, 1]");
     if (in.is_valid(e))
-      expect("leave_one_edge_out is symmetric", out.dissimilarity[e] == out.dissimilarity[in.graph.reverse[e]]);
+      check(out.dissimilarity[e] == out.dissimilarity[in.graph.reverse[e]], "leave_one_edge_out is symmetric");
   }
 }
 
@@ -865,14 +822,15 @@ void test_nan_edges() {
       graph.for_each([&](int64_t i, int64_t j, int64_t e) {
         const bool depends = i == row || j == row;
         if (depends) touched[i] = touched[j] = true;
-        expect("NaN row: its edges", depends == std::isnan(ours.dissimilarity[e]));
-        expect("NaN row: other edges", depends || ours.dissimilarity[e] == expected.dissimilarity[e]);
+        check(depends == std::isnan(ours.dissimilarity[e]), "NaN row: its edges");
+        check(depends || ours.dissimilarity[e] == expected.dissimilarity[e], "NaN row: other edges");
       });
       for (int64_t i = 0; i < graph.nodes(); ++i)
         for (int64_t c = 0; c < classes; ++c) {
           const int64_t at = i * classes + c;
-          expect("NaN row: gradient", touched[i] ? std::isnan(ours.grad_propagated[at])
-                                                 : ours.grad_propagated[at] == expected.grad_propagated[at]);
+          check(touched[i] ? std::isnan(ours.grad_propagated[at])
+                           : ours.grad_propagated[at] == expected.grad_propagated[at],
+                "NaN row: gradient");
         }
     }
 }
@@ -915,8 +873,8 @@ void test_all() {
 }  // namespace
 
 int main() {
+  context = isa_name(current_isa());
   test_all<double>();
   test_all<float>();
-  std::printf("%s: %d failures\n", isa_name(current_isa()), failures);
-  return failures != 0;
+  return report();
 }

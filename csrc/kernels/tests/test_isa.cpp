@@ -7,18 +7,12 @@
 
 #include "kernels/common/isa.h"
 #include "kernels/common/parallel_for.h"
+#include "kernels/tests/harness.h"
 
 using namespace ssmkernels;
+using namespace ssmkernels::test;
 
 namespace {
-
-int failures = 0;
-
-void check(bool held, const char* what) {
-  if (held) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  ++failures;
-}
 
 void environment_chooses_the_set() {
   const char* wanted = std::getenv("SSMKERNELS_ISA");
@@ -55,8 +49,9 @@ void parallel_for_hands_the_body_through() {
 }  // namespace
 
 int main() {
+  context = isa_name(current_isa());
   environment_chooses_the_set();
   set_isa_takes_known_names_only();
   parallel_for_hands_the_body_through();
-  return failures != 0;
+  return report();
 }

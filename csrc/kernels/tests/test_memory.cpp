@@ -6,51 +6,19 @@
 #include <cstdio>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../memory/aggregate.h"
 #include "../memory/instance_matching.h"
 #include "../memory/memory_update.h"
 #include "../memory/unfold.h"
+#include "harness.h"
 #include "unwritten.h"
 
 using namespace ssmkernels;
+using namespace ssmkernels::test;
 
 namespace {
-
-int failures = 0;
-
-void expect_close(const char* what, const std::vector<double>& ours, const std::vector<double>& expected,
-                  double tolerance) {
-  double worst = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    if (ours[i] == expected[i]) continue;  // infinities
-    const double error = std::abs(ours[i] - expected[i]);
-    worst = error <= worst ? worst : error;  // NaN sticks
-  }
-  if (!(worst <= tolerance)) {
-    std::printf("FAILED [%s] %s: error %.3g, allowed %.3g\n", isa_name(current_isa()), what, worst, tolerance);
-    ++failures;
-  }
-}
-
-void expect(const char* what, bool holds) {
-  if (holds) return;
-  std::printf("FAILED [%s] %s\n", isa_name(current_isa()), what);
-  ++failures;
-}
-
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
-// serial_for.
-const auto threads_for = [](int64_t n, RangeBody body) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 4; ++t)
-    threads.emplace_back([=] {
-      for (int64_t i = n - 1 - t; i >= 0; i -= 4) body(i, i + 1);
-    });
-  for (auto& thread : threads) thread.join();
-};
 
 template <class Real>
 std::vector<double> widen(const std::vector<Real>& values) {
@@ -142,8 +110,7 @@ void test_instance_matching(const Case<Real>& c, double tolerance) {
   expect_close("instance_matching pseudo_probs", widen(out.probs), probs, tolerance);
   expect_close("instance_matching loss", widen(out.loss), loss, tolerance);
   expect_close("instance_matching gradient", widen(out.gradient), gradient, tolerance);
-  expect("instance_matching bits",
-         out.probs == again.probs && out.loss == again.loss && out.gradient == again.gradient);
+  check(out.probs == again.probs && out.loss == again.loss && out.gradient == again.gradient, "instance_matching bits");
 }
 
 template <class Real>
@@ -170,9 +137,9 @@ void test_partial(const Case<Real>& c, double tolerance) {
   problem.bank.slots = 0;
   SSM_CALL_ISA(instance_matching_partial, problem, partial, serial_for);
   const Real minus_inf = -std::numeric_limits<Real>::infinity();
-  expect("partial of nothing",
-         std::all_of(log_strong.begin(), log_strong.end(), [&](Real x) { return x == minus_inf; }) &&
-             std::all_of(strong_mean.begin(), strong_mean.end(), [](Real x) { return x == 0; }));
+  check(std::all_of(log_strong.begin(), log_strong.end(), [&](Real x) { return x == minus_inf; }) &&
+            std::all_of(strong_mean.begin(), strong_mean.end(), [](Real x) { return x == 0; }),
+        "partial of nothing");
 }
 
 template <class Real>
@@ -202,7 +169,7 @@ void test_aggregate(const Case<Real>& c, double tolerance) {
   SSM_CALL_ISA(aggregate_backward, problem, repeat, threads_for);
   expect_close("aggregate", widen(out), aggregated, tolerance);
   expect_close("aggregate_backward", widen(out_grad), grad_query, tolerance);
-  expect("aggregate_backward bits", out_grad == again);
+  check(out_grad == again, "aggregate_backward bits");
 }
 
 template <class Real>
@@ -223,7 +190,7 @@ void test_unfold(const Case<Real>& c, double tolerance) {
   problem.unfolded = again.data();
   SSM_CALL_ISA(unfold, problem, threads_for);
   expect_close("unfold", widen(out), expected, tolerance);
-  expect("unfold of a transposed bank, bits", out == again);
+  check(out == again, "unfold of a transposed bank, bits");
 }
 
 void test_labels_of_no_class() {
@@ -236,7 +203,7 @@ void test_labels_of_no_class() {
   const InstanceMatchingResult<float> result{probs.data(), loss.data(), gradient.data(), 0};
   SSM_CALL_ISA(instance_matching, problem, result, serial_for);
   for (int row = 0; row < 5; ++row)
-    expect("mass outside the classes", probs[row * 3] + probs[row * 3 + 1] + probs[row * 3 + 2] < 1);
+    check(probs[row * 3] + probs[row * 3 + 1] + probs[row * 3 + 2] < 1, "mass outside the classes");
 }
 
 void test_memory_update() {
@@ -266,7 +233,7 @@ void test_memory_update() {
       bank.data(), labels.data(), index.data(), fresh.data(), fresh_labels.data(), slots, dim, rows, dim, 1, 1, 0.7};
   SSM_CALL_ISA(memory_update, problem, threads_for);
   expect_close("memory_update", bank, expected, 1e-12);
-  expect("memory_update labels", labels == expected_labels);
+  check(labels == expected_labels, "memory_update labels");
 }
 
 template <class Real>
@@ -288,11 +255,11 @@ void test_all(double tolerance) {
 int main() {
   for (const char* isa : {"baseline", "avx2", "avx512"}) {
     if (!set_isa(isa)) continue;
+    context = isa;
     test_all<double>(1e-10);
     test_all<float>(2e-4);
     test_labels_of_no_class();
     test_memory_update();
-    std::printf("%s: %d failures so far\n", isa, failures);
   }
-  return failures != 0;
+  return report();
 }

@@ -4,35 +4,17 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../pairs/pair_focal_loss.h"
 #include "../pairs/pair_logits.h"
+#include "harness.h"
 #include "unwritten.h"
 
 using namespace ssmkernels;
+using namespace ssmkernels::test;
 
 namespace {
-
-int failures = 0;
-
-void expect(const char* what, bool holds) {
-  if (holds) return;
-  std::printf("FAILED [%s] %s\n", isa_name(current_isa()), what);
-  ++failures;
-}
-
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
-// serial_for.
-const auto threads_for = [](int64_t n, RangeBody body) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 4; ++t)
-    threads.emplace_back([=] {
-      for (int64_t i = n - 1 - t; i >= 0; i -= 4) body(i, i + 1);
-    });
-  for (auto& thread : threads) thread.join();
-};
 
 // The gradients x, y, w1, b1, w2, b2.
 template <class Real>
@@ -124,9 +106,9 @@ struct Case {
     return sum;
   }
 
-  // FL and its slope.
-  void loss_of(int64_t i, int64_t j, double z, double& loss, double& slope) const {
-    loss = slope = 0;
+  // FL and ∂FL/∂logit.
+  void loss_of(int64_t i, int64_t j, double z, double& loss, double& grad_logit) const {
+    loss = grad_logit = 0;
     if (x_labels[i] == focal.ignored || y_labels[j] == focal.ignored) return;
     const double sign = x_labels[i] == y_labels[j] ? 1 : -1, alpha = sign > 0 ? focal.alpha_same : focal.alpha_other,
                  s = sign * z;
@@ -134,7 +116,7 @@ struct Case {
                  surprise = s > 0 ? std::log1p(std::exp(-s)) : std::log1p(std::exp(s)) - s;
     const double power = std::pow(wrong, focal.gamma);
     loss = alpha * power * surprise;
-    slope = -sign * alpha * power * (focal.gamma * (1 - wrong) * surprise + wrong);
+    grad_logit = -sign * alpha * power * (focal.gamma * (1 - wrong) * surprise + wrong);
   }
 
   // Adds g times the gradient of one logit.
@@ -164,23 +146,17 @@ struct Case {
   }
 };
 
+// To the largest of what is expected, or of 1.
 template <class Real>
-void expect_close(const char* what, const std::vector<Real>& ours, const std::vector<double>& expected) {
-  const double eps = sizeof(Real) == 8 ? 1e-13 : 1e-5;
-  double worst = 0, largest = 1;
-  for (size_t k = 0; k < expected.size(); ++k) {
-    const double error = std::abs(double(ours[k]) - expected[k]);
-    worst = error <= worst ? worst : error;  // NaN sticks
-    largest = std::max(largest, std::abs(expected[k]));
-  }
-  if (worst <= 20 * eps * largest) return;
-  std::printf("FAILED [%s] %s: error %.3g of %.3g\n", isa_name(current_isa()), what, worst, largest);
-  ++failures;
+void check_close(const char* what, const std::vector<Real>& ours, const Values& expected) {
+  double largest = 1;
+  for (const double value : expected) largest = std::max(largest, std::abs(value));
+  expect_close(what, ours, expected, 20 * (sizeof(Real) == 8 ? 1e-13 : 1e-5) * largest);
 }
 
 template <class Real>
-void expect_close(const char* what, const Gradients<Real>& ours, const std::vector<double> (&expected)[6]) {
-  for (int k = 0; k < 6; ++k) expect_close(what, ours.values[k], expected[k]);
+void check_close(const char* what, const Gradients<Real>& ours, const std::vector<double> (&expected)[6]) {
+  for (int k = 0; k < 6; ++k) check_close(what, ours.values[k], expected[k]);
 }
 
 template <class Real>
@@ -191,7 +167,7 @@ bool same(const Gradients<Real>& a, const Gradients<Real>& b) {
 }
 
 template <class Real>
-void check(Interaction interaction, int64_t n, int64_t m, int64_t d, int64_t h, int64_t listed, double gamma) {
+void check_network(Interaction interaction, int64_t n, int64_t m, int64_t d, int64_t h, int64_t listed, double gamma) {
   Case<Real> in(interaction, n, m, d, h, listed, gamma);
   const PairNetwork<Real>& network = in.network;
   std::vector<double> logits(network.count), losses(network.count), of_logits[6], of_losses[6], of_mean[6];
@@ -204,52 +180,51 @@ void check(Interaction interaction, int64_t n, int64_t m, int64_t d, int64_t h, 
   });
   in.for_each_pair([&](int64_t k, int64_t i, int64_t j, bool valid) {
     if (!valid) return;
-    double slope;
+    double grad_logit;
     logits[k] = in.logit(i, j);
-    in.loss_of(i, j, logits[k], losses[k], slope);
+    in.loss_of(i, j, logits[k], losses[k], grad_logit);
     total += losses[k];
     in.add_gradients(i, j, in.grad[k], of_logits);
-    in.add_gradients(i, j, in.grad[k] * slope, of_losses);
-    in.add_gradients(i, j, slope / counted, of_mean);
+    in.add_gradients(i, j, in.grad[k] * grad_logit, of_losses);
+    in.add_gradients(i, j, grad_logit / counted, of_mean);
   });
 
   std::vector<Real> values(network.count), again(network.count);
   SSM_CALL_ISA(pair_logits, network, values.data(), serial_for);
   SSM_CALL_ISA(pair_logits, network, again.data(), threads_for);
-  expect_close("logits", values, logits);
-  expect("logits: the same bits on any number of threads", values == again);
+  check_close("logits", values, logits);
+  check(values == again, "logits: the same bits on any number of threads");
   SSM_CALL_ISA(pair_focal_loss, network, in.focal, values.data(), threads_for);
-  expect_close("losses", values, losses);
+  check_close("losses", values, losses);
 
   Gradients<Real> gradients(network), others(network);
   SSM_CALL_ISA(pair_logits_backward, network, in.grad.data(), gradients.view(), serial_for);
   SSM_CALL_ISA(pair_logits_backward, network, in.grad.data(), others.view(), threads_for);
-  expect_close("gradients of logits", gradients, of_logits);
-  expect("gradients of logits: the same bits on any number of threads", same(gradients, others));
+  check_close("gradients of logits", gradients, of_logits);
+  check(same(gradients, others), "gradients of logits: the same bits on any number of threads");
   SSM_CALL_ISA(pair_focal_loss_backward, network, in.focal, in.grad.data(), gradients.view(), threads_for);
-  expect_close("gradients of losses", gradients, of_losses);
+  check_close("gradients of losses", gradients, of_losses);
 
   std::vector<Real> sum(1), mean(1), both(1);
   SSM_CALL_ISA(pair_focal_loss_sum, network, in.focal, (FocalLossSum<Real>{false, sum.data(), nullptr}), threads_for);
   SSM_CALL_ISA(pair_focal_loss_sum, network, in.focal, (FocalLossSum<Real>{true, mean.data(), nullptr}), serial_for);
   const PairGradients<Real> view = gradients.view();
   SSM_CALL_ISA(pair_focal_loss_sum, network, in.focal, (FocalLossSum<Real>{true, both.data(), &view}), threads_for);
-  expect_close("sum", sum, {total});
-  expect_close("mean", mean, {total / counted});
-  expect_close("gradients of the mean", gradients, of_mean);
-  expect("the mean is the same with gradients", mean == both);
+  check_close("sum", sum, {total});
+  check_close("mean", mean, {total / counted});
+  check_close("gradients of the mean", gradients, of_mean);
+  check(mean == both, "the mean is the same with gradients");
 }
 
 }  // namespace
 
 int main() {
-  std::printf("instruction set: %s\n", isa_name(current_isa()));
+  context = isa_name(current_isa());
   for (const Interaction interaction : {Interaction::concat, Interaction::absdiff, Interaction::product})
     for (const int64_t listed : {0, 333})
       for (const double gamma : {0.0, 1.5, 2.0}) {
-        check<float>(interaction, 37, 70, 19, 33, listed, gamma);
-        check<double>(interaction, 70, 133, 5, 17, listed, gamma);
+        check_network<float>(interaction, 37, 70, 19, 33, listed, gamma);
+        check_network<double>(interaction, 70, 133, 5, 17, listed, gamma);
       }
-  std::printf(failures ? "%d failures\n" : "all passed\n", failures);
-  return failures != 0;
+  return report();
 }

@@ -69,7 +69,7 @@ struct Problem {
     fill(b2, 0.3);
     fill(grad, s.grad_scale);
     for (int64_t d = 0; d < width && s.x_rows > 1 && s.y_rows > 1; ++d)
-      y[width + d] = x[width + d];  // |x − y| has no slope there
+      y[width + d] = x[width + d];  // |x − y| has no derivative there
     const auto label = [&](auto& labels) {
       for (size_t i = 0; i < labels.size(); ++i)
         labels[i] = s.ignores_all || random() % 7 == 0 ? kIgnored : random() % 3;
@@ -124,7 +124,7 @@ template <class Storage>
 class Reference {
  public:
   explicit Reference(const Problem<Storage>& problem)
-      : in(problem), logits(in.count), losses(in.count), slopes(in.count) {
+      : in(problem), logits(in.count), losses(in.count), grad_logits(in.count) {
     for (int64_t k = 0; k < in.count; ++k) {
       int64_t i, j;
       if (!in.pair(k, i, j)) continue;
@@ -138,7 +138,7 @@ class Reference {
       const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0), right = 1 / (1 + std::exp(-s));
       const double wrong = 1 / (1 + std::exp(s)), power = std::pow(wrong, focal.gamma);
       losses[k] = weight * power * surprise;
-      slopes[k] = -weight * power * (focal.gamma * right * surprise + wrong) * (same ? 1 : -1);
+      grad_logits[k] = -weight * power * (focal.gamma * right * surprise + wrong) * (same ? 1 : -1);
       total += losses[k];
     }
   }
@@ -175,7 +175,7 @@ class Reference {
   }
 
   const Problem<Storage>& in;
-  Values logits, losses, slopes;
+  Values logits, losses, grad_logits;
   double total = 0;
   int64_t counted = 0;
 
@@ -238,8 +238,8 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
 
   {
     const double scale = reference.counted > 0 ? 1.0 / reference.counted : 0;
-    Values g = reference.slopes;
-    for (double& slope : g) slope *= scale;
+    Values g = reference.grad_logits;
+    for (double& grad_logit : g) grad_logit *= scale;
     const Output<Storage> out(problem), again(problem);
     for (const Output<Storage>* each : {&out, &again}) {
       const Workspace workspace(workspace_bytes(true));
@@ -290,12 +290,12 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
     const Output<Storage> out(problem);
     succeeds(cuda::pair_focal_loss_backward(network, focal, problem.grad.data(), out.view(), workspace.data(), nullptr),
              "pair_focal_loss_backward");
-    for (int64_t k = 0; k < problem.count; ++k) g[k] *= reference.slopes[k];
+    for (int64_t k = 0; k < problem.count; ++k) g[k] *= reference.grad_logits[k];
     out.check_against(reference.gradients(g), g, setup.gradients, "losses");
   }
 }
 
-// Logits to ±1e4, exact in every type: each loss and slope to its own size, down to what the type holds.
+// Logits to ±1e4, exact in every type: each loss and derivative to its own size, down to what the type holds.
 template <class Real>
 void test_saturated(const char* name, double tolerance) {
   for (const double gamma : {0.0, 0.5, 2.0, 3.5}) {
@@ -336,18 +336,19 @@ void test_saturated(const char* name, double tolerance) {
           const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0),
                        wrong = 1 / (1 + std::exp(s));
           const double loss = (same ? 0.25 : 0.75) * std::pow(wrong, gamma) * surprise;
-          const double slope =
+          const double grad_logit =
               -(same ? 0.25 : -0.75) * std::pow(wrong, gamma) * (gamma / (1 + std::exp(-s)) * surprise + wrong);
           const double least = sizeof(Real) == 4 ? 1e-36 : 1e-300;
           check(std::fabs(losses[i * m + j] - loss) <= tolerance * loss + least, "loss", losses[i * m + j] / loss);
-          // The slope alone, as ∂b2.
+          // ∂FL/∂logit alone, as ∂b2.
           for (int64_t k = 0; k < n * m; ++k) grad[k] = k == i * m + j;
           succeeds(cuda::pair_focal_loss_backward(
                        network, focal, grad.data(),
                        {grad_a.data(), grad_b.data(), nullptr, nullptr, grad_w2.data(), grad_b2.data()},
                        workspace.data(), nullptr),
                    "pair_focal_loss_backward");
-          check(std::fabs(grad_b2[0] - slope) <= tolerance * std::fabs(slope) + least, "slope", grad_b2[0] / slope);
+          check(std::fabs(grad_b2[0] - grad_logit) <= tolerance * std::fabs(grad_logit) + least, "grad_logit",
+                grad_b2[0] / grad_logit);
           for (int64_t k = 0; k < n; ++k) check(std::isfinite(grad_a[k]), "∂A is finite");
         }
     }

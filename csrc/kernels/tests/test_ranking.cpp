@@ -7,38 +7,18 @@
 #include <cstring>
 #include <numeric>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "../ranking/mined_pair_ranking_loss.h"
 #include "../ranking/pair_ranking_loss.h"
 #include "../ranking/similarity_moments.h"
+#include "harness.h"
 #include "unwritten.h"
 
 using namespace ssmkernels;
+using namespace ssmkernels::test;
 
 namespace {
-
-int failures = 0;
-
-void expect(const char* what, bool holds) {
-  if (holds) return;
-  std::printf("FAILED [%s] %s\n", isa_name(current_isa()), what);
-  ++failures;
-}
-
-// Four threads, each with every fourth piece of the work, one index at a time: another cut and another order than
-// serial_for.
-const auto threads_for = [](int64_t n, RangeBody body) {
-  std::vector<std::thread> threads;
-  for (int64_t t = 0; t < 4; ++t)
-    threads.emplace_back([=] {
-      for (int64_t i = n - 1 - t; i >= 0; i -= 4) body(i, i + 1);
-    });
-  for (auto& thread : threads) thread.join();
-};
-
-using Doubles = std::vector<double>;
 
 // Rows with labels, and their order by label.
 template <class Real>
@@ -94,11 +74,11 @@ struct Case {
   }
 
   // Loss and gradients of both sides, straight from equation (1).
-  void direct(bool mined, Reduction reduction, double& loss, Doubles& left_grad, Doubles& right_grad) const {
+  void direct(bool mined, Reduction reduction, double& loss, Values& left_grad, Values& right_grad) const {
     const std::vector<Real>& others = alone ? left.rows : right.rows;
     const std::vector<int64_t>& other_labels = alone ? left.labels : right.labels;
     double sums[2] = {}, nonzero[2] = {}, counts[2] = {};
-    Doubles left_parts[2], right_parts[2];
+    Values left_parts[2], right_parts[2];
     for (int part = 0; part < 2; ++part) {
       left_parts[part].assign(n * d, 0);
       right_parts[part].assign(m * d, 0);
@@ -120,9 +100,10 @@ struct Case {
           sums[part] += excess;
           if (distance == 0) continue;
           for (int64_t c = 0; c < d; ++c) {
-            const double slope = (part == 0 ? 1 : -1) * (double(left.rows[i * d + c]) - others[j * d + c]) / distance;
-            left_parts[part][i * d + c] += slope;
-            right_parts[part][j * d + c] -= slope;
+            const double derivative =
+                (part == 0 ? 1 : -1) * (double(left.rows[i * d + c]) - others[j * d + c]) / distance;
+            left_parts[part][i * d + c] += derivative;
+            right_parts[part][j * d + c] -= derivative;
           }
         }
       }
@@ -141,8 +122,8 @@ struct Case {
   }
 
   // Mean and variance of cosines with equal and with different labels.
-  Doubles direct_moments() const {
-    Doubles moments(4);
+  Values direct_moments() const {
+    Values moments(4);
     for (int kind = 0; kind < 2; ++kind) {
       double count = 0, sum = 0, squares = 0;
       for (int pass = 0; pass < 2; ++pass)
@@ -160,17 +141,12 @@ struct Case {
 };
 
 template <class Real>
-bool close(const std::vector<Real>& ours, const Doubles& exact, double tolerance) {
+bool close(const std::vector<Real>& ours, const Values& exact, double tolerance) {
   double scale = 1e-3;
   for (const double value : exact) scale = std::max(scale, std::abs(value));
   for (size_t k = 0; k < exact.size(); ++k)
     if (!(std::abs(double(ours[k]) - exact[k]) <= tolerance * scale)) return false;
   return ours.size() == exact.size();
-}
-
-template <class Real>
-bool same_bits(const std::vector<Real>& a, const std::vector<Real>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(Real)) == 0;
 }
 
 // Loss, then the gradients of both sides.
@@ -206,7 +182,7 @@ std::vector<Real> run_moments(const Case<Real>& in, const std::vector<Real>& gra
 }
 
 template <class Real>
-void test(double tolerance) {
+void test_all(double tolerance) {
   struct Size {
     int64_t n, m, d, classes;
   };
@@ -218,15 +194,15 @@ void test(double tolerance) {
         for (const bool mined : {false, true}) {
           if (mined && !in.alone) continue;
           double loss;
-          Doubles left, right;
+          Values left, right;
           in.direct(mined, reduction, loss, left, right);
-          Doubles exact{loss};
+          Values exact{loss};
           exact.insert(exact.end(), left.begin(), left.end());
           if (!in.alone) exact.insert(exact.end(), right.begin(), right.end());
           const std::vector<Real> serial = run_ranking(in, mined, reduction, serial_for);
-          expect(mined ? "mined_pair_ranking_loss" : "pair_ranking_loss", close(serial, exact, tolerance));
-          expect("bits of the ranking losses on threads",
-                 same_bits(serial, run_ranking(in, mined, reduction, threads_for)));
+          check(close(serial, exact, tolerance), mined ? "mined_pair_ranking_loss" : "pair_ranking_loss");
+          check(same_bits(serial, run_ranking(in, mined, reduction, threads_for)),
+                "bits of the ranking losses on threads");
         }
       }
   for (const Size size :
@@ -234,19 +210,19 @@ void test(double tolerance) {
     const Case<Real> in(size.n, 0, size.d, size.classes, 0.5);
     const std::vector<Real> grads{Real(0.7), Real(-1.1), Real(0.4), Real(1.9)};
     const std::vector<Real> serial = run_moments(in, grads, serial_for);
-    expect("similarity_moments",
-           close(std::vector<Real>(serial.begin(), serial.begin() + 4), in.direct_moments(), tolerance));
-    expect("bits of similarity_moments on threads", same_bits(serial, run_moments(in, grads, threads_for)));
+    check(close(std::vector<Real>(serial.begin(), serial.begin() + 4), in.direct_moments(), tolerance),
+          "similarity_moments");
+    check(same_bits(serial, run_moments(in, grads, threads_for)), "bits of similarity_moments on threads");
     if constexpr (sizeof(Real) == 8)  // by differences of the moments themselves
       for (int64_t k = 0; k < size.n * size.d; k += 17) {
         Case<Real> moved = in;
         double difference = 0;
         for (const double step : {1e-5, -1e-5}) {
           moved.left.rows[k] = in.left.rows[k] + step;
-          const Doubles moments = moved.direct_moments();
+          const Values moments = moved.direct_moments();
           for (int part = 0; part < 4; ++part) difference += grads[part] * moments[part] / (2 * step);
         }
-        expect("gradient of similarity_moments", std::abs(difference - serial[4 + k]) < 1e-7);
+        check(std::abs(difference - serial[4 + k]) < 1e-7, "gradient of similarity_moments");
       }
   }
 }
@@ -254,9 +230,8 @@ void test(double tolerance) {
 }  // namespace
 
 int main() {
-  std::printf("instruction set: %s\n", isa_name(current_isa()));
-  test<float>(2e-5);
-  test<double>(1e-11);
-  std::printf(failures ? "%d failures\n" : "all passed\n", failures);
-  return failures != 0;
+  context = isa_name(current_isa());
+  test_all<float>(2e-5);
+  test_all<double>(1e-11);
+  return report();
 }

@@ -518,17 +518,17 @@ void test_moments(const Setup& setup, int64_t n, int64_t d, int64_t classes, Spr
     set_seed(0);
   }
   check(gradient.same_bits(gradient_again), "the same bits of the gradient in another order of warps");
-  Values slope(n * d), expected_gradient(n * d);
+  Values grad_unit(n * d), expected_gradient(n * d);
   each([&](int64_t i, int64_t j, int k) {
     const double weight =
         2 * (given[2 * k] + 2 * given[2 * k + 1] * (cosines[i * n + j] - expected[2 * k])) / counts[k];
-    for (int64_t c = 0; c < d; ++c) slope[i * d + c] += weight * unit[j * d + c];
+    for (int64_t c = 0; c < d; ++c) grad_unit[i * d + c] += weight * unit[j * d + c];
   });
   for (int64_t i = 0; i < n; ++i) {
     double along = 0;
-    for (int64_t c = 0; c < d; ++c) along += slope[i * d + c] * unit[i * d + c];
+    for (int64_t c = 0; c < d; ++c) along += grad_unit[i * d + c] * unit[i * d + c];
     for (int64_t c = 0; c < d; ++c)
-      expected_gradient[i * d + c] = (slope[i * d + c] - along * unit[i * d + c]) / norms[i];
+      expected_gradient[i * d + c] = (grad_unit[i * d + c] - along * unit[i * d + c]) / norms[i];
   }
   compare_norms(gradient, expected_gradient, (spread == Spread::point ? 1e4 : 20) * setup.moments, "∂features",
                 d == 1 ? 1 : 0);  // there is none in one dimension
