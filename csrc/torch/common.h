@@ -17,6 +17,7 @@
 
 #include "../kernels/common/dtype.h"
 #include "../kernels/common/isa.h"
+#include "../kernels/common/stream.h"
 #include "threads.h"
 
 // Newer than the oldest torch that is supported, 2.11. Its headers have this one, which does without the message of

@@ -44,6 +44,8 @@ void check_apart(const Tensor& tensor, const char* name) {
                   " is written, so that its elements must not share memory, as those of an expanded tensor do");
 }
 
+// The operator. Checks come first, before anything is written; those here only keep a direct call of torch.ops from
+// reading out of bounds, and ssmkernels/ops/memory.py has the messages for users.
 void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tensor& index, const Tensor& features,
                       const Tensor& labels, double momentum) {
   check_bank(bank, bank_labels, bank);
@@ -82,6 +84,8 @@ void memory_update_op(const Tensor& bank, const Tensor& bank_labels, const Tenso
   });
 }
 
+// The schema says which arguments are written, (a!) and (b!). Shapes for fake tensors and derivatives are registered in
+// Python.
 STABLE_TORCH_LIBRARY_FRAGMENT(ssmkernels, library) {
   library.def(
       "memory_update_(Tensor(a!) bank, Tensor(b!) bank_labels, Tensor index, Tensor features, Tensor labels, float "

@@ -133,6 +133,11 @@ class Arguments:
         }
         return makers[name]() if name in makers else NotImplemented
 
+    def any_tensor(self) -> Tensor:
+        """For a name without an entry: numbers of a shape that may be right."""
+        shape = self.rng.choice(((), (self.n,), (self.d,), (self.n, self.d), (self.m, self.d), (self.n, self.m)))
+        return self.real_tensor(*shape, dtype=self.rng.choice((self.dtype, self.compute)))
+
 
 def scalar(kind: str, rng: random.Random) -> Any:
     """A right value of a number that has no entry above."""
@@ -192,7 +197,9 @@ def draw(operator: str, rng: random.Random) -> list[Any]:
     for argument in schema.arguments:
         kind = str(argument.type)
         value = made.of(operator, argument.name)
-        if value is NotImplemented:
+        if value is NotImplemented and "Tensor" in kind:
+            value = made.any_tensor()
+        elif value is NotImplemented:
             value = scalar(kind.replace("Optional[", "").strip("]"), rng)
         if (
             kind.startswith("Optional")

@@ -4,6 +4,8 @@
 #include "../common/norm.h"
 #include "../common/simd.h"
 
+// Compiled once per instruction set, SSM_ISA naming it. What is not declared in the header stands in an anonymous
+// namespace, so that no two of those objects share a symbol.
 namespace ssmkernels::SSM_ISA {
 namespace {
 
@@ -44,6 +46,7 @@ void memory_update(const MemoryUpdate<Storage>& problem, ParallelFor parallel_fo
   });
 }
 
+// The binding dispatches among these.
 template void memory_update(const MemoryUpdate<float>&, ParallelFor);
 template void memory_update(const MemoryUpdate<double>&, ParallelFor);
 template void memory_update(const MemoryUpdate<bfloat16>&, ParallelFor);
