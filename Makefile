@@ -41,7 +41,10 @@ bench: setup  ## time every op beside its peers
 fuzz: setup  ## 50,000 random calls of the ops, right and wrong ones, against float64 (hours; Ctrl-C stops it)
 	PYTHONPATH=python_tests:python_tests/ops OMP_NUM_THREADS=1 $(BIN)/python -m fuzz
 
-docs: setup  ## run the examples of README.md and docs/, check that every op has its entry
+docs: setup  ## build the site in build/docs, run the examples of README.md and docs/, check figures and links
+	$(BIN)/python docs/readme.py --check
+	$(BIN)/python -m sphinx -W --keep-going -n -q -E -b html docs build/docs
+	$(BIN)/python docs/check_site.py build/docs
 	$(BIN)/python docs/check.py
 
 examples: setup  ## run examples/ as a user does; stops at the first that fails

@@ -17,15 +17,15 @@ from ssmkernels.data.retrieval import ImageCollection
 
 
 def load_collection(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageCollection:
-    """All images of the data set ``name``, its official splits merged.
+    r"""All images of the data set ``name``, its official splits merged.
 
     ===================== ============================================================================================
     cub200                Caltech-UCSD Birds 200-2011: root/CUB_200_2011/images.txt, image_class_labels.txt, images/
     cars196               torchvision's StanfordCars, both splits
     nabirds               NABirds: root/nabirds/images.txt, image_class_labels.txt, classes.txt, images/; 555 classes
-    compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/*.jpg, a class for each model
+    compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/\*.jpg, a class for each model
     inshop                DeepFashion In-shop: root/Eval/list_eval_partition.txt, root/Img/img/; a class for each item
-    fashion200k           Fashion200k: root/labels/*_{train,test}_detect_all.txt, root/women/; a class for each
+    fashion200k           Fashion200k: root/labels/\*_{train,test}_detect_all.txt, root/women/; a class for each
                           description
     aircraft-variant      torchvision's FGVCAircraft, three splits, 100 classes
     aircraft-family       the same images in 70 classes

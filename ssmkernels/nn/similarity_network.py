@@ -27,7 +27,7 @@ class SimilarityNetwork(nn.Module):
     Args:
         in_features: d, size of the features.
         hidden_features: h, hidden units.
-        interaction: φ: "concat", (x_i, y_j), which depends on the order of the two; "absdiff", |x_i − y_j|; or
+        interaction: φ: "concat", (x_i, y_j), which depends on the order of the two; "absdiff", ``|x_i − y_j|``; or
             "product", x_i∘y_j.
 
     Raises:

@@ -269,7 +269,7 @@ def _concat_logits(
 def _interacting_logits(
     v: tuple[Tensor, ...], grad: Tensor, network: tuple[Tensor, ...], pairs: Tensor | None, interaction: str
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """:func:`pair_logits` for φ = |x_i − y_j| or x_i∘y_j: a matrix product for the pairs of a tile."""
+    """:func:`pair_logits` for φ = ``|x_i − y_j|`` or x_i∘y_j: a matrix product for the pairs of a tile."""
     x, y, w1, b1, w2, _ = network
     v_x, v_y, v_w1, v_b1, v_w2, _ = v
     grad_x, grad_y, grad_w1, grad_b1, grad_w2 = map(torch.zeros_like, network[:5])

@@ -44,8 +44,8 @@ class LaplacianSolution(NamedTuple):
     residual: Tensor
     """[C] ‖D⁻¹(b − A x)‖/‖D⁻¹b‖ of the solution, D = diag(A), computed in float64 before it is rounded to its dtype.
 
-    Where a row is not balanced it is the share of its terms that |b_i − (A x)_i| is, which is above 0.1. 0 where b = 0,
-    NaN where the column or the matrix has a NaN or an infinity."""
+    Where a row is not balanced it is the share of its terms that ``|b_i − (A x)_i|`` is, which is above 0.1. 0 where
+    b = 0, NaN where the column or the matrix has a NaN or an infinity."""
 
 
 def laplacian_solve(

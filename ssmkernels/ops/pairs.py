@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The similarity network of MLSN (Wu, Feng and Zhou, 2020) on pairs of rows, and its focal loss.
 
-logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"), |x_i − y_j| ("absdiff") or x_i∘y_j
-("product"). Of all n·m pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or backward. For
-"concat", w1·φ + b1 = A_i + B_j with two small matrix products, so that a pair costs O(h), and not O(h·d). Dtypes:
-float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The same input
-gives the same bits from run to run, and for any number of threads but for "concat", whose two products are torch's
-matrix products. Second derivatives of the logits are computed in plain PyTorch, a tile of pairs at a time; those of the
-loss raise.
+logit_ij = w2·relu(w1·φ(x_i, y_j) + b1) + b2, φ being [x_i, y_j] ("concat"), ``|x_i − y_j|`` ("absdiff") or
+x_i∘y_j ("product"). Of all n·m pairs or of those listed; no [n, m, h] or [n, m, d] tensor exists, forward or
+backward. For "concat", w1·φ + b1 = A_i + B_j with two small matrix products, so that a pair costs O(h), and not O(h·d).
+Dtypes: float32 and float64; half types (also under autocast) for x, y and w1, with sums and results in float32. The
+same input gives the same bits from run to run, and for any number of threads but for "concat", whose two products are
+torch's matrix products. Second derivatives of the logits are computed in plain PyTorch, a tile of pairs at a time;
+those of the loss raise.
 """
 
 from __future__ import annotations
