@@ -55,10 +55,8 @@ def main() -> int:
             print(f"\r{done:,} of {args.examples:,} examples, {findings} findings", end="", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-    print(
-        f"\n{done:,} examples of {len(names)} targets in {(time.monotonic() - start) / 60:.0f} minutes: {findings}"
-        " findings"
-    )
+    minutes = (time.monotonic() - start) / 60
+    print(f"\n{done:,} examples of {len(names)} targets in {minutes:.0f} minutes: {findings} findings")
     return 1 if findings else 0
 
 

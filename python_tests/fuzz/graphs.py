@@ -23,9 +23,10 @@ EDGES = ("col", "reverse", "weight", "dissimilarity")
 STRUCTURE = ("crow", "col", "reverse", "weight", "dissimilarity")
 
 
-def symmetric(draw: Draw, linked: Tensor, dtype: torch.dtype) -> Tensor:
+def symmetric(draw: Draw, linked: Tensor, dtype: torch.dtype, exponent: int | None = None) -> Tensor:
     """[N, N] weights >= 0 on the pairs that are linked."""
-    values = v.values(draw, tuple(linked.shape), dtype, least=0).clone(memory_format=torch.contiguous_format)
+    values = v.values(draw, tuple(linked.shape), dtype, least=0, exponent=exponent)
+    values = values.clone(memory_format=torch.contiguous_format)
     values = torch.where(linked, values, 0)
     return values.triu() + values.triu(1).t()
 

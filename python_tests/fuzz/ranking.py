@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ssmkernels import ops, reference
 
-MARGINS = {"positive_margin": Number((0.0, 0.5, 1), least=0), "negative_margin": Number((0.5, 1, 3.0, 0), least=0)}
+MARGINS = {"positive_margin": Number((0.0, 0.5, 1, -0.5)), "negative_margin": Number((0.5, 1, 3.0, 0), least=0)}
 THRESHOLDS = {
     "positive_threshold": Number((0.5, 0, 0.9, -1, 1), infinite=True),
     "negative_threshold": Number((0.3, 0, -0.2, -1, 1), infinite=True),

@@ -15,22 +15,24 @@ from torch import Tensor
 OTHERS = (None, 1, 0.5, "x", True, [1.0], (1, 2), object())
 
 
-def spoiled(draw: Draw, target: Target, arguments: dict[str, Any]) -> str:
-    """Changes one of the arguments; its name."""
-    name = draw(st.sampled_from(sorted(arguments)))
+def spoiled(draw: Draw, target: Target, arguments: dict[str, Any]) -> str | None:
+    """Changes one of the arguments; its name, or None where all are fixed."""
+    if not arguments.keys() - set(target.fixed):
+        return None
+    name = draw(st.sampled_from(sorted(arguments.keys() - set(target.fixed))))
     value = arguments[name]
     if name in target.numbers:
         arguments[name] = draw(odd_scalars(target.numbers[name]))
     elif name in target.words:
         arguments[name] = draw(st.sampled_from(["", "Mean", "nothing", None, 1, b"mean", True]))
     elif isinstance(value, Tensor):
-        arguments[name] = _spoiled_tensor(draw, value)
+        arguments[name] = _spoiled_tensor(draw, value, huge=name not in target.shapes)
     else:
         arguments[name] = draw(st.sampled_from([other for other in OTHERS if other is not value]))
     return name
 
 
-def _spoiled_tensor(draw: Draw, value: Tensor) -> Any:
+def _spoiled_tensor(draw: Draw, value: Tensor, *, huge: bool) -> Any:
     kind = draw(st.sampled_from(["type", "dtype", "shape", "size", "element", "element", "array"]))
     if kind == "type":
         return draw(st.sampled_from(OTHERS))
@@ -48,7 +50,8 @@ def _spoiled_tensor(draw: Draw, value: Tensor) -> Any:
     changed = value.clone(memory_format=torch.contiguous_format)
     if changed.numel():
         place = draw(st.integers(0, changed.numel() - 1))
-        special = [math.nan, math.inf, -math.inf, -1.0] if changed.is_floating_point() else [-1, -2, 300, 2**31 - 1]
+        special = [math.nan, math.inf, -math.inf, -1.0] if changed.is_floating_point() else [-1, -2, 300]
+        special += [2**31 - 1] if huge and not changed.is_floating_point() else []
         if changed.dtype != torch.bool:
             changed.view(-1)[place] = draw(st.sampled_from(special))
     return changed

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from fuzz import graphs, memory, pairs, ranking
+from fuzz import classifiers, graphs, memory, modules, pairs, propagation, ranking, retrieval, structure
+from fuzz.contents import tensors_of
 from fuzz.oracle import Target, check
 from fuzz.spoil import spoiled
 from fuzz.values import Draw
 from hypothesis import note
 from hypothesis import strategies as st
 
-TARGETS: dict[str, Target] = {**memory.TARGETS, **graphs.TARGETS, **pairs.TARGETS, **ranking.TARGETS}
+from ssmkernels.graph import Graph
+
+FAMILIES = (memory, graphs, pairs, ranking, structure, propagation, retrieval, classifiers, modules)
+TARGETS: dict[str, Target] = {name: target for family in FAMILIES for name, target in family.TARGETS.items()}
 
 
 def example(draw: Draw, target: Target) -> bool:
@@ -20,4 +24,6 @@ def example(draw: Draw, target: Target) -> bool:
     note(f"wrong: {wrong}")
     for name, value in arguments.items():
         note(f"{name} = {value!r}")
+        if isinstance(value, Graph):
+            note(str(tensors_of(value)))
     return check(target, arguments, wrong, ones=draw(st.booleans()))

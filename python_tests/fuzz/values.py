@@ -42,12 +42,21 @@ def dtype(draw: Draw, among: tuple[torch.dtype, ...] = FLOATS) -> torch.dtype:
 
 
 def values(
-    draw: Draw, shape: tuple[int, ...], dtype: torch.dtype, *, least: float = -math.inf, without: tuple[str, ...] = ()
+    draw: Draw,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    least: float = -math.inf,
+    without: tuple[str, ...] = (),
+    exponent: int | None = None,
 ) -> Tensor:
-    """Finite numbers of one kind, in some layout; with ``least`` 0, none is negative."""
+    """Finite numbers of one kind, in some layout; with ``least`` 0, none is negative.
+
+    ``exponent`` is the largest power of ten in the "mixed" kind, where it is not that of the dtype.
+    """
     kind, seed = draw(st.sampled_from(KINDS)), draw(st.integers(0, 9))
     found = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    exponent = LARGEST_EXPONENT[dtype]
+    largest = LARGEST_EXPONENT[dtype]
     if kind == "unit rows" and len(shape):
         found = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
     elif kind == "integers":
@@ -57,11 +66,11 @@ def values(
     elif kind == "equal rows" and len(shape):
         found = found[:1].expand(shape)
     elif kind == "scaled":
-        found = found * 10.0 ** draw(st.integers(-exponent, exponent))
+        found = found * 10.0 ** draw(st.integers(-largest, largest))
     elif kind == "denormal":
         found = found * torch.finfo(dtype).tiny / 8
     elif kind == "mixed":
-        found = found.sign() * 10.0 ** (found.abs().remainder(1) * 2 - 1).mul(exponent)
+        found = found.sign() * 10.0 ** (found.abs().remainder(1) * 2 - 1).mul(exponent or largest)
     found = found.abs() if least == 0 else found
     return layout(draw, found.to(dtype), without=without)
 
@@ -78,8 +87,9 @@ def classes(
 
 
 def layout(draw: Draw, value: Tensor, *, without: tuple[str, ...] = ()) -> Tensor:
-    """The same values otherwise in memory; what lies between them would be noticed. "expanded" repeats the first
-    row, at stride 0.
+    """The same values otherwise in memory, where a read of what lies between them would be noticed.
+
+    "expanded" repeats the first row, at stride 0.
     """
     names = [name for name in LAYOUTS if name not in without]
     return LAYOUTS[draw(st.sampled_from(["contiguous"] * len(names) + names))](value)
@@ -137,6 +147,7 @@ class Number:
     least: float = -math.inf
     most: float = math.inf
     above: bool = False  # least itself is out
+    below: bool = False  # most itself is out
     integer: bool = False
     optional: bool = False
     infinite: bool = False  # may be infinite
@@ -158,13 +169,17 @@ class Number:
             return False if value.ndim or (self.integer and not _is_integer(value)) else None
         if self.integer and not isinstance(value, (int, np.integer)):
             return False
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except OverflowError:
-            number = math.copysign(math.inf, value)  # type: ignore[arg-type]
-        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+        number: Any = value
+        if not (self.integer and isinstance(value, int)):  # which Python compares with a float as it is
+            try:
+                number = float(value)  # type: ignore[arg-type]
+            except OverflowError:
+                number = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+        if number != number or (number in (math.inf, -math.inf) and not self.infinite):
             return False
         if not self.least <= number <= self.most or (self.above and number == self.least):
+            return False
+        if self.below and number == self.most:
             return False
         return True if isinstance(value, (int, float, np.integer, np.floating)) and abs(number) < 2.0**62 else None
 

@@ -113,7 +113,10 @@ class Groups:
         self.row_sums = row_sums
         self.group, self.count = strong_groups(graph)
         rows, col = graph.rows, graph.col.long()
-        weak = (self.group[rows] != self.group[col]).nonzero()[:, 0]
+        linked = graph.weight > 0  # a stored zero joins nothing
+        if dissimilarity is not None:
+            linked = linked | (dissimilarity > 0)
+        weak = (linked & (self.group[rows] != self.group[col])).nonzero()[:, 0]
         self.rows, self.col, self.value = rows[weak], col[weak], -graph.weight[weak].double()
         if dissimilarity is not None:
             self.value += dissimilarity[weak].double()

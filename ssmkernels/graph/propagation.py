@@ -210,6 +210,8 @@ class LabelSystem:
     ) -> None:
         check_graph(graph)
         mu = check.check_positive("mu", mu)
+        if 1 / mu > torch.finfo(graph.dtype).max:
+            raise ValueError(f"mu is too small: 1/mu must be finite in {graph.dtype}, the dtype of graph; got {mu}")
         mu_unlabeled = check.check_nonnegative("mu_unlabeled", mu_unlabeled)
         if check.values_are_checked(graph.weight):
             check.check_weights("graph.weight", graph.weight)  # which may have been written since the graph was made
@@ -262,10 +264,10 @@ class LabelSystem:
         largest = solution.constant.amax(dim=1, keepdim=True)
         deviation = solution.values + (solution.constant - largest)[self.component]
         scores = deviation + largest[self.component]
-        probs = scores.clamp_min(0)
-        sums = probs.sum(dim=1, keepdim=True)
-        decided = (sums[:, 0] > 0) & (self.offset[self.component] > 0)
-        probs = torch.where(decided[:, None], probs / sums.clamp_min(1e-300), 0)
+        highest = scores.amax(dim=1, keepdim=True)
+        decided = (highest[:, 0] > 0) & (self.offset[self.component] > 0)
+        probs = torch.where(decided[:, None], scores.clamp_min(0) / highest, 0)  # no sum of them is tiny or infinite
+        probs = probs / probs.sum(dim=1, keepdim=True).clamp_min(1)
         confidence = confidence_of(probs)
         dtype = self.graph.dtype
         return Scores(
