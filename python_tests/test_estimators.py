@@ -366,3 +366,15 @@ def test_message_without_scikit_learn(monkeypatch):
     monkeypatch.delitem(sys.modules, "ssmkernels.estimators")
     with pytest.raises(ImportError, match=r"needs scikit-learn 1\.6 or newer: pip install scikit-learn"):
         importlib.import_module("ssmkernels.estimators")
+
+
+@pytest.mark.parametrize("estimator", [LabelPropagation, MixedLabelPropagation])
+@pytest.mark.parametrize("affinity", ["cosine", "precomputed"])
+def test_gamma_is_checked_whether_it_is_used_or_not(estimator, affinity):
+    with pytest.raises(ValueError, match="gamma"):
+        estimator(affinity=affinity, gamma=float("nan")).fit(np.eye(3), [0, 1, -1])
+
+
+def test_gamma_of_any_numpy_type():
+    fitted = LabelPropagation(2, gamma=np.uint64(2)).fit(np.eye(3) + 0.5, [0, 1, -1])
+    assert np.isfinite(fitted.predict_proba(np.eye(3) + 0.25)).all()

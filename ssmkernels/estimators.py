@@ -15,6 +15,7 @@ import torch
 from scipy import sparse
 
 from ssmkernels.graph import Graph, knn_graph, propagation
+from ssmkernels.ops import _checks as check
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -120,6 +121,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
             raise ValueError(f"n_neighbors should be at least 1, got {self.n_neighbors}")
         if self.affinity not in ("cosine", "precomputed"):
             raise ValueError(f"affinity should be 'cosine' or 'precomputed', got {self.affinity!r}")
+        check.check_positive("gamma", self.gamma)
         self.classes_, codes = _encode(y)
         prior = np.bincount(codes[codes >= 0]) / np.count_nonzero(codes >= 0)
 
@@ -187,7 +189,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         if self._directions is not None:
             k = min(int(self.n_neighbors), weight.shape[1])
             last = weight.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-            weight = torch.where((weight >= last - _TIE) & (weight > _TIE), weight, 0.0) ** self.gamma
+            weight = torch.where((weight >= last - _TIE) & (weight > _TIE), weight, 0.0) ** float(self.gamma)
         largest = weight.amax(dim=1, keepdim=True)
         weight = weight / torch.where(largest > 0, largest, 1)  # so that the sum neither overflows nor vanishes
         total = weight.sum(dim=1, keepdim=True)

@@ -154,12 +154,18 @@ TARGETS = {
         _draw_instance_matching,
         ops.instance_matching,
         reference.instance_matching,
+        normalized=("pseudo_probs",),
         numbers={**MATCHING, "alpha": SHARE},
         gradient=("query_strong",),
         case="instance_matching",
     ),
     "ops.instance_matching_partial": Target(
-        _draw_partial, ops.instance_matching_partial, _exact_partial, numbers=MATCHING, case="instance_matching_partial"
+        _draw_partial,
+        ops.instance_matching_partial,
+        _exact_partial,
+        normalized=("aggregated",),
+        numbers=MATCHING,
+        case="instance_matching_partial",
     ),
     "ops.merge_instance_matching": Target(_draw_parts, ops.merge_instance_matching, _exact_merge),
     "ops.finish_instance_matching": Target(
@@ -173,6 +179,7 @@ TARGETS = {
         _draw_aggregate,
         ops.aggregate,
         reference.aggregate,
+        normalized=("value",),
         numbers={"num_classes": Number((1,), least=1, integer=True, shapes=True), "temperature": TEMPERATURE},
         gradient=("query",),
         case="aggregate",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +117,8 @@ def _check_distribution(arguments: dict[str, Any], found: Tensors) -> None:
     weight = float(arguments["variance_weight"])
     exact = float(gap + weight * (moments.positive_var + moments.negative_var))
     unit = torch.finfo(found["value"].dtype).eps * (8 * features.shape[1] + 8 * len(features) + 64)
-    if math.isfinite(exact) and not abs(float(found["value"]) - exact) <= unit * (2 + abs(exact) + 2 * weight):
+    representable = abs(exact) < torch.finfo(found["value"].dtype).max
+    if representable and not abs(float(found["value"]) - exact) <= unit * (2 + abs(exact) + 2 * weight):
         raise Finding(f"{float(found['value'])}, exactly {exact}")
 
 
@@ -131,9 +131,19 @@ def _exact_local(basis_features: Tensor, labels: Tensor, scale: float, **_: Any)
     logits, same = scale * (rows @ rows.t()), _one_hot_mask(labels, labels)
     positives = same & ~torch.eye(len(rows), dtype=torch.bool)
     total = basis_features.sum() * 0
-    for pairs, losses in ((positives, F.softplus(-logits)), (~same, F.softplus(logits))):
-        total = total + losses[pairs].sum() / max(int(pairs.sum()), 1)
+    for pairs, logs in ((positives, F.logsigmoid(logits)), (~same, F.logsigmoid(-logits))):
+        total = total - logs[pairs].sum() / max(int(pairs.sum()), 1)
     return total
+
+
+def _inner_local(basis_features: Tensor, scale: float, **_: Any) -> dict[str, Any]:
+    """The gradient of a direction, at most 4 σ, loses its part along the row."""
+    return {"gradient of basis_features": 4 * scale / basis_features.norm(dim=1, keepdim=True).clamp_min(1e-12)}
+
+
+def _inner_cross_entropy(**_: Any) -> dict[str, Any]:
+    """The logarithm of a sum of at least 1 is a number beside 1."""
+    return {"value": 1.0}
 
 
 def _draw_global(draw: Draw) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def _exact_proxy(
             continue
         signs = torch.ones(len(proxies), dtype=torch.float64)
         signs[label] = -1
-        loss = F.softplus(epsilon * (signs * cosines[row] + margin)).sum()
+        loss = -F.logsigmoid(-epsilon * (signs * cosines[row] + margin)).sum()
         total = total + (1 if confidence is None else confidence[row].detach()) * loss
     return total / len(proxies)
 
@@ -229,6 +239,17 @@ def _exact_head(features: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
     head = nn.PrototypeHead(**sizes).eval().double()
     z = F.normalize(head.projection(features), dim=1)
     return z.detach(), (z @ head.prototypes.weight.t()).detach()
+
+
+def _inner_head(features: Tensor, **sizes: int) -> dict[str, Any]:
+    """Sums of the two layers by magnitude, and what they become where their result is scaled to unit length."""
+    torch.manual_seed(0)
+    first, _, _, second = nn.PrototypeHead(**sizes).double().projection
+    hidden = features.abs() @ first.weight.abs().t() + first.bias.abs()
+    terms = hidden @ second.weight.abs().t() + second.bias.abs()
+    length = second(F.relu(first(features))).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    relative = (terms.norm(dim=1, keepdim=True) / length).detach()
+    return {"value 0": relative, "value 1": relative}
 
 
 def _draw_sinkhorn(draw: Draw) -> dict[str, Any]:
@@ -481,6 +502,7 @@ TARGETS = {
         _draw_basis_entropy,
         method(nn.FeatureBasis, ("in_features", "num_basis"), ("weight",), "cross_entropy"),
         _exact_basis_entropy,
+        inner=_inner_cross_entropy,
         numbers=_counts("in_features", "num_basis"),
         fixed=("weight", "num_basis", "in_features"),
     ),
@@ -488,6 +510,7 @@ TARGETS = {
         _draw_global,
         method(nn.GlobalCrossEntropy, ("num_basis", "num_clusters", "scale", "momentum"), ("prototypes",)),
         _exact_global,
+        inner=_inner_cross_entropy,
         numbers={"scale": POSITIVE, "momentum": MOMENTUM},
         fixed=("num_basis", "num_clusters", "prototypes"),
     ),
@@ -502,6 +525,7 @@ TARGETS = {
         _draw_local,
         method(nn.LocalCrossEntropy, ("scale", "momentum")),
         _exact_local,
+        inner=_inner_local,
         numbers={"scale": POSITIVE, "momentum": MOMENTUM},
         gradient=("basis_features",),
     ),
@@ -509,6 +533,7 @@ TARGETS = {
         _draw_head,
         method(_eval_head, HEAD),
         _exact_head,
+        inner=_inner_head,
         numbers=_counts(*HEAD),
         undefined=HEAD,
     ),

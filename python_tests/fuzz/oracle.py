@@ -45,7 +45,10 @@ class Target:
         shapes: tensors whose largest element decides how large the result is: huge ones are not tried.
         judged_elsewhere: arguments whose errors come from another library and need not name them.
         undefined: arguments without which nothing is promised: wrong, they are refused or the value means nothing.
+        normalized: outputs in whose rows a NaN may be everywhere: the entries share a normaliser.
         flush: whether products of numbers that are tiny for the dtype may vanish.
+        inner: by the names of the outputs, how large what an output is a difference of is where the shifts do not show
+            it; from the arguments in float64.
         case: of python_tests/ops/cases.py, whose bounds then hold; else errors are judged by shifting the arguments.
         lists: arguments that the bounds of the case allow to be empty; where another one is, they do not apply.
     """
@@ -62,7 +65,9 @@ class Target:
     shapes: tuple[str, ...] = ()
     judged_elsewhere: tuple[str, ...] = ()
     undefined: tuple[str, ...] = ()
+    normalized: tuple[str, ...] = ()
     flush: bool = True
+    inner: Callable[..., dict[str, Any]] | None = None
     case: str | None = None
     lists: tuple[str, ...] = ()
 
@@ -135,17 +140,20 @@ def _check_values(target: Target, arguments: dict[str, Any], found: Tensors, one
     if not all(name in allowed or _is_next_to(value, exact[name]) for name, value in found.items()):
         allowed = _allowed(target, exact_arguments, exact, found, inputs, ones) | allowed
     for name, tolerance in allowed.items():
-        _compare(name, found[name], _with_own_nan(name, found[name], exact[name], exact_arguments), tolerance)
+        given = exact[name] if name in target.normalized else exact_arguments.get(name.removeprefix("gradient of "))
+        _compare(name, found[name], _with_nan_rows(found[name], exact[name], given), tolerance)
 
 
 def _meant(target: Target, name: str, value: Any) -> Any:
     return target.numbers[name].meant(value) if name in target.numbers else value
 
 
-def _with_own_nan(name: str, value: Tensor, truth: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The exact value, or NaN where the gradient of a row that holds a NaN is one: no loss need depend on the row."""
-    given = arguments.get(name.removeprefix("gradient of "))
-    if not name.startswith("gradient of ") or not isinstance(given, Tensor) or given.ndim == 0:
+def _with_nan_rows(value: Tensor, truth: Tensor, given: Any) -> Tensor:
+    """The exact value, or NaN where that was found and ``given`` has a NaN in the same row.
+
+    The gradient of a row that holds a NaN is NaN, whether or not the loss depends on the row.
+    """
+    if not isinstance(given, Tensor) or given.ndim == 0 or given.shape != truth.shape or not value.is_floating_point():
         return truth
     return torch.where(given.isnan().any(dim=-1, keepdim=True) & value.isnan(), torch.nan, truth)
 
@@ -201,6 +209,7 @@ def _allowed(
             }
             flushed = _exact(target, rounded, ones)
     length = max([8, *(max(value.shape, default=1) for value in inputs)])
+    inner = {} if target.inner is None else target.inner(**arguments)
     allowed = {}
     for name, value in found.items():
         if not value.is_floating_point():
@@ -209,7 +218,7 @@ def _allowed(
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         unit, magnitude = torch.finfo(wide).eps, exact[name].abs()
         spread = change[name] + (0.25 * change[name].amax(dim=-1, keepdim=True) if value.numel() and value.ndim else 0)
-        bound = 8 * length * unit * (spread + magnitude) + 64 * length * torch.finfo(wide).tiny
+        bound = 8 * length * unit * (spread + magnitude + inner.get(name, 0.0)) + 64 * length * torch.finfo(wide).tiny
         if value.dtype != wide:
             bound = bound + torch.finfo(value.dtype).eps * magnitude + torch.finfo(value.dtype).tiny
         allowed[name] = bound + _difference(flushed[name], exact[name])
@@ -253,9 +262,10 @@ def _difference(a: Tensor, b: Tensor) -> Tensor:
 def _exact(
     target: Target, arguments: dict[str, Any], ones: bool, shift: Callable[[Tensor], Tensor] = Tensor.clone
 ) -> Tensors:
+    assert target.exact is not None
+    own = {name: copied(arguments[name]) for name in target.writes}
     try:
-        assert target.exact is not None
-        return _evaluated(target.exact, arguments, target, ones, shift)
+        return _evaluated(target.exact, arguments | own, target, ones, shift)
     except Undecided:
         raise
     except Exception as error:

@@ -134,16 +134,23 @@ def _system(arguments: dict[str, Any]) -> _System:
     return _System(weight, labels, classes, mu, mu_unlabeled, arguments["balance"])
 
 
-def _check_scores(name: str, scores: Tensor, exact: list[list[Fraction]], system: _System) -> None:
-    """Close beside the range of the scores in a component, which alone tells classes and nodes apart."""
-    for k in range(system.count):
-        inside = np.flatnonzero(system.component == k)
+def _check_scores(
+    name: str, scores: Tensor, exact: list[list[Fraction]], system: _System, joined: np.ndarray | None = None
+) -> None:
+    """Close beside the range of the scores in a component, also over the dissimilar edges ``joined`` [N, N]."""
+    count, component = system.count, system.component
+    if joined is not None:
+        same = component[:, None] == component
+        count, component = connected_components(same | (joined > 0), directed=False)
+    for k in range(count):
+        inside = np.flatnonzero(component == k)
         values = [exact[i][c] for i in inside for c in range(system.classes)]
         span, size = float(max(values) - min(values)), float(max(map(abs, values)))
         largest = torch.finfo(scores.dtype).max
         if size > 0.5 * largest:
             continue
-        rounding = torch.finfo(scores.dtype).eps * size + torch.finfo(torch.float64).eps * float(system.offset[k])
+        offset = float(max(system.offset[c] for c in system.component[inside]))
+        rounding = torch.finfo(scores.dtype).eps * size + torch.finfo(torch.float64).eps * offset
         allowed = NEAR * span + 4 * rounding + 4 * torch.finfo(scores.dtype).tiny
         for i in inside:
             for c in range(system.classes):
@@ -176,6 +183,7 @@ def _check_mixed(arguments: dict[str, Any], found: Tensors) -> None:
             *(given.crow, given.col, given.reverse, given.weight.double(), found["propagated"].double()),
             logit_scale=float(arguments["logit_scale"]),
         )
+        expected = torch.where(given.weight > 0, expected, 0)
         size = found["propagated"].abs().amax() * given.degree.amax() if len(dissimilarity) else 0
         tolerance = min(1.0, 1e-5 * (1 + float(arguments["logit_scale"]) * float(size)))
         close = torch.allclose(dissimilarity.double(), expected, rtol=0, atol=tolerance)
@@ -183,7 +191,8 @@ def _check_mixed(arguments: dict[str, Any], found: Tensors) -> None:
     _check_decisions(found, system)
     beta = float(arguments["beta"])
     if beta <= 1e6:
-        _check_scores("scores", found["scores"], system.solve(_dense(beta * dissimilarity.double(), given)), system)
+        joined = _dense(beta * dissimilarity.double(), given)
+        _check_scores("scores", found["scores"], system.solve(joined), system, joined)
 
 
 def _check_decisions(found: Tensors, system: _System) -> None:

@@ -222,6 +222,12 @@ def test_confidence():
     torch.testing.assert_close(confidence_of(probs), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_confidence_of_half_types_is_computed_in_float32(dtype):
+    probs = torch.tensor([[0.3, 0.36, 0.34]]).to(dtype)  # 1 - H/log C cancels
+    torch.testing.assert_close(confidence_of(probs), confidence_of(probs.double()).to(dtype), rtol=0, atol=1e-6)
+
+
 def test_one_class():
     graph, labels, _ = case("balanced")
     labels = torch.where(labels == 0, 0, -1)
@@ -258,6 +264,50 @@ def test_on_a_gpu(digits, draw_labels):
     here, there = mixed_label_propagation(graph, labels), mixed_label_propagation(graph.to("cuda"), labels.cuda())
     torch.testing.assert_close(there.scores.cpu(), here.scores, rtol=1e-3, atol=1e-4)
     assert (there.pseudo_labels.cpu() == here.pseudo_labels).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edges_of_weight_0_join_nothing(dtype):
+    pair = Graph(torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.zeros(2, dtype=dtype))
+    labels = torch.tensor([-1, 2])
+    expected = torch.tensor([[0.0, 0, 0], [-99, -99, 0]], dtype=dtype)
+    rounding = 4 * np.finfo(np.float64).eps * 99
+    torch.testing.assert_close(label_propagation(pair, labels), expected, rtol=torch.finfo(dtype).eps, atol=rounding)
+    mixed = mixed_label_propagation(pair, labels)
+    assert mixed.pseudo_labels.tolist() == [-1, 2]
+    assert mixed.dissimilarity.tolist() == [0, 0]
+    given = mixed_label_propagation(pair, labels, dissimilarity=torch.ones(2, dtype=dtype))
+    assert bool(given.scores.isfinite().all())
+
+
+def test_a_component_of_one_class_has_no_deviation():
+    # c_K = 1/(m_K μ) in float64: a float32 one would leave 1.5e-7.
+    lone = Graph(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.float64))
+    scores = label_propagation(lone, torch.tensor([0]), mu=float(np.float32(0.1)))
+    assert abs(float(scores)) <= 2 * np.finfo(np.float64).eps * 10
+
+
+def test_probabilities_of_tiny_scores_sum_to_1():
+    pair = Graph(torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.full((2,), 0.3))
+    mixed = mixed_label_propagation(pair, torch.tensor([-1, 2]), mu_unlabeled=1e300, balance=False)
+    decided = mixed.pseudo_labels >= 0
+    assert bool(decided.any()) and mixed.probs.sum(dim=1)[decided].allclose(torch.ones(()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "mu"), [(torch.float32, 1e-300), (torch.float64, 1e-320)])
+def test_mu_whose_inverse_overflows_is_refused(dtype, mu):
+    lone = Graph(torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=dtype))
+    for propagate in (label_propagation, mixed_label_propagation):
+        with pytest.raises(ValueError, match="mu is too small"):
+            propagate(
+                lone,
+                torch.tensor(
+                    [
+                        0,
+                    ]
+                ),
+                mu=mu,
+            )
 
 
 def test_numpy_scalars():

@@ -123,3 +123,10 @@ def test_bad_input_of_global():
         make_global()(features, labels + CLUSTERS)
     with pytest.raises(ValueError, match="num_clusters must be at least 1"):
         GlobalCrossEntropy(3, 0)
+
+
+def test_logits_past_20_keep_the_accuracy_of_float64():
+    # Two opposite rows of one class: a pair of cosine -1, softplus(σ) = σ + log(1 + e^-σ).
+    rows = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    loss = LocalCrossEntropy(scale=20.5).double()(rows, torch.zeros(2, dtype=torch.int64))
+    assert abs(float(loss) - (20.5 + math.log1p(math.exp(-20.5)))) <= 4 * torch.finfo(torch.float64).eps * 20.5

@@ -176,12 +176,13 @@ def mix(
 
 
 def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
-    """[E] W_dis of (22); a single class is never dissimilar to itself."""
+    """[E] W_dis of (22); 0 on a stored edge of weight 0, and where there is a single class."""
     if propagated.shape[1] == 1:
         return torch.zeros_like(graph.weight)
-    return ops.leave_one_edge_out(
+    dissimilarity = ops.leave_one_edge_out(
         graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale
     )
+    return torch.where(graph.weight > 0, dissimilarity, 0)
 
 
 def confidence_of(probs: Tensor) -> Tensor:
@@ -191,8 +192,9 @@ def confidence_of(probs: Tensor) -> Tensor:
     classes = probs.shape[1]
     if classes == 1:
         return probs[:, 0]
-    entropy = -torch.xlogy(probs, probs).sum(dim=1)
-    return torch.where(probs.any(dim=1), (1 - entropy / math.log(classes)).clamp_min(0), 0)
+    wide = probs.to(check.compute_dtype(probs.dtype))
+    entropy = -torch.xlogy(wide, wide).sum(dim=1)
+    return torch.where(wide.any(dim=1), (1 - entropy / math.log(classes)).clamp_min(0), 0).to(probs.dtype)
 
 
 class LabelSystem:
@@ -243,7 +245,7 @@ class LabelSystem:
         balanced = (in_component.double() / of_classes.clamp_min(1))[:, None] * present
         self.totals = balanced if balance else per_class.double()
         self.shortfall = ""  # what a solve did not reach, in words
-        self.offset = torch.where(of_classes > 0, 1 / (mu * of_classes.clamp_min(1)), 0.0).double()  # c_K
+        self.offset = torch.where(of_classes > 0, 1 / (mu * of_classes.double().clamp_min(1)), 0.0)  # c_K
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""

@@ -63,8 +63,9 @@ class LocalCrossEntropy(RunningSimilarityMoments):
             logits = self.scale * (directions @ directions.t())
         same = labels[:, None] == labels
         total = logits.new_zeros(())
-        for pairs, losses in ((without_diagonal(same), F.softplus(-logits)), (~same, F.softplus(logits))):
-            total = total + torch.where(pairs, losses, 0).sum() / pairs.sum().clamp_min(1)
+        # softplus(x) = −log sigmoid(−x); F.softplus is x itself from 20 on
+        for pairs, logs in ((without_diagonal(same), F.logsigmoid(logits)), (~same, F.logsigmoid(-logits))):
+            total = total - torch.where(pairs, logs, 0).sum() / pairs.sum().clamp_min(1)
         return total
 
     def extra_repr(self) -> str:

@@ -67,7 +67,7 @@ def pair_focal_loss(
         left, right = x_labels[pairs[:, 0]], y_labels[pairs[:, 1]]
     target, counted = left == right, (left != ignore_index) & (right != ignore_index)
     signed = torch.where(target, logits, -logits)
-    loss = (-gamma * F.softplus(signed)).exp() * F.softplus(-signed)  # 1 − p_t = e^{−softplus(signed)}
+    loss = -(gamma * F.logsigmoid(-signed)).exp() * F.logsigmoid(signed)  # 1 − p_t = sigmoid(−signed)
     if alpha is not None:
         loss = torch.where(target, alpha, 1 - alpha) * loss
     loss = torch.where(counted, loss, 0)

@@ -136,7 +136,8 @@ def pair_focal_loss(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
 
     Evaluated with an exponential and a logarithm, a loss has a relative error of (4 EXP + 8)u and of 2u·γ(softplus(s) +
     |s|), the exponent of (1 − p_t)^γ. The gradient moves by |FL''| ≤ γ²q^γ p² L + γ q^{γ+1} p L + (2γ + 1) q^{γ+1} p
-    times the error of the logit (q = 1 − p, L = −log p), each factor changing by at most e^{error}.
+    times the error of the logit (q = 1 − p, L = −log p), each factor changing by at most e^{error}. Where that error is
+    above 1, no slope down to the lower end l of the logit exceeds (2γ + 2) min(1, 2q(l))^{γ+1}.
     """
     network = _Network(inputs)
     rounding, gamma = network.rounding, float(inputs.get("gamma", 2.0))
@@ -156,11 +157,9 @@ def pair_focal_loss(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[st
         * ((gamma + 3) * error).clamp_max(50).exp()
     )
     slope = power * (gamma * p * log + q)
-    slope_error = (
-        torch.minimum(bend * error, 2 * (gamma + 1) * torch.ones_like(bend))
-        + evaluated.clamp_max(1) * slope
-        + rounding.tiny
-    )
+    steepest = 2 * (gamma + 1) * (2 * torch.sigmoid(error - signed)).clamp_max(1) ** (gamma + 1)
+    slope_moved = torch.where(error > 1, steepest, (bend * error).clamp_max(2 * (gamma + 1)))
+    slope_error = slope_moved + evaluated.clamp_max(1) * slope + rounding.tiny
     slope, slope_error = weight * slope, weight * slope_error
 
     reduction, counted = inputs.get("reduction", "mean"), (_counted(inputs, network)).sum().clamp_min(1)
