@@ -289,8 +289,34 @@ def test_version(capsys):
 
 def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
+    assert capsys.readouterr().err == "ssmkernels: there is no command 'trian'; did you mean train?\n"
+    assert cli.main(["xyz"]) == 2
     commands = "train, reproduce, report, demo, bench, info"
-    assert capsys.readouterr().err == f"ssmkernels: unknown command 'trian'; it should be one of {commands}\n"
+    assert capsys.readouterr().err == f"ssmkernels: there is no command 'xyz'; it should be one of {commands}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "package"),
+    [
+        ("train", "tqdm", '"ssmkernels[train]"'),
+        ("reproduce", "matplotlib.pyplot", '"ssmkernels[train]"'),
+        ("bench", "matplotlib", '"ssmkernels[bench]"'),
+        ("demo", "torch", "torch"),
+    ],
+)
+def test_a_missing_package_is_one_line(command, module, package, monkeypatch, capsys):
+    def missing(_):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main([command]) == 1
+    expected = f"ssmkernels {command}: {module} is not installed; pip install {package}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_every_extra_exists(source_tree):
+    project = (source_tree / "pyproject.toml").read_text()
+    assert all(f"\n{command.extra} = [" in project for command in cli.COMMANDS.values())
 
 
 def test_interrupt_is_130_without_traceback(monkeypatch, capsys):

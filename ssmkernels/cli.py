@@ -8,30 +8,44 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ssmkernels import __version__
+from ssmkernels._names import unknown
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+    extra: str = "train"
+    """What to install with the package for this command: ``pip install "ssmkernels[extra]"``."""
+
 
 COMMANDS = {
-    "train": ("ssmkernels.trainers.cli", "train a model with one of the papers' methods"),
-    "reproduce": ("ssmkernels.experiments.cli", "run a table or figure of a paper"),
-    "report": ("ssmkernels.experiments.report_page", "one page of what reproduce has left in a folder"),
-    "demo": ("ssmkernels.experiments.demo", "a few minutes' comparison on real images that come with the packages"),
-    "bench": ("ssmkernels.bench", "time the ops beside eager PyTorch and torch.compile"),
-    "info": ("ssmkernels.info", "what was built, what machine this is, and what is wrong"),
+    "train": Command("ssmkernels.trainers.cli", "train a model with one of the papers' methods"),
+    "reproduce": Command("ssmkernels.experiments.cli", "run a table or figure of a paper"),
+    "report": Command("ssmkernels.experiments.report_page", "one page of what reproduce has left in a folder"),
+    "demo": Command(
+        "ssmkernels.experiments.demo", "a few minutes' comparison on real images that come with the packages"
+    ),
+    "bench": Command("ssmkernels.bench", "time the ops beside eager PyTorch and torch.compile", "bench"),
+    "info": Command("ssmkernels.info", "what was built, what machine this is, and what is wrong"),
 }
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
     return (
-        f"usage: ssmkernels [--help] [--version] COMMAND ...\n\n{commands}\n\nssmkernels COMMAND --help tells what a"
-        " command takes."
+        f"usage: ssmkernels [--help] [--version] COMMAND ...\n\n{commands}\n\n"
+        "ssmkernels COMMAND --help says what a command takes."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status; 2 for an unknown one, 130 when interrupted."""
+    """Runs a subcommand and returns its exit status: 1 where a package or folder is missing, 2 for an unknown one, 130
+    when interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
@@ -41,11 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ssmkernels {__version__}")
         return 0
     if name not in COMMANDS:
-        print(f"ssmkernels: unknown command {name!r}; it should be one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"ssmkernels: {unknown(f'there is no command {name!r}', name, COMMANDS)}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[name]
+    command = COMMANDS[name]
     try:
-        return int(importlib.import_module(module).main(arguments[1:]) or 0)
+        return int(importlib.import_module(command.module).main(arguments[1:]) or 0)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "ssmkernels":
+            raise
+        needed = "torch" if error.name.partition(".")[0] == "torch" else f'"ssmkernels[{command.extra}]"'
+        print(f"ssmkernels {name}: {error.name} is not installed; pip install {needed}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nssmkernels: interrupted", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ssmkernels.trainers.checkpoint import load_checkpoint
-from ssmkernels.trainers.cli import config_names, main, parse_config
+from ssmkernels.trainers.cli import METHODS, config_names, main, parse_config
 
 SMALL = [
     "--config",
@@ -130,7 +130,7 @@ def test_the_command_line_wins_over_the_configuration(tmp_path):
     [
         (
             ["--config", "cifar11"],
-            "--config is 'cifar11'; it should be the path of a YAML file or one of cifar10-250, ",
+            "--config is 'cifar11', which is neither a YAML file nor comes with the package; did you mean cifar10-",
         ),
         (["--temperature", "0"], "temperature is 0.0; it should be positive"),
     ],
@@ -144,7 +144,47 @@ def test_bad_settings_are_one_line(capsys, arguments, message):
 
 def test_unknown_method(capsys):
     assert main(["simmatsch"]) == 2
-    assert "simmatch" in capsys.readouterr().out
+    assert capsys.readouterr().err == ("ssmkernels train: there is no method 'simmatsch'; did you mean simmatch?\n")
+
+
+def test_help_says_what_the_methods_are(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^  {name} +{re.escape(METHODS[name].summary)}$", out, re.MULTILINE) for name in METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_has_no_markup(method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([method, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "--run.accelerator" in out
+    assert not re.search(r"``|:\w+:`", out)
+
+
+def test_a_gpu_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["simmatch", "--config", "digits", "--run.accelerator", "cuda"]) == 1
+    message = "--run.accelerator is cuda, but torch sees no CUDA device; give cpu or auto"
+    assert capsys.readouterr().err == f"ssmkernels train: {message}\n"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    assert main(["mlsn", "--config", "digits", "--run.accelerator", "cpu", "--run.out", str(out)]) == 1
+    assert capsys.readouterr().err.endswith(
+        f"ssmkernels train: {out} cannot be written; give another folder with --run.out\n"
+    )
+
+
+def test_a_missing_package_is_left_to_the_command(monkeypatch):
+    def train(config, **options):
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    monkeypatch.setitem(METHODS, "mlsn", METHODS["mlsn"]._replace(train=train))
+    with pytest.raises(ModuleNotFoundError):
+        main(["mlsn", "--config", "digits"])
 
 
 def test_a_finished_run_reports_its_medians(tmp_path, capsys, monkeypatch):
@@ -227,7 +267,7 @@ def test_stop_then_resume_gives_the_same_bits(tmp_path, number):
         time.sleep(0.005)
     os.killpg(process.pid, number)  # the whole group, as a terminal or a scheduler does: data-loading processes too
     out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
+    assert process.returncode == 128 + number, error
     stopped_at = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"]
     assert 3 <= stopped_at < steps
     assert f"Stopped after step {stopped_at} of {steps}" in out

@@ -108,7 +108,7 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run(Countdown(), tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt exists; resume that run, or give another folder"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt exists; go on from it with --resume, or give another folder"):
         run(Countdown(), tmp_path)
 
 

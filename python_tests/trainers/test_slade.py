@@ -533,7 +533,7 @@ def test_folds_resume_where_they_stopped(make_config, collection, tmp_path, monk
     monkeypatch.setattr(Slade, "step", interrupted)
     stopped = train_folds(config, images=collection)
     assert (stopped.finished, stopped.step, stopped.steps) == (False, config.steps + 6, 2 * config.steps)
-    with pytest.raises(ValueError, match="exists; resume that run"):
+    with pytest.raises(ValueError, match="exists; go on from it with --resume"):
         train_folds(config, images=collection)
     resumed = train_folds(config, images=collection, resume=True)
     assert resumed.finished
@@ -720,5 +720,5 @@ def test_command_line(tmp_path, capsys):
     assert "final_MAP@R: " in (printed := capsys.readouterr().out)
     assert "test_MAP@R: " in printed
     assert main(arguments) == 1
-    assert "exists; resume that run" in capsys.readouterr().err
+    assert "exists; go on from it with --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0

@@ -180,7 +180,7 @@ def _plain(text: str) -> str:
 def main(argv: Sequence[str]) -> int:
     from ssmkernels.experiments.spec import load_tables  # needs the packages to train with; the page does not
 
-    parser = argparse.ArgumentParser(prog="ssmkernels report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="ssmkernels report", description=__doc__.replace("``", ""))
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder that `ssmkernels reproduce` wrote to")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the HTML page; the Markdown lies beside it (default: DIR/report.html)"

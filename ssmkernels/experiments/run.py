@@ -6,7 +6,6 @@ record of it all.
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -15,12 +14,13 @@ import os
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmkernels import __version__, data, info
+from ssmkernels._names import unknown
 from ssmkernels.experiments.jobs import (
     EXPECTED,
     FILE,
@@ -344,12 +344,6 @@ def choose(jobs: Mapping[tuple[Cell, int], Job], request: Request) -> list[str]:
     first, count = request.shard
     mine = list(dict.fromkeys(wanted.values()))[first::count]
     return [name for name, root in wanted.items() if root in mine]
-
-
-def unknown(what: str, name: str, names: Iterable[str]) -> str:
-    """A message that lists the names that are near, or all of them."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return f"{what}; " + (f"did you mean {' or '.join(near)}?" if near else f"it should be one of {', '.join(names)}")
 
 
 def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -12,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from ssmkernels._names import unknown
 from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.mlsn import MLSNConfig, train_mlsn
@@ -27,6 +30,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class Method(NamedTuple):
+    summary: str
     config: type
     train: Callable[..., RunResult]
     run_name: Callable[[Any], str]  # of a run without a --config
@@ -36,6 +40,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "mixed-lp": Method(
+        "mixed label propagation: embeddings from few labels (CVPR 2023)",
         MixedLPConfig,
         train_mixed_lp,
         lambda config: f"{config.data.name}-{config.pseudo_labels}",
@@ -43,18 +48,21 @@ METHODS = {
         best=SELECTED_BY,
     ),
     "mlsn": Method(
+        "Mean Teacher with a similarity network (2020)",
         MLSNConfig,
         train_mlsn,
         lambda config: f"{config.data.name}-{config.data.labels}",
         ("ema_error", "student_error"),
     ),
     "simmatch": Method(
+        "SimMatch; FixMatch and supervised training are settings of it (CVPR 2022)",
         SimMatchConfig,
         train_simmatch,
         lambda config: f"{config.data.name}-{config.data.labels}",
         ("ema_accuracy", "student_accuracy"),
     ),
     "slade": Method(
+        "SLADE: self-training for metric learning (2021)",
         SladeConfig,
         train_slade,
         lambda config: f"{config.data.name}-{config.student}",
@@ -62,6 +70,7 @@ METHODS = {
         best=SLADE_SELECTED_BY,
     ),
     "swav": Method(
+        "SwAV, from which SLADE starts (NeurIPS 2020)",
         SwAVConfig,
         train_swav,
         lambda config: f"{config.data.name}-{config.backbone}",
@@ -87,15 +96,20 @@ def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
 
 def main(argv: Sequence[str]) -> int:
     method = argv[0] if argv else "--help"
+    if method in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
     if method not in METHODS:
-        print(f"usage: ssmkernels train {{{','.join(METHODS)}}} [--config NAME] [--resume] ...")
-        return 0 if method in ("-h", "--help") else 2
+        print(f"ssmkernels train: {unknown(f'there is no method {method!r}', method, METHODS)}", file=sys.stderr)
+        return 2
     try:
         config, resume = parse_config(method, argv[1:])
         if config.run.out is None:
             config.run.out = f"runs/{method}/{_config_name(argv) or METHODS[method].run_name(config)}-seed{config.seed}"
         result = METHODS[method].train(config, resume=resume)
-    except (ValueError, TypeError, FileNotFoundError, ImportError, FloatingPointError) as error:
+    except ModuleNotFoundError:
+        raise  # ssmkernels.cli says what to install
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels train: {error}", file=sys.stderr)
         return 1
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
@@ -106,10 +120,19 @@ def main(argv: Sequence[str]) -> int:
             f"Stopped after step {result.step} of {result.steps}; the checkpoint is in {config.run.out}. To go on:"
             f" {again}"
         )
-        return 0
+        return 128 + (result.stopped_by or signal.SIGINT)
     _report(METHODS[method], result)
     print(f"The run is in {config.run.out}.")
     return 0
+
+
+def _usage() -> str:
+    width = max(map(len, METHODS))
+    methods = "\n".join(f"  {name:<{width}}  {method.summary}" for name, method in METHODS.items())
+    return (
+        f"usage: ssmkernels train METHOD [--config NAME] [--resume] ...\n\n{methods}\n\n"
+        "ssmkernels train METHOD --help says what its settings are."
+    )
 
 
 def _report(method: Method, result: RunResult) -> None:
@@ -129,11 +152,20 @@ def _report(method: Method, result: RunResult) -> None:
         print(f"{name}: {record[name]:.4f}")
 
 
+class PlainHelp(DefaultHelpFormatter):
+    """Docstrings without the markup of Sphinx."""
+
+    def format_help(self) -> str:
+        text = re.sub(r":\w+:`~?([^`]+)`", r"\1", super().format_help())
+        return text.replace("``", "")
+
+
 def _parser(method: str) -> ArgumentParser:
     if find_spec("docstring_parser") is not None:  # the help then says what each setting is
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=f"ssmkernels train {method}",
+        formatter_class=PlainHelp,
         usage=(
             f"ssmkernels train {method} [--config NAME] [--data.root DIR] [--seed N] [--resume] [--SETTING VALUE ...]"
         ),
@@ -154,10 +186,8 @@ def _find_configs(method: str, argv: Sequence[str]) -> list[str]:
         if found[position - 1] == "--config" and not Path(found[position]).is_file():
             path = CONFIGS / method / f"{found[position]}.yaml"
             if not path.exists():
-                names = ", ".join(config_names(method))
-                raise ValueError(
-                    f"--config is {found[position]!r}; it should be the path of a YAML file or one of {names}"
-                )
+                what = f"--config is {found[position]!r}, which is neither a YAML file nor comes with the package"
+                raise ValueError(unknown(what, found[position], config_names(method)))
             found[position] = str(path)
     return found
 

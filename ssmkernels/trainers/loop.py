@@ -34,6 +34,7 @@ except ImportError:  # the same code inside the one big package
 
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
 EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of its own
 
@@ -54,8 +55,8 @@ class RunConfig:
     """
     checkpoint_every: int | None = None
     """Steps between checkpoints; none for the end of every epoch."""
-    accelerator: str = "auto"
-    """auto, cpu, cuda, …, as Lightning Fabric names them."""
+    accelerator: Accelerator = "auto"
+    """What to train on; auto takes a GPU where there is one."""
     workers: int = 0
     """Processes that load and augment images, per rank."""
     bar: bool = True
@@ -79,6 +80,8 @@ class RunResult:
     history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
     """Of the whole run."""
+    stopped_by: int | None = None
+    """The signal that ended it early, SIGINT for Ctrl-C."""
 
     def best(self, name: str) -> dict[str, float]:
         """The record with the highest ``name``, the first of several."""
@@ -119,7 +122,7 @@ class Trainer(Protocol):
 
 
 def make_fabric(
-    *, precision: Precision = "32-true", accelerator: str = "auto", find_unused_parameters: bool = False
+    *, precision: Precision = "32-true", accelerator: Accelerator = "auto", find_unused_parameters: bool = False
 ) -> Fabric:
     """A launched Fabric: the ranks that ``torchrun`` started, or one device without it.
 
@@ -129,6 +132,11 @@ def make_fabric(
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it should be '32-true', 'bf16-mixed' or '16-mixed'")
+    if accelerator not in get_args(Accelerator):
+        choices = ", ".join(get_args(Accelerator))
+        raise ValueError(f"--run.accelerator is {accelerator!r}; it should be one of {choices}")
+    if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
+        raise ValueError(f"--run.accelerator is {accelerator}, but torch sees no CUDA device; give cpu or auto")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
     fabric = Fabric(
@@ -171,7 +179,7 @@ def fit(
     window: dict[str, float] = {}
     if path is not None and path.exists():
         if not resume:
-            raise ValueError(f"{path} exists; resume that run, or give another folder as run.out")
+            raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
         state = load_checkpoint(path)
         check_same_config(state["config"], config, ignore=("run", "data.root"), path=path)
         trainer.load_state_dict(state["trainer"])
@@ -181,7 +189,7 @@ def fit(
     if done.finished:
         return done
     if path is not None and fabric.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
     fabric.barrier()
     ends = range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends
 
@@ -230,16 +238,28 @@ def fit(
                 }
                 if fabric.is_global_zero:
                     save_checkpoint(path, state)
+            if stopping and not done.finished:
+                done.stopped_by = stop.number
             if stopping or done.finished:
                 break
     return done
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ValueError(f"{path} cannot be written; give another folder with --run.out")
 
 
 class StopSignals:
     """Within it, Ctrl-C and SIGTERM ask for an end after the current step; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number: int | None = None
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -254,7 +274,11 @@ class StopSignals:
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.number = number
+
+    @property
+    def requested(self) -> bool:
+        return self.number is not None
 
 
 def ignore_stop_signals(worker: int) -> None:
