@@ -29,20 +29,17 @@ from ssmkernels import info, ops, reference
 from ssmkernels.bench.graph import torch_sparse_cg
 from ssmkernels.bench.memory import vectorised_update
 from ssmkernels.experiments.report import markdown_table
-from ssmkernels.trainers import loop, mixed_lp, mlsn, simmatch, slade
+from ssmkernels.trainers import base, loop
 from ssmkernels.trainers.cli import METHODS, parse_config
 
 WARM_UP = 5
 # The heavy sizes of each method on images small enough for a CPU: the larger bank, batch or graph, not the larger
 # network.
-RUNS: dict[str, tuple[Any, list[str]]] = {
-    "simmatch": (
-        simmatch,
-        ["--config", "mnist5k", "--data.labels", "4000", "--batch_size", "64", "--first_epoch_steps", "1"],
-    ),
-    "mlsn": (mlsn, ["--config", "mnist5k", "--batch_size", "100"]),
-    "mixed-lp": (mixed_lp, ["--config", "digits", "--labeled_epochs", "1", "--epochs", "12"]),
-    "slade": (slade, ["--config", "mnist5k", "--batch_size", "240", "--teacher_steps", "2", "--warm_up_steps", "2"]),
+RUNS: dict[str, list[str]] = {
+    "simmatch": ["--config", "mnist5k", "--data.labels", "4000", "--batch_size", "64", "--first_epoch_steps", "1"],
+    "mlsn": ["--config", "mnist5k", "--batch_size", "100"],
+    "mixed-lp": ["--config", "digits", "--labeled_epochs", "1", "--epochs", "12"],
+    "slade": ["--config", "mnist5k", "--batch_size", "240", "--teacher_steps", "2", "--warm_up_steps", "2"],
 }
 
 
@@ -104,7 +101,7 @@ class Watch:
 
 def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:
     """The last stage of a short run."""
-    algorithm, arguments = RUNS[method]
+    arguments = RUNS[method]
     watches: list[Watch] = []
 
     def fit(trainer: Any, **options: Any) -> Any:
@@ -113,7 +110,7 @@ def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tu
 
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(mock.patch.object(algorithm, "fit", fit))
+        stack.enter_context(mock.patch.object(base, "fit", fit))
         for name, formula in EAGER.items() if eager else ():
             stack.enter_context(mock.patch.object(ops, name, formula))
         limit = {"slade": "--student_steps", "mixed-lp": None}.get(method, "--steps")

@@ -312,7 +312,7 @@ def test_learns_to_retrieve_unseen_digits(make_config, collection):
         ({"data": {"labels_per_class": 0}}, r"data\.labels_per_class is 0; it should be at least 1"),
         (
             {"data": {"images_per_class": 0}},
-            r"data\.images_per_class is 0; it should be at least 1, or none for all images",
+            r"data\.images_per_class is 0; it should be at least 1, or null",
         ),
     ],
 )

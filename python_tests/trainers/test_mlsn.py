@@ -471,7 +471,7 @@ def test_bad_settings(make_mlsn_config, settings, message):
     [
         ({"weight": -1.0}, r"weight is -1\.0; it should be at least 0"),
         ({"share": 1.5}, r"share is 1\.5; it should be in \[0, 1\]"),
-        ({"ramp": "steep"}, "ramp is 'steep'; it should be linear or gaussian"),
+        ({"ramp": "steep"}, "ramp is 'steep'; it should be one of linear, gaussian"),
     ],
 )
 def test_bad_ramps(arguments, message):

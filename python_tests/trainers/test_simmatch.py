@@ -190,19 +190,21 @@ def test_one_forward_pass_for_all_views(make_trainer):
     assert trainer.model.rows == [8 + 16 + 16]
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(make_trainer):
+@pytest.mark.parametrize("settings", [{"alignment_queue": 0}, {"memory": "teacher", "alignment_queue": 32}])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(make_trainer, settings):
+    """And moves the memory once, as it does the alignment where the teacher makes the weak views."""
     batch = make_batch()
-    whole, pieces = (
-        make_trainer(accumulate=count, alignment_queue=0, threshold=0.3, first_epoch_steps=0) for count in (1, 4)
-    )
+    whole, pieces = (make_trainer(accumulate=count, threshold=0.3, first_epoch_steps=0, **settings) for count in (1, 4))
     for trainer in (whole, pieces):
         fill(trainer.memory)
     first, second = whole.step(batch, 0), pieces.step(batch, 0)
-    assert pieces.model.rows == [10] * 4
+    assert pieces.model.rows == [2 + (4 if "memory" in settings else 8)] * 4
     torch.testing.assert_close(first["loss"], second["loss"])
     for a, b in zip(whole.model.parameters(), pieces.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(whole.memory.bank, pieces.memory.bank)
+    torch.testing.assert_close(whole.align.state_dict(), pieces.align.state_dict())
 
 
 def test_scalars_give_the_accuracy_of_confident_labels(make_trainer):
@@ -272,8 +274,8 @@ def test_learns_digits(make_config, digits):
 def test_nan_stops_with_the_step(make_config, digits, monkeypatch):
     losses = SimMatch.losses
 
-    def broken(self, batch, *, first_epoch):
-        result, embeddings = losses(self, batch, first_epoch=first_epoch)
+    def broken(self, batch, **settings):
+        result, embeddings = losses(self, batch, **settings)
         if self.teacher.updates == 5:
             result["loss"] = result["loss"] * float("nan")
         return result, embeddings

@@ -18,7 +18,7 @@ from ssmkernels.trainers.cli import config_names, main, parse_config
 from ssmkernels.trainers.loop import make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
 from ssmkernels.trainers.slade import build_network
-from ssmkernels.trainers.slade_data import split_images
+from ssmkernels.trainers.slade_data import SladeImages
 
 TEACHER, WARM_UP, STUDENT = 4, 3, 5
 ROUND = WARM_UP + STUDENT
@@ -115,8 +115,9 @@ def embeddings_of(network, images):
 
 def test_classes_of_the_four_parts_are_disjoint(make_trainer):
     images = make_trainer().images
-    names = [set(part.class_names) for part in images]
-    assert [len(each) for each in names] == [3, 2, 2, 3]
+    parts = images.labeled, images.unlabeled, images.validation, images.test
+    names = [set(part.class_names) for part in parts]
+    assert [len(classes) for classes in names] == [3, 2, 2, 3]
     assert len(set.union(*names)) == 10
     assert names[2:] == [{"3", "4"}, {"7", "8", "9"}]
     drawn = {frozenset(make_trainer(seed=seed).images.labeled.class_names) for seed in range(5)}
@@ -124,16 +125,16 @@ def test_classes_of_the_four_parts_are_disjoint(make_trainer):
 
 
 def test_folds_are_quarters_of_the_first_half(collection):
-    configs = [SladeDataConfig(unlabeled_name="digits", folds=2, fold=fold) for fold in range(2)]
-    classes = [split_images(config, collection, collection, seed=1).validation.class_names for config in configs]
+    settings = [SladeDataConfig(unlabeled_name="digits", folds=2, fold=fold) for fold in range(2)]
+    classes = [SladeImages(SladeConfig(data=of), collection, collection).validation.class_names for of in settings]
     assert classes == [("0", "1", "2"), ("3", "4")]
 
 
 def test_unlabeled_images_of_the_test_classes_are_not_tested_on(make_config, collection):
     """Nothing else changes: the same classes, all training ones with their labels."""
-    config = make_config(data={"unlabeled_classes": "test"}).data
-    parts = split_images(config, collection, None, seed=1)
-    assert [part.class_names for part in parts] == [
+    parts = SladeImages(make_config(data={"unlabeled_classes": "test"}), collection)
+    named = parts.labeled, parts.unlabeled, parts.validation, parts.test
+    assert [part.class_names for part in named] == [
         ("0", "1", "2", "5", "6"),
         ("7", "8", "9"),
         ("3", "4"),
@@ -144,14 +145,16 @@ def test_unlabeled_images_of_the_test_classes_are_not_tested_on(make_config, col
     ]
     assert [len(part) for part in (parts.unlabeled, parts.test)] == [30, 30] and not seen[0] & seen[1]
     assert np.bincount(parts.unlabeled.labels).tolist() == np.bincount(parts.test.labels).tolist() == [10, 10, 10]
-    again, other = (split_images(config, collection, None, seed=seed).test for seed in (1, 2))
+    again, other = (
+        SladeImages(make_config(seed=seed, data={"unlabeled_classes": "test"}), collection).test for seed in (1, 2)
+    )
     assert again.images.index.tolist() == parts.test.images.index.tolist() != other.images.index.tolist()
 
 
 def test_an_unlabeled_collection_leaves_all_training_classes_their_labels(make_config, collection):
     other = data.class_subset(collection, range(10))
     config = make_config(data={"unlabeled_name": "digits"}, k=30)
-    images = split_images(config.data, collection, other, seed=1)
+    images = SladeImages(config, collection, other)
     assert images.unlabeled is other
     assert images.labeled.class_names == ("0", "1", "2", "5", "6")
     teacher = make_config(data={"unlabeled_name": "digits"}, student="none")

@@ -12,18 +12,21 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from ssmkernels.distributed import all_reduce_sum
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, save_checkpoint
 from ssmkernels.trainers.progress import RunLog
+from ssmkernels.trainers.settings import Count, Settings
+
+if TYPE_CHECKING:
+    from ssmkernels.trainers.base import Trainer
 
 try:
     from lightning_fabric import Fabric
@@ -40,20 +43,22 @@ EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of 
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """Where a run happens and what it leaves behind. Nothing here changes what is learnt, so all of it may differ on
     resuming.
     """
 
+    section: ClassVar[str] = "run."
+
     out: str | None = None
     """Folder of checkpoint.pt, metrics.jsonl and tensorboard/; without one nothing is written."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between reads of the losses."""
-    eval_every: int | None = None
+    eval_every: Count | None = None
     """Steps between evaluations; none for the end of every epoch, which is 1024 steps where the method has no
     epochs.
     """
-    checkpoint_every: int | None = None
+    checkpoint_every: Count | None = None
     """Steps between checkpoints; none for the end of every epoch."""
     accelerator: Accelerator = "auto"
     """What to train on; auto takes a GPU where there is one."""
@@ -61,12 +66,6 @@ class RunConfig:
     """Processes that load and augment images, per rank."""
     bar: bool = True
     """Show a progress bar."""
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"run.{name} is {value}; it should be at least 1")
 
 
 @dataclass
@@ -90,35 +89,6 @@ class RunResult:
     def median(self, name: str, last: int = 20) -> float:
         """The median of ``name`` over the last evaluations, the figure that FixMatch and its successors report."""
         return statistics.median(record[name] for record in self.history[-last:])
-
-
-class Trainer(Protocol):
-    """What :func:`fit` asks of a trainer."""
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    @property
-    def images_per_step(self) -> int: ...
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """The scalars that fit into the progress bar."""
-
-    def batches(self, start_step: int) -> Iterable[Any]:
-        """The batches of every step from ``start_step`` on; the same whether or not the run was interrupted before."""
-
-    def step(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """One optimiser step; its metrics as scalars on the device, among them ``loss``."""
-
-    def scalars(self, means: dict[str, float]) -> dict[str, float]:
-        """The scalars to report, from the means of the metrics over some steps."""
-
-    def evaluate(self) -> dict[str, float]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def make_fabric(
@@ -181,7 +151,7 @@ def fit(
         if not resume:
             raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
         state = load_checkpoint(path)
-        check_same_config(state["config"], config, ignore=("run", "data.root"), path=path)
+        check_same_config(state["config"], config, ignore=("run", "data.root", "data.unlabeled_root"), path=path)
         trainer.load_state_dict(state["trainer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
         done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)

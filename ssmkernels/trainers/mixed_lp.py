@@ -22,20 +22,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, graph, models
-from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.nn import ProxyLoss
-from ssmkernels.trainers.evaluation import embed, retrieval_figures
-from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.base import Trainer, channels_last
+from ssmkernels.trainers.evaluation import retrieval_figures
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
 from ssmkernels.trainers.schedules import step_decay
+from ssmkernels.trainers.settings import Count, CountOrZero, NonNegative, Positive, Settings
 
 PseudoLabels = Literal["mixed-lp", "lp", "dssml", "none"]
 
@@ -43,8 +43,10 @@ SELECTED_BY = "validation_P@8"  # section 4.2
 
 
 @dataclass
-class CollectionConfig:
+class CollectionConfig(Settings):
     """Which images, how their classes are split and how many have labels."""
+
+    section: ClassVar[str] = "data."
 
     name: str = "digits"
     """Collection, as :func:`ssmkernels.data.load_collection` knows it."""
@@ -52,16 +54,16 @@ class CollectionConfig:
     """Folder or file of the images; none for those that come inside packages."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none for the collection's own."""
-    images_per_class: int | None = None
+    images_per_class: Count | None = None
     """Images taken of each class, its first ones; none for all."""
-    labels_per_class: int = 5
+    labels_per_class: Count = 5
     """Labelled images of each training class."""
     fractions: tuple[float, float, float] = (0.4, 0.2, 0.4)
     """Of the classes to train, validate and test on."""
 
 
 @dataclass
-class MixedLPConfig:
+class MixedLPConfig(Settings):
     """Everything that determines a run. Defaults are the paper's, and Proxy-Anchor's where it gives none."""
 
     data: CollectionConfig = field(default_factory=CollectionConfig)
@@ -73,7 +75,7 @@ class MixedLPConfig:
     """What makes features of the last maps."""
     freeze_bn: bool = True
     """Keep the statistics and the affine maps of batch norm as they are."""
-    embedding_dim: int = 64
+    embedding_dim: Count = 64
     """δ, size of the embeddings z."""
     seed: int = 1
     """Seed of the classes' split, the labelled images, the initial head and proxies, the batches and the
@@ -82,15 +84,15 @@ class MixedLPConfig:
 
     pseudo_labels: PseudoLabels = "mixed-lp"
     """Where labels of unlabelled images come from; "none" never uses those images."""
-    k: int = 50
+    k: Count = 50
     """Neighbours in the graph."""
-    gamma: float = 3.0
+    gamma: NonNegative = 3.0
     """γ, power of the cosines, equation (15)."""
-    mu: float = 1 / 99
+    mu: Positive = 1 / 99
     """μ, pull of labelled images to their labels, equation (16)."""
-    beta: float = 1.0
+    beta: NonNegative = 1.0
     """β, weight of the dissimilarity loss, equation (23)."""
-    logit_scale: float = 4.0
+    logit_scale: NonNegative = 4.0
     """λ, equation (20)."""
     normalize_confidence: bool = True
     """Divide confidences by their maximum, as LP-DeepSSL does, from where the paper takes (21). Propagated labels can
@@ -98,29 +100,29 @@ class MixedLPConfig:
     constant factor of the gradient; but coming from labelled epochs of weight 1, its second moments remember for 1/(1 −
     β₂) = 1000 steps, and steps are shorter until then, by up to that factor.
     """
-    epsilon: float = 32.0
+    epsilon: Positive = 32.0
     """ε of the proxy loss."""
     margin: float = 0.1
     """b of the proxy loss."""
 
-    labeled_epochs: int = 5
+    labeled_epochs: CountOrZero = 5
     """Epochs on the labelled images alone."""
-    epochs: int = 20
+    epochs: CountOrZero = 20
     """Epochs on all training images after them, each with a graph of its own."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Images of a step, all ranks together."""
-    learning_rate: float = 1e-4
-    proxy_learning_rate_scale: float = 100.0
+    learning_rate: NonNegative = 1e-4
+    proxy_learning_rate_scale: NonNegative = 100.0
     """Learning rate of the proxies over that of the network."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """Of AdamW, on everything."""
-    warm_up_epochs: int = 1
+    warm_up_epochs: CountOrZero = 1
     """First epochs, labelled ones included, in which only head and proxies learn."""
-    decay_every: int = 10
+    decay_every: Count = 10
     """Epochs, labelled ones included, between reductions of the learning rate."""
-    decay: float = 0.5
+    decay: Positive = 0.5
     """Factor of a reduction."""
-    clip_value: float = 10.0
+    clip_value: Positive = 10.0
     """Greatest magnitude of an element of the gradient."""
     precision: Precision = "32-true"
     """Arithmetic of the network; loss, graph and propagation are float32 in all of them."""
@@ -128,45 +130,12 @@ class MixedLPConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "embedding_dim": 1,
-            "k": 1,
-            "batch_size": 1,
-            "labeled_epochs": 0,
-            "epochs": 0,
-            "warm_up_epochs": 0,
-            "decay_every": 1,
-        }
-        at_least |= {
-            "gamma": 0,
-            "beta": 0,
-            "logit_scale": 0,
-            "learning_rate": 0,
-            "proxy_learning_rate_scale": 0,
-            "weight_decay": 0,
-        }
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
-        for name in ("mu", "epsilon", "decay", "clip_value"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
+        super().__post_init__()
         if self.labeled_epochs + self.epochs < 1:
             raise ValueError("labeled_epochs and epochs are 0; at least one of them should be positive")
-        if self.data.images_per_class is not None and self.data.images_per_class < 1:
-            raise ValueError(
-                f"data.images_per_class is {self.data.images_per_class}; it should be at least 1, or none for all"
-                " images"
-            )
-        if self.data.labels_per_class < 1:
-            raise ValueError(f"data.labels_per_class is {self.data.labels_per_class}; it should be at least 1")
-        if self.pseudo_labels not in get_args(PseudoLabels):
-            raise ValueError(
-                f"pseudo_labels is {self.pseudo_labels!r}; it should be one of {', '.join(get_args(PseudoLabels))}"
-            )
 
 
-class MixedLP:
+class MixedLP(Trainer):
     """Section 3.3, for :func:`ssmkernels.trainers.loop.fit`.
 
     Args:
@@ -177,14 +146,14 @@ class MixedLP:
             as a member; ``config.backbone`` is built if none is given.
     """
 
+    saved = ("labels", "confidence", "propagation")
+
     def __init__(
         self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, network: nn.Module | None = None
     ) -> None:
-        if config.batch_size % fabric.world_size:
-            raise ValueError(
-                f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks"
-            )
-        self.config, self.fabric = config, fabric
+        config.check_multiple("batch_size", fabric.world_size, f"the {fabric.world_size} ranks")
+        super().__init__(config, fabric)
+        self.images_per_step = config.batch_size
         if config.data.images_per_class is not None:
             images = data.first_images(images, config.data.images_per_class)
         splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
@@ -214,18 +183,15 @@ class MixedLP:
                     in_channels=len(self.views.mean),
                 )
             self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
-        self.network = network.to(memory_format=torch.channels_last)
-        self.backbone_parameters = [
-            each for each in network.get_submodule("backbone").parameters() if each.requires_grad
+        self.network = channels_last(network)
+        backbone = network.get_submodule("backbone").parameters()
+        self.backbone_parameters = [parameter for parameter in backbone if parameter.requires_grad]
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": trained, "scale": 1.0},
+            {"params": [self.proxies.proxies], "scale": config.proxy_learning_rate_scale},
         ]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [each for each in network.parameters() if each.requires_grad], "scale": 1.0},
-                {"params": [self.proxies.proxies], "scale": config.proxy_learning_rate_scale},
-            ],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-        )
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.losses, self.optimizer = fabric.setup(_Losses(self.network, self.proxies), optimizer)
 
         self.true_labels = torch.as_tensor(self.train.labels)
@@ -242,8 +208,7 @@ class MixedLP:
         if config.pseudo_labels != "none" and step >= self.labeled_steps and into_epoch == 0:
             self.propagate_labels()
         epoch = self._epoch(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * group["scale"] * step_decay(epoch, config.decay_every, config.decay)
+        self.set_learning_rate(config.learning_rate, step_decay(epoch, config.decay_every, config.decay))
         for parameter in self.backbone_parameters:
             parameter.requires_grad_(epoch >= config.warm_up_epochs)
         self.losses.train()
@@ -260,8 +225,8 @@ class MixedLP:
         """Labels and confidences for the coming epoch, from the graph of the features of all training images as they
         are now.
         """
-        features, _, _ = self._embed(self.train)
-        found: Any = None
+        features, _, _ = self.embed(self.network, self.train.images, self.views)
+        propagated: Any = None
         if self.fabric.is_global_zero:
             result = self._propagate(graph.knn_graph(features, self.config.k, gamma=self.config.gamma))
             labels, confidence = result.pseudo_labels.cpu(), result.confidence.float().cpu()
@@ -273,12 +238,12 @@ class MixedLP:
                 "undecided": float((labels < 0).float().mean()),
                 "cg_iterations": float(result.iterations.max()),
             }
-            found = (
+            propagated = (
                 torch.where(unlabeled, labels, self.given_labels),
                 torch.where(unlabeled, confidence, confidence.max()),
                 figures,
             )
-        labels, confidence, self.propagation = self.fabric.broadcast(found)
+        labels, confidence, self.propagation = self.fabric.broadcast(propagated)
         self.labels, self.confidence = labels.to(self.fabric.device), confidence.to(self.fabric.device)
 
     def _propagate(self, neighbours: graph.Graph) -> graph.MixedLabelPropagation:
@@ -301,23 +266,11 @@ class MixedLP:
         """The means, with the figures of the propagation of the running epoch."""
         return {**means, **self.propagation}
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def images_per_step(self) -> int:
-        return self.config.batch_size
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        return ("loss",)
-
     def evaluate(self) -> dict[str, float]:
         """Retrieval and clustering with the embeddings z, among the validation classes and among the test classes."""
         figures: dict[str, float] = {}
         for name, images in (("validation", self.validation), ("test", self.test)):
-            _, embeddings, labels = self._embed(images)
+            _, embeddings, labels = self.embed(self.network, images.images, self.views)
             if self.fabric.is_global_zero:
                 figures |= {f"{name}_{key}": value for key, value in retrieval_figures(embeddings, labels).items()}
         return self.fabric.broadcast(figures)
@@ -329,20 +282,21 @@ class MixedLP:
             (everything, self.labeled_steps, self.steps),
         ):
             if start_step < end:
-                yield from self._loader(index, max(first, start_step), end)
+                batches = data.CollectionBatches(
+                    self.train.images,
+                    index,
+                    transform=self.views.training,
+                    batch_size=self.config.batch_size,
+                    seed=self.config.seed,
+                    start_step=max(first, start_step),
+                    num_steps=end,
+                    mean=self.views.mean,
+                    std=self.views.std,
+                    **self.ranks,
+                )
+                yield from self.loader(batches)
 
-    def state_dict(self) -> dict[str, Any]:
-        broadcast_buffers(self.network)
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**parts, "labels": self.labels, "confidence": self.confidence, "propagation": self.propagation}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.labels, self.confidence = (state[name].to(self.fabric.device) for name in ("labels", "confidence"))
-        self.propagation = state["propagation"]
-
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         return {"model": self.network, "proxies": self.proxies, "optimizer": self.optimizer}
 
     def _epoch(self, step: int) -> int:
@@ -350,44 +304,6 @@ class MixedLP:
         if step < self.labeled_steps:
             return step // self.labeled_epoch_steps
         return self.config.labeled_epochs + (step - self.labeled_steps) // self.epoch_steps
-
-    def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor, Tensor]:
-        broadcast_buffers(self.network)
-        batches = data.evaluation_batches(
-            images.images,
-            256,
-            mean=self.views.mean,
-            std=self.views.std,
-            transform=self.views.evaluation,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            workers=self.config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-        )
-        return embed(self.network, batches, device=self.fabric.device)
-
-    def _loader(self, index: np.ndarray, start_step: int, end: int) -> DataLoader[data.CollectionBatch]:
-        batches = data.CollectionBatches(
-            self.train.images,
-            index,
-            transform=self.views.training,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            num_steps=end,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            mean=self.views.mean,
-            std=self.views.std,
-        )
-        cuda = self.fabric.device.type == "cuda"
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self.config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=cuda,
-        )
 
 
 class _Losses(nn.Module):
@@ -419,12 +335,7 @@ def train_mixed_lp(
         precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.warm_up_epochs > 0
     )  # the backbone takes no part in the warm-up
     trainer = MixedLP(config, images, fabric)
-    return fit(
-        trainer,
-        fabric=fabric,
-        steps=trainer.steps,
-        run=config.run,
-        config=asdict(config),
+    return trainer.run(
         resume=resume,
         epoch_ends=range(trainer.labeled_steps + trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps),
         best=SELECTED_BY,

@@ -17,56 +17,34 @@ student's features of the unlabelled images and of one labelled image per class.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, models
-from ssmkernels.distributed import all_gather_rows, broadcast_buffers
-from ssmkernels.nn import ClassCenters, EMATeacher, SimilarityNetwork, draw_class_centers, sample_pairs
+from ssmkernels.distributed import all_gather_rows
+from ssmkernels.nn import ClassCenters, SimilarityNetwork, draw_class_centers, sample_pairs
 from ssmkernels.nn.similarity_network import Interaction
-from ssmkernels.trainers.evaluation import top_k_accuracy
-from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.classifier import ClassifierTrainer, DataConfig
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
 from ssmkernels.trainers.schedules import cosine_7_16, gaussian_ramp_up, linear_ramp_up
-from ssmkernels.trainers.simmatch import DataConfig
-
-Ramp = Literal["linear", "gaussian"]
-TeacherKind = Literal["ema", "student"]
-PairLabels = Literal["pseudo", "weak"]
-Optimizer = Literal["adamw", "sgd"]
-Schedule = Literal["constant", "cosine-7/16"]
-_CHOICES = {
-    "teacher": TeacherKind,
-    "pair_labels": PairLabels,
-    "interaction": Interaction,
-    "optimizer": Optimizer,
-    "schedule": Schedule,
-}
+from ssmkernels.trainers.settings import Count, NonNegative, Settings, Share
 
 
 @dataclass
-class RampConfig:
+class RampConfig(Settings):
     """λ(t), the weight of a loss as a function of the step."""
 
-    weight: float
+    weight: NonNegative
     """Where it ends; 0 leaves the loss out."""
-    ramp: Ramp = "gaussian"
+    ramp: Literal["linear", "gaussian"] = "gaussian"
     """How it gets there: t/T, or exp(−5 (1 − t/T)²)."""
-    share: float = 0.4
+    share: Share = 0.4
     """T as a share of the steps of the run; 0 for the full weight from the start."""
-
-    def __post_init__(self) -> None:
-        if self.ramp not in get_args(Ramp):
-            raise ValueError(f"ramp is {self.ramp!r}; it should be linear or gaussian")
-        if not self.weight >= 0:
-            raise ValueError(f"weight is {self.weight}; it should be at least 0")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}; it should be in [0, 1]")
 
     def at(self, step: int, steps: int) -> float:
         ramp = linear_ramp_up if self.ramp == "linear" else gaussian_ramp_up
@@ -74,7 +52,7 @@ class RampConfig:
 
 
 @dataclass
-class MLSNConfig:
+class MLSNConfig(Settings):
     """Everything that determines a run. Defaults are those of the code base that MLSN most likely used,
     MixMatch-pytorch of August 2019.
 
@@ -94,7 +72,7 @@ class MLSNConfig:
     centers.
     """
 
-    batch_size: int = 64
+    batch_size: Count = 64
     """n, labelled images of a step and as many unlabelled ones, all ranks together."""
     lambda_1: RampConfig = field(default_factory=lambda: RampConfig(75.0, "linear", 1.0))
     """λ1(t), of the consistency loss L_T."""
@@ -102,37 +80,37 @@ class MLSNConfig:
     """λ2(t), of the similarity loss L_S."""
     lambda_3: RampConfig = field(default_factory=lambda: RampConfig(0.1, "gaussian", 1.0))
     """λ3(t), of the co-training loss L_SC."""
-    teacher: TeacherKind = "ema"
+    teacher: Literal["ema", "student"] = "ema"
     """Who makes the targets: the average of the student's weights (Mean Teacher), or the student itself in a second
     pass (Π model).
     """
 
-    pairs: int = 512
+    pairs: Count = 512
     """m, pairs of a step out of 2n², all ranks together."""
-    pair_labels: PairLabels = "pseudo"
+    pair_labels: Literal["pseudo", "weak"] = "pseudo"
     """Of two unlabelled images: whether their ŷ agree, (3); or, with weak labels, whether their true classes do. The
     classes themselves stay unknown.
     """
-    pair_threshold: float = 0.0
+    pair_threshold: Share = 0.0
     """Confidence of ŷ from which an image takes part in pairs; the paper has none."""
-    hidden_features: int = 512
+    hidden_features: Count = 512
     """Hidden units of the similarity network."""
     interaction: Interaction = "concat"
     """How it looks at two features, see :class:`ssmkernels.nn.SimilarityNetwork`."""
-    focal_alpha: float | None = 0.5
+    focal_alpha: Share | None = 0.5
     """α of the focal loss, the weight of equal pairs; none for no balancing."""
-    focal_gamma: float = 2.0
+    focal_gamma: NonNegative = 2.0
     """γ of the focal loss."""
 
-    steps: int = 2**20
+    steps: Count = 2**20
     """Optimiser steps of the run."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     """Adam with weights that shrink by learning_rate·weight_decay a step, all of them; or SGD with Nesterov momentum .9
     and L2 on all but biases and normalisation.
     """
-    learning_rate: float = 0.002
-    weight_decay: float = 0.02
-    schedule: Schedule = "constant"
+    learning_rate: NonNegative = 0.002
+    weight_decay: NonNegative = 0.02
+    schedule: Literal["constant", "cosine-7/16"] = "constant"
     """Learning rate: as it is, or times cos(7πk/16K)."""
     ema_decay: float = 0.999
     """Decay of the averaged model, the teacher and the one that is evaluated."""
@@ -149,27 +127,7 @@ class MLSNConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "batch_size": 1,
-            "pairs": 1,
-            "hidden_features": 1,
-            "steps": 1,
-            "focal_gamma": 0,
-            "learning_rate": 0,
-            "weight_decay": 0,
-        }
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}"
-                )
-        if self.focal_alpha is not None and not 0 <= self.focal_alpha <= 1:
-            raise ValueError(f"focal_alpha is {self.focal_alpha}; it should be in [0, 1], or null")
-        if not 0 <= self.pair_threshold <= 1:
-            raise ValueError(f"pair_threshold is {self.pair_threshold}; it should be in [0, 1]")
+        super().__post_init__()
         if self.lambda_3.weight > 0 and self.lambda_2.weight == 0:
             raise ValueError(
                 "lambda_3.weight is positive and lambda_2.weight 0; without L_S the similarity network learns nothing"
@@ -220,7 +178,7 @@ def build_network(config: MLSNConfig, splits: data.ImageSplits) -> MLSNNetwork:
     return MLSNNetwork(network.backbone, network.classifier, similarity)
 
 
-class MLSN:
+class MLSN(ClassifierTrainer):
     """Algorithm 2.1, for :func:`ssmkernels.trainers.loop.fit`.
 
     Args:
@@ -230,31 +188,33 @@ class MLSN:
         network: :func:`build_network` if none is given.
     """
 
+    model: MLSNNetwork
+
     def __init__(
         self, config: MLSNConfig, splits: data.ImageSplits, fabric: Fabric, *, network: MLSNNetwork | None = None
     ) -> None:
         for name in ("batch_size", "pairs"):
-            if getattr(config, name) % fabric.world_size:
-                raise ValueError(
-                    f"{name} is {getattr(config, name)}; it should be a multiple of the {fabric.world_size} ranks"
-                )
-        self.config, self.splits, self.fabric = config, splits, fabric
-        self.transforms = data.default_transforms(splits)
-        self.labeled_index = data.split_labels(
-            splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
-        )
+            config.check_multiple(name, fabric.world_size, f"the {fabric.world_size} ranks")
+        super().__init__(config, splits, fabric)
+        self.images_per_step = config.batch_size * (3 if config.uses_unlabeled else 1)
+        consistency = ("loss_consistency",) if config.uses_unlabeled else ()
+        similarity = ("loss_similarity", "loss_cotraining") if config.uses_similarity else ()
+        self.shown = ("loss", "loss_labeled", *consistency, *similarity)
         network = build_network(config, splits) if network is None else network
-        # Convolutions are faster so, on CPUs and on tensor cores
-        self.model = network.to(memory_format=torch.channels_last)
-        self.student, self.optimizer = fabric.setup(self.model, _optimizer(self.model, config))
-        self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
+        self.set_up(network, _optimizer(network, config))
         self.centers: ClassCenters | None = None
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "teacher": self.teacher, "optimizer": self.optimizer}
+
+    def batches(self, start_step: int) -> Iterable[data.Batch]:
+        mu = 1 if self.config.uses_unlabeled else 0
+        return self.training_batches(start_step, mu=mu, strong=self.transforms.weak)  # the second view is as weak
 
     def step(self, batch: data.Batch, step: int) -> dict[str, Tensor]:
         """One pass through the body of Algorithm 2.1's inner loop."""
         if self.config.schedule == "cosine-7/16":
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * cosine_7_16(step, self.config.steps)
+            self.set_learning_rate(self.config.learning_rate, cosine_7_16(step, self.config.steps))
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad()
@@ -337,85 +297,16 @@ class MLSN:
         (seed,) = np.random.SeedSequence((self.config.seed, step, stream)).generate_state(1, np.uint64).tolist()
         return torch.Generator().manual_seed(seed)
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def images_per_step(self) -> int:
-        return self.config.batch_size * (3 if self.config.uses_unlabeled else 1)
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        consistency = ("loss_consistency",) if self.config.uses_unlabeled else ()
-        similarity = ("loss_similarity", "loss_cotraining") if self.config.uses_similarity else ()
-        return ("loss", "loss_labeled", *consistency, *similarity)
-
-    def scalars(self, means: dict[str, float]) -> dict[str, float]:
-        return means
-
     def evaluate(self) -> dict[str, float]:
         """Test error, what Tables 1 and 2 have, of the student and of its exponential moving average."""
-        errors: dict[str, float] = {}
-        for name, model in (("student", self.model), ("ema", self.teacher)):
-            broadcast_buffers(model)
-            batches = data.evaluation_batches(
-                self.splits.test,
-                256,
-                mean=self.splits.mean,
-                std=self.splits.std,
-                transform=self.transforms.evaluation,
-                rank=self.fabric.global_rank,
-                world_size=self.fabric.world_size,
-                workers=self.config.run.workers,
-                worker_init_fn=ignore_stop_signals,
-            )
-            (accuracy,) = top_k_accuracy(model, batches, device=self.fabric.device)
-            errors[f"{name}_error"] = 1 - accuracy
-        return errors
-
-    def batches(self, start_step: int) -> Iterable[data.Batch]:
-        config, splits = self.config, self.splits
-        batches = data.TrainBatches(
-            splits.train,
-            self.labeled_index,
-            splits.train,
-            weak=self.transforms.weak,
-            strong=self.transforms.weak,  # the second view is as weak as the first
-            batch_size=config.batch_size,
-            mu=1 if config.uses_unlabeled else 0,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=config.steps,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            mean=splits.mean,
-            std=splits.std,
-            exclude_labeled=not config.data.labels_in_unlabeled,
-        )
-        cuda = self.fabric.device.type == "cuda"
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=cuda,
-        )
+        return {f"{name}_error": 1 - accuracy for name, (accuracy,) in self.accuracies().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        for module in (self.model, self.teacher):
-            broadcast_buffers(module)
-        centers = {} if self.centers is None else self.centers._asdict()
-        return {**{name: part.state_dict() for name, part in self._parts().items()}, "centers": centers}
+        return {**super().state_dict(), "centers": {} if self.centers is None else self.centers._asdict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        centers = {name: value.to(self.fabric.device) for name, value in state["centers"].items()}
-        self.centers = ClassCenters(**centers) if centers else None
-
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "teacher": self.teacher, "optimizer": self.optimizer}
+        super().load_state_dict(state)
+        self.centers = ClassCenters(**self.fabric.to_device(state["centers"])) if state["centers"] else None
 
 
 def train_mlsn(config: MLSNConfig, *, resume: bool = False, images: data.ImageSplits | None = None) -> RunResult:
@@ -427,8 +318,7 @@ def train_mlsn(config: MLSNConfig, *, resume: bool = False, images: data.ImageSp
     if images is None:
         images = data.load_dataset(config.data.name, config.data.root)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    trainer = MLSN(config, images, fabric)
-    return fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config), resume=resume)
+    return MLSN(config, images, fabric).run(resume=resume)
 
 
 def _optimizer(model: nn.Module, config: MLSNConfig) -> torch.optim.Optimizer:

@@ -13,41 +13,24 @@ branch is the student, detached; in "teacher" mode (ImageNet) it is an EMA teach
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, models
-from ssmkernels.distributed import broadcast_buffers
-from ssmkernels.nn import DistributionAlignment, EMATeacher, LabeledMemory
-from ssmkernels.trainers.evaluation import top_k_accuracy
-from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.nn import DistributionAlignment, LabeledMemory
+from ssmkernels.trainers.classifier import ClassifierTrainer, DataConfig
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
 from ssmkernels.trainers.schedules import cosine_7_16, warm_up_half_cosine
+from ssmkernels.trainers.settings import Count, CountOrZero, NonNegative, Positive, Settings, Share
 
 
 @dataclass
-class DataConfig:
-    """Which images, how many of them with labels, and how they are augmented."""
-
-    name: str = "digits"
-    """Data set, as :func:`ssmkernels.data.load_dataset` knows it."""
-    root: str | None = None
-    """Folder or file of the images; none for those that come inside packages."""
-    labels: int = 40
-    """Number of labelled images, equally many of each class."""
-    proportional: bool = False
-    """Draw them in proportion to the sizes of the classes instead."""
-    labels_in_unlabeled: bool = True
-    """Whether the labelled images are also among the unlabelled ones."""
-
-
-@dataclass
-class SimMatchConfig:
+class SimMatchConfig(Settings):
     """Everything that determines a run. Defaults are the paper's for CIFAR-10."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -55,52 +38,53 @@ class SimMatchConfig:
     """Network, as :func:`ssmkernels.models.build_model` knows it."""
     bn_momentum: float | None = None
     """Share of a batch in the running statistics of batch norm; none for the network's own, .001 in wide ResNets."""
-    projection_dim: int = 128
+    projection_dim: Count = 128
     """D, size of the embeddings."""
     seed: int = 1
     """Seed of the labelled split, the initial weights, the batches and the augmentation."""
 
-    batch_size: int = 64
+    batch_size: Count = 64
     """B, labelled images of a step, all ranks together."""
-    mu: int = 7
+    mu: Count = 7
     """μ, unlabelled images per labelled one."""
-    lambda_u: float = 1.0
+    lambda_u: NonNegative = 1.0
     """λ_u, weight of the pseudo-label loss."""
-    lambda_in: float = 1.0
+    lambda_in: NonNegative = 1.0
     """λ_in, weight of the instance-matching loss."""
-    threshold: float = 0.95
+    threshold: Share = 0.95
     """τ, confidence from which a pseudo-label counts."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """t, of weak and strong views."""
-    alpha: float = 0.9
+    alpha: Share = 0.9
     """α, share of p^w in p̂, equation (10)."""
     propagate_to_instances: bool = True
     """Target q̂ of the instance-matching loss; without, q^w, the paper's ablation "w/o q̂"."""
     hard_pseudo_labels: bool = False
     """Learn argmax p̂ instead of p̂, as FixMatch does."""
-    alignment_queue: int = 32
+    alignment_queue: CountOrZero = 32
     """Batches in the running mean of distribution alignment; 0 turns it off."""
     memory: Literal["temporal", "teacher"] = "temporal"
     """Who makes weak views and memory: the student with a temporal ensemble, or an EMA teacher."""
-    memory_momentum: float = 0.7
+    memory_momentum: Share = 0.7
     """Share of the old embedding in the temporal ensemble."""
-    first_epoch_steps: int = 1024
+    first_epoch_steps: CountOrZero = 1024
     """Steps at the start with p̂ = p^w and without L_in, while the memory fills."""
 
-    steps: int = 2**20
+    steps: Count = 2**20
     """K, optimiser steps of the run."""
-    learning_rate: float = 0.03
+    learning_rate: NonNegative = 0.03
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegative = 5e-4
     decay_all: bool = False
     """Decay biases and normalisation too."""
     schedule: Literal["cosine-7/16", "half-cosine"] = "cosine-7/16"
     """Learning rate: cos(7πk/16K), or a linear warm-up and then half a cosine to 0."""
-    warm_up_steps: int = 0
+    warm_up_steps: CountOrZero = 0
     """Steps of the linear warm-up of half-cosine."""
-    accumulate: int = 1
-    """Pieces in which a batch goes through the network; batch norm and alignment see a piece at a time."""
+    accumulate: Count = 1
+    """Pieces in which a batch goes through the network, where it does not fit. Batch norm sees a piece at a time, and
+    so does the alignment of memory "temporal"; losses and memory are of the whole batch."""
     ema_decay: float = 0.999
     """Decay of the averaged model, the one that is evaluated and the teacher of memory "teacher"."""
     ema_buffers: Literal["average", "copy", "own"] = "copy"
@@ -113,24 +97,7 @@ class SimMatchConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "batch_size": 1,
-            "mu": 1,
-            "steps": 1,
-            "accumulate": 1,
-            "alignment_queue": 0,
-            "first_epoch_steps": 0,
-            "warm_up_steps": 0,
-        }
-        at_least |= {"lambda_u": 0, "lambda_in": 0, "learning_rate": 0, "weight_decay": 0, "projection_dim": 1}
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
-        for name in ("threshold", "alpha", "memory_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be in [0, 1]")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it should be positive")
+        super().__post_init__()
         if self.ema_buffers == "own" and not (self.memory == "teacher" and self.uses_unlabeled):
             raise ValueError(
                 'ema_buffers is "own"; with no teacher that sees images (memory "teacher") it should be "copy" or'
@@ -147,7 +114,18 @@ class SimMatchConfig:
         return self.uses_unlabeled and (self.lambda_in > 0 or self.alpha < 1)
 
 
-class SimMatch:
+class TeacherViews(NamedTuple):
+    """What the teacher says of a batch."""
+
+    probs: Tensor
+    """p^w [μB, L] of the unlabelled images, calibrated."""
+    z_labeled: Tensor
+    """[B, D], embeddings of the labelled images."""
+    z_weak: Tensor
+    """[μB, D], of the unlabelled ones."""
+
+
+class SimMatch(ClassifierTrainer):
     """Algorithm 1, for :func:`ssmkernels.trainers.loop.fit`.
 
     Args:
@@ -161,15 +139,14 @@ class SimMatch:
     def __init__(
         self, config: SimMatchConfig, splits: data.ImageSplits, fabric: Fabric, *, model: nn.Module | None = None
     ) -> None:
-        if config.batch_size % (fabric.world_size * config.accumulate):
-            pieces = f"{fabric.world_size} rank(s) times accumulate, {config.accumulate}"
-            raise ValueError(f"batch_size is {config.batch_size}; it should be a multiple of {pieces}")
-        self.config, self.splits, self.fabric = config, splits, fabric
-        self.transforms = data.default_transforms(splits)
-        self.labeled_index = data.split_labels(
-            splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
+        ranks = fabric.world_size
+        config.check_multiple(
+            "batch_size", ranks * config.accumulate, f"{ranks} rank(s) times accumulate, {config.accumulate}"
         )
-        classes = splits.num_classes
+        super().__init__(config, splits, fabric)
+        classes, unlabeled = splits.num_classes, config.uses_unlabeled
+        self.images_per_step = config.batch_size * (1 + (2 * config.mu if unlabeled else 0))
+        self.shown = ("loss", "loss_labeled", *(("loss_unlabeled", "loss_instance", "mask_rate") if unlabeled else ()))
         if model is None:
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
@@ -180,8 +157,6 @@ class SimMatch:
                     projection_dim=config.projection_dim,
                     bn_momentum=config.bn_momentum,
                 )
-        # Convolutions are faster so, on CPUs and on tensor cores
-        self.model = model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,
@@ -189,9 +164,9 @@ class SimMatch:
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-        self.student, self.optimizer = fabric.setup(model, optimizer)
-        self.teacher = EMATeacher(model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
+        self.set_up(model, optimizer)
         self.align = DistributionAlignment(classes, config.alignment_queue) if config.alignment_queue else nn.Identity()
+        self.align.to(fabric.device)
         self.memory = None
         if config.uses_memory:
             labels = torch.as_tensor(splits.train.labels)[self.labeled_index]
@@ -203,20 +178,36 @@ class SimMatch:
                 mode=config.memory,
                 momentum=config.memory_momentum,
             ).to(fabric.device)
-        self.align.to(fabric.device)
+
+    def parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "teacher": self.teacher, "alignment": self.align, "optimizer": self.optimizer}
+        return parts if self.memory is None else {**parts, "memory": self.memory}
+
+    def batches(self, start_step: int) -> Iterable[data.Batch]:
+        mu = self.config.mu if self.config.uses_unlabeled else 0
+        return self.training_batches(start_step, mu=mu, strong=self.transforms.strong)
 
     def step(self, batch: data.Batch, step: int) -> dict[str, Tensor]:
         """One pass through the body of Algorithm 1's inner loop."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._learning_rate_factor(step)
+        config = self.config
+        if config.schedule == "cosine-7/16":
+            factor = cosine_7_16(step, config.steps)
+        else:
+            factor = warm_up_half_cosine(step, config.steps, config.warm_up_steps)
+        self.set_learning_rate(config.learning_rate, factor)
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad()
-        pieces = _split(batch, self.config.accumulate)
+        pieces = _split(batch, config.accumulate)
+        from_teacher = self.teacher_views(pieces) if config.uses_unlabeled and config.memory == "teacher" else None
         metrics, embeddings = [], []
-        for number, piece in enumerate(pieces, start=1):
-            with self.fabric.no_backward_sync(self.student, enabled=number < len(pieces)):
-                losses, labeled_embeddings = self.losses(piece, first_epoch=step < self.config.first_epoch_steps)
+        for number, piece in enumerate(pieces):
+            with self.fabric.no_backward_sync(self.student, enabled=number + 1 < len(pieces)):
+                losses, labeled_embeddings = self.losses(
+                    piece,
+                    first_epoch=step < config.first_epoch_steps,
+                    from_teacher=None if from_teacher is None else from_teacher[number],
+                )
                 self.fabric.backward(losses["loss"] / len(pieces))
             metrics.append({name: value.detach() for name, value in losses.items()})
             embeddings.append(labeled_embeddings)
@@ -224,11 +215,32 @@ class SimMatch:
         self.teacher.update(self.model)
         if self.memory is not None:
             self.memory.update(batch.slots, torch.cat(embeddings), batch.labels)
-        return {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
+        return {name: torch.stack([of_piece[name] for of_piece in metrics]).mean() for name in metrics[0]}
 
-    def losses(self, batch: data.Batch, *, first_epoch: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def teacher_views(self, pieces: Sequence[data.Batch]) -> list[TeacherViews]:
+        """What the teacher says of the weak views, piece by piece; the alignment sees all pieces together."""
+        logits: list[Tensor] = []
+        z_labeled: list[Tensor] = []
+        z_weak: list[Tensor] = []
+        for piece in pieces:
+            rows = [len(piece.labeled_weak), len(piece.unlabeled_weak)]
+            with self.fabric.autocast():
+                piece_logits, embeddings = self.teacher(torch.cat([piece.labeled_weak, piece.unlabeled_weak]))
+            logits.append(piece_logits[rows[0] :])
+            for kept, of_piece in zip((z_labeled, z_weak), embeddings.split(rows), strict=True):
+                kept.append(of_piece)
+        probs = self.align(torch.cat(logits).detach().float().softmax(dim=1)).chunk(len(pieces))
+        return [TeacherViews(*views) for views in zip(probs, z_labeled, z_weak, strict=True)]
+
+    def losses(
+        self, batch: data.Batch, *, first_epoch: bool, from_teacher: TeacherViews | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The losses and metrics of a batch, and the embeddings of its labelled images that go to the memory,
         detached.
+
+        Args:
+            first_epoch: whether the memory is still filling.
+            from_teacher: the batch's :meth:`teacher_views`, in memory "teacher"; made if they are not given.
         """
         config, rows = self.config, len(batch.labels)
         if not config.uses_unlabeled:
@@ -238,13 +250,8 @@ class SimMatch:
 
         # One forward pass of the student for all its views, so that batch norm sees them together.
         if config.memory == "teacher":
-            with self.fabric.autocast():
-                teacher_logits, teacher_embeddings = self.teacher(torch.cat([batch.labeled_weak, batch.unlabeled_weak]))
+            probs, z_labeled, z_weak = from_teacher or self.teacher_views([batch])[0]
             logits, embeddings = self.student(torch.cat([batch.labeled_weak, batch.unlabeled_strong]))
-            logits_weak, (z_labeled, z_weak) = (
-                teacher_logits[rows:],
-                teacher_embeddings.split([rows, len(batch.unlabeled_weak)]),
-            )
             logits_labeled, logits_strong, z_strong = logits[:rows], logits[rows:], embeddings[rows:]
         else:
             sizes = [rows, len(batch.unlabeled_weak), len(batch.unlabeled_strong)]
@@ -253,11 +260,11 @@ class SimMatch:
             )
             logits_labeled, logits_weak, logits_strong = logits.split(sizes)
             z_labeled, z_weak, z_strong = embeddings.split(sizes)
+            probs = self.align(logits_weak.detach().float().softmax(dim=1))  # p^w, calibrated
 
-        probs = self.align(logits_weak.detach().float().softmax(dim=1))  # p^w, calibrated
         pseudo_probs, loss_instance = probs, logits.new_zeros(())
         if self.memory is not None:
-            # A uniform one leaves q^w
+            # A uniform one leaves q^w.
             scale = probs if config.propagate_to_instances else torch.full_like(probs, 1 / probs.shape[1])
             t = config.temperature
             matching = self.memory.instance_matching(
@@ -285,22 +292,6 @@ class SimMatch:
         }
         return metrics, z_labeled.detach()
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def images_per_step(self) -> int:
-        return self.config.batch_size * (1 + (2 * self.config.mu if self.config.uses_unlabeled else 0))
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        return (
-            "loss",
-            "loss_labeled",
-            *(("loss_unlabeled", "loss_instance", "mask_rate") if self.config.uses_unlabeled else ()),
-        )
-
     def scalars(self, means: dict[str, float]) -> dict[str, float]:
         """The means, with the accuracy of the confident pseudo-labels where there are any."""
         scalars = dict(means)
@@ -310,76 +301,13 @@ class SimMatch:
         return scalars
 
     def evaluate(self) -> dict[str, float]:
-        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five
-        classes, top-5.
+        """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes,
+        top-5.
         """
-        splits, fabric = self.splits, self.fabric
-        ks = (1, 5) if splits.num_classes > 5 else (1,)
-        accuracies: dict[str, float] = {}
-        for name, model in (("student", self.model), ("ema", self.teacher)):
-            broadcast_buffers(model)
-            batches = data.evaluation_batches(
-                splits.test,
-                256,
-                mean=splits.mean,
-                std=splits.std,
-                transform=self.transforms.evaluation,
-                rank=fabric.global_rank,
-                world_size=fabric.world_size,
-                workers=self.config.run.workers,
-                worker_init_fn=ignore_stop_signals,
-            )
-            values = top_k_accuracy(model, batches, device=fabric.device, ks=ks)
-            accuracies |= {
-                f"{name}_accuracy" if k == 1 else f"{name}_top{k}": value for k, value in zip(ks, values, strict=True)
-            }
-        return accuracies
-
-    def batches(self, start_step: int) -> Iterable[data.Batch]:
-        config, splits = self.config, self.splits
-        batches = data.TrainBatches(
-            splits.train,
-            self.labeled_index,
-            splits.train,
-            weak=self.transforms.weak,
-            strong=self.transforms.strong,
-            batch_size=config.batch_size,
-            mu=config.mu if config.uses_unlabeled else 0,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=config.steps,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            mean=splits.mean,
-            std=splits.std,
-            exclude_labeled=not config.data.labels_in_unlabeled,
-        )
-        cuda = self.fabric.device.type == "cuda"
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=cuda,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        for module in (self.model, self.teacher):
-            broadcast_buffers(module)
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "teacher": self.teacher, "alignment": self.align, "optimizer": self.optimizer}
-        return parts if self.memory is None else {**parts, "memory": self.memory}
-
-    def _learning_rate_factor(self, step: int) -> float:
-        if self.config.schedule == "cosine-7/16":
-            return cosine_7_16(step, self.config.steps)
-        return warm_up_half_cosine(step, self.config.steps, self.config.warm_up_steps)
+        figures: dict[str, float] = {}
+        for name, values in self.accuracies((1, 5) if self.splits.num_classes > 5 else (1,)).items():
+            figures |= dict(zip((f"{name}_accuracy", f"{name}_top5"), values, strict=False))
+        return figures
 
 
 def train_simmatch(
@@ -392,18 +320,16 @@ def train_simmatch(
     """
     if splits is None:
         splits = data.load_dataset(config.data.name, config.data.root)
-    # Without L_in nothing uses the projection head
+    # Without L_in nothing uses the projection head.
     fabric = make_fabric(
         precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.lambda_in == 0
     )
-    trainer = SimMatch(config, splits, fabric)
-    return fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config), resume=resume)
+    return SimMatch(config, splits, fabric).run(resume=resume)
 
 
 def _split(batch: data.Batch, pieces: int) -> list[data.Batch]:
     """A batch in ``pieces`` of as many rows each."""
-    return (
-        [batch]
-        if pieces == 1
-        else [type(batch)(*columns) for columns in zip(*(each.chunk(pieces) for each in batch), strict=True)]
-    )
+    if pieces == 1:
+        return [batch]
+    chunks = [column.chunk(pieces) for column in batch]
+    return [data.Batch(*columns) for columns in zip(*chunks, strict=True)]

@@ -29,16 +29,14 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, metrics, models, ops
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean, broadcast_buffers, gather_rows
@@ -51,12 +49,13 @@ from ssmkernels.nn import (
     SimilarityDistributionLoss,
 )
 from ssmkernels.nn.similarity_distribution import MOMENTS, RunningSimilarityMoments
+from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.evaluation import embed
-from ssmkernels.trainers.loop import Fabric, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.loop import Fabric, RunResult, make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
 from ssmkernels.trainers.slade_config import SladeConfig
-from ssmkernels.trainers.slade_data import load_images, make_views, split_images, tested_images
+from ssmkernels.trainers.slade_data import SladeImages, load_images
 
 Stage = Literal["teacher", "warm-up", "joint"]
 
@@ -77,7 +76,7 @@ class SladeBatch(NamedTuple):
     """None for the teacher."""
 
 
-class Slade:
+class Slade(Trainer):
     """Self-training, for :func:`ssmkernels.trainers.loop.fit`.
 
     Args:
@@ -89,6 +88,8 @@ class Slade:
             none is given.
     """
 
+    saved = ("pseudo_labels", "clustering")
+
     def __init__(
         self,
         config: SladeConfig,
@@ -98,13 +99,13 @@ class Slade:
         unlabeled_images: data.ImageCollection | None = None,
         network: nn.Module | None = None,
     ) -> None:
-        if config.batch_size % (config.per_class * fabric.world_size):
-            raise ValueError(
-                f"batch_size is {config.batch_size}; it should be a multiple of per_class, {config.per_class}, times"
-                f" the {fabric.world_size} ranks"
-            )
-        self.config, self.fabric = config, fabric
-        self.images = split_images(config.data, images, unlabeled_images, seed=config.seed)
+        ranks = fabric.world_size
+        config.check_multiple(
+            "batch_size", config.per_class * ranks, f"per_class, {config.per_class}, times the {ranks} ranks"
+        )
+        super().__init__(config, fabric)
+        self.steps, self.images_per_step = config.steps, config.batch_size * (2 if config.uses_unlabeled else 1)
+        self.images = SladeImages(config, images, unlabeled_images)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
             raise ValueError(
                 f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images"
@@ -120,11 +121,14 @@ class Slade:
             self.basis = FeatureBasis(config.embedding_dim, self.images.labeled.num_classes).to(fabric.device)
             self.similarity = _similarity_loss(config, self.images.labeled.num_classes).to(fabric.device)
         self.rank = _ranking_loss(config)
-        self.model = network.to(memory_format=torch.channels_last)
+        self.model = channels_last(network)
         self.network = fabric.setup_module(self.model)
         self.basis_parameters = [*self.basis.parameters(), *self.similarity.parameters()] if config.uses_basis else []
-        self.optimizer: Any = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
-        self.start = deepcopy({name: part.state_dict() for name, part in self._parts().items()})
+        self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
+        self.start = deepcopy({name: part.state_dict() for name, part in self.parts().items()})
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.model, "basis": self.basis, "similarity": self.similarity, "optimizer": self.optimizer}
 
     @property
     def unlabeled(self) -> data.ImageCollection:
@@ -140,14 +144,14 @@ class Slade:
         starts again.
         """
         embeddings, true_labels = self._embed(self.unlabeled)
-        found: Any = None
+        clustered: Any = None
         if self.fabric.is_global_zero:
             pseudo_labels = cluster(embeddings, self.config.k, seed=self.config.seed)
             nmi = metrics.nmi_of_clusters(true_labels.cpu(), pseudo_labels)  # measured, never learnt from
-            found = pseudo_labels, {"pseudo_label_NMI": nmi}
-        pseudo_labels, self.clustering = self.fabric.broadcast(found)
+            clustered = pseudo_labels, {"pseudo_label_NMI": nmi}
+        pseudo_labels, self.clustering = self.fabric.broadcast(clustered)
         self.pseudo_labels = pseudo_labels.to(self.fabric.device)
-        for name, part in self._parts().items():
+        for name, part in self.parts().items():
             part.load_state_dict(self.start[name])
 
     def stage(self, step: int) -> Stage:
@@ -192,7 +196,8 @@ class Slade:
         pseudo_labels = self.pseudo_labels[all_gather_rows(pseudo_labeled.positions)]
         with torch.set_grad_enabled(stage == "joint"):
             _, embeddings = self.network(torch.cat([labeled.images, pseudo_labeled.images]))
-        f_l, f_u = (gather_rows(each) for each in embeddings.split([len(labeled.images), len(pseudo_labeled.images)]))
+        rows = [len(labeled.images), len(pseudo_labeled.images)]
+        f_l, f_u = (gather_rows(part) for part in embeddings.split(rows))
         loss = zero
         if config.uses_basis:
             losses["loss_cross_entropy"] = self.basis.cross_entropy(f_l, labels)
@@ -237,18 +242,6 @@ class Slade:
             moments = {f"similarity_{name}": float(getattr(self.similarity, name)) for name in MOMENTS}
         return {**means, **self.clustering, **moments}
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def images_per_step(self) -> int:
-        return self.config.batch_size * (2 if self.config.uses_unlabeled else 1)
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        return ("loss",)
-
     def evaluate(self) -> dict[str, float]:
         """Retrieval with the embeddings, among the validation classes and among the test classes."""
         figures: dict[str, float] = {}
@@ -273,7 +266,8 @@ class Slade:
         last step of the one before; on resuming within a round, with the pseudo-labels of the checkpoint.
         """
         config = self.config
-        for labeled in self._loader(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0):
+        of_teacher = self._batches(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0)
+        for labeled in of_teacher:
             yield SladeBatch(labeled, None)
         for first in range(config.teacher_steps, config.steps, config.round_steps):
             end = first + config.round_steps
@@ -282,64 +276,25 @@ class Slade:
             if start_step <= first:
                 self.start_round()
             both = (
-                self._loader(self.images.labeled, self.labels, max(first, start_step), end, stream=0),
-                self._loader(self.unlabeled, self.pseudo_labels, max(first, start_step), end, stream=1),
+                self._batches(self.images.labeled, self.labels, max(first, start_step), end, stream=0),
+                self._batches(self.unlabeled, self.pseudo_labels, max(first, start_step), end, stream=1),
             )
             for labeled, pseudo_labeled in zip(*both, strict=True):
                 yield SladeBatch(labeled, pseudo_labeled)
 
-    def state_dict(self) -> dict[str, Any]:
-        for module in (self.model, self.similarity):
-            broadcast_buffers(module)
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**parts, "pseudo_labels": self.pseudo_labels, "clustering": self.clustering}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.pseudo_labels = state["pseudo_labels"].to(self.fabric.device)
-        self.clustering = state["clustering"]
-
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.model, "basis": self.basis, "similarity": self.similarity, "optimizer": self.optimizer}
+    def _batches(
+        self, images: data.ImageCollection, labels: Tensor, start_step: int, end: int, *, stream: int
+    ) -> Iterator[data.CollectionBatch]:
+        batches = self.images.training_batches(
+            images, labels, self.fabric, start_step=start_step, end=end, stream=stream
+        )
+        return iter(batches)
 
     def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
         """Embeddings and true labels of all images."""
         broadcast_buffers(self.model)
-        _, embeddings, labels = embed(
-            self.model, _evaluation_batches(self.config, images, self.fabric), device=self.fabric.device
-        )
-        return embeddings, labels
-
-    def _loader(
-        self, images: data.ImageCollection, labels: Tensor, start_step: int, end: int, *, stream: int
-    ) -> Iterable[data.CollectionBatch]:
-        """``per_class`` images of each of some classes, for every step."""
-        views = make_views(self.config.data, images, models.preprocessing(self.config.backbone))
-        batches = data.PKBatches(
-            images.images,
-            np.arange(len(images)),
-            labels.cpu().numpy(),
-            transform=views.training,
-            batch_size=self.config.batch_size,
-            per_class=self.config.per_class,
-            seed=self.config.seed,
-            start_step=min(start_step, end),
-            num_steps=end,
-            stream=stream,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            mean=views.mean,
-            std=views.std,
-        )
-        cuda = self.fabric.device.type == "cuda"
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=self.config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=cuda,
-        )
+        batches = self.images.evaluation_batches(images, self.fabric)
+        return embed(self.model, batches, device=self.fabric.device)[1:]
 
 
 def train_slade(
@@ -365,18 +320,7 @@ def train_slade(
         return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images)
-    settings = asdict(config)
-    del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
-    return fit(
-        trainer,
-        fabric=fabric,
-        steps=config.steps,
-        run=config.run,
-        config=settings,
-        resume=resume,
-        epoch_ends=trainer.epoch_ends(),
-        best=SELECTED_BY,
-    )
+    return trainer.run(resume=resume, epoch_ends=trainer.epoch_ends(), best=SELECTED_BY)
 
 
 def train_folds(
@@ -405,13 +349,13 @@ def train_folds(
     if images is None:
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     results: list[RunResult] = []
-    for each in _of_folds(config):
-        results.append(train_slade(each, resume=resume, images=images, unlabeled_images=unlabeled_images))
+    for of_fold in _of_folds(config):
+        results.append(train_slade(of_fold, resume=resume, images=images, unlabeled_images=unlabeled_images))
         if not results[-1].finished:
             break
     done = RunResult(
         finished=results[-1].finished,
-        step=sum(each.step for each in results),
+        step=sum(result.step for result in results),
         steps=config.data.folds * config.steps,
         history=[],
     )
@@ -439,15 +383,15 @@ def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) ->
         by themselves, for MAP@R, RP and P@1.
     """
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    test, _ = tested_images(config.data, images, seed=config.seed)
     embeddings, apart = [], []
-    for each in _of_folds(config):
-        network = build_network(replace(each, weights=None), images)
-        network.load_state_dict(load_checkpoint(Path(str(each.run.out), "best.pt"))["model"])
-        batches = _evaluation_batches(each, test, fabric)
-        _, found, labels = embed(network.to(fabric.device), batches, device=fabric.device)
-        embeddings.append(found)
-        apart.append(_retrieval("separate_test", found, labels))
+    for of_fold in _of_folds(config):
+        network = build_network(replace(of_fold, weights=None), images)
+        network.load_state_dict(load_checkpoint(Path(str(of_fold.run.out), "best.pt"))["model"])
+        parts = SladeImages(of_fold, images)
+        batches = parts.evaluation_batches(parts.test, fabric)
+        _, of_network, labels = embed(network.to(fabric.device), batches, device=fabric.device)
+        embeddings.append(of_network)
+        apart.append(_retrieval("separate_test", of_network, labels))
     means = {name: statistics.fmean(figures[name] for figures in apart) for name in apart[0]}
     return {**_retrieval("test", torch.cat(embeddings, dim=1), labels), **means}
 
@@ -460,7 +404,7 @@ def build_network(config: SladeConfig, images: data.ImageCollection) -> nn.Modul
         weights=config.weights,
         pooling=config.pooling,
         freeze_bn=config.freeze_bn,
-        in_channels=len(make_views(config.data, images, models.preprocessing(config.backbone)).mean),
+        in_channels=images.channels if models.preprocessing(config.backbone) == "native" else 3,
     )
 
 
@@ -468,23 +412,6 @@ def _of_folds(config: SladeConfig) -> Iterator[SladeConfig]:
     for fold in range(config.data.folds):
         run = replace(config.run, out=str(Path(str(config.run.out), f"fold{fold}")))
         yield replace(config, data=replace(config.data, fold=fold), run=run)
-
-
-def _evaluation_batches(
-    config: SladeConfig, images: data.ImageCollection, fabric: Fabric
-) -> Iterable[tuple[Tensor, Tensor]]:
-    views = make_views(config.data, images, models.preprocessing(config.backbone))
-    return data.evaluation_batches(
-        images.images,
-        256,
-        mean=views.mean,
-        std=views.std,
-        transform=views.evaluation,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        workers=config.run.workers,
-        worker_init_fn=ignore_stop_signals,
-    )
 
 
 def _retrieval(name: str, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
@@ -509,9 +436,8 @@ def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMo
 
 
 def _optimizer(config: SladeConfig, network: nn.Module, basis_parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": [each for each in network.parameters() if each.requires_grad], "lr": config.learning_rate}
-    ]
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trained, "lr": config.learning_rate}]
     if basis_parameters:
         groups.append({"params": basis_parameters, "lr": config.basis_learning_rate})
     if config.optimizer == "adamw":

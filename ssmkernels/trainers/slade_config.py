@@ -4,27 +4,67 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
 from ssmkernels.trainers.loop import Precision, RunConfig
-from ssmkernels.trainers.slade_data import SladeDataConfig
-
-Student = Literal["none", "pseudo-labels", "basis", "mining"]
-RankingLoss = Literal["contrastive", "multi-similarity"]
-SimilarityLoss = Literal["sd", "local-ce", "global-ce"]
-MomentGradient = Literal["batch", "momentum"]
-Optimizer = Literal["rmsprop", "adamw"]
-_CHOICES = {
-    "student": Student,
-    "ranking_loss": RankingLoss,
-    "similarity_loss": SimilarityLoss,
-    "moment_gradient": MomentGradient,
-    "optimizer": Optimizer,
-}
+from ssmkernels.trainers.settings import (
+    AtLeastTwo,
+    Count,
+    CountOrZero,
+    NonNegative,
+    PartialShare,
+    Positive,
+    Settings,
+    ShareBelowOne,
+)
 
 
 @dataclass
-class SladeConfig:
+class SladeDataConfig(Settings):
+    """Which images, labelled and unlabelled, and how their classes are split."""
+
+    section: ClassVar[str] = "data."
+
+    name: str = "digits"
+    """Labelled collection, as :func:`ssmkernels.data.load_collection` knows it."""
+    root: str | None = None
+    """Folder or file of its images; none for those that come inside packages."""
+    unlabeled_name: str | None = None
+    """Collection of the unlabelled images, all of it. With none, some images of the labelled one are taken."""
+    unlabeled_root: str | None = None
+    """Folder or file of its images."""
+    unlabeled_classes: Literal["training", "test"] = "training"
+    """Where there is no unlabelled collection: "training" takes the labels off some of the training classes; "test" has
+    half of the images of the test classes, drawn by the seed and not tested on, as images without labels. The latter is
+    the situation of CUB-200 and NABirds, which has the species that are tested on.
+    """
+    labeled_fraction: PartialShare = 0.5
+    """Of the training classes, drawn by the seed, to keep their labels where some lose them."""
+    image_size: int | None = None
+    """Side of the images that the network sees, in pixels; none for the labelled collection's own."""
+    test_fraction: PartialShare = 0.5
+    """Of the classes, the last ones, to test on."""
+    folds: AtLeastTwo = 4
+    """Class-disjoint folds of the other classes."""
+    fold: int | None = 0
+    """The one to validate on, from 0, with the others to train on. None trains a network for each fold and tests their
+    embeddings side by side.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fold is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(
+                f"data.fold is {self.fold}; it should be in [0, {self.folds}), one of data.folds, or null for all"
+            )
+        if self.unlabeled_name is None and self.unlabeled_root is not None:
+            raise ValueError(
+                f"data.unlabeled_root is {self.unlabeled_root!r} without data.unlabeled_name; it should have one"
+            )
+
+
+@dataclass
+class SladeConfig(Settings):
     """Everything that determines a run. Defaults are the paper's as far as they are known, and Musgrave's for
     CUB-200.
     """
@@ -40,102 +80,72 @@ class SladeConfig:
     """What makes features of the last maps."""
     freeze_bn: bool = True
     """Keep the statistics and the affine maps of batch norm as they are."""
-    embedding_dim: int = 128
+    embedding_dim: Count = 128
     """Size of the embeddings f of one fold."""
     seed: int = 1
     """Seed of the labelled classes, the initial head and basis, the batches, the augmentation and k-means."""
 
-    student: Student = "mining"
+    student: Literal["none", "pseudo-labels", "basis", "mining"] = "mining"
     """What a student learns from."""
-    rounds: int = 1
+    rounds: Count = 1
     """Students, each with the one before as its teacher."""
-    k: int = 400
+    k: AtLeastTwo = 400
     """Clusters of the unlabelled images."""
-    lambda_1: float = 1.0
+    lambda_1: NonNegative = 1.0
     """λ1, weight of L_rank on pseudo-labelled images."""
-    lambda_2: float = 0.25
+    lambda_2: NonNegative = 0.25
     """λ2, weight of L_Basis."""
 
-    ranking_loss: RankingLoss = "contrastive"
+    ranking_loss: Literal["contrastive", "multi-similarity"] = "contrastive"
     """L_rank, of teacher and students."""
-    positive_margin: float = 0.0
+    positive_margin: NonNegative = 0.0
     """m_pos of the contrastive loss, a distance: positives that are closer are let be."""
-    negative_margin: float = 0.3841
+    negative_margin: NonNegative = 0.3841
     """m_neg of the contrastive loss, a distance: negatives that are farther are let be."""
-    ms_alpha: float = 0.01
+    ms_alpha: Positive = 0.01
     """α of the multi-similarity loss, scale of the positives' cosines."""
-    ms_beta: float = 50.6
+    ms_beta: Positive = 50.6
     """β of the multi-similarity loss, scale of the negatives' cosines."""
     ms_base: float = 0.56
     """λ of the multi-similarity loss, the cosine between positives and negatives."""
 
-    similarity_loss: SimilarityLoss = "sd"
+    similarity_loss: Literal["sd", "local-ce", "global-ce"] = "sd"
     """The loss of the similarities of pseudo-labelled pairs: of their distributions, or a cross-entropy, see
     :mod:`ssmkernels.nn`.
     """
-    sd_margin: float = 0.5
+    sd_margin: NonNegative = 0.5
     """m of L_SD, by which μ⁺ should exceed μ⁻; not published."""
-    sd_variance_weight: float = 1.0
+    sd_variance_weight: NonNegative = 1.0
     """λ_v of L_SD, weight of the variances; not published."""
-    moment_momentum: float = 0.99
+    moment_momentum: ShareBelowOne = 0.99
     """β of the running moments."""
-    moment_gradient: MomentGradient = "batch"
+    moment_gradient: Literal["batch", "momentum"] = "batch"
     """What flows back from L_SD, see :class:`ssmkernels.nn.SimilarityDistributionLoss`."""
 
-    teacher_steps: int = 4000
+    teacher_steps: Count = 4000
     """Steps of the first teacher, on labelled images."""
-    warm_up_steps: int = 100
+    warm_up_steps: CountOrZero = 100
     """First steps of a round, in which W_a learns alone, where there is one."""
-    student_steps: int = 4000
+    student_steps: Count = 4000
     """Steps of a student after them."""
     batch_size: int = 32
     """Labelled images of a step, and as many pseudo-labelled ones, all ranks together."""
-    per_class: int = 4
+    per_class: AtLeastTwo = 4
     """Images of each class in a batch."""
-    optimizer: Optimizer = "rmsprop"
+    optimizer: Literal["rmsprop", "adamw"] = "rmsprop"
     """RMSprop with momentum .9 and L2, or AdamW; at a constant rate."""
-    learning_rate: float = 1e-6
+    learning_rate: NonNegative = 1e-6
     """Of the network."""
-    basis_learning_rate: float = 1e-3
+    basis_learning_rate: NonNegative = 1e-3
     """Of W_a, which starts at random; not published."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     precision: Precision = "32-true"
     """Arithmetic of the network; losses are float32 in all of them."""
 
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "embedding_dim": 1,
-            "rounds": 1,
-            "k": 2,
-            "teacher_steps": 1,
-            "student_steps": 1,
-            "warm_up_steps": 0,
-            "per_class": 2,
-        }
-        at_least |= {
-            "lambda_1": 0,
-            "lambda_2": 0,
-            "positive_margin": 0,
-            "negative_margin": 0,
-            "sd_margin": 0,
-            "sd_variance_weight": 0,
-        }
-        at_least |= {"learning_rate": 0, "basis_learning_rate": 0, "weight_decay": 0}
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
-        for name in ("ms_alpha", "ms_beta"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
-        if not 0 <= self.moment_momentum < 1:
-            raise ValueError(f"moment_momentum is {self.moment_momentum}; it should be in [0, 1)")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; it should be one of {', '.join(get_args(choices))}"
-                )
+        super().__post_init__()
         if self.batch_size < 2 * self.per_class or self.batch_size % self.per_class:
             raise ValueError(
                 f"batch_size is {self.batch_size}; it should be a multiple of per_class, {self.per_class}, of two or"

@@ -1,84 +1,105 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The images of SLADE: labelled and unlabelled ones, and those to validate and to test on, by Musgrave's protocol
-(ECCV 2020).
+"""The images of SLADE: labelled and unlabelled ones, and those to validate and to test on, by Musgrave's protocol (ECCV
+2020).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from ssmkernels import data
+from ssmkernels import data, models
+from ssmkernels.trainers.base import evaluation_loader, training_loader
+from ssmkernels.trainers.loop import Fabric
+from ssmkernels.trainers.slade_config import SladeConfig, SladeDataConfig
 
 EVALUATION_SCALE = 256 / 227
 """Shorter side of an evaluated photograph over that of the crop from its centre: Musgrave's."""
 CROP_SCALE = (0.16, 1.0)
 """Share of a photograph that a training crop covers: Musgrave's."""
 
-UnlabeledClasses = Literal["training", "test"]
 
+class SladeImages:
+    """The images of a run, of disjoint classes but for the unlabelled ones, no image twice; their views and batches.
 
-@dataclass
-class SladeDataConfig:
-    """Which images, labelled and unlabelled, and how their classes are split."""
+    The last classes of ``images`` test, those of a fold of the others validate, the rest is to train on.
 
-    name: str = "digits"
-    """Labelled collection, as :func:`ssmkernels.data.load_collection` knows it."""
-    root: str | None = None
-    """Folder or file of its images; none for those that come inside packages."""
-    unlabeled_name: str | None = None
-    """Collection of the unlabelled images, all of it. With none, some images of the labelled one are taken."""
-    unlabeled_root: str | None = None
-    """Folder or file of its images."""
-    unlabeled_classes: UnlabeledClasses = "training"
-    """Where there is no unlabelled collection: "training" takes the labels off some of the training classes; "test" has
-    half of the images of the test classes, drawn by the seed and not tested on, as images without labels. The latter is
-    the situation of CUB-200 and NABirds, which has the species that are tested on.
-    """
-    labeled_fraction: float = 0.5
-    """Of the training classes, drawn by the seed, to keep their labels where some lose them."""
-    image_size: int | None = None
-    """Side of the images that the network sees, in pixels; none for the labelled collection's own."""
-    test_fraction: float = 0.5
-    """Of the classes, the last ones, to test on."""
-    folds: int = 4
-    """Class-disjoint folds of the other classes."""
-    fold: int | None = 0
-    """The one to validate on, from 0, with the others to train on. None trains a network for each fold and tests their
-    embeddings side by side.
+    Args:
+        config: the settings.
+        images: the labelled collection.
+        unlabeled_images: the collection ``config.data.unlabeled_name``. Where there is no such name,
+            ``config.data.unlabeled_classes`` says which of ``images`` are taken instead.
+
+    Attributes:
+        labeled, unlabeled, validation, test: collections; ``unlabeled`` is None where it was not given and is not a
+            part of ``images``.
     """
 
-    def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ValueError(f"data.folds is {self.folds}; it should be at least 2")
-        if self.fold is not None and not 0 <= self.fold < self.folds:
-            raise ValueError(
-                f"data.fold is {self.fold}; it should be in [0, {self.folds}), one of data.folds, or null for all"
-            )
-        if self.unlabeled_classes not in get_args(UnlabeledClasses):
-            raise ValueError(
-                f"data.unlabeled_classes is {self.unlabeled_classes!r}; it should be one of"
-                f" {', '.join(get_args(UnlabeledClasses))}"
-            )
-        for name in ("labeled_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it should be between 0 and 1")
-        if self.unlabeled_name is None and self.unlabeled_root is not None:
-            raise ValueError(
-                f"data.unlabeled_root is {self.unlabeled_root!r} without data.unlabeled_name; it should have one"
-            )
+    def __init__(
+        self, config: SladeConfig, images: data.ImageCollection, unlabeled_images: data.ImageCollection | None = None
+    ) -> None:
+        self.config, chosen = config, config.data
+        if chosen.fold is None:
+            raise ValueError("data.fold is None; it should be the number of a fold")
+        num_train = _classes_to_train(chosen, images.num_classes)
+        validation = data.split_folds(num_train, chosen.folds)[chosen.fold]
+        labeled = np.setdiff1d(np.arange(num_train), validation)
+        self.test = data.class_subset(images, np.arange(num_train, images.num_classes))
+        self.unlabeled = unlabeled_images
+        if chosen.unlabeled_name is None and chosen.unlabeled_classes == "test":
+            self.test, untested = _halves_of_classes(self.test, config.seed)
+            self.unlabeled = untested if unlabeled_images is None else unlabeled_images
+        elif chosen.unlabeled_name is None and unlabeled_images is None:
+            labeled, without = _without_labels(chosen, labeled, config.seed)
+            self.unlabeled = data.class_subset(images, without)
+        self.labeled = data.class_subset(images, labeled)
+        self.validation = data.class_subset(images, validation)
 
+    def views(self, images: data.ImageCollection) -> data.RetrievalViews:
+        """Views of some images at the size of the run, Musgrave's crops where they are photographs."""
+        size = self.config.data.image_size or images.image_size
+        return data.retrieval_views(
+            images,
+            models.preprocessing(self.config.backbone),
+            size=size,
+            resize=round(size * EVALUATION_SCALE),
+            crop_scale=CROP_SCALE,
+        )
 
-class SladeImages(NamedTuple):
-    """The images of a run: of disjoint classes but for the unlabelled ones, and no image twice."""
+    def training_batches(
+        self, images: data.ImageCollection, labels: Tensor, fabric: Fabric, *, start_step: int, end: int, stream: int
+    ) -> DataLoader[data.CollectionBatch]:
+        """``per_class`` images of each of some classes, for every step from ``start_step`` to ``end``."""
+        config, views = self.config, self.views(images)
+        batches = data.PKBatches(
+            images.images,
+            np.arange(len(images)),
+            labels.cpu().numpy(),
+            transform=views.training,
+            batch_size=config.batch_size,
+            per_class=config.per_class,
+            seed=config.seed,
+            start_step=min(start_step, end),
+            num_steps=end,
+            stream=stream,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            mean=views.mean,
+            std=views.std,
+        )
+        return training_loader(batches, fabric, config.run)
 
-    labeled: data.ImageCollection
-    unlabeled: data.ImageCollection | None
-    validation: data.ImageCollection
-    test: data.ImageCollection
+    def evaluation_batches(self, images: data.ImageCollection, fabric: Fabric) -> Iterable[tuple[Tensor, Tensor]]:
+        """This rank's share of some images once, with their labels."""
+        views = self.views(images)
+        return evaluation_loader(
+            images.images, fabric, self.config.run, mean=views.mean, std=views.std, transform=views.evaluation
+        )
 
 
 def load_images(
@@ -91,8 +112,8 @@ def load_images(
     return images, data.load_collection(config.unlabeled_name, config.unlabeled_root)
 
 
-def held_out_classes(config: SladeDataConfig, num_classes: int) -> np.ndarray:
-    """The last classes, ``test_fraction`` of them, rounded up."""
+def _classes_to_train(config: SladeDataConfig, num_classes: int) -> int:
+    """All but the last classes, of which there are ``test_fraction``, rounded up."""
     num_test = math.ceil(num_classes * config.test_fraction - 1e-9)
     if num_classes - num_test <= config.folds or num_test < 2:
         raise ValueError(
@@ -100,46 +121,7 @@ def held_out_classes(config: SladeDataConfig, num_classes: int) -> np.ndarray:
             f" {num_classes - num_test} and {num_test}; it should leave more than {config.folds}, data.folds, to train"
             " and validate on and at least 2 to test on"
         )
-    return np.arange(num_classes - num_test, num_classes)
-
-
-def split_images(
-    config: SladeDataConfig, images: data.ImageCollection, unlabeled_images: data.ImageCollection | None, *, seed: int
-) -> SladeImages:
-    """The last classes of ``images`` test, those of a fold of the others validate, the rest is to train on.
-
-    Args:
-        unlabeled_images: the collection ``config.unlabeled_name``. Where there is no such name,
-            ``config.unlabeled_classes`` says which of ``images`` are taken instead.
-        seed: of the draw of those.
-    """
-    if config.fold is None:
-        raise ValueError("data.fold is None; it should be the number of a fold")
-    test = held_out_classes(config, images.num_classes)
-    validation = data.split_folds(test[0], config.folds)[config.fold]
-    labeled = np.setdiff1d(np.arange(test[0]), validation)
-    tested, untested = tested_images(config, images, seed=seed)
-    if unlabeled_images is None and config.unlabeled_name is None:
-        if untested is not None:
-            unlabeled_images = untested
-        else:
-            labeled, without = _without_labels(config, labeled, seed)
-            unlabeled_images = data.class_subset(images, without)
-    return SladeImages(
-        data.class_subset(images, labeled), unlabeled_images, data.class_subset(images, validation), tested
-    )
-
-
-def tested_images(
-    config: SladeDataConfig, images: data.ImageCollection, *, seed: int
-) -> tuple[data.ImageCollection, data.ImageCollection | None]:
-    """The images of the test classes that are tested on, and the others of these classes where those are the
-    unlabelled ones.
-    """
-    held_out = data.class_subset(images, held_out_classes(config, images.num_classes))
-    if config.unlabeled_name is not None or config.unlabeled_classes == "training":
-        return held_out, None
-    return _halves_of_classes(held_out, seed)
+    return num_classes - num_test
 
 
 def _without_labels(config: SladeDataConfig, classes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -164,11 +146,3 @@ def _halves_of_classes(images: data.ImageCollection, seed: int) -> tuple[data.Im
         for part in parts
     )
     return first, second
-
-
-def make_views(config: SladeDataConfig, images: data.ImageCollection, normalization: str) -> data.RetrievalViews:
-    """Views of ``images`` at the size of the run, Musgrave's crops where they are photographs."""
-    size = images.image_size if config.image_size is None else config.image_size
-    return data.retrieval_views(
-        images, normalization, size=size, resize=round(size * EVALUATION_SCALE), crop_scale=CROP_SCALE
-    )

@@ -21,30 +21,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, metrics, models
-from ssmkernels.distributed import all_gather_rows, all_reduce_mean, broadcast_buffers
+from ssmkernels.distributed import all_gather_rows, all_reduce_mean
 from ssmkernels.nn import PrototypeHead, sinkhorn_codes
+from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.checkpoint import save_checkpoint
-from ssmkernels.trainers.evaluation import embed
-from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, fit, ignore_stop_signals, make_fabric
+from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
 from ssmkernels.trainers.schedules import warm_up_half_cosine
+from ssmkernels.trainers.settings import Count, CountOrZero, NonNegative, PartialShare, Positive, Settings
 
 SMALL_OVER_LARGE = 96 / 224
 LARC_TRUST = 0.001
 
 
 @dataclass
-class SwAVDataConfig:
+class SwAVDataConfig(Settings):
     """Which images to learn from, and which to measure retrieval on."""
+
+    section: ClassVar[str] = "data."
 
     name: str = "digits"
     """Collection, as :func:`ssmkernels.data.load_collection` knows it."""
@@ -54,14 +56,13 @@ class SwAVDataConfig:
     """Collection to add, all of it."""
     unlabeled_root: str | None = None
     """Folder or file of its images."""
-    test_fraction: float = 0.5
+    test_fraction: PartialShare = 0.5
     """Of the classes of the first collection, the last ones, to measure retrieval on; they are not learnt from."""
     image_size: int | None = None
     """Side of the large crops in pixels; none for the first collection's own."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_fraction < 1:
-            raise ValueError(f"data.test_fraction is {self.test_fraction}; it should be between 0 and 1")
+        super().__post_init__()
         if self.unlabeled_name is None and self.unlabeled_root is not None:
             raise ValueError(
                 f"data.unlabeled_root is {self.unlabeled_root!r} without data.unlabeled_name; it should have one"
@@ -69,7 +70,7 @@ class SwAVDataConfig:
 
 
 @dataclass
-class SwAVConfig:
+class SwAVConfig(Settings):
     """Everything that determines a run. Defaults are SwAV's for batches of 256 but for ``num_prototypes`` and
     ``epochs``.
     """
@@ -81,29 +82,29 @@ class SwAVConfig:
     """Its initial weights: a file, such as SwAV's own, "imagenet" where the backbone has a source of them, none for
     random ones.
     """
-    hidden_dim: int = 2048
+    hidden_dim: Count = 2048
     """Width of the projection head."""
-    embedding_dim: int = 128
+    embedding_dim: Count = 128
     """Size of the embeddings z."""
-    num_prototypes: int = 500
+    num_prototypes: Count = 500
     """K."""
     seed: int = 1
     """Seed of the initial head, the batches and the crops."""
 
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """τ of the predictions."""
-    epsilon: float = 0.05
+    epsilon: Positive = 0.05
     """ε of the codes."""
-    sinkhorn_iterations: int = 3
+    sinkhorn_iterations: Count = 3
     """Turns of balancing the codes."""
-    queue_length: int = 3840
+    queue_length: CountOrZero = 3840
     """Earlier embeddings that codes are balanced over, a multiple of the batch; 0 for none."""
-    queue_from_epoch: int = 15
+    queue_from_epoch: CountOrZero = 15
     """Epochs before the queue begins to fill. It is used once it is full."""
-    freeze_prototypes_epochs: int = 1
+    freeze_prototypes_epochs: CountOrZero = 1
     """First epochs in which the prototypes do not learn."""
 
-    small_crops: int = 6
+    small_crops: CountOrZero = 6
     """V, small crops of an image beside the two large ones."""
     small_size: int | None = None
     """Side of the small crops in pixels; none for 96/224 of the large ones'."""
@@ -116,14 +117,14 @@ class SwAVConfig:
     blur: float = 2.0
     """Greatest σ of the blur in pixels; 0 for none."""
 
-    epochs: int = 50
-    batch_size: int = 256
+    epochs: Count = 50
+    batch_size: Count = 256
     """Images of a step, all ranks together."""
-    learning_rate: float = 0.6
+    learning_rate: NonNegative = 0.6
     """Before LARC, which multiplies it by .001 ‖w‖ / ‖∇‖."""
-    final_learning_rate: float = 0.0006
+    final_learning_rate: NonNegative = 0.0006
     """Where the half cosine ends."""
-    weight_decay: float = 1e-6
+    weight_decay: NonNegative = 1e-6
     """On everything."""
     precision: Precision = "32-true"
     """Arithmetic of the network; embeddings, codes and loss are float32 in all of them."""
@@ -131,35 +132,14 @@ class SwAVConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least = {
-            "hidden_dim": 1,
-            "embedding_dim": 1,
-            "num_prototypes": 1,
-            "sinkhorn_iterations": 1,
-            "batch_size": 1,
-            "epochs": 1,
-        }
-        at_least |= {
-            "queue_length": 0,
-            "queue_from_epoch": 0,
-            "freeze_prototypes_epochs": 0,
-            "small_crops": 0,
-            "learning_rate": 0,
-        }
-        at_least |= {"final_learning_rate": 0, "weight_decay": 0}
-        for name, lowest in at_least.items():
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be at least {lowest}")
-        for name in ("temperature", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it should be positive")
+        super().__post_init__()
         if self.queue_length % self.batch_size:
             raise ValueError(
                 f"queue_length is {self.queue_length}; it should be a multiple of batch_size, {self.batch_size}, or 0"
             )
 
 
-class SwAV:
+class SwAV(Trainer):
     """The algorithm, for :func:`ssmkernels.trainers.loop.fit`.
 
     Args:
@@ -169,14 +149,14 @@ class SwAV:
         fabric: the device, its precision and the other ranks.
     """
 
+    shown = ("loss", "code_balance")
+
     def __init__(
         self, config: SwAVConfig, images: data.ImageCollection, evaluation_images: data.ImageCollection, fabric: Fabric
     ) -> None:
-        if config.batch_size % fabric.world_size:
-            raise ValueError(
-                f"batch_size is {config.batch_size}; it should be a multiple of the {fabric.world_size} ranks"
-            )
-        self.config, self.fabric, self.images, self.evaluation_images = config, fabric, images, evaluation_images
+        config.check_multiple("batch_size", fabric.world_size, f"the {fabric.world_size} ranks")
+        super().__init__(config, fabric)
+        self.images, self.evaluation_images, self.images_per_step = images, evaluation_images, config.batch_size
         self.epoch_steps = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.epoch_steps
 
@@ -202,7 +182,7 @@ class SwAV:
             self.network = SwAVNetwork(built.backbone, head)
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # as SwAV does; there is none for the CPU
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
-        self.network.to(memory_format=torch.channels_last)
+        channels_last(self.network)
         optimizer = torch.optim.SGD(self.network.parameters(), lr=config.learning_rate, momentum=0.9)
         self.crops, self.optimizer = fabric.setup(self.network, optimizer)
         # Embeddings of earlier first and second crops, this rank's share, the latest first.
@@ -213,8 +193,7 @@ class SwAV:
     def step(self, batch: data.MultiCropBatch, step: int) -> dict[str, Tensor]:
         config, fabric = self.config, self.fabric
         decay = warm_up_half_cosine(step, self.steps, 0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.final_learning_rate + decay * (config.learning_rate - config.final_learning_rate)
+        self.set_learning_rate(config.final_learning_rate + decay * (config.learning_rate - config.final_learning_rate))
         self.crops.train()
         self.network.head.normalize_prototypes_()
         self.optimizer.zero_grad()
@@ -254,41 +233,15 @@ class SwAV:
         self.queue[crop] = torch.cat([z, queue])[: len(queue)]
         return sinkhorn_codes(together, epsilon=config.epsilon, iterations=config.sinkhorn_iterations)[: len(scores)]
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @property
-    def images_per_step(self) -> int:
-        return self.config.batch_size
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        return ("loss", "code_balance")
-
-    def scalars(self, means: dict[str, float]) -> dict[str, float]:
-        return means
-
     def evaluate(self) -> dict[str, float]:
         """Retrieval by the cosine of pooled features of the backbone: P@1, R@k, P@k, RP and MAP@R."""
-        broadcast_buffers(self.network)
-        batches = data.evaluation_batches(
-            self.evaluation_images.images,
-            256,
-            mean=self.evaluation_views.mean,
-            std=self.evaluation_views.std,
-            transform=self.evaluation_views.evaluation,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
-            workers=self.config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-        )
-        features, _, labels = embed(_Features(self.network), batches, device=self.fabric.device)
+        network, images = _Features(self.network), self.evaluation_images.images
+        features, _, labels = self.embed(network, images, self.evaluation_views)
         figures = metrics.retrieval(features, labels) if self.fabric.is_global_zero else {}
         return self.fabric.broadcast({f"test_{name}": value for name, value in figures.items()})
 
     def batches(self, start_step: int) -> Iterable[data.MultiCropBatch]:
-        config, fabric = self.config, self.fabric
+        config = self.config
         batches = data.MultiCropBatches(
             self.images.images,
             self.views,
@@ -297,26 +250,19 @@ class SwAV:
             seed=config.seed,
             start_step=start_step,
             num_steps=self.steps,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+            **self.ranks,
         )
-        cuda = fabric.device.type == "cuda"
-        return DataLoader(
-            batches,
-            batch_size=None,
-            num_workers=config.run.workers,
-            worker_init_fn=ignore_stop_signals,
-            pin_memory=cuda,
-        )
+        return self.loader(batches)
+
+    def parts(self) -> dict[str, Any]:
+        return {"model": self.network, "optimizer": self.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
-        broadcast_buffers(self.network)
         queue = all_gather_rows(self.queue.transpose(0, 1).contiguous())  # [queue_length, 2, D], rank after rank
-        return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "queue": queue}
+        return {**super().state_dict(), "queue": queue}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        super().load_state_dict(state)
         share = state["queue"].chunk(self.fabric.world_size)[self.fabric.global_rank]
         self.queue.copy_(share.transpose(0, 1))
 
@@ -402,16 +348,8 @@ def train_swav(
         images, evaluation_images = load_images(config.data)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric)
-    ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
-    result = fit(
-        trainer,
-        fabric=fabric,
-        steps=trainer.steps,
-        run=config.run,
-        config=asdict(config),
-        resume=resume,
-        epoch_ends=ends,
-    )
+    epoch_ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
+    result = trainer.run(resume=resume, epoch_ends=epoch_ends)
     if result.finished and config.run.out is not None and fabric.is_global_zero:
         save_checkpoint(Path(config.run.out) / "backbone.pt", models.backbone_state(trainer.network.backbone))
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import data as images
-from ssmkernels import metrics, models
+from ssmkernels import metrics
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.plots import panels_of, save
 from ssmkernels.experiments.record import Plot
@@ -29,7 +29,7 @@ from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import fit, make_fabric
 from ssmkernels.trainers.slade import build_network
-from ssmkernels.trainers.slade_data import load_images, make_views, split_images
+from ssmkernels.trainers.slade_data import SladeImages, load_images
 
 POINTS = 2000  # images at most whose pairs are looked at
 BINS = 50
@@ -63,18 +63,14 @@ def _unlabeled_map(training: Job, request: Request, folder: Path) -> float:
 def unlabeled_map(config: SladeConfig, best: Path) -> float:
     """MAP@R in percent, among the unlabelled images of a finished run, of its best network."""
     labeled, _ = load_images(config.data)
-    unlabeled = split_images(config.data, labeled, None, seed=config.seed).unlabeled
-    assert unlabeled is not None
+    parts = SladeImages(config, labeled)
+    assert parts.unlabeled is not None
     network = build_network(replace(config, weights=None), labeled)
     network.load_state_dict(load_checkpoint(best)["model"])
-    device = make_fabric(accelerator=config.run.accelerator).device
-    _, embeddings, labels = embed(network.to(device), _evaluation_batches(config, unlabeled), device=device)
+    fabric = make_fabric(accelerator=config.run.accelerator)
+    batches = parts.evaluation_batches(parts.unlabeled, fabric)
+    _, embeddings, labels = embed(network.to(fabric.device), batches, device=fabric.device)
     return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())["MAP@R"]
-
-
-def _evaluation_batches(config: SladeConfig, collection: images.ImageCollection) -> Iterable[tuple[Tensor, Tensor]]:
-    views = make_views(config.data, collection, models.preprocessing(config.backbone))
-    return images.evaluation_batches(collection.images, 256, mean=views.mean, std=views.std, transform=views.evaluation)
 
 
 class Similarities(NamedTuple):
@@ -178,8 +174,6 @@ def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
     labeled, unlabeled = load_images(config.data)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
-    settings = asdict(config)
-    del settings["data"]["unlabeled_root"]  # as data.root, it may differ on resuming
     for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
         kept = place / f"{stage}.npz"
         if not kept.exists():
@@ -188,7 +182,7 @@ def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
                 fabric=fabric,
                 steps=steps,
                 run=config.run,
-                config=settings,
+                config=asdict(config),
                 resume=True,
                 epoch_ends=trainer.epoch_ends(),
             )
@@ -207,7 +201,7 @@ def pair_similarities(trainer: Slade) -> Similarities:
     unlabeled = trainer.unlabeled
     index = np.sort(np.random.default_rng(0).permutation(len(unlabeled))[:POINTS])
     sample = images.ImageSubset(unlabeled.images, index, unlabeled.labels[index], unlabeled.num_classes)
-    batches = _evaluation_batches(trainer.config, replace(unlabeled, images=sample))
+    batches = trainer.images.evaluation_batches(replace(unlabeled, images=sample), trainer.fabric)
     _, embeddings, labels = embed(trainer.model, batches, device=trainer.fabric.device)
     cosines: Tensor = trainer.basis.similarities(embeddings)
     clusters = trainer.pseudo_labels[torch.as_tensor(index, device=labels.device)]

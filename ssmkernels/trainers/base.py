@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every trainer has, and what :func:`ssmkernels.trainers.loop.fit` asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ssmkernels import data
+from ssmkernels.distributed import broadcast_buffers
+from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.loop import Fabric, RunConfig, RunResult, fit, ignore_stop_signals
+
+
+class Views(Protocol):
+    """How images are seen when a network is evaluated."""
+
+    @property
+    def evaluation(self) -> Any: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+class Trainer(ABC):
+    """A method: its parts, its batches, its step.
+
+    Args:
+        config: the settings, with ``run`` among them.
+        fabric: the device, its precision and the other ranks.
+    """
+
+    optimizer: Any
+    steps: int
+    """Of the whole run."""
+    images_per_step: int
+    """All ranks together, each view counted."""
+    shown: tuple[str, ...] = ("loss",)
+    """The scalars that the progress bar has room for."""
+    saved: tuple[str, ...] = ()
+    """Attributes, plain values or tensors, that a checkpoint keeps beside the parts."""
+
+    def __init__(self, config: Any, fabric: Fabric) -> None:
+        self.config, self.fabric = config, fabric
+        self.ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
+
+    @abstractmethod
+    def parts(self) -> dict[str, Any]:
+        """Networks, statistics and the optimiser, by their names in a checkpoint."""
+
+    @abstractmethod
+    def batches(self, start_step: int) -> Iterable[Any]:
+        """The batches of every step from ``start_step`` on; the same whether or not the run was interrupted before."""
+
+    @abstractmethod
+    def step(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """One optimiser step; its metrics as scalars on the device, among them ``loss``."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the network as it is, the same on every rank."""
+
+    def scalars(self, means: dict[str, float]) -> dict[str, float]:
+        """What is reported of the means of the metrics since the last report."""
+        return means
+
+    def run(
+        self, *, resume: bool = False, epoch_ends: Container[int] | None = None, best: str | None = None
+    ) -> RunResult:
+        """Runs all steps; arguments as in :func:`ssmkernels.trainers.loop.fit`."""
+        return fit(
+            self,
+            fabric=self.fabric,
+            steps=self.steps,
+            run=self.config.run,
+            config=asdict(self.config),
+            resume=resume,
+            epoch_ends=epoch_ends,
+            best=best,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self, rate: float, factor: float = 1.0) -> None:
+        """``rate`` times ``factor``, in every group of parameters times its ``scale``, where it has one."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0) * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank."""
+        parts = self.parts()
+        for part in parts.values():
+            if isinstance(part, nn.Module):
+                broadcast_buffers(part)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        return {**states, **{name: getattr(self, name) for name in self.saved}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        for name in self.saved:
+            setattr(self, name, self.fabric.to_device(state[name]))
+
+    def loader(self, batches: Dataset[Any]) -> DataLoader[Any]:
+        return training_loader(batches, self.fabric, self.config.run)
+
+    def embed(self, network: nn.Module, images: data.ImageDataset, views: Views) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, embeddings and labels of all images, see :func:`ssmkernels.trainers.evaluation.embed`."""
+        broadcast_buffers(network)
+        batches = evaluation_loader(
+            images, self.fabric, self.config.run, mean=views.mean, std=views.std, transform=views.evaluation
+        )
+        return embed(network, batches, device=self.fabric.device)
+
+
+def training_loader(batches: Dataset[Any], fabric: Fabric, run: RunConfig) -> DataLoader[Any]:
+    """Loads batches that a data set makes whole, in ``run.workers`` processes."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=run.workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=fabric.device.type == "cuda",
+    )
+
+
+def evaluation_loader(
+    images: data.ImageDataset, fabric: Fabric, run: RunConfig, **view: Any
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """This rank's share of the images once, in batches of 256.
+
+    Args:
+        view: ``mean``, ``std`` and ``transform`` of :func:`ssmkernels.data.evaluation_batches`.
+    """
+    return data.evaluation_batches(
+        images,
+        256,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        workers=run.workers,
+        worker_init_fn=ignore_stop_signals,
+        **view,
+    )
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Convolutions are faster so, on CPUs and on tensor cores."""
+    return network.to(memory_format=torch.channels_last)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What trainers of classifiers with few labels share: the images, a student, its moving average, and their accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ssmkernels import data
+from ssmkernels.distributed import broadcast_buffers
+from ssmkernels.nn import EMATeacher
+from ssmkernels.trainers.base import Trainer, channels_last, evaluation_loader
+from ssmkernels.trainers.evaluation import top_k_accuracy
+from ssmkernels.trainers.loop import Fabric
+from ssmkernels.trainers.settings import Settings
+
+
+@dataclass
+class DataConfig(Settings):
+    """Which images, how many of them with labels, and how they are augmented."""
+
+    section: ClassVar[str] = "data."
+
+    name: str = "digits"
+    """Data set, as :func:`ssmkernels.data.load_dataset` knows it."""
+    root: str | None = None
+    """Folder or file of the images; none for those that come inside packages."""
+    labels: int = 40
+    """Number of labelled images, equally many of each class."""
+    proportional: bool = False
+    """Draw them in proportion to the sizes of the classes instead."""
+    labels_in_unlabeled: bool = True
+    """Whether the labelled images are also among the unlabelled ones."""
+
+
+class ClassifierTrainer(Trainer):
+    """A student that learns from labelled and unlabelled images, and an exponential moving average of it.
+
+    Args:
+        config: the settings, with ``data``, ``steps``, ``batch_size``, ``seed`` and those of the average.
+        splits: the images.
+        fabric: the device, its precision and the other ranks.
+    """
+
+    def __init__(self, config: Any, splits: data.ImageSplits, fabric: Fabric) -> None:
+        super().__init__(config, fabric)
+        self.splits, self.steps = splits, config.steps
+        self.transforms = data.default_transforms(splits)
+        self.labeled_index = data.split_labels(
+            splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
+        )
+
+    def set_up(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        config = self.config
+        self.model = channels_last(model)
+        self.student, self.optimizer = self.fabric.setup(self.model, optimizer)
+        self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
+
+    def training_batches(self, start_step: int, *, mu: int, strong: data.augment.Transform) -> Iterable[data.Batch]:
+        """B labelled images of every step, and ``mu`` times as many unlabelled ones in a weak and a ``strong`` view."""
+        config, splits = self.config, self.splits
+        batches = data.TrainBatches(
+            splits.train,
+            self.labeled_index,
+            splits.train,
+            weak=self.transforms.weak,
+            strong=strong,
+            batch_size=config.batch_size,
+            mu=mu,
+            seed=config.seed,
+            start_step=start_step,
+            num_steps=config.steps,
+            mean=splits.mean,
+            std=splits.std,
+            exclude_labeled=not config.data.labels_in_unlabeled,
+            **self.ranks,
+        )
+        return self.loader(batches)
+
+    def accuracies(self, ks: tuple[int, ...] = (1,)) -> dict[str, list[float]]:
+        """Top-k accuracies on the test images of the student and of its average, "ema"."""
+        splits, view = self.splits, self.transforms.evaluation
+        accuracies = {}
+        for name, model in (("student", self.model), ("ema", self.teacher)):
+            broadcast_buffers(model)
+            batches = evaluation_loader(
+                splits.test, self.fabric, self.config.run, mean=splits.mean, std=splits.std, transform=view
+            )
+            accuracies[name] = top_k_accuracy(model, batches, device=self.fabric.device, ks=ks)
+        return accuracies
