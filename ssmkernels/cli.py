@@ -24,7 +24,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("ssmkernels.trainers.cli", "train a model with one of the papers' methods"),
     "reproduce": Command("ssmkernels.experiments.cli", "run a table or figure of a paper"),
-    "report": Command("ssmkernels.experiments.report_page", "one page of what reproduce has left in a folder"),
+    "report": Command("ssmkernels.experiments.report", "one page of what reproduce has left in a folder"),
     "demo": Command(
         "ssmkernels.experiments.demo", "a few minutes' comparison on real images that come with the packages"
     ),

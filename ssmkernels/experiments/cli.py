@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssmkernels.experiments.jobs import EXPECTED, this_rank
-from ssmkernels.experiments.report import duration, markdown_table
-from ssmkernels.experiments.report_page import record_page
+from ssmkernels.experiments.report import duration, markdown_table, record_page
 from ssmkernels.experiments.run import Cost, Request, choose, costs, find_cells, run_table, seeds_of, unknown
 from ssmkernels.experiments.sources import EMBEDDED, Source
 from ssmkernels.experiments.spec import BUDGETS, load_tables

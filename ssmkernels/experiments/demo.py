@@ -20,8 +20,7 @@ import torch.nn.functional as F
 
 from ssmkernels import ops, reference
 from ssmkernels.bench.measure import peak_extra_bytes, time_alternating
-from ssmkernels.experiments.report import markdown_table
-from ssmkernels.experiments.report_page import write_report
+from ssmkernels.experiments.report import markdown_table, write_report
 from ssmkernels.experiments.run import Request, run_table
 from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import load_tables, read_tables
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     finally:
         torch.set_num_threads(threads)
-    write_report(options.out, options.out / "report.html", {})
+    write_report(options.out, options.out / "report.html", tables)
     page = options.out / "report.md"
     page.write_text(f"{page.read_text(encoding='utf-8')}\n{op_section()}", encoding="utf-8")
     print(

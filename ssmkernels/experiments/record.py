@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -32,6 +33,24 @@ class Entry:
     """One message per failed seed."""
     seeds: tuple[int, ...] = ()
     """Of the values; empty in records of before they were kept."""
+    run: bool = True
+    """False for a row of the paper that is quoted only."""
+
+    @property
+    def titled(self) -> str:
+        """The figure with its unit."""
+        return f"{self.figure}, {self.unit}" if self.unit else self.figure
+
+    @property
+    def papers_number(self) -> str:
+        """The paper's mean, "94.40" of "94.40 ± 1.37"; nothing where its text is no number."""
+        match = re.fullmatch(r"([-−+]?(?:\d+\.?\d*|\.\d+))(?: *%)?(?: *± *[\d.]+(?: *%)?)?", self.paper.strip())
+        return match[1].replace("−", "-") if match else ""
+
+    @property
+    def digits(self) -> int:
+        """Places after the point: two of a percentage, three of a share, and at least as many as the paper prints."""
+        return max(2 if self.unit == "%" else 3, len(self.papers_number.partition(".")[2]))
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ class Plot:
     """PNG, relative to the folder of the record."""
     paper: str = ""
     """What the paper's figure shows, in words."""
+    alt: str = ""
+    """What is seen in it, for readers who do not see it; the title stands in where it is empty."""
 
 
 @dataclass(frozen=True)

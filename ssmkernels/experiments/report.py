@@ -1,15 +1,273 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a report says of a record, in texts and Markdown tables."""
+"""``ssmkernels report DIR``: every record below a folder as one HTML page and one Markdown file.
+
+Plain data are made here of the records; ``page.html.j2`` and ``page.md.j2`` lay them out.
+"""
 
 from __future__ import annotations
 
-import math
+import argparse
+import base64
+import functools
+import os
 import re
 import statistics
-from collections.abc import Sequence
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
-from ssmkernels.experiments.record import Claim, Entry, Record
-from ssmkernels.experiments.statistics import mean_and_std, paired_difference
+import jinja2
+
+from ssmkernels.experiments.claims import Verdict, verdicts
+from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record, write_atomically
+from ssmkernels.experiments.statistics import mean_and_std
+
+if TYPE_CHECKING:
+    from ssmkernels.experiments.spec import Table
+
+TITLE = "Reproduced tables and figures"
+INTRODUCTION = (
+    "Each table has our number first: the mean over n seeds, or the value of a single one; a dash where there is none."
+    " On this page ± is the standard deviation over seeds; intervals are written with their ends. Only in Table 3 of"
+    " mixed label propagation does the paper's own ± mean a 95 % interval. The paper's number stands beside ours where"
+    " the images are the paper's; the difference is ours minus the paper's; rows that we do not run are quoted and say"
+    " so. The budget smoke shows that an experiment runs, not what it reaches; short is a part of the paper's"
+    " training; paper is all of it. Where the budget is not the paper's, the order of the methods can be compared, the"
+    " numbers cannot."
+)
+BUDGETS = ("paper", "short", "smoke")
+"""The one that says most first."""
+NOT_RUN = "not run"
+_IMAGE = re.compile(r"!\[[^\]]*\]\([^)\s]+\)")
+
+
+class Row(NamedTuple):
+    """One line of a table."""
+
+    method: str
+    span: int
+    """Lines of the method in this setting, on the first of them; 0 on the others."""
+    cells: tuple[str, ...]
+    failed: bool
+
+
+class Grid(NamedTuple):
+    """The table of a record, without columns that are dashes in every line."""
+
+    header: tuple[str, ...]
+    """Of what stands behind the method: ours, and figure, paper and difference where there are any."""
+    caption: str
+    settings: dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot on the page."""
+
+    plot: Plot
+    content: bytes
+    """PNG."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pixels, (width, height)."""
+        width, height = struct.unpack(">II", self.content[16:24])
+        return width, height
+
+    @property
+    def uri(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
+
+    @property
+    def alt(self) -> str:
+        return self.plot.alt or self.plot.title
+
+
+@dataclass(frozen=True)
+class Section:
+    """An experiment on the page."""
+
+    record: Record
+    folder: Path
+    """Of the record, which its pictures lie in."""
+    anchor: str
+    title: str
+    """Under the paper's name; with the data where several have the same."""
+
+    @property
+    def claims(self) -> list[Verdict]:
+        return verdicts(self.record)
+
+    @property
+    def grid(self) -> Grid:
+        return grid(self.record)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return facts(self.record)
+
+    @property
+    def failures(self) -> dict[str, tuple[str, ...]]:
+        return failures(self.record)
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Budget, data, seeds, progress and run time."""
+        record = self.record
+        return record.budget, record.data, str(len(record.seeds)), progress(record), duration(record.seconds)
+
+    @functools.cached_property
+    def pictures(self) -> list[Picture]:
+        return [Picture(plot, _png(self.folder, plot.file)) for plot in self.record.plots]
+
+    @property
+    def notes(self) -> str:
+        """Markdown without pictures, which the plots of a record are."""
+        return _IMAGE.sub("", self.record.notes).strip()
+
+
+def write_report(folder: Path, out: Path, tables: Mapping[str, Table]) -> None:
+    """Writes ``out``, an HTML page, and beside it the same in Markdown.
+
+    Args:
+        folder: where records are looked for, at any depth.
+        tables: by name, in the order of the page. Records of others come after these, by name. A record of before
+            claims were kept has those of its table.
+
+    Raises:
+        ValueError: no records, or a broken record or plot, which is named. Nothing is written.
+    """
+    order: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        order.setdefault(table.paper, []).append(name)
+    records = []
+    for place, record in find_records(folder):
+        if not record.claims and record.name in tables:
+            record = replace(record, claims=tables[record.name].read_claims())
+        records.append((place, record))
+    papers = arranged(records, order)
+    page = _render("page.html.j2", papers=papers)
+    text = _render("page.md.j2", papers=papers, base=out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    write_atomically(out.with_suffix(".md"), text)
+
+
+def record_page(record: Record) -> str:
+    """A record alone in Markdown, for a file beside it."""
+    section = Section(record, Path(), "", record.title)
+    return _render("page.md.j2", papers={}, section=section, base=Path())
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"markdown_to_html": markdown_to_html, "plain": _plain, "whole": _unbroken}
+    environment.globals |= {"markdown_table": markdown_table, "relative": _relative, "duration": duration}
+    sections = [section for group in values["papers"].values() for section in group]
+    text = environment.get_template(template).render(
+        title=TITLE, introduction=INTRODUCTION, sections=sections, **values
+    )
+    return text.rstrip("\n") + "\n"
+
+
+def markdown_to_html(text: str) -> str:
+    """Notes as HTML: what is HTML in them is shown as it stands, and so are links; headings are of level 5."""
+    import markdown
+
+    converter = markdown.Markdown(extensions=["tables", "fenced_code", "sane_lists"])
+    converter.preprocessors.deregister("html_block")
+    for pattern in ("html", "entity", "link", "reference", "short_reference", "autolink", "automail"):
+        converter.inlinePatterns.deregister(pattern)
+    html = converter.convert(re.sub(r"^#{1,6} ", "##### ", text, flags=re.MULTILINE))
+    html = re.sub(r"<th\b", '<th scope="col"', html)
+    html = html.replace(
+        "<table>", '<div class="scroll" tabindex="0" role="region" aria-label="Table of the notes">\n<table>'
+    )
+    return html.replace("</table>", "</table>\n</div>")
+
+
+def _plain(text: str) -> str:
+    """``text`` on one line, with what Markdown would take for marks said to be none."""
+    return re.sub(r"([\\`*|\[\]<>&])", r"\\\1", " ".join(text.split()))
+
+
+def _unbroken(text: str) -> list[str]:
+    """The parts of a cell between which a line may break: number, count, and what failed."""
+    return re.split(r" (?=\()|(?<=,) ", text)
+
+
+def _relative(folder: Path, file: str, base: Path) -> str:
+    return quote(Path(os.path.relpath(folder / file, base)).as_posix())
+
+
+def find_records(folder: Path) -> list[tuple[Path, Record]]:
+    """The records below ``folder`` and the folders they lie in."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"DIR is {str(folder)!r}, which is no folder; it should be one that `ssmkernels reproduce` wrote to"
+        )
+    records = [(path.parent, read_record(path.parent)) for path in sorted(folder.rglob(FILE))]
+    if not records:
+        raise ValueError(
+            f"DIR is {str(folder)!r}, which has no {FILE} at any depth; `ssmkernels reproduce NAME` leaves one"
+        )
+    return records
+
+
+def arranged(records: Sequence[tuple[Path, Record]], order: Mapping[str, Iterable[str]]) -> dict[str, list[Section]]:
+    """Papers in their order, in each the experiments in theirs, of one experiment the larger budget first."""
+    first, names = list(order), [name for experiments in order.values() for name in experiments]
+
+    def place(item: tuple[Path, Record]) -> tuple[object, ...]:
+        folder, record = item
+        paper, name = _index(first, record.paper), _index(names, record.name)
+        return paper, record.paper, name, record.name, _index(BUDGETS, record.budget), folder
+
+    papers: dict[str, list[Section]] = {}
+    titles = Counter((record.paper, _title(record)) for _, record in records)
+    anchors: Counter[str] = Counter()
+    for folder, record in sorted(records, key=place):
+        anchor = re.sub(r"[^a-z0-9]+", "-", f"{record.name} {record.budget}".lower()).strip("-")
+        anchors[anchor] += 1
+        anchor = anchor if anchors[anchor] == 1 else f"{anchor}-{anchors[anchor]}"
+        title = f"{_title(record)} ({record.data})" if titles[record.paper, _title(record)] > 1 else _title(record)
+        papers.setdefault(record.paper, []).append(Section(record, folder, anchor, title))
+    return papers
+
+
+def _title(record: Record) -> str:
+    """The title without the paper's name, which stands above, and with the budget."""
+    title = re.sub(rf"^{re.escape(record.paper)}[,:] +", "", record.title)
+    return f"{title[:1].upper()}{title[1:]} ({record.budget})"
+
+
+def _index(names: Sequence[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)
+
+
+def _png(folder: Path, file: str) -> bytes:
+    """The picture ``file`` of the record in ``folder``."""
+    path = folder / file
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"a plot of {folder / FILE} is {file!r}; it should be a file in the folder of the record")
+    if not path.is_file():
+        raise ValueError(f"a plot of {folder / FILE} is {file!r}, which is not there")
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
+        raise ValueError(f"a plot of {folder / FILE} is {file!r}, which is no PNG")
+    return content
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -21,104 +279,77 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def grid(record: Record) -> Grid:
+    """The entries of a record as one table: ours first, columns of dashes left out, the figure in the caption where
+    there is one alone.
+    """
+    titles = list(dict.fromkeys(entry.titled for entry in record.entries))
+    columns = {
+        "figure": [entry.titled if len(titles) > 1 else "-" for entry in record.entries],
+        "ours": [ours(entry, len(record.seeds)) for entry in record.entries],
+        "paper": [entry.paper for entry in record.entries],
+        "difference": [difference(entry) for entry in record.entries],
+    }
+    header = tuple(name for name, cells in columns.items() if name == "ours" or set(cells) - {"-", ""})
+    cells = dict(zip(record.entries, zip(*(columns[name] for name in header), strict=True), strict=True))
+    settings: dict[str, list[Row]] = {}
+    for setting, entries in by_setting(record).items():
+        lines = Counter(entry.row for entry in entries)
+        for entry in entries:
+            row = Row(entry.row, lines.pop(entry.row, 0), cells[entry], bool(entry.failed))
+            settings.setdefault(setting, []).append(row)
+    whose = "Ours and the paper's" if "paper" in header else "Ours"
+    caption = f"{titles[0]}: {whose[0].lower()}{whose[1:]}" if len(titles) == 1 else whose
+    return Grid(header, caption, settings)
+
+
 def ours(entry: Entry, seeds: int) -> str:
     """``mean ± std (n = 3)``, ``n = 3 of 5`` where not all ``seeds`` finished; a dash where none did. Failed ones
     are counted.
     """
+    if not entry.run:
+        return NOT_RUN
     count = len(entry.values)
     number = f" (n = {count} of {seeds})" if count < seeds else f" (n = {count})" if count > 1 else ""
-    finite = all(map(math.isfinite, entry.values))
-    text = (mean_and_std(entry.values, digits=_digits(entry)) if finite else "nan") + number if count else "-"
+    finite = all(map(isfinite, entry.values))
+    text = (mean_and_std(entry.values, digits=entry.digits) if finite else "nan") + number if count else "-"
     return f"{text}, {len(entry.failed)} failed" if entry.failed else text
 
 
 def difference(entry: Entry) -> str:
     """Our mean minus the paper's, with its sign; a dash where either is no number."""
-    paper = _papers_number(entry)
-    if not paper or not entry.values or not all(map(math.isfinite, entry.values)):
+    paper = entry.papers_number
+    if not paper or not entry.values or not all(map(isfinite, entry.values)):
         return "-"
-    digits = _digits(entry)
-    return f"{round(statistics.fmean(entry.values) - float(paper), digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.00
-
-
-def _papers_number(entry: Entry) -> str:
-    """The paper's mean, "94.40" of "94.40 ± 1.37"; nothing where its text is no number."""
-    found = re.fullmatch(r"([-−+]?(?:\d+\.?\d*|\.\d+))(?: *%)?(?: *± *[\d.]+(?: *%)?)?", entry.paper.strip())
-    return found[1].replace("−", "-") if found else ""
-
-
-def _digits(entry: Entry) -> int:
-    """Places after the point: two of a percentage, three of a share, and at least as many as the paper prints."""
-    return max(2 if entry.unit == "%" else 3, len(_papers_number(entry).partition(".")[2]))
-
-
-def verdicts(record: Record) -> list[tuple[str, str, str, str]]:
-    """(claim, setting, difference, verdict) of every claim in every setting that has both of its rows."""
-    entries = {(each.row, each.column, each.figure): each for each in record.entries}
-    columns = dict.fromkeys(each.column for each in record.entries)
-    return [
-        (
-            f"{claim.better} {'below' if claim.lower else 'above'} {claim.worse}, {titled(better)}",
-            column,
-            *_verdict(claim, better, worse),
-        )
-        for claim in record.claims
-        for column in columns
-        if (better := entries.get((claim.better, column, claim.figure)))
-        and (worse := entries.get((claim.worse, column, claim.figure)))
-    ]
-
-
-def _verdict(claim: Claim, better: Entry, worse: Entry) -> tuple[str, str]:
-    """The difference paired by seed with its 95 % interval, and what it says of the claim."""
-    first, second = _by_seed(better), _by_seed(worse)
-    both = [seed for seed in first if seed in second]
-    difference = paired_difference([first[seed] for seed in both], [second[seed] for seed in both])
-    if difference is None:
-        return "-", "no seed has both"
-    text = difference.text(_digits(better))
-    if difference.seeds == 1:
-        return text, "one seed says nothing about the next"
-    wins = difference.seeds - difference.wins if claim.lower else difference.wins
-    words = {1: "holds", -1: "the opposite holds", 0: "undecided"}[-difference.sign if claim.lower else difference.sign]
-    return text, f"{words} (in {wins} of {difference.seeds} seeds)"
-
-
-def _by_seed(entry: Entry) -> dict[int, float]:
-    """Values by seed; by their number in records that do not say the seeds, where only entries without failures can
-    be paired.
-    """
-    if entry.seeds:
-        return dict(zip(entry.seeds, entry.values, strict=True))
-    return {} if entry.failed else dict(enumerate(entry.values, start=1))
+    exact = round(statistics.fmean(entry.values) - float(paper), entry.digits)
+    return f"{exact + 0.0:+.{entry.digits}f}"  # + 0.0: no -0.00
 
 
 def failures(record: Record) -> dict[str, tuple[str, ...]]:
-    """ "method, setting" -> what its failed seeds said, each message once. A seed fails for all its figures
-    together.
-    """
-    said: dict[str, dict[str, None]] = {}
+    """ "method, setting" -> messages of its failed seeds, each once. A seed fails for all its figures together."""
+    messages: dict[str, dict[str, None]] = {}
     for entry in record.entries:
         if entry.failed:
-            said.setdefault(f"{entry.row}, {entry.column}", {}).update(dict.fromkeys(entry.failed))
-    return {cell: tuple(messages) for cell, messages in said.items()}
+            messages.setdefault(f"{entry.row}, {entry.column}", {}).update(dict.fromkeys(entry.failed))
+    return {cell: tuple(distinct) for cell, distinct in messages.items()}
 
 
 def progress(record: Record) -> str:
-    """Finished cells of all, a cell being a method in a setting with a seed; failed ones are said. A dash for a
-    record without a table.
+    """Finished cells of all that are run, a cell being a method in a setting with a seed, and the number of failed
+    ones. A dash for a record without a table.
     """
     seeds = max(1, len(record.seeds))
-    finished: dict[tuple[str, str], int] = {}
-    failed: dict[tuple[str, str], int] = {}
+    finished: Counter[tuple[str, str]] = Counter()
+    failed: Counter[tuple[str, str]] = Counter()
     for entry in record.entries:
-        cell = entry.row, entry.column
-        finished[cell] = max(finished.get(cell, 0), min(len(entry.values), seeds))
-        failed[cell] = max(failed.get(cell, 0), len(entry.failed))
+        if entry.run:
+            cell = entry.row, entry.column
+            finished[cell] = max(finished[cell], min(len(entry.values), seeds))
+            failed[cell] = max(failed[cell], len(entry.failed))
     if not finished:
         return "-"
-    text = f"{sum(finished.values())}/{seeds * len(finished)}"
-    return f"{text}, {sum(failed.values())} failed" if any(failed.values()) else text
+    text = f"{finished.total()}/{seeds * len(finished)}"
+    return f"{text}, {failed.total()} failed" if failed.total() else text
 
 
 def duration(seconds: float) -> str:
@@ -134,19 +365,14 @@ def by_setting(record: Record) -> dict[str, list[Entry]]:
     they first appear.
     """
     rows = list(dict.fromkeys(entry.row for entry in record.entries))
-    columns: dict[str, list[Entry]] = {}
+    columns: dict[str, list[Entry]] = {entry.column: [] for entry in record.entries}
     for entry in sorted(record.entries, key=lambda entry: rows.index(entry.row)):
-        columns.setdefault(entry.column, []).append(entry)
-    return {column: columns[column] for column in dict.fromkeys(entry.column for entry in record.entries)}
-
-
-def titled(entry: Entry) -> str:
-    """The figure with its unit."""
-    return f"{entry.figure}, {entry.unit}" if entry.unit else entry.figure
+        columns[entry.column].append(entry)
+    return columns
 
 
 def facts(record: Record) -> dict[str, str]:
-    """What a reader has to know before the numbers."""
+    """The circumstances of the numbers."""
     return {
         "Budget": record.budget,
         "Data": record.data,
@@ -155,3 +381,25 @@ def facts(record: Record) -> dict[str, str]:
         "Run time": f"{duration(record.seconds)} on {record.machine}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or "-",
     }
+
+
+def main(argv: Sequence[str]) -> int:
+    # This needs the packages to train with; the page does not
+    from ssmkernels.experiments.spec import load_tables
+
+    parser = argparse.ArgumentParser(prog="ssmkernels report", description="Every record below a folder as one page.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder that `ssmkernels reproduce` wrote to")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the HTML page; the Markdown lies beside it (default: DIR/report.html)"
+    )
+    options = parser.parse_args(argv)
+    out = options.folder / "report.html" if options.out is None else options.out
+    try:
+        if out.suffix != ".html":
+            raise ValueError(f"--out is {str(out)!r}; it should end in .html")
+        write_report(options.folder, out, load_tables())
+    except (ValueError, OSError) as error:
+        print(f"ssmkernels report: {error}", file=sys.stderr)
+        return 1
+    print(f"The report is {out} and, in Markdown, {out.with_suffix('.md')}.")
+    return 0

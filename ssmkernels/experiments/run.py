@@ -36,7 +36,7 @@ from ssmkernels.experiments.jobs import (
 )
 from ssmkernels.experiments.plots import draw
 from ssmkernels.experiments.record import Entry, Plot, Record, write_record
-from ssmkernels.experiments.report_page import record_page
+from ssmkernels.experiments.report import record_page
 from ssmkernels.experiments.sources import EMBEDDED, SWAV_FILE, Source
 from ssmkernels.experiments.spec import Arguments, Cell, Table, flat, words
 from ssmkernels.trainers import train_swav

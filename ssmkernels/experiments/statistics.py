@@ -21,7 +21,7 @@ def mean_and_interval(values: Sequence[float], *, digits: int = 3) -> str:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of the mean; 0 for one value."""
+    """Half the width of the 95 % confidence interval of the mean (Student's t); 0 for one value."""
     if len(values) == 1:
         return 0.0
     from scipy.stats import t
@@ -45,8 +45,11 @@ class Difference(NamedTuple):
         return 0 if self.seeds == 1 else (self.mean > self.half_width) - (self.mean < -self.half_width)
 
     def text(self, digits: int) -> str:
+        """``mean (lower to upper)``, the ends of the interval; the value alone of one seed."""
         mean = f"{self.mean:+.{digits}f}"
-        return mean if self.seeds == 1 else f"{mean} ± {self.half_width:.{digits}f}"
+        if self.seeds == 1:
+            return mean
+        return f"{mean} ({self.mean - self.half_width:+.{digits}f} to {self.mean + self.half_width:+.{digits}f})"
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference | None:
@@ -54,5 +57,5 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
     differences = [a - b for a, b in zip(first, second, strict=True)]
     if not differences:
         return None
-    wins = sum(each > 0 for each in differences)
+    wins = sum(difference > 0 for difference in differences)
     return Difference(statistics.fmean(differences), half_width(differences), wins, len(differences))
