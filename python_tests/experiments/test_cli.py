@@ -99,6 +99,21 @@ def test_the_papers_numbers():
     assert TABLES["slade-ablation2"].numbers["CUB-200"]["+ Basis + Mining"][0] == "33.59"
 
 
+def test_the_papers_other_rows_are_quoted_beside_its_images(tmp_path):
+    """Ten rows of SimMatch's Table 1 and nineteen of SLADE's main table, on a folder of the paper's images alone."""
+    for name, column, rows in (
+        ("simmatch-table1", "cifar10-250", 10),
+        ("slade-cub200-nabirds", "cub200-nabirds", 19),
+        ("slade-cars196-compcars", "cars196-compcars", 19),
+    ):
+        table = TABLES[name]
+        cells = [run.Cell("row", column, (), (), None)]
+        quoted = run.quoted_entries(table, Request("paper", Source(str(tmp_path)), tmp_path), cells)
+        assert len({entry.row for entry in quoted} | set(table.numbers[column])) == rows
+        assert not any(entry.run for entry in quoted)
+        assert run.quoted_entries(table, Request("paper", Source(None), tmp_path), cells) == []
+
+
 def test_a_record_says_what_the_report_says_and_what_is_done_is_kept(tmp_path, capsys):
     command = ["simmatch-table5", "--out", str(tmp_path), *FEW]
     assert main([*command, "--rows", "standard", "--seeds", "2"]) == 0

@@ -296,6 +296,7 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
     entries = (
         *(entry for cell in cells for entry in entries_of(cell, {seed: values[cell, seed] for seed in seeds})),
         *result.entries,
+        *quoted_entries(table, request, cells),
     )
     record = Record(
         name=table.name,
@@ -318,6 +319,16 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
         write_record(out, record)
         (out / "report.md").write_text(record_page(record), encoding="utf-8")
     return record, all(outcomes[name].finished for name in chosen)
+
+
+def quoted_entries(table: Table, request: Request, cells: Sequence[Cell]) -> list[Entry]:
+    """The paper's rows that are not run, in the columns of ``cells``, where the images are the paper's."""
+    entries = []
+    for column in dict.fromkeys(cell.column for cell in cells) if request.source.kind == "folder" else ():
+        for row, texts in table.quoted.get(column, {}).items():
+            for figure, text in zip(table.read_figures(), texts, strict=True):
+                entries.append(Entry(row, column, figure.title, figure.unit, text, (), run=False))
+    return entries
 
 
 def seeds_of(table: Table, request: Request) -> tuple[int, ...]:

@@ -103,6 +103,8 @@ class Table:
     figures: Sequence[Mapping[str, Any]] = ()
     budgets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     numbers: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    quoted: Mapping[str, Mapping[str, Sequence[str]]] = field(default_factory=dict)
+    """As numbers, of the paper's rows that are not run."""
     offline: str = ""
     """Replaces the images where none are given, for the smoke budget."""
     claims: Sequence[Sequence[str]] = ()
