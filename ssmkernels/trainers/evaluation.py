@@ -33,7 +33,7 @@ def top_k_accuracy(
         counts += torch.stack([*(hits[:, :k].sum() for k in ks), torch.tensor(len(labels), device=device)])
     model.train(training)
     *correct, total = all_reduce_sum(counts).tolist()
-    return [each / max(total, 1) for each in correct]
+    return [count / max(total, 1) for count in correct]
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def embed(
     model.eval()
     parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
     model.train(training)
-    features, embeddings, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+    features, embeddings, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     ranks = dist.get_world_size() if is_distributed() else 1
     count = int(all_reduce_sum(torch.tensor(len(labels), device=device)))
     order = torch.cat([torch.arange(rank, count, ranks, device=device) for rank in range(ranks)]).argsort()

@@ -70,7 +70,7 @@ def linear_evaluation(
             best, picked = right, penalty
             kept = {name: value.clone() for name, value in classifier.state_dict().items()}
     classifier.load_state_dict(kept)
-    everything = [torch.cat(each) for each in zip(train, validation, strict=True)]
+    everything = [torch.cat(column) for column in zip(train, validation, strict=True)]
     fit_logistic_regression(classifier, everything[0], everything[1], penalty=picked)
     features, labels = test
     right_of = (_predict(classifier, features) == labels).double()
