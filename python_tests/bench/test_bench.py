@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmkernels import bench, ops
-from ssmkernels.bench import case, growth, measure, memory, overhead, report
+from ssmkernels.bench import case, growth, measure, memory, overhead, plots, report
 
 
 def small_case(**changes):
@@ -65,7 +65,7 @@ def test_table_and_plot(tmp_path):
         and "B=2 K=3" in row
         and row.count("|") == report.table([result]).splitlines()[0].count("|")
     )
-    names = report.plot([result], tmp_path / "plot.json", measure.Rates(1e9, {"float32": 1e9}))
+    names = plots.plot([result], tmp_path / "plot.json", measure.Rates(1e9, {"float32": 1e9}))
     assert names == ["plot.png", "plot-roofline.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 

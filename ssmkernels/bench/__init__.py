@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from ssmkernels.bench import report
+    from ssmkernels.bench import plots, report
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         tables += "\n\n" + report.growth_table(results)
     print("\n" + tables)
     out.with_suffix(".md").write_text(tables + "\n")
-    plots = report.plot(results, out, rates)
-    print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *plots])}")
+    names = plots.plot(results, out, rates)
+    print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *names])}")
     if before is None:
         return 0
     changes = report.compare(results, before)
