@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 200
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
-"""The colours of Okabe and Ito (2008), which people who confuse red and green can separate; the first is ours."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#882255")
+"""The colours of Okabe and Ito (2008), which people who confuse red and green can separate, and two more; the first is
+ours."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 SPREAD_ALPHA = 0.18
 """Opacity of the band between the smallest and the largest value of a line."""
 
