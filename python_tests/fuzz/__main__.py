@@ -24,8 +24,9 @@ TURN = 100  # examples of a target at a time
 PHASES = (Phase.generate, Phase.shrink)
 
 
-def run(name: str, seed: int, examples: int, phases: tuple[Phase, ...]) -> str | None:
-    """One turn of a target: what was found, or None."""
+def run(name: str, seed: int, examples: int, phases: tuple[Phase, ...]) -> tuple[int, str | None]:
+    """One turn of a target: how many calls were made, at most ``examples``, and what was found, or None."""
+    made = 0
 
     @hypothesis.seed(seed)
     @settings(
@@ -38,13 +39,15 @@ def run(name: str, seed: int, examples: int, phases: tuple[Phase, ...]) -> str |
     )
     @given(st.data())
     def turn(data: st.DataObject) -> None:
+        nonlocal made
+        made += 1
         example(data.draw, TARGETS[name])
 
     try:
         turn()
     except Exception:
-        return traceback.format_exc()
-    return None
+        return min(made, examples), traceback.format_exc()
+    return min(made, examples), None
 
 
 def main() -> int:
@@ -66,10 +69,11 @@ def main() -> int:
         while done < args.examples:
             turn = done // TURN
             name, examples = names[turn % len(names)], min(TURN, args.examples - done)
-            if found := run(name, args.seed + turn, examples, PHASES[:1] if args.no_shrink else PHASES):
+            made, found = run(name, args.seed + turn, examples, PHASES[:1] if args.no_shrink else PHASES)
+            if found:
                 findings[name] += 1
                 print(f"\n== {name}, --seed {args.seed} --start {turn * TURN}\n{found}", flush=True)
-            counts[name] += examples
+            counts[name] += made
             done += examples
             progress = f"\r{done:,} of {args.examples:,} examples, {findings.total()} findings"
             print(progress, end="", file=sys.stderr, flush=True)

@@ -278,3 +278,9 @@ BAD = [
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         knn_graph(**({"features": features_of(10, 3), "k": 3} | change))
+
+
+def test_tiny_gamma_joins_no_points_of_negative_cosine():
+    points = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]])
+    graph = knn_graph(points, 2, gamma=1e-300)
+    assert graph.to_scipy().toarray().tolist() == [[0, 2, 0], [2, 0, 0], [0, 0, 0]]

@@ -52,7 +52,8 @@ def knn_graph(
     """
     gamma = check.check_positive("gamma", gamma)
     neighbours, similarities = nearest_neighbours(features, k, backend=backend)
-    graph = _assemble(neighbours, similarities.clamp_min(0) ** gamma)
+    # 0 ** gamma is 1 where gamma vanishes in the dtype of the similarities.
+    graph = _assemble(neighbours, torch.where(similarities > 0, similarities**gamma, 0))
     return graph.to(features.device) if isinstance(features, Tensor) else graph
 
 

@@ -75,8 +75,9 @@ def laplacian_solve(
     matrix does not stretch, is named in a warning (on CUDA with ``SSMKERNELS_CHECK=1``: it takes a synchronisation),
     and ``residual`` tells in any case.
 
-    Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve:
-    ∂rhs = A⁻¹ ∂X. The gradients of weight and dissimilarity are per stored entry, each taken for itself.
+    Differentiable in rhs, weight, dissimilarity and diagonal by the implicit function, at the price of one more solve,
+    ∂rhs = A⁻¹ ∂X, of which a warning tells likewise. The gradients of weight and dissimilarity are per stored entry,
+    each taken for itself.
 
     Args:
         crow: [N + 1] int32 or int64.
@@ -167,7 +168,7 @@ def _save_laplacian_solve(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) -> tuple[Tensor | None, ...]:
     crow, col, weight, dissimilarity, diagonal, solution = ctx.saved_tensors
-    grad_rhs = autograd.call(
+    grad_rhs, _, residual, curvature = autograd.call(
         "laplacian_solve",
         crow,
         col,
@@ -179,7 +180,9 @@ def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) ->
         ctx.rtol,
         ctx.max_iter,
         ctx.jacobi,
-    )[0]
+    )
+    if check.values_are_checked(residual) and not check.is_batched(residual):
+        _warn_of_failures(residual, curvature, ctx.rtol, ctx.max_iter, "laplacian_solve, gradient of rhs")
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[2:5]):
         grads = autograd.call("laplacian_solve_backward", crow, col, grad_rhs, solution)
@@ -379,7 +382,9 @@ def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return given
 
 
-def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter: int) -> None:
+def _warn_of_failures(
+    residual: Tensor, curvature: Tensor, rtol: float, max_iter: int, solve: str = "laplacian_solve"
+) -> None:
     failed = ~(residual <= rtol * (1 + torch.finfo(residual.dtype).eps))  # it was rounded to its dtype
     if not bool(failed.any()):
         return
@@ -391,7 +396,7 @@ def _warn_of_failures(residual: Tensor, curvature: Tensor, rtol: float, max_iter
     else:
         reason = f"raise max_iter ({max_iter}) or rtol"
     warnings.warn(
-        f"laplacian_solve: {count} of {len(residual)} columns did not converge to rtol = {rtol:g} (largest relative"
+        f"{solve}: {count} of {len(residual)} columns did not converge to rtol = {rtol:g} (largest relative"
         f" residual {worst:.2g}): {reason}",
         RuntimeWarning,
         stacklevel=3,

@@ -42,7 +42,7 @@ class _Network:
         self.operand = 0.0 if self.interaction == "concat" else rounding.half  # what a half type adds to φ
         error = (rounding.gamma(2 * self.x.shape[1] + 4) + self.operand) * self.size + rounding.tiny
         self.hidden = hidden = self.phi @ self.w1.mT + self.b1
-        self.on, self.maybe = hidden > 0, hidden.abs() <= error
+        self.on, self.maybe = ~(hidden <= 0), hidden.abs() <= error  # PyTorch's gradient of relu passes a NaN
         self.possible = self.on | self.maybe
         units = hidden.relu()
         self.logits = units @ self.w2 + self.b2
