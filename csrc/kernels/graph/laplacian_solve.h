@@ -52,8 +52,8 @@ template <class Real>
 struct LaplacianSolution {
   Real* solution;       // [N, C]
   int64_t* iterations;  // [C]
-  Real* residual;  // [C]  ‖D⁻¹r‖/‖D⁻¹b‖, before x is rounded to Real; a row's share of its terms where that is above
-                   // .1; 0 where b = 0
+  Real* residual;   // [C]  ‖D⁻¹r‖/‖D⁻¹b‖, before x is rounded to Real; a row's share of its terms where that is above
+                    // .1; 0 where b = 0
   Real* curvature;  // [C]  the least p·A p/p·D p met; min(A_ii) if that is below 0, and inf where nothing was iterated
 };
 
