@@ -38,7 +38,7 @@ cpptest: $(VENV)/kernels  ## C++ tests of the kernels
 bench: setup  ## time every op beside its peers
 	$(BIN)/python -m ssmkernels bench --out $(BENCH_OUT)
 
-fuzz: setup  ## 50,000 random calls of everything public, right and wrong ones (an hour; Ctrl-C; FUZZ="--examples N --seed S")
+fuzz: setup  ## 50,000 random calls of everything public, right and wrong ones (an hour; FUZZ="--examples N --seed S")
 	PYTHONPATH=python_tests:python_tests/ops OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ)
 
 docs: setup  ## build the site in build/docs, run the examples of README.md and docs/, check figures and links

@@ -25,7 +25,7 @@ from ssmkernels.graph import Graph, comparisons
 
 MOST_NODES = 9  # of a system that is solved in fractions
 EXPONENT = 6  # of the weights of one graph: beyond a ratio of 1e12, scores are not promised
-NEAR = 1e-3  # share of the range of a component's scores within which two scores are not told apart
+NEAR = 1e-3  # share of the range of a component's scores within which the order of two scores is not judged
 CLASSES = Number((2, 3, 4), least=0, integer=True, optional=True, shapes=True)
 MU = Number((1 / 99, 1.0, 0.1), least=0, above=True)
 MU_UNLABELED = Number((0.0, 0.0, 1 / 99, 0.5), least=0)

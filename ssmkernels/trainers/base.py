@@ -43,7 +43,7 @@ class Trainer(ABC):
     images_per_step: int
     """All ranks together, each view counted."""
     shown: tuple[str, ...] = ("loss",)
-    """The scalars that the progress bar has room for."""
+    """The scalars that fit into the progress bar."""
     saved: tuple[str, ...] = ()
     """Attributes, plain values or tensors, that a checkpoint keeps beside the parts."""
 
