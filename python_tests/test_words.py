@@ -35,7 +35,6 @@ NAMES_TO_COME = (
     "ssmkernels/trainers/",
     "python_tests/experiments/",
     "python_tests/trainers/",
-    "python_tests/fuzz/",
 )
 PHRASES_TO_COME = ("docs/", "README.md")
 LINES_TO_COME = (

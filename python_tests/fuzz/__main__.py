@@ -69,10 +69,10 @@ def main() -> int:
         while done < args.examples:
             turn = done // TURN
             name, examples = names[turn % len(names)], min(TURN, args.examples - done)
-            made, found = run(name, args.seed + turn, examples, PHASES[:1] if args.no_shrink else PHASES)
-            if found:
+            made, finding = run(name, args.seed + turn, examples, PHASES[:1] if args.no_shrink else PHASES)
+            if finding:
                 findings[name] += 1
-                print(f"\n== {name}, --seed {args.seed} --start {turn * TURN}\n{found}", flush=True)
+                print(f"\n== {name}, --seed {args.seed} --start {turn * TURN}\n{finding}", flush=True)
             counts[name] += made
             done += examples
             progress = f"\r{done:,} of {args.examples:,} examples, {findings.total()} findings"

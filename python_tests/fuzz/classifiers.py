@@ -62,18 +62,18 @@ def _call(estimator: type, *, X: Any, y: Any, new: Any, **settings: Any) -> dict
     }
 
 
-def _check(arguments: dict[str, Any], found: Tensors) -> None:
+def _check(arguments: dict[str, Any], results: Tensors) -> None:
     classes = torch.from_numpy(np.unique(np.asarray(_array(arguments["y"]))))
-    if not found["classes"].equal(classes[classes != -1].to(found["classes"].dtype)):
-        raise Finding(f"the classes are {found['classes']}")
+    if not results["classes"].equal(classes[classes != -1].to(results["classes"].dtype)):
+        raise Finding(f"the classes are {results['classes']}")
     for name, of in (("transduction", "distributions"), ("predicted", "probs")):
-        rows = found[of]
+        rows = results[of]
         if not bool(((rows.sum(dim=1) - 1).abs() < 1e-9).all()) or not bool((rows >= 0).all()):
             raise Finding(f"{of} is no distribution: {rows}")
-        if not found[name].equal(found["classes"][rows.argmax(dim=1)]):
+        if not results[name].equal(results["classes"][rows.argmax(dim=1)]):
             raise Finding(f"{name} is not the largest of {of}")
-    if not bool(((found["confidence"] >= 0) & (found["confidence"] <= 1)).all()):
-        raise Finding(f"confidence is {found['confidence']}")
+    if not bool(((results["confidence"] >= 0) & (results["confidence"] <= 1)).all()):
+        raise Finding(f"confidence is {results['confidence']}")
 
 
 def _target(estimator: type, numbers: dict[str, Number], affinity: str) -> Target:

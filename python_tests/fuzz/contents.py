@@ -23,10 +23,10 @@ def named_tensors(value: Any) -> Tensors:
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {str(name): each for name, part in value.items() for each in named_tensors(part).values()}
+        return {str(name): tensor for name, part in value.items() for tensor in named_tensors(part).values()}
     if isinstance(value, (tuple, list)):
         parts = enumerate(value)
-        return {f"value {place}": each for place, part in parts for each in named_tensors(part).values()}
+        return {f"value {place}": tensor for place, part in parts for tensor in named_tensors(part).values()}
     return {} if value is None else {"value": torch.as_tensor(value)}
 
 
@@ -35,7 +35,7 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, np.ndarray):
         return [torch.from_numpy(value.copy())] if value.dtype.kind in "fiu" else []
     if isinstance(value, (tuple, list)):
-        return [each for part in value for each in tensors_of(part)]
+        return [tensor for part in value for tensor in tensors_of(part)]
     if isinstance(value, Graph):
         return [value.crow, value.col, value.weight, value.reverse]
     return [value] if isinstance(value, Tensor) else []
@@ -76,7 +76,7 @@ def memory_of(value: Any) -> list[bytes]:
         return [value.tobytes()]
     if sparse.issparse(value):
         return [value.data.tobytes()]
-    return [each for part in parts_of(value) for each in memory_of(part)]
+    return [memory for part in parts_of(value) for memory in memory_of(part)]
 
 
 def parts_of(value: Any) -> list[Any]:

@@ -55,10 +55,10 @@ def csr(linked: Tensor) -> dict[str, Tensor]:
 def draw_arrays(draw: Draw, nodes: int, dtype: torch.dtype, *values: str) -> dict[str, Tensor]:
     """A graph in compressed rows, and values on its entries."""
     linked = draw_linked(draw, nodes)
-    found = csr(linked)
+    stored = csr(linked)
     arrays = {
         name: v.layout(draw, array.to(v.dtype(draw, v.INTEGERS)), without=("expanded",))
-        for name, array in found.items()
+        for name, array in stored.items()
     }
     for name in values:
         arrays[name] = v.layout(draw, symmetric(draw, linked, dtype)[linked], without=("expanded",))
@@ -92,12 +92,12 @@ def _draw_solve(draw: Draw) -> dict[str, Any]:
 
 
 def _solve(**arguments: Any) -> Tensor:
-    found = ops.laplacian_solve(**arguments)
-    if bool((found.iterations > int(arguments["max_iter"])).any()):
+    solved = ops.laplacian_solve(**arguments)
+    if bool((solved.iterations > int(arguments["max_iter"])).any()):
         raise AssertionError("more iterations than max_iter")
-    if not bool((found.residual <= float(arguments["rtol"])).all()):
+    if not bool((solved.residual <= float(arguments["rtol"])).all()):
         raise Undecided
-    return found.solution
+    return solved.solution
 
 
 def _exact_solve(**arguments: Any) -> Tensor:

@@ -35,13 +35,13 @@ def method(
 
     def call(**arguments: Any) -> Any:
         torch.manual_seed(0)
-        module = made(**{each: arguments.pop(each) for each in settings})
-        given = {each: arguments.pop(each) for each in state}
+        module = made(**{setting: arguments.pop(setting) for setting in settings})
+        given = {parameter: arguments.pop(parameter) for parameter in state}
         floats = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
         if floats:
             module.to(torch.float64 if any(x.dtype == torch.float64 for x in floats) else torch.float32)
-        for each, value in given.items():
-            setattr(module, each, torch.nn.Parameter(value, requires_grad=False))
+        for parameter, value in given.items():
+            setattr(module, parameter, torch.nn.Parameter(value, requires_grad=False))
         return getattr(module, name)(**arguments)
 
     return call
@@ -107,7 +107,7 @@ def _draw_distribution(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _check_distribution(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_distribution(arguments: dict[str, Any], results: Tensors) -> None:
     """Of a first batch, whose moments are the running ones: means of cosines and of their squares."""
     features, labels = arguments["basis_features"].double(), arguments["labels"]
     ignored = arguments["ignore_index"]
@@ -116,10 +116,10 @@ def _check_distribution(arguments: dict[str, Any], found: Tensors) -> None:
     gap = F.relu(moments.negative_mean - moments.positive_mean + float(arguments["margin"]))
     weight = float(arguments["variance_weight"])
     exact = float(gap + weight * (moments.positive_var + moments.negative_var))
-    unit = torch.finfo(found["value"].dtype).eps * (8 * features.shape[1] + 8 * len(features) + 64)
-    representable = abs(exact) < torch.finfo(found["value"].dtype).max
-    if representable and not abs(float(found["value"]) - exact) <= unit * (2 + abs(exact) + 2 * weight):
-        raise Finding(f"{float(found['value'])}, exactly {exact}")
+    unit = torch.finfo(results["value"].dtype).eps * (8 * features.shape[1] + 8 * len(features) + 64)
+    representable = abs(exact) < torch.finfo(results["value"].dtype).max
+    if representable and not abs(float(results["value"]) - exact) <= unit * (2 + abs(exact) + 2 * weight):
+        raise Finding(f"{float(results['value'])}, exactly {exact}")
 
 
 def _draw_local(draw: Draw) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def _draw_alignment(draw: Draw) -> dict[str, Any]:
     return {"num_classes": classes, "queue_length": COUNT.draw(draw), "probs": probs}
 
 
-def _check_alignment(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_alignment(arguments: dict[str, Any], results: Tensors) -> None:
     """Rows sum to 1, and each is in proportion to its p over the mean."""
-    probs, aligned = arguments["probs"].double(), found["value"].double()
+    probs, aligned = arguments["probs"].double(), results["value"].double()
     if aligned.shape != probs.shape:
         raise Finding(f"shape {list(aligned.shape)}")
     mean = probs.sum(dim=0) / max(len(probs), 1)
@@ -323,8 +323,8 @@ def _draw_probabilities(draw: Draw) -> dict[str, Any]:
     return {**{name: value for name, value in arguments.items() if name != "y"}, "centers": arguments["y"]}
 
 
-def _check_probabilities(arguments: dict[str, Any], found: Tensors) -> None:
-    probs = found["value"]
+def _check_probabilities(arguments: dict[str, Any], results: Tensors) -> None:
+    probs = results["value"]
     if probs.shape != (len(arguments["x"]), len(arguments["centers"])):
         raise Finding(f"shape {list(probs.shape)}")
     if not bool(((probs >= 0) & (probs <= 1) | probs.isnan()).all()):
@@ -342,8 +342,8 @@ def _seeded(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_sample(arguments: dict[str, Any], found: Tensors) -> None:
-    pairs, n = found["value"], int(arguments["n"])
+def _check_sample(arguments: dict[str, Any], results: Tensors) -> None:
+    pairs, n = results["value"], int(arguments["n"])
     if pairs.shape != (int(arguments["m"]), 2) or pairs.dtype != torch.int64:
         raise Finding(f"{pairs.dtype} {list(pairs.shape)}")
     halves = pairs.div(n, rounding_mode="floor")
@@ -361,17 +361,17 @@ def _draw_centers(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _check_centers(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_centers(arguments: dict[str, Any], results: Tensors) -> None:
     features, labels = arguments["features"], arguments["labels"]
-    for each in range(int(arguments["num_classes"])):
-        rows = features[labels == each]
-        center = found["features"][each]
-        if bool(found["present"][each]) != bool(len(rows)):
-            raise Finding(f"whether class {each} has a sample: {found['present']}")
+    for label in range(int(arguments["num_classes"])):
+        rows = features[labels == label]
+        center = results["features"][label]
+        if bool(results["present"][label]) != bool(len(rows)):
+            raise Finding(f"whether class {label} has a sample: {results['present']}")
         if not len(rows) and bool((center != 0).any()):
-            raise Finding(f"class {each} has no sample and the center {center}")
+            raise Finding(f"class {label} has no sample and the center {center}")
         if len(rows) and not bool(torch.isclose(rows, center, rtol=0, atol=0, equal_nan=True).all(dim=1).any()):
-            raise Finding(f"the center of class {each} is none of its samples")
+            raise Finding(f"the center of class {label} is none of its samples")
 
 
 # Memory and teacher

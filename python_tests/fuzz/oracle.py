@@ -83,7 +83,7 @@ def check(target: Target, arguments: dict[str, Any], wrong: str | None = None, o
     try:
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            found = _evaluated(target.call, arguments, target, ones)
+            results = _evaluated(target.call, arguments, target, ones)
     except (TypeError, ValueError) as error:
         if wrong is None:
             raise Finding(f"refused, though nothing is wrong: {type(error).__name__}: {error}") from error
@@ -104,22 +104,22 @@ def check(target: Target, arguments: dict[str, Any], wrong: str | None = None, o
     if wrong in target.numbers and target.numbers[wrong].accepts(before[wrong]) is False:
         raise Finding(f"{wrong} = {before[wrong]!r} was accepted")
     if not target.writes:
-        _check_again(target, arguments, found, ones)
+        _check_again(target, arguments, results, ones)
     inexact = any("did not converge" in str(warning.message) for warning in given)
     if inexact or wrong in target.undefined:
         return True
     if target.holds is not None:
-        target.holds(before, found)
+        target.holds(before, results)
     if target.exact is not None:
         with contextlib.suppress(Undecided):
-            _check_values(target, before, found, ones)
+            _check_values(target, before, results, ones)
     return True
 
 
-def _check_again(target: Target, arguments: dict[str, Any], found: Tensors, ones: bool) -> None:
+def _check_again(target: Target, arguments: dict[str, Any], results: Tensors, ones: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not same_bits(found, _evaluated(target.call, arguments, target, ones)):
+        if not same_bits(results, _evaluated(target.call, arguments, target, ones)):
             raise Finding("a second call gives other bits")
 
 
@@ -129,23 +129,23 @@ def _check_unchanged(arguments: dict[str, Any], kept: dict[str, list[bytes]]) ->
             raise Finding(f"{name} was written")
 
 
-def _check_values(target: Target, arguments: dict[str, Any], found: Tensors, ones: bool) -> None:
+def _check_values(target: Target, arguments: dict[str, Any], results: Tensors, ones: bool) -> None:
     exact_arguments = {name: double(_meant(target, name, value)) for name, value in arguments.items()}
-    inputs = [value for each in arguments.values() for value in tensors_of(each) if value.is_floating_point()]
+    inputs = [value for argument in arguments.values() for value in tensors_of(argument) if value.is_floating_point()]
     if any(bool(value.isinf().any()) for value in inputs):
         return  # which of inf and NaN comes of it depends on the order
     exact = _exact(target, exact_arguments, ones)
-    if exact.keys() != found.keys():
-        raise Finding(f"the outputs are {sorted(found)}, the reference's {sorted(exact)}")
-    for name, value in found.items():
+    if exact.keys() != results.keys():
+        raise Finding(f"the outputs are {sorted(results)}, the reference's {sorted(exact)}")
+    for name, value in results.items():
         if value.shape != exact[name].shape:
             raise Finding(f"{name} has shape {list(value.shape)}, the reference's {list(exact[name].shape)}")
-    allowed = {} if target.case is None else _derived(CASES[target.case], target, arguments, found, exact, ones)
-    if not all(name in allowed or _is_next_to(value, exact[name]) for name, value in found.items()):
-        allowed = _allowed(target, exact_arguments, exact, found, inputs, ones) | allowed
+    allowed = {} if target.case is None else _derived(CASES[target.case], target, arguments, results, exact, ones)
+    if not all(name in allowed or _is_next_to(value, exact[name]) for name, value in results.items()):
+        allowed = _allowed(target, exact_arguments, exact, results, inputs, ones) | allowed
     for name, tolerance in allowed.items():
         given = exact[name] if name in target.normalized else exact_arguments.get(name.removeprefix("gradient of "))
-        _compare(name, found[name], _with_nan_rows(found[name], exact[name], given), tolerance)
+        _compare(name, results[name], _with_nan_rows(results[name], exact[name], given), tolerance)
 
 
 def _meant(target: Target, name: str, value: Any) -> Any:
@@ -189,7 +189,7 @@ def _compare(name: str, value: Tensor, truth: Tensor, allowed: Tensor) -> None:
 
 
 def _allowed(
-    target: Target, arguments: dict[str, Any], exact: Tensors, found: Tensors, inputs: list[Tensor], ones: bool
+    target: Target, arguments: dict[str, Any], exact: Tensors, results: Tensors, inputs: list[Tensor], ones: bool
 ) -> Tensors:
     """Errors of a stable computation: what changes when every input is shifted by some units in the last place."""
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +215,7 @@ def _allowed(
     length = max([8, *(max(value.shape, default=1) for value in inputs)])
     inner = {} if target.inner is None else target.inner(**arguments)
     allowed = {}
-    for name, value in found.items():
+    for name, value in results.items():
         if not value.is_floating_point():
             allowed[name] = torch.zeros_like(value, dtype=torch.float64)
             continue
@@ -230,18 +230,18 @@ def _allowed(
 
 
 def _derived(
-    case: Case, target: Target, arguments: dict[str, Any], found: Tensors, exact: Tensors, ones: bool
+    case: Case, target: Target, arguments: dict[str, Any], results: Tensors, exact: Tensors, ones: bool
 ) -> Tensors:
     """The bounds of the op's case, by the names of the outputs here; none where an argument is empty that may not be.
 
     A bound that is not a number says nothing: rounding of the logits is past what a float64 can tell of their
     exponentials.
     """
-    needed = [each for name, each in arguments.items() if name not in target.lists]
-    if any(value.numel() == 0 for each in needed for value in tensors_of(each)):
+    needed = [argument for name, argument in arguments.items() if name not in target.lists]
+    if any(value.numel() == 0 for argument in needed for value in tensors_of(argument)):
         return {}
     named = {f"grad {name}": f"gradient of {name}" for name in target.gradient}
-    named |= dict(zip(case.outputs, found, strict=False))
+    named |= dict(zip(case.outputs, results, strict=False))
     grads = {name: cotangent(exact[named[name]], ones) for name in case.smooth}
     given = {name: _meant(target, name, value) for name, value in arguments.items()}
     allowed = {}
@@ -249,7 +249,7 @@ def _derived(
         if name not in named:
             continue
         bound = bound.nan_to_num(nan=torch.inf)
-        value, magnitude = found[named[name]], exact[named[name]].abs()
+        value, magnitude = results[named[name]], exact[named[name]].abs()
         if value.is_floating_point():
             times = 2 if value.dtype == torch.float64 else 1  # the reference is not more exact than that
             kind = torch.finfo(value.dtype)
@@ -292,15 +292,15 @@ def _evaluated(
     outputs = named_tensors(function(**arguments))
     outputs |= {f"written {name}": arguments[name] for name in target.writes}
     grown = {name: value for name, value in outputs.items() if value.requires_grad}
-    found = {name: value.detach() for name, value in outputs.items()}
+    results = {name: value.detach() for name, value in outputs.items()}
     if grown and leaves:
         weights = [shift(cotangent(value, ones)) for value in grown.values()]
         grads = torch.autograd.grad([*grown.values()], [*leaves.values()], weights, allow_unused=True)
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
-            found[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
+            results[f"gradient of {name}"] = torch.zeros_like(leaf) if grad is None else grad
     elif leaves:
-        found |= {f"gradient of {name}": torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    return {name: value.detach() for name, value in found.items()}
+        results |= {f"gradient of {name}": torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    return {name: value.detach() for name, value in results.items()}
 
 
 def cotangent(value: Tensor, ones: bool) -> Tensor:

@@ -39,9 +39,9 @@ def draw_graph(draw: Draw, nodes: int, *, mutual: bool = False) -> Graph:
     dtype = v.dtype(draw, v.WIDE_FLOATS)
     linked = draw_linked(draw, nodes)
     arrays = csr(linked)
-    told = draw_linked(draw, nodes)[linked] if mutual and draw(st.booleans()) else None
+    mutual_entries = draw_linked(draw, nodes)[linked] if mutual and draw(st.booleans()) else None
     weight = symmetric(draw, linked, dtype, EXPONENT)[linked]
-    return Graph(arrays["crow"], arrays["col"], weight, mutual=told)
+    return Graph(arrays["crow"], arrays["col"], weight, mutual=mutual_entries)
 
 
 def draw_system(draw: Draw) -> dict[str, Any]:
@@ -83,12 +83,14 @@ class _System:
             [self.labels[i] for i in np.flatnonzero(self.component == k) if self.labels[i] >= 0]
             for k in range(self.count)
         ]
-        self.offset = [1 / (self.mu * len(set(found))) if found else Fraction(0) for found in members]
+        self.offset = [1 / (self.mu * len(set(own_labels))) if own_labels else Fraction(0) for own_labels in members]
         self.diagonal, self.rhs = [], []
         for label, k in zip(self.labels, self.component, strict=True):
-            found = members[k]
+            own_labels = members[k]
             share = (
-                Fraction(len(found), len(set(found)) * found.count(label)) if balance and label >= 0 else Fraction(1)
+                Fraction(len(own_labels), len(set(own_labels)) * own_labels.count(label))
+                if balance and label >= 0
+                else Fraction(1)
             )
             self.diagonal.append(self.mu * share if label >= 0 else Fraction(mu_unlabeled))
             self.rhs.append([share if label == c else Fraction(0) for c in range(classes)])
@@ -154,14 +156,14 @@ def _check_scores(
         allowed = NEAR * span + 4 * rounding + 4 * torch.finfo(scores.dtype).tiny
         for i in inside:
             for c in range(system.classes):
-                found = float(scores[i, c])
-                if not abs(found - float(exact[i][c])) <= allowed:
+                score = float(scores[i, c])
+                if not abs(score - float(exact[i][c])) <= allowed:
                     truth = float(exact[i][c])
-                    raise Finding(f"{name}[{i}, {c}] is {found:.9g}, exactly {truth:.9g}, of a range of {span:.3g}")
+                    raise Finding(f"{name}[{i}, {c}] is {score:.9g}, exactly {truth:.9g}, of a range of {span:.3g}")
 
 
-def _check_propagated(arguments: dict[str, Any], found: Tensors) -> None:
-    scores, system = found["value"], _system(arguments)
+def _check_propagated(arguments: dict[str, Any], results: Tensors) -> None:
+    scores, system = results["value"], _system(arguments)
     _expect(scores.shape == (len(system.labels), system.classes), f"shape {list(scores.shape)}")
     _expect(scores.dtype == arguments["graph"].dtype, f"dtype {scores.dtype}")
     exact = system.solve()
@@ -170,33 +172,33 @@ def _check_propagated(arguments: dict[str, Any], found: Tensors) -> None:
     _check_scores("F", scores, shifted, system)
 
 
-def _check_mixed(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_mixed(arguments: dict[str, Any], results: Tensors) -> None:
     given = arguments["graph"].normalized()
     system = _system(arguments | {"graph": given})
-    dissimilarity, classes = found["dissimilarity"], system.classes
+    dissimilarity, classes = results["dissimilarity"], system.classes
     for name in ("scores", "probs", "propagated"):
-        _expect(found[name].shape == (len(system.labels), classes), f"{name} has shape {list(found[name].shape)}")
-        _expect(bool(found[name].isfinite().all()), f"{name} is not finite")
+        _expect(results[name].shape == (len(system.labels), classes), f"{name} has shape {list(results[name].shape)}")
+        _expect(bool(results[name].isfinite().all()), f"{name} is not finite")
     _expect(bool(((dissimilarity >= 0) & (dissimilarity <= 1 + 1e-6)).all()), "W_dis leaves [0, 1]")
     if classes > 1:
         expected = reference.leave_one_edge_out(
-            *(given.crow, given.col, given.reverse, given.weight.double(), found["propagated"].double()),
+            *(given.crow, given.col, given.reverse, given.weight.double(), results["propagated"].double()),
             logit_scale=float(arguments["logit_scale"]),
         )
         expected = torch.where(given.weight > 0, expected, 0)
-        size = found["propagated"].abs().amax() * given.degree.amax() if len(dissimilarity) else 0
+        size = results["propagated"].abs().amax() * given.degree.amax() if len(dissimilarity) else 0
         tolerance = min(1.0, 1e-5 * (1 + float(arguments["logit_scale"]) * float(size)))
         close = torch.allclose(dissimilarity.double(), expected, rtol=0, atol=tolerance)
         _expect(close, "W_dis is not that of F")
-    _check_decisions(found, system)
+    _check_decisions(results, system)
     beta = float(arguments["beta"])
     if beta <= 1e6:
         joined = _dense(beta * dissimilarity.double(), given)
-        _check_scores("scores", found["scores"], system.solve(joined), system, joined)
+        _check_scores("scores", results["scores"], system.solve(joined), system, joined)
 
 
-def _check_decisions(found: Tensors, system: _System) -> None:
-    probs, confidence, labels = found["probs"], found["confidence"], found["pseudo_labels"]
+def _check_decisions(results: Tensors, system: _System) -> None:
+    probs, confidence, labels = results["probs"], results["confidence"], results["pseudo_labels"]
     decided = labels >= 0
     sums = probs.double().sum(dim=1)
     _expect(bool(((sums - 1).abs()[decided] < 1e-5).all()), "rows of probs do not sum to 1")
@@ -216,9 +218,9 @@ def _draw_mixed(draw: Draw) -> dict[str, Any]:
     return {**draw_system(draw), "beta": BETA.draw(draw), "logit_scale": SCALE.draw(draw)}
 
 
-def _check_weights(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_weights(arguments: dict[str, Any], results: Tensors) -> None:
     """Of a W_dis: one number in [0, 1] for each edge, the same in both directions."""
-    value, given = found["value"], arguments["graph"]
+    value, given = results["value"], arguments["graph"]
     _expect(value.shape == given.weight.shape and value.dtype == given.dtype, f"{value.dtype} {list(value.shape)}")
     _expect(bool(((value >= 0) & (value <= 1 + 1e-6)).all()), "W_dis leaves [0, 1]")
     _expect(torch.allclose(value, value[given.reverse], rtol=1e-5), "W_dis is not symmetric")
@@ -236,8 +238,8 @@ def _seeded(function: Callable[..., Any], **arguments: Any) -> Any:
     return function(**arguments, generator=torch.Generator().manual_seed(0))
 
 
-def _check_oracle(arguments: dict[str, Any], found: Tensors) -> None:
-    _check_weights(arguments, found)
+def _check_oracle(arguments: dict[str, Any], results: Tensors) -> None:
+    _check_weights(arguments, results)
     given, true_labels = arguments["graph"], torch.as_tensor(arguments["true_labels"])
     rows, col = given.rows, given.col.long()
     between = true_labels[rows] != true_labels[col]
@@ -245,8 +247,8 @@ def _check_oracle(arguments: dict[str, Any], found: Tensors) -> None:
         labels = torch.as_tensor(arguments["labels"])
         between &= (labels[rows] < 0) | (labels[col] < 0)
     count = round(float(arguments["fraction"]) * int(between.sum() // 2))
-    _expect(int(found["value"].sum()) == 2 * count, "the number of dissimilar edges")
-    _expect(not bool((found["value"][~between] != 0).any()), "an edge within a class is dissimilar")
+    _expect(int(results["value"].sum()) == 2 * count, "the number of dissimilar edges")
+    _expect(not bool((results["value"][~between] != 0).any()), "an edge within a class is dissimilar")
 
 
 def _draw_shuffled(draw: Draw) -> dict[str, Any]:
@@ -257,21 +259,21 @@ def _draw_shuffled(draw: Draw) -> dict[str, Any]:
 def _draw_dissimilarity(draw: Draw, given: Graph) -> Tensor:
     linked = torch.zeros(given.num_nodes, given.num_nodes, dtype=torch.bool)
     linked[given.rows, given.col.long()] = True
-    found = symmetric(draw, linked, given.dtype)[given.rows, given.col.long()]
-    return v.layout(draw, found, without=("expanded",))
+    values = symmetric(draw, linked, given.dtype)[given.rows, given.col.long()]
+    return v.layout(draw, values, without=("expanded",))
 
 
-def _check_shuffled(arguments: dict[str, Any], found: Tensors) -> None:
-    value, given = found["value"], arguments["graph"]
+def _check_shuffled(arguments: dict[str, Any], results: Tensors) -> None:
+    value, given = results["value"], arguments["graph"]
     once = given.rows <= given.col
     before = arguments["dissimilarity"].to(given.dtype)[once].sort().values
     _expect(before.equal(value[once].sort().values), "other weights than before")
     _expect(value.equal(value[given.reverse]), "not symmetric")
 
 
-def _check_mutual(arguments: dict[str, Any], found: Tensors) -> None:
-    _check_weights(arguments, found)
-    _expect(found["value"].bool().equal(~arguments["graph"].mutual), "not the edges that join no mutual neighbours")
+def _check_mutual(arguments: dict[str, Any], results: Tensors) -> None:
+    _check_weights(arguments, results)
+    _expect(results["value"].bool().equal(~arguments["graph"].mutual), "not the edges that join no mutual neighbours")
 
 
 def _draw_mutual(draw: Draw) -> dict[str, Any]:
@@ -279,8 +281,8 @@ def _draw_mutual(draw: Draw) -> dict[str, Any]:
     linked = draw_linked(draw, nodes)
     arrays = csr(linked)
     weight = symmetric(draw, linked, v.dtype(draw, v.WIDE_FLOATS))[linked]
-    told = draw_linked(draw, nodes)[linked]
-    return {"graph": Graph(arrays["crow"], arrays["col"], weight, mutual=told)}
+    mutual_entries = draw_linked(draw, nodes)[linked]
+    return {"graph": Graph(arrays["crow"], arrays["col"], weight, mutual=mutual_entries)}
 
 
 def _draw_damping(draw: Draw) -> dict[str, Any]:
@@ -288,14 +290,14 @@ def _draw_damping(draw: Draw) -> dict[str, Any]:
     return {**arguments, "dissimilarity": _draw_dissimilarity(draw, arguments["graph"]), "beta": BETA.draw(draw)}
 
 
-def _check_damping(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_damping(arguments: dict[str, Any], results: Tensors) -> None:
     given = arguments["graph"].normalized()
     system = _system(arguments | {"graph": given})
-    _check_decisions(found, system)
+    _check_decisions(results, system)
     sums = given.sum_rows(arguments["dissimilarity"].to(given.dtype).double())
     damping = float(arguments["beta"]) * float(sums.mean())
     if damping <= 1e6:
-        _check_scores("scores", found["scores"], system.solve(damping=damping), system)
+        _check_scores("scores", results["scores"], system.solve(damping=damping), system)
 
 
 def _draw_lpdr(draw: Draw) -> dict[str, Any]:
@@ -304,9 +306,9 @@ def _draw_lpdr(draw: Draw) -> dict[str, Any]:
     return {**arguments, "rtol": STRICT.draw(draw), "seed": SEED.draw(draw)}
 
 
-def _check_lpdr(arguments: dict[str, Any], found: Tensors) -> None:
-    labels, system = found["pseudo_labels"], _system(arguments | {"mu_unlabeled": 0.0})
-    _expect(found["scores"].shape == (len(system.labels), system.classes), "shape of scores")
+def _check_lpdr(arguments: dict[str, Any], results: Tensors) -> None:
+    labels, system = results["pseudo_labels"], _system(arguments | {"mu_unlabeled": 0.0})
+    _expect(results["scores"].shape == (len(system.labels), system.classes), "shape of scores")
     labelled = torch.tensor([system.offset[k] > 0 for k in system.component])
     _expect((labels >= 0).equal(labelled), "pseudo-labels where no label is, or none where one is")
 
@@ -318,9 +320,9 @@ def _draw_consistency(draw: Draw) -> dict[str, Any]:
     return {**arguments, "alpha": ALPHA.draw(draw), "rtol": STRICT.draw(draw)}
 
 
-def _check_consistency(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_consistency(arguments: dict[str, Any], results: Tensors) -> None:
     """(I − α S) F = Y, whose matrix has eigenvalues of 1 − α at least."""
-    given, value = arguments["graph"], found["value"].double()
+    given, value = arguments["graph"], results["value"].double()
     weight = _dense(given.weight, given)
     degree = weight.sum(axis=1)
     root = np.sqrt(np.where(degree > 0, degree, 1))

@@ -66,20 +66,20 @@ def _exact_retrieval(
     key_labels = labels if reference_labels is None else torch.as_tensor(reference_labels)
     order = _squares(queries, keys, within).argsort(dim=1, stable=True)[:, : len(keys) - within]
     hits = key_labels[order] == labels[:, None]
-    found: dict[str, list[float]] = {name: [] for name in ("P@1", "RP", "MAP@R")}
+    figures: dict[str, list[float]] = {name: [] for name in ("P@1", "RP", "MAP@R")}
     for row in hits.double():
         relevant = int(row.sum())
         for k in _ranks(recall_at):
-            found.setdefault(f"R@{k}", []).append(float(row[:k].any()))
+            figures.setdefault(f"R@{k}", []).append(float(row[:k].any()))
         for k in _ranks(precision_at):
             if k > 1:
-                found.setdefault(f"P@{k}", []).append(float(row[:k].sum()) / k)
+                figures.setdefault(f"P@{k}", []).append(float(row[:k].sum()) / k)
         if relevant:
             shares = row.cumsum(0) / torch.arange(1, len(row) + 1)
-            found["P@1"].append(float(row[0]))
-            found["RP"].append(float(row[:relevant].mean()))
-            found["MAP@R"].append(float((row * shares)[:relevant].sum()) / relevant)
-    return {name: float(np.mean(each)) if each else float("nan") for name, each in found.items()}
+            figures["P@1"].append(float(row[0]))
+            figures["RP"].append(float(row[:relevant].mean()))
+            figures["MAP@R"].append(float((row * shares)[:relevant].sum()) / relevant)
+    return {name: float(np.mean(values)) if values else float("nan") for name, values in figures.items()}
 
 
 def _draw_nmi(draw: Draw) -> dict[str, Any]:
@@ -92,9 +92,9 @@ def _draw_nmi(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _check_nmi(arguments: dict[str, Any], found: Tensors) -> None:
-    if not 0 <= float(found["value"]) <= 1:
-        raise Finding(f"{found['value']} is not in [0, 1]")
+def _check_nmi(arguments: dict[str, Any], results: Tensors) -> None:
+    if not 0 <= float(results["value"]) <= 1:
+        raise Finding(f"{results['value']} is not in [0, 1]")
 
 
 def _draw_clusters(draw: Draw) -> dict[str, Any]:
@@ -106,15 +106,15 @@ def _draw_clusters(draw: Draw) -> dict[str, Any]:
 
 
 def _exact_clusters(labels: Tensor, clusters: Tensor) -> Tensor:
-    groups = (torch.as_tensor(each).resolve_neg().numpy() for each in (labels, clusters))
+    groups = (torch.as_tensor(ids).resolve_neg().numpy() for ids in (labels, clusters))
     return torch.tensor(normalized_mutual_info_score(*groups), dtype=torch.float64)
 
 
-def _check_clusters(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_clusters(arguments: dict[str, Any], results: Tensors) -> None:
     """Sums of as many terms as there are groups, each of which is at most 1/e."""
     truth = float(_exact_clusters(**arguments))
-    if not abs(float(found["value"]) - truth) <= 1e-6:
-        raise Finding(f"{float(found['value'])}, exactly {truth}")
+    if not abs(float(results["value"]) - truth) <= 1e-6:
+        raise Finding(f"{float(results['value'])}, exactly {truth}")
 
 
 TARGETS = {

@@ -45,13 +45,13 @@ def _exact_graph(crow: Tensor, col: Tensor, weight: Tensor, reverse: Tensor | No
     entries = list(zip(rows.tolist(), col.tolist(), strict=True))
     if len(set(entries)) < len(entries) or entries != sorted(entries):
         raise Finding("entries in disorder were accepted")
-    found = [entries.index((j, i)) for i, j in entries]
-    return {"crow": crow, "col": col, "weight": weight, "reverse": torch.tensor(found, dtype=torch.int64)}
+    mirror = [entries.index((j, i)) for i, j in entries]
+    return {"crow": crow, "col": col, "weight": weight, "reverse": torch.tensor(mirror, dtype=torch.int64)}
 
 
-def _check_symmetric(arguments: dict[str, Any], found: Tensors) -> None:
-    weight = found["weight"]
-    if not torch.allclose(weight, weight[found["reverse"]], rtol=1e-5, atol=0):
+def _check_symmetric(arguments: dict[str, Any], results: Tensors) -> None:
+    weight = results["weight"]
+    if not torch.allclose(weight, weight[results["reverse"]], rtol=1e-5, atol=0):
         raise Finding("weights that are not symmetric were accepted")
 
 
@@ -129,9 +129,9 @@ def _unit(features: Any) -> float:
     return (4 * torch.as_tensor(features).shape[1] + 16) * torch.finfo(wide).eps
 
 
-def _check_neighbours(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_neighbours(arguments: dict[str, Any], results: Tensors) -> None:
     cosines, allowed = _cosines(arguments["features"]), _unit(arguments["features"])
-    ids, similarities = found["value 0"].numpy(), found["value 1"].double().numpy()
+    ids, similarities = results["value 0"].numpy(), results["value 1"].double().numpy()
     nodes, k = len(cosines), int(arguments["k"])
     if ids.shape != (nodes, k) or similarities.shape != (nodes, k):
         raise Finding(f"shapes {ids.shape} and {similarities.shape}")
@@ -144,14 +144,14 @@ def _check_neighbours(arguments: dict[str, Any], found: Tensors) -> None:
                 raise Finding(f"similarities of {i} are {similarities[i]}, {what}: {truth}")
 
 
-def _check_knn(arguments: dict[str, Any], found: Tensors) -> None:
+def _check_knn(arguments: dict[str, Any], results: Tensors) -> None:
     ids, similarities = graph.nearest_neighbours(*(arguments[name] for name in ("features", "k")))
     nodes, gamma = len(ids), float(arguments["gamma"])
     affinity = np.zeros((nodes, nodes))
     affinity[np.arange(nodes)[:, None], ids.numpy()] = similarities.clamp_min(0).double().numpy() ** gamma
-    truth, dense = affinity + affinity.T, found["dense"].double().numpy()
+    truth, dense = affinity + affinity.T, results["dense"].double().numpy()
     # A float32 exponentiation; two backends may choose differently among cosines that differ by their rounding alone.
-    allowed = 8 * torch.finfo(found["dense"].dtype).eps * truth + torch.finfo(found["dense"].dtype).tiny
+    allowed = 8 * torch.finfo(results["dense"].dtype).eps * truth + torch.finfo(results["dense"].dtype).tiny
     if dense.shape != truth.shape or not (np.abs(dense - truth) <= allowed).all():
         raise Finding(f"the graph is {dense}, from its neighbours {truth}")
 

@@ -31,10 +31,10 @@ LARGE = (31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257)
 
 def sizes(draw: Draw, count: int, least: int = 0) -> list[int]:
     """Mostly small; one of them may be up to 257, so that references which store all pairs stay cheap."""
-    found = [draw(st.integers(least, 6)) for _ in range(count)]
+    drawn = [draw(st.integers(least, 6)) for _ in range(count)]
     if draw(st.integers(0, 3)) == 3:
-        found[draw(st.integers(0, count - 1))] = draw(st.integers(least, 40) | st.sampled_from(LARGE))
-    return found
+        drawn[draw(st.integers(0, count - 1))] = draw(st.integers(least, 40) | st.sampled_from(LARGE))
+    return drawn
 
 
 def dtype(draw: Draw, among: tuple[torch.dtype, ...] = FLOATS) -> torch.dtype:
@@ -55,24 +55,24 @@ def values(
     ``exponent`` is the largest power of ten in the "mixed" kind, where it is not that of the dtype.
     """
     kind, seed = draw(st.sampled_from(KINDS)), draw(st.integers(0, 9))
-    found = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     largest = LARGEST_EXPONENT[dtype]
     if kind == "unit rows" and len(shape):
-        found = found / torch.linalg.vector_norm(found, dim=-1, keepdim=True)
+        numbers = numbers / torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
     elif kind == "integers":
-        found = (2 * found).round()
+        numbers = (2 * numbers).round()
     elif kind == "zeros":
-        found = torch.where(found > 0, 0.0, -0.0).double()
+        numbers = torch.where(numbers > 0, 0.0, -0.0).double()
     elif kind == "equal rows" and len(shape):
-        found = found[:1].expand(shape)
+        numbers = numbers[:1].expand(shape)
     elif kind == "scaled":
-        found = found * 10.0 ** draw(st.integers(-largest, largest))
+        numbers = numbers * 10.0 ** draw(st.integers(-largest, largest))
     elif kind == "denormal":
-        found = found * torch.finfo(dtype).tiny / 8
+        numbers = numbers * torch.finfo(dtype).tiny / 8
     elif kind == "mixed":
-        found = found.sign() * 10.0 ** (found.abs().remainder(1) * 2 - 1).mul(exponent or largest)
-    found = found.abs() if least == 0 else found
-    return layout(draw, found.to(dtype), without=without)
+        numbers = numbers.sign() * 10.0 ** (numbers.abs().remainder(1) * 2 - 1).mul(exponent or largest)
+    numbers = numbers.abs() if least == 0 else numbers
+    return layout(draw, numbers.to(dtype), without=without)
 
 
 def classes(
@@ -80,10 +80,10 @@ def classes(
 ) -> Tensor:
     """Integers in [0, count)."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-    found = torch.randint(max(count, 1), shape, generator=generator)
+    numbers = torch.randint(max(count, 1), shape, generator=generator)
     if draw(st.booleans()):
-        found = found.sort(dim=0).values
-    return layout(draw, found.to(dtype), without=without)
+        numbers = numbers.sort(dim=0).values
+    return layout(draw, numbers.to(dtype), without=without)
 
 
 def layout(draw: Draw, value: Tensor, *, without: tuple[str, ...] = ()) -> Tensor:
