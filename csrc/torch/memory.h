@@ -46,8 +46,8 @@ class KeptClassOrders {
     return *orders;
   }
 
-  // Null for a bank whose order is not kept, and while a graph is captured: at its replays the memory may be another
-  // bank's.
+  // Null for a bank whose order is not kept, where there is no memory, and while a graph is captured: at its replays
+  // the memory may be another bank's.
   void* memory_of(const Tensor& labels, int64_t classes, CudaStream stream) {
     if (cuda::is_capturing(stream)) return nullptr;
     const int64_t slots = labels.size(0), bytes = cuda::kept_class_order_bytes(slots, classes);
@@ -57,13 +57,16 @@ class KeptClassOrders {
     for (size_t k = 0; k < entries_.size(); ++k)
       if (entries_[k].key == key) {
         std::rotate(entries_.begin(), entries_.begin() + k, entries_.begin() + k + 1);  // the last used comes first
-        return entries_.front().memory.data_ptr();
+        return entries_.front().memory;
       }
-    Tensor memory = new_tensor(labels, {bytes}, ScalarType::Byte);
-    if (cuda::clear_class_order(memory.data_ptr(), bytes, stream)) return nullptr;
-    if (entries_.size() == kMostEntries) entries_.pop_back();
+    void* memory = cuda::allocate_class_order(bytes, stream);
+    if (!memory) return nullptr;
+    if (entries_.size() == kMostEntries) {
+      cuda::free_class_order(entries_.back().memory, entries_.back().key.stream);
+      entries_.pop_back();
+    }
     entries_.insert(entries_.begin(), Entry{key, memory});
-    return memory.data_ptr();
+    return memory;
   }
 
  private:
@@ -77,7 +80,7 @@ class KeptClassOrders {
   };
   struct Entry {
     Key key;
-    Tensor memory;
+    void* memory;
   };
   static constexpr size_t kMostEntries = 4;
 

@@ -72,18 +72,18 @@ class Solver {
   explicit __device__ Solver(const Solve<Real>& solve)
       : solve_(solve),
         in_(solve.in),
-        plan_(solve.partition),
-        team_(blockIdx.x / plan_.parts),
-        part_(blockIdx.x % plan_.parts),
+        partition_(solve.partition),
+        team_(blockIdx.x / partition_.parts),
+        part_(blockIdx.x % partition_.parts),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        groups_(32 / plan_.lanes),
-        group_(lane_ / plan_.lanes),
-        holds_(lane_ % plan_.lanes < plan_.packs),
-        at_((holds_ ? lane_ % plan_.lanes : 0) * kWidth),
-        columns_(solve.columns + team_ * plan_.pitch()),
+        groups_(32 / partition_.lanes),
+        group_(lane_ / partition_.lanes),
+        holds_(lane_ % partition_.lanes < partition_.packs),
+        at_((holds_ ? lane_ % partition_.lanes : 0) * kWidth),
+        columns_(solve.columns + team_ * partition_.pitch()),
         active_(solve.active + team_) {
-    const int64_t size = in_.graph.nodes * plan_.pitch();
+    const int64_t size = in_.graph.nodes * partition_.pitch();
     x_ = solve.x + team_ * size;
     r_ = solve.vectors + team_ * 3 * size;
     p_ = r_ + size;
@@ -94,7 +94,7 @@ class Solver {
   __device__ void run() {
     scale_matrix();
     find_rows();
-    for (first_ = team_ * plan_.pitch(); first_ < in_.columns; first_ += plan_.teams * plan_.pitch()) {
+    for (first_ = team_ * partition_.pitch(); first_ < in_.columns; first_ += partition_.teams * partition_.pitch()) {
       start();
       measure(in_.initial != nullptr);
       while (any_active()) converge();
@@ -117,7 +117,7 @@ class Solver {
 
   // Cuts the rows into one range per warp of the team, of equal cost.
   __device__ __noinline__ void find_rows() {
-    const int64_t warps = plan_.parts * plan_.warps, warp = part_ * plan_.warps + warp_;
+    const int64_t warps = partition_.parts * partition_.warps, warp = part_ * partition_.warps + warp_;
     const int64_t each = ceil_div(in_.graph.edges + kRowCost * in_.graph.nodes, warps);
     rows_ = {first_row(each * warp), first_row(each * (warp + 1))};
   }
@@ -126,14 +126,14 @@ class Solver {
     return *static_cast<volatile int*>(active_) > 0;
   }
   __device__ void wait_for_team() const {
-    barrier(solve_.arrivals + 1 + team_, static_cast<unsigned>(plan_.parts));
+    barrier(solve_.arrivals + 1 + team_, static_cast<unsigned>(partition_.parts));
   }
 
   // A's diagonal, the sums of its rows, its other entries with both weights merged, and whether the diagonal shows that
   // A is not definite; then all of it times a power of two that makes the largest diagonal entry about 1.
   __device__ __noinline__ void scale_matrix() {
     const Csr& graph = in_.graph;
-    const int64_t warps = int64_t{gridDim.x} * plan_.warps, first = int64_t{blockIdx.x} * plan_.warps + warp_;
+    const int64_t warps = int64_t{gridDim.x} * partition_.warps, first = int64_t{blockIdx.x} * partition_.warps + warp_;
     double least = 1, largest = 0;
     for (int64_t i = first; i < graph.nodes; i += warps) {
       const Range entries = entries_of(graph, i);
@@ -159,19 +159,19 @@ class Solver {
       }
     }
     double* scratch = reinterpret_cast<double*>(dynamic_shared());
-    least = -block_max(-least, scratch, plan_.warps);
-    largest = block_max(largest, scratch, plan_.warps);
+    least = -block_max(-least, scratch, partition_.warps);
+    largest = block_max(largest, scratch, partition_.warps);
     if (threadIdx.x == 0) {
       solve_.extremes[2 * blockIdx.x] = least;
       solve_.extremes[2 * blockIdx.x + 1] = largest;
     }
     barrier(solve_.arrivals, gridDim.x);
-    for (int64_t block = threadIdx.x; block < gridDim.x; block += plan_.threads()) {
+    for (int64_t block = threadIdx.x; block < gridDim.x; block += partition_.threads()) {
       least = min(least, solve_.extremes[2 * block]);
       largest = max(largest, solve_.extremes[2 * block + 1]);
     }
-    least_ = static_cast<Real>(-block_max(-least, scratch, plan_.warps));
-    largest = block_max(largest, scratch, plan_.warps);
+    least_ = static_cast<Real>(-block_max(-least, scratch, partition_.warps));
+    largest = block_max(largest, scratch, partition_.warps);
     is_finite_ = largest < INFINITY;
     exponent_ = exponent_of(largest);
     const PowerOf2 shrink(-exponent_);
@@ -202,7 +202,7 @@ class Solver {
   // graph to the rest, rounding among its other edges does not cover them.
   __device__ Columns multiply(const Real* v, int64_t i) const {
     const Csr& graph = in_.graph;
-    const uint32_t row_bytes = plan_.pitch() * sizeof(Real);
+    const uint32_t row_bytes = partition_.pitch() * sizeof(Real);
     const Range entries = entries_of(graph, i);
     const Real* mine = v + at_;
     const int32_t* columns = in_global(graph.col);
@@ -210,8 +210,8 @@ class Solver {
     const Columns own = load<kWidth>(row_at(mine, static_cast<int32_t>(i), row_bytes));
     Columns sum{};
     const auto fetch = [&](int64_t e, int& j, Real& value) {
-      j = e < entries.end ? columns[e] : -1;
-      value = e < entries.end ? values[e] : Real(0);
+      j = e < entries.end ? __ldcs(columns + e) : -1;
+      value = e < entries.end ? __ldcs(values + e) : Real(0);
       if (!is_node(graph, j)) j = static_cast<int>(i);  // where the value is 0
     };
     int next_j;
@@ -247,7 +247,7 @@ class Solver {
     }
     const Real excess = solve_.excess[i];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum.v[k] = sum_over_groups(sum.v[k], plan_.lanes) + excess * own.v[k];
+    for (int k = 0; k < kWidth; ++k) sum.v[k] = sum_over_groups(sum.v[k], partition_.lanes) + excess * own.v[k];
     return sum;
   }
 
@@ -256,11 +256,11 @@ class Solver {
     const Csr& graph = in_.graph;
     const Range entries = entries_of(graph, i);
     const double* mine = x_ + at_;
-    const Doubles own = load<kWidth>(mine + i * plan_.pitch());
+    const Doubles own = load<kWidth>(mine + i * partition_.pitch());
     for (int64_t e = entries.begin + group_; e < entries.end; e += groups_) {
       const int64_t j = graph.col[e];
       const double value = solve_.value[e];
-      const Doubles other = load<kWidth>(mine + (is_node(graph, j) ? j : i) * plan_.pitch());
+      const Doubles other = load<kWidth>(mine + (is_node(graph, j) ? j : i) * partition_.pitch());
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const double flow = value * (own.v[k] - other.v[k]);
@@ -271,8 +271,8 @@ class Solver {
     const double excess = solve_.excess[i];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      sum.v[k] = sum_over_groups(sum.v[k], plan_.lanes) + excess * own.v[k];
-      terms.v[k] = sum_over_groups(terms.v[k], plan_.lanes) + fabs(excess * own.v[k]);
+      sum.v[k] = sum_over_groups(sum.v[k], partition_.lanes) + excess * own.v[k];
+      terms.v[k] = sum_over_groups(terms.v[k], partition_.lanes) + fabs(excess * own.v[k]);
     }
   }
 
@@ -297,10 +297,11 @@ class Solver {
   // part.
   template <class F>
   __device__ void for_rows(const F& body) const {
-    const int64_t nodes = in_.graph.nodes, end = nodes * (part_ + 1) / plan_.parts;
+    const int64_t nodes = in_.graph.nodes, end = nodes * (part_ + 1) / partition_.parts;
     if (!holds_) return;
-    for (int64_t i = nodes * part_ / plan_.parts + warp_ * groups_ + group_; i < end; i += plan_.warps * groups_)
-      body(i, i * plan_.pitch() + at_);
+    for (int64_t i = nodes * part_ / partition_.parts + warp_ * groups_ + group_; i < end;
+         i += partition_.warps * groups_)
+      body(i, i * partition_.pitch() + at_);
   }
 
   // Sums (maxima) of two quantities over all rows, in the order of the blocks; each(column, first, second) is called
@@ -309,29 +310,32 @@ class Solver {
   __device__ void reduce(const Columns& first, const Columns& second, const F& each) const {
     const auto combine = [](double a, double b) { return kMax ? max(a, b) : a + b; };
     Real* shared = reinterpret_cast<Real*>(dynamic_shared());  // [warps][2][pitch]
-    const int pitch = plan_.pitch();
+    const int pitch = partition_.pitch();
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const Real a = kMax ? max_over_groups(first.v[k], plan_.lanes) : sum_over_groups(first.v[k], plan_.lanes);
-      const Real b = kMax ? max_over_groups(second.v[k], plan_.lanes) : sum_over_groups(second.v[k], plan_.lanes);
+      const Real a =
+          kMax ? max_over_groups(first.v[k], partition_.lanes) : sum_over_groups(first.v[k], partition_.lanes);
+      const Real b =
+          kMax ? max_over_groups(second.v[k], partition_.lanes) : sum_over_groups(second.v[k], partition_.lanes);
       if (group_ != 0 || !holds_) continue;
       shared[warp_ * 2 * pitch + at_ + k] = a;
       shared[(warp_ * 2 + 1) * pitch + at_ + k] = b;
     }
     __syncthreads();
-    double* partials = solve_.partials + team_ * 2 * pitch * plan_.parts;
-    for (int at = threadIdx.x; at < 2 * pitch; at += plan_.threads()) {
+    double* partials = solve_.partials + team_ * 2 * pitch * partition_.parts;
+    for (int at = threadIdx.x; at < 2 * pitch; at += partition_.threads()) {
       double sum = shared[at];
-      for (int warp = 1; warp < plan_.warps; ++warp) sum = combine(sum, shared[warp * 2 * pitch + at]);
-      partials[(at % pitch * 2 + at / pitch) * plan_.parts + part_] = sum;
+      for (int warp = 1; warp < partition_.warps; ++warp) sum = combine(sum, shared[warp * 2 * pitch + at]);
+      partials[(at % pitch * 2 + at / pitch) * partition_.parts + part_] = sum;
     }
     wait_for_team();
-    for (int64_t column = part_ + plan_.parts * warp_; column < pitch; column += plan_.parts * plan_.warps) {
-      const double* of_column = partials + column * 2 * plan_.parts;
+    for (int64_t column = part_ + partition_.parts * warp_; column < pitch;
+         column += partition_.parts * partition_.warps) {
+      const double* of_column = partials + column * 2 * partition_.parts;
       double a = 0, b = 0;  // magnitudes, where it is the maximum that is taken
-      for (int64_t part = lane_; part < plan_.parts; part += 32) {
+      for (int64_t part = lane_; part < partition_.parts; part += 32) {
         a = combine(a, of_column[part]);
-        b = combine(b, of_column[plan_.parts + part]);
+        b = combine(b, of_column[partition_.parts + part]);
       }
       a = kMax ? warp_max(a) : warp_sum(a);
       b = kMax ? warp_max(b) : warp_sum(b);
@@ -387,8 +391,8 @@ class Solver {
         zeros.v[k] += 0 * start.v[k];
         x.v[k] = columns_[at_ + k].grow.inverse() * start.v[k];
       }
-      store(x_ + at, x);
-      store(r_ + at, Columns{});
+      store_streaming(x_ + at, x);
+      store_streaming(r_ + at, Columns{});
       store(p_ + at, Columns{});
     });
     reduce(norm, zeros, [&](Column<Real>& column, double squares, double nothing) {
@@ -403,7 +407,7 @@ class Solver {
   __device__ __noinline__ void measure(bool has_solution) {
     Columns along{}, squares{}, worst{}, size{};
     for_rows([&](int64_t, int64_t at) {
-      const Doubles x = load<kWidth>(x_ + at);
+      const Doubles x = load_streaming<kWidth>(x_ + at);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) size.v[k] = max(size.v[k], static_cast<Real>(fabs(x.v[k])));
     });
@@ -412,9 +416,9 @@ class Solver {
       Doubles product{}, terms{};
       if (has_solution) flows(i, product, terms);
       if (group_ != 0 || !holds_) continue;
-      const int64_t at = i * plan_.pitch() + at_;
+      const int64_t at = i * partition_.pitch() + at_;
       const Columns b = row_of(in_.rhs, i);
-      const Doubles x = load<kWidth>(x_ + at);
+      const Doubles x = load_streaming<kWidth>(x_ + at);
       const Real inverse = inverse_of(i), step = step_of(inverse);
       Columns q;
 #pragma unroll
@@ -427,7 +431,7 @@ class Solver {
           worst.v[k] = max(worst.v[k], static_cast<Real>(imbalance(r, terms.v[k] + fabs(own), solve_.diagonal[i],
                                                                    x.v[k], columns_[at_ + k].first)));
       }
-      store(q_ + at, q);
+      store_streaming(q_ + at, q);
     }
     reduce(along, squares, [](Column<Real>& column, double sum, double sum_of_squares) {
       column.first = sum;
@@ -458,10 +462,10 @@ class Solver {
     for (int64_t i = rows_.begin; i < rows_.end; ++i) {
       const Columns q = multiply(p_, i);
       if (group_ != 0 || !holds_) continue;
-      const int64_t at = i * plan_.pitch() + at_;
+      const int64_t at = i * partition_.pitch() + at_;
       const Columns p = load<kWidth>(p_ + at);
       const Real weight = in_.jacobi ? solve_.diagonal[i] : Real(1);
-      store(q_ + at, q);
+      store_streaming(q_ + at, q);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         pq.v[k] += p.v[k] * q.v[k];
@@ -475,9 +479,9 @@ class Solver {
     });
     const Columns alpha = of_columns(&Column<Real>::alpha);
     for_rows([&](int64_t i, int64_t at) {
-      const Columns p = load<kWidth>(p_ + at), q = load<kWidth>(q_ + at);
-      Doubles x = load<kWidth>(x_ + at);
-      Columns r = load<kWidth>(r_ + at);
+      const Columns p = load<kWidth>(p_ + at), q = load_streaming<kWidth>(q_ + at);
+      Doubles x = load_streaming<kWidth>(x_ + at);
+      Columns r = load_streaming<kWidth>(r_ + at);
       const Real inverse = inverse_of(i), step = step_of(inverse);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -487,8 +491,8 @@ class Solver {
         along.v[k] += r.v[k] * (step * r.v[k]);
         squares.v[k] += z * z;
       }
-      store(x_ + at, x);
-      store(r_ + at, r);
+      store_streaming(x_ + at, x);
+      store_streaming(r_ + at, r);
     });
     reduce(along, squares, [&](Column<Real>& column, double sum, double sum_of_squares) {
       if (column.state.is_active() && !column.state.advance(sum, sum_of_squares)) atomicAdd(active_, -1);
@@ -501,16 +505,16 @@ class Solver {
   __device__ void update_directions() const {
     const Columns beta = of_columns(&Column<Real>::beta), fresh = of_columns(&Column<Real>::fresh);
     for_rows([&](int64_t i, int64_t at) {
-      Columns r = load<kWidth>(r_ + at), p = load<kWidth>(p_ + at);
+      Columns r = load_streaming<kWidth>(r_ + at), p = load<kWidth>(p_ + at);
       if (resumes_) {
-        const Columns q = load<kWidth>(q_ + at);
+        const Columns q = load_streaming<kWidth>(q_ + at);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k)
           if (columns_[at_ + k].state.restarts()) {
             r.v[k] = q.v[k];
             p.v[k] = 0;
           }
-        store(r_ + at, r);
+        store_streaming(r_ + at, r);
       }
       const Real step = step_of(inverse_of(i));
 #pragma unroll
@@ -521,7 +525,7 @@ class Solver {
 
   __device__ __noinline__ void finish() {
     for_rows([&](int64_t i, int64_t at) {
-      const Doubles x = load<kWidth>(x_ + at);
+      const Doubles x = load_streaming<kWidth>(x_ + at);
       const bool is_known = solve_.diagonal[i] != 0;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -534,7 +538,7 @@ class Solver {
         solve_.out.solution[out] = of.state.is_finite() ? value : static_cast<Real>(NAN);
       }
     });
-    for (int64_t column = threadIdx.x; column < plan_.pitch() && part_ == 0; column += plan_.threads()) {
+    for (int64_t column = threadIdx.x; column < partition_.pitch() && part_ == 0; column += partition_.threads()) {
       const Convergence& state = columns_[column].state;
       const int64_t out = first_ + column;
       if (out >= in_.columns) break;
@@ -547,7 +551,7 @@ class Solver {
 
   const Solve<Real>& solve_;
   const LaplacianSolve<Real>& in_;
-  const Partition& plan_;
+  const Partition& partition_;
   const int64_t team_, part_;
   const int warp_, lane_;
   const int groups_, group_;  // of lanes
@@ -576,12 +580,22 @@ auto solver_of(const Partition& partition) {
                                 : solve_laplacian<Real, kWidest<Real>>;
 }
 
+// At most so many packs, of that many bytes in all rows, make a tile: its p, of which every row reads others' rows, is
+// to stay in the L2 cache beside what streams through. Narrower tiles read the graph more often.
+inline int64_t packs_in_cache(int64_t bytes) {
+  constexpr int64_t kMost = 32, kLeast = 8;
+  const int64_t share = device_attribute(cudaDevAttrL2CacheSize) / 3;
+  int64_t packs = kMost;
+  while (packs > kLeast && packs * bytes > share) packs /= 2;
+  return packs;
+}
+
 template <class Real>
 Partition partition_of(int64_t nodes, int64_t columns) {
   Partition partition;
   partition.width = columns == 1 ? 1 : columns == 2 ? 2 : kWidest<Real>;
   const int64_t packs = ceil_div<int64_t>(columns, partition.width);
-  partition.tiles = ceil_div<int64_t>(packs, 32);
+  partition.tiles = ceil_div<int64_t>(packs, packs_in_cache(nodes * 16));
   partition.packs = static_cast<int>(ceil_div(packs, max<int64_t>(partition.tiles, 1)));
   partition.lanes = lanes_for(partition.packs, 32);
   partition.warps = kMostWarps;

@@ -4,6 +4,8 @@
 // groups.
 #pragma once
 
+#include <cstring>
+
 #include "../common/cuda.cuh"
 #include "csr.h"
 
@@ -24,6 +26,31 @@ __device__ Pack<Real, kWidth> load(const Real* from) {
 template <class Real, int kWidth>
 __device__ void store(Real* to, const Pack<Real, kWidth>& pack) {
   *reinterpret_cast<Pack<Real, kWidth>*>(in_global(to)) = pack;
+}
+
+// The same of what is not read again soon: it leaves the caches first, so that what many rows share stays in them.
+template <int kBytes>
+using Words = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes % 8 == 0, uint2, unsigned>>;
+
+template <int kWidth, class Real>
+__device__ Pack<Real, kWidth> load_streaming(const Real* from) {
+  using Piece = Words<sizeof(Pack<Real, kWidth>)>;
+  Pack<Real, kWidth> pack;
+  Piece pieces[sizeof pack / sizeof(Piece)];
+#pragma unroll
+  for (size_t k = 0; k < sizeof pack / sizeof(Piece); ++k)
+    pieces[k] = __ldcs(reinterpret_cast<const Piece*>(in_global(from)) + k);
+  memcpy(&pack, pieces, sizeof pack);
+  return pack;
+}
+template <class Real, int kWidth>
+__device__ void store_streaming(Real* to, const Pack<Real, kWidth>& pack) {
+  using Piece = Words<sizeof(Pack<Real, kWidth>)>;
+  Piece pieces[sizeof pack / sizeof(Piece)];
+  memcpy(pieces, &pack, sizeof pack);
+#pragma unroll
+  for (size_t k = 0; k < sizeof pack / sizeof(Piece); ++k)
+    __stcs(reinterpret_cast<Piece*>(in_global(to)) + k, pieces[k]);
 }
 
 // Row i of a matrix whose rows have `bytes` bytes: one instruction, where 64-bit numbers take seven.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Of B = 320, D = 128, K = 128k, L = 1000 in bfloat16: forward 33 MB and 10.5 GFLOP (scores), backward 33 MB and 21
 // GFLOP (scores, means).
+#include <utility>
+
 #include "aggregate.h"
 #include "class_sums.cuh"
 #include "class_table.cuh"
@@ -21,13 +23,16 @@ struct alignas(2 * sizeof(Real)) RowSum {
   Real sum;  // Σ 2^(x − reference)
 };
 
-template <class Engine>
+// With two groups of rows a block has 128, and a warp 32: each fragment of the bank feeds two products, and the bank
+// passes through half as many blocks.
+template <class Engine, int kGroups>
 class Forward {
   using Real = typename Engine::Real;
   static constexpr int kBlocks = Engine::Shape::kBlocks;
 
  public:
-  static constexpr int kQueries = 1;
+  static constexpr int kQueries = kGroups;
+  static constexpr int kRowGroups = kGroups;
   static constexpr int kMeans = 0;
 
   struct Arguments {
@@ -39,46 +44,70 @@ class Forward {
   };
 
   __device__ Forward(const Arguments& arguments, const Place& place)
-      : arguments_(arguments), lane_(place.lane), runs_(arguments.classes_sums, arguments.classes_pitch, place) {}
+      : Forward(arguments, place, std::make_integer_sequence<int, kGroups>{}) {}
 
   __device__ void fetch(const int*) {}
 
   template <class Means>
-  __device__ void weigh(Real (&scores)[1][kBlocks][4], Means&, const TileView& tile) {
-    Real top[2];
-    mask_scores(scores[0], lane_, tile.count);
-    largest(scores[0], top);
-    top[0] *= arguments_.scale;
-    top[1] *= arguments_.scale;
-    if (__any_sync(kAllLanes, total_.passed(top))) {
-      Real factor[2];
-      total_.raise(top, factor);
-      runs_.scale(factor);
-    }
+  __device__ void weigh(Real (&scores)[kGroups][kBlocks][4], Means&, const TileView& tile) {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        scores[0][n][i] = exp2_of(scores[0][n][i] * arguments_.scale - total_.reference[i / 2]);
-    runs_.add(scores[0], tile.labels, total_);
+    for (int g = 0; g < kGroups; ++g) groups_[g].weigh(scores[g], tile, arguments_.scale);
   }
 
   template <class Means>
-  __device__ void finish(const Means&, const Place& place) {
-    runs_.close(total_);
+  __device__ void finish(const Means&, const Place&) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (place.writes(r))
-        arguments_.rows[place.split * arguments_.padded_rows + place.row + 8 * r] = {total_.reference[r],
-                                                                                     total_.sum[r]};
+    for (int g = 0; g < kGroups; ++g) groups_[g].finish(arguments_);
   }
 
  private:
+  struct Group {
+    Place place;
+    ClassRuns<Real, true> runs;
+    RunningLogSum<Real> total;
+
+    __device__ Group(const Arguments& arguments, const Place& at)
+        : place(at), runs(arguments.classes_sums, arguments.classes_pitch, place) {}
+    Group(const Group&) = delete;  // the runs refer to the place
+
+    __device__ void weigh(Real (&scores)[kBlocks][4], const TileView& tile, const Real& scale) {
+      Real top[2];
+      mask_scores(scores, place.lane, tile.count);
+      largest(scores, top);
+      top[0] *= scale;
+      top[1] *= scale;
+      if (__any_sync(kAllLanes, total.passed(top))) {
+        Real factor[2];
+        total.raise(top, factor);
+        runs.scale(factor);
+      }
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = exp2_of(scores[n][i] * scale - total.reference[i / 2]);
+      runs.add(scores, tile.labels, total);
+    }
+
+    __device__ void finish(const Arguments& arguments) {
+      runs.close(total);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (place.writes(r))
+          arguments.rows[place.split * arguments.padded_rows + place.row + 8 * r] = {total.reference[r], total.sum[r]};
+    }
+  };
+
+  template <int... kGroup>
+  __device__ Forward(const Arguments& arguments, const Place& place, std::integer_sequence<int, kGroup...>)
+      : arguments_(arguments), groups_{Group(arguments, place.of_group(kGroup))...} {}
+
   const Arguments& arguments_;
-  int lane_;
-  ClassRuns<Real, true> runs_;
-  RunningLogSum<Real> total_;
+  Group groups_[kGroups];
 };
+
+inline int forward_groups(int64_t rows) {
+  return rows > kRows ? 2 : 1;
+}
 
 // The softmax is taken anew rather than from the forward's log-normaliser, whose rounding at large logits would scale
 // the whole gradient.
@@ -89,6 +118,7 @@ class Backward {
 
  public:
   static constexpr int kQueries = 1;
+  static constexpr int kRowGroups = 1;
   static constexpr int kMeans = 1;
 
   struct Arguments {
@@ -258,7 +288,7 @@ struct ForwardScratch {
 template <class Storage>
 ForwardScratch<Storage> take_forward(const Aggregate<Storage>& problem, Workspace& workspace) {
   using Real = Compute<Storage>;
-  const Partition partition = partition_of(problem.bank, problem.rows, false);
+  const Partition partition = partition_of(problem.bank, problem.rows, false, forward_groups(problem.rows));
   ForwardScratch<Storage> scratch;
   scratch.packed = take_packed_input(problem.bank, problem.query, problem.query, problem.rows, workspace);
   scratch.order = take_class_order(labels_of(problem.bank), problem.bank.class_order, workspace);
@@ -310,8 +340,9 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
   if (problem.rows == 0) return nullptr;
   Workspace workspace(memory);
   const ForwardScratch<Storage> scratch = take_forward(problem, workspace);
-  const SweepInput<Storage> in = sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
-                                             partition_of(bank, problem.rows, false), scratch.packed);
+  const SweepInput<Storage> in =
+      sweep_input(bank, scratch.order.slots, problem.query, problem.query, problem.rows,
+                  partition_of(bank, problem.rows, false, forward_groups(problem.rows)), scratch.packed);
   Merge<Real> merge{};
   merge.rows = scratch.rows;
   merge.padded_rows = in.partition.padded_rows();
@@ -329,10 +360,15 @@ const char* aggregate(const Aggregate<Storage>& problem, const AggregateResult<C
     if (const char* error = launch_prepare(preparation, stream)) return error;
     const char* error = with_engine<Storage>(problem.allow_tf32, [&](auto engine) {
       using Engine = decltype(engine);
-      return launch_sweep<Engine, Forward<Engine>>(in,
-                                                   {static_cast<Real>(kLog2e / problem.temperature), scratch.rows,
-                                                    scratch.classes_sums, merge.classes_pitch, merge.padded_rows},
-                                                   stream);
+      const auto sweep_with = [&](auto operation) {
+        using Operation = typename decltype(operation)::type;
+        return launch_sweep<Engine, Operation>(in,
+                                               {static_cast<Real>(kLog2e / problem.temperature), scratch.rows,
+                                                scratch.classes_sums, merge.classes_pitch, merge.padded_rows},
+                                               stream);
+      };
+      return forward_groups(problem.rows) == 2 ? sweep_with(std::type_identity<Forward<Engine, 2>>{})
+                                               : sweep_with(std::type_identity<Forward<Engine, 1>>{});
     });
     if (error) return error;
   }

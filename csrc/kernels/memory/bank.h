@@ -26,10 +26,14 @@ struct Bank {
 namespace ssmkernels::cuda {
 
 // Of device memory that holds the class order of a bank between calls with as many slots and classes, for one stream at
-// a time; clear_class_order before its first use. 0 for a small bank, whose order is not kept. Each call compares the
-// order with the labels on the device, whoever wrote them.
+// a time; 0 before its first use. No bytes for a small bank, whose order is not kept. Each call compares the order with
+// the labels on the device, whoever wrote them.
 int64_t kept_class_order_bytes(int64_t slots, int64_t classes);
-const char* clear_class_order(void* memory, int64_t bytes, CudaStream stream);
+
+// Such memory, in the order of the stream; null where there is none. It is CUDA's and not an allocator's that gives a
+// graph memory of its own: what outlives a call must not lie there.
+void* allocate_class_order(int64_t bytes, CudaStream stream);
+void free_class_order(void* memory, CudaStream stream);
 
 // Whether what is launched on the stream becomes part of a graph, which must find its memory at each replay.
 bool is_capturing(CudaStream stream);

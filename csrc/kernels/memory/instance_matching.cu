@@ -30,6 +30,7 @@ class Matching {
 
  public:
   static constexpr int kQueries = 2;
+  static constexpr int kRowGroups = 1;
   static constexpr int kMeans = kGradient ? 2 : 0;  // target, strong
 
   struct Arguments {

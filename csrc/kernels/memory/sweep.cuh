@@ -59,9 +59,9 @@ constexpr int64_t sweep_shared_bytes(int64_t chunks, int64_t buffers) {
 }
 
 // An operation has kQueries, kMeans, Arguments, a constructor from (Arguments, Place), and
-//   fetch(labels)                starts what it must load for the tile
-//   weigh(scores, means, tile)   scores → weights of the means, in place
-//   finish(means, place)
+//   kRowGroups                   1: a query is kRows rows of a matrix of its own; else queries are groups of rows of
+//   one fetch(labels)                starts what it must load for the tile weigh(scores, means, tile)   scores →
+//   weights of the means, in place finish(means, place)
 template <class Engine, class Operation>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     sweep(const __grid_constant__ SweepInput<typename Engine::Storage> in,
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
   const unsigned chunks = in.partition.chunks, owners = in.partition.owners, row_tiles = in.partition.row_tiles;
   const unsigned chunk = blockIdx.x % owners, split = blockIdx.x / owners / row_tiles;
-  const unsigned first_row = blockIdx.x / owners % row_tiles * kRows, last_row = in.rows - 1;
+  const unsigned first_row = blockIdx.x / owners % row_tiles * (Operation::kRowGroups * kRows), last_row = in.rows - 1;
   const unsigned tiles_each = in.partition.split_size / kSlots, first_tile = split * tiles_each,
                  last_slot = in.bank.slots - 1;
   const unsigned buffers = in.buffers, ahead = buffers - 1;
@@ -120,7 +120,8 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 #pragma unroll
     for (int q = 0; q < kQueries; ++q)
       stage_rows<Engine, kRows>(to + q * kRows * Shape::kPitch, width_of(c), depth_of(c), [&](int r) {
-        return in.query[q] + int64_t{min(first_row + r, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
+        const unsigned row = first_row + (Operation::kRowGroups > 1 ? q * kRows : 0) + r;
+        return in.query[q] + int64_t{min(row, last_row)} * in.bank.dim + int64_t{c} * Shape::kDim;
       });
   };
   const auto issue = [&](unsigned s) {

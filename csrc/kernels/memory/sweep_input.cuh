@@ -10,6 +10,7 @@ namespace ssmkernels::cuda::memory {
 
 // How B rows × K slots × D are cut into blocks: by the shape and the number of multiprocessors.
 struct Partition {
+  int64_t tile_rows;  // of a block
   int64_t row_tiles;
   int64_t splits;
   int64_t split_size;  // slots, a multiple of the tile's
@@ -20,15 +21,16 @@ struct Partition {
     return row_tiles * splits * owners;
   }
   int64_t padded_rows() const {
-    return row_tiles * kRows;
+    return row_tiles * tile_rows;
   }
 };
 
 template <class Storage>
-Partition partition_of(const Bank<Storage>& bank, int64_t rows, bool with_means) {
+Partition partition_of(const Bank<Storage>& bank, int64_t rows, bool with_means, int row_groups = 1) {
   using Shape = TileShape<Storage>;
   Partition partition;
-  partition.row_tiles = ceil_div<int64_t>(rows, kRows);
+  partition.tile_rows = row_groups * kRows;
+  partition.row_tiles = ceil_div(rows, partition.tile_rows);
   partition.chunks =
       max<int64_t>(ceil_div<int64_t>(bank.dim, Shape::kDim), 1);  // an empty one, of rows without elements
   partition.owners = with_means ? partition.chunks : 1;

@@ -10,7 +10,7 @@ namespace ssmkernels::cuda::memory {
 inline constexpr int kSweepWarps = 4;
 inline constexpr int kSweepThreads = 32 * kSweepWarps;
 inline constexpr int kWarpRows = 16;
-inline constexpr int kRows = kSweepWarps * kWarpRows;  // of a block
+inline constexpr int kRows = kSweepWarps * kWarpRows;  // of a query in a block
 inline constexpr int kDepth = 16;                      // chunks are filled up with zeros to a multiple of this
 inline constexpr int kSplitTiles = 4;                  // at least, per split
 
@@ -40,6 +40,12 @@ struct Place {
   unsigned chunk;  // of the dimension
   int lane;
 
+  // The same place in another group of the block's rows.
+  __device__ Place of_group(int group) const {
+    Place other = *this;
+    other.row += group * kRows;
+    return other;
+  }
   // Whether this thread writes what its row r has one of: four lanes have the row, a block per chunk too.
   __device__ bool writes(int r) const {
     return lane % 4 == 0 && chunk == 0 && row + 8 * r <= last_row;

@@ -41,6 +41,7 @@ class Normalize {
 
  public:
   static constexpr int kQueries = 1;
+  static constexpr int kRowGroups = 1;
   static constexpr int kMeans = 0;
   using Arguments = UnfoldArguments<Engine>;
 
@@ -96,6 +97,7 @@ class Write {
 
  public:
   static constexpr int kQueries = 1;
+  static constexpr int kRowGroups = 1;
   static constexpr int kMeans = 0;
   using Arguments = UnfoldArguments<Engine>;
 

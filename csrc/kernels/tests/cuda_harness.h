@@ -28,6 +28,9 @@ inline void set_seed(unsigned seed) {
 inline void set_multiprocessors(int count) {
   emulator::multiprocessor_count = count;
 }
+inline void set_cache_bytes(int bytes) {
+  emulator::cache_bytes = bytes;
+}
 inline void set_shared_limit(int bytes) {
   emulator::shared_limit = bytes;
 }
@@ -75,6 +78,7 @@ class Memory {
 inline void set_seed(unsigned) {}
 inline void set_multiprocessors(int) {}
 inline void set_shared_limit(int) {}
+inline void set_cache_bytes(int) {}
 inline void set_resident_threads(int) {}
 
 inline const char* said(cudaError_t status) {

@@ -480,6 +480,9 @@ void test_solves(std::mt19937& random) {
     test_solve<Real>(make_system<Real>(make_graph<Real>(123, 6, random), 10, random), "smaller blocks");
   }
   set_resident_threads(2048);
+  set_cache_bytes(1 << 10);  // tiles of the fewest columns
+  test_solve<Real>(make_system<Real>(make_graph<Real>(123, 6, random), 70, random), "narrow tiles");
+  set_cache_bytes(50 << 20);
 
   test_solve_scales<Real>(random);
   test_solve_nan<Real>(random);

@@ -55,6 +55,7 @@ using std::sqrt;
 namespace emulator {
 
 inline int multiprocessor_count = 3;
+inline int cache_bytes = 50 << 20;        // of L2
 inline int shared_limit = 227 * 1024;     // bytes a block may have
 inline int most_resident_threads = 2048;  // of a multiprocessor: fewer where registers run out
 inline unsigned seed = 0;                 // of the order of warps and lanes, and of what shared memory starts as
@@ -407,6 +408,20 @@ inline void __threadfence() {}
 inline void __nanosleep(unsigned) {  // time passes: the other blocks' turn
   emulator::pause(emulator::State::at_grid, "__nanosleep");
 }
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+template <class T>
+T __ldcs(const T* at) {
+  return *at;
+}
+template <class T>
+void __stcs(T* at, T x) {
+  *at = x;
+}
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -422,7 +437,7 @@ enum cudaError_t {
   cudaErrorCooperativeLaunchTooLarge = 720
 };
 typedef struct CUstream_st* cudaStream_t;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrL2CacheSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
@@ -462,12 +477,22 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessor_count : emulator::shared_limit;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? emulator::multiprocessor_count
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::shared_limit
+                                                                  : emulator::cache_bytes;
   return cudaSuccess;
 }
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
+  *memory = std::malloc(bytes);
+  return *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
+  std::free(memory);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {
