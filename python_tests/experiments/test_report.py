@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ssmkernels.experiments.claims import verdicts
-from ssmkernels.experiments.plots import curve, plot_curves
+from ssmkernels.experiments.plots import curve, plot_curves, plot_points
 from ssmkernels.experiments.record import Claim, Entry, Record
 from ssmkernels.experiments.report import markdown_table
 from ssmkernels.experiments.statistics import half_width, mean_and_std, paired_difference
@@ -32,6 +32,16 @@ def test_curves_are_where_there_are_values():
 def test_plots_are_png(tmp_path, runs):
     plot_curves(tmp_path / "plot.png", {"A": "a", "B": "b"}, runs, title="t")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_say_what_is_seen(tmp_path):
+    """Each method has one colour in all panels, both axes have names, and the words give the figures."""
+    runs = {"ours": [[{"step": 1, "a": 0.25}, {"step": 2, "a": 0.75}]], "theirs": [[{"step": 2, "a": 0.5}]]}
+    words = plot_curves(tmp_path / "curves.png", {"Accuracy": "a", "None": "b"}, runs)
+    assert words == "Accuracy: ours from 0.25 to 0.75 at step 2; theirs from 0.5 to 0.5 at step 2."
+    panels = {"β": {"ours": {1.0: [0.5, 0.7], 0.1: [0.2]}}, "γ": {"theirs": {2.0: []}}}
+    words = plot_points(tmp_path / "points.png", panels, xlabel=None, ylabel="MAP@R", log=True)
+    assert words == "β: ours is highest, 0.6, at 1, and 0.2 at 0.1."
 
 
 def test_intervals():

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import data as images
-from ssmkernels.experiments.plots import panels_of, save
+from ssmkernels._plots import PALETTE, new_figure, save, shared_legend
 from ssmkernels.experiments.record import Entry, Plot
 from ssmkernels.experiments.run import Request, Result, Values
 from ssmkernels.experiments.spec import Cell, Table
@@ -41,12 +41,13 @@ def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values:
             row = f"{kind}, most confident {100 * share:.0f} %"
             entries.append(Entry(row, cell.column, "accuracy of the pseudo-labels", "%", "-", (accuracy,), (), (1,)))
             entries.append(Entry(row, cell.column, "distance", "", "-", (distance,), (), (1,)))
-        plot_clouds(request.place(table.name) / "figure2.png", panels)
+        alt = plot_clouds(request.place(table.name) / "figure2.png", panels)
         plots.append(
             Plot(
                 "MLSN, Figure 2",
                 "figure2.png",
                 "Confident pseudo-labels of either kind beside the labelled images, by t-SNE.",
+                alt,
             )
         )
         notes.append(
@@ -82,7 +83,7 @@ def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[floa
     places = tsne(torch.cat([labeled, unlabeled]))
     known, others = places[: len(labeled)], places[len(labeled) :]
     ground: Cloud = (places, "gainsboro", 2.0, "all images")
-    marked: Cloud = (known, "tab:red", 10.0, "labelled")
+    marked: Cloud = (known, PALETTE[1], 10.0, "labelled")
     panels: Panels = {
         f"(a) the {len(labeled)} labelled images": [ground, (known, labels.cpu().numpy(), 14.0, "labelled, by class")],
         "(b) self-training, confident half": [
@@ -92,7 +93,7 @@ def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[floa
         ],
         "(c) similarity, confident half": [
             ground,
-            (others[chosen["similarity"]], "tab:blue", 4.0, "confident"),
+            (others[chosen["similarity"]], PALETTE[0], 4.0, "confident"),
             marked,
         ],
     }
@@ -114,14 +115,14 @@ def separation(table: Table, request: Request, cells: Sequence[Cell], values: Va
         panels[cell.row] = [(tsne(features), labels.cpu().numpy(), 4.0, "test images, by class")]
     if not panels:
         return Result()
-    plot_clouds(request.place(table.name) / "figure3.png", panels)
+    alt = plot_clouds(request.place(table.name) / "figure3.png", panels)
     words = "All labels beside 1000 labels with all weak labels, by t-SNE: the latter is said to be more separable."
     notes = (
         "Averaged weights. The silhouette is that of the true classes by cosine distance: 1 for tight classes far"
         " apart, 0 for touching ones. The paper shows all labels beside 1000 labels with all weak labels, and gives an"
         " error of 5.3 % for the latter."
     )
-    return Result(tuple(entries), (Plot("MLSN, Figure 3", "figure3.png", words),), notes)
+    return Result(tuple(entries), (Plot("MLSN, Figure 3", "figure3.png", words, alt),), notes)
 
 
 def finished(request: Request, cells: Sequence[Cell], values: Values) -> dict[Cell, MLSN]:
@@ -177,13 +178,17 @@ def tsne(features: Tensor) -> np.ndarray:
     )
 
 
-def plot_clouds(path: Path, panels: Panels) -> None:
-    """One panel per entry, its clouds over one another."""
-    figure, axes_of = panels_of(len(panels), width=4.0, height=4.2)
+def plot_clouds(path: Path, panels: Panels) -> str:
+    """One panel per entry, its clouds over one another. Returns what is seen, in words."""
+    figure, axes_of = new_figure(len(panels))
+    sentences = []
     for axes, (title, clouds) in zip(axes_of, panels.items(), strict=True):
-        for places, colour, size, label in clouds:
-            cmap = None if isinstance(colour, str) else "tab10"
-            axes.scatter(places[:, 0], places[:, 1], c=colour, s=size, cmap=cmap, linewidths=0, label=label)
+        for places, shade, size, label in clouds:
+            cmap = None if isinstance(shade, str) else "tab10"
+            axes.scatter(places[:, 0], places[:, 1], c=shade, s=size, cmap=cmap, linewidths=0, label=label)
         axes.set(title=title, xticks=[], yticks=[], xlabel="t-SNE, 1st dimension", ylabel="2nd dimension")
-        axes.legend(fontsize="x-small", loc="lower right")
+        shown = ", ".join(f"{len(places)} points ({label})" for places, _, _, label in clouds)
+        sentences.append(f"{title}: {shown}.")
+    shared_legend(figure)
     save(figure, path)
+    return " ".join(sentences)

@@ -202,8 +202,8 @@ def _plotted(path: Path, title: str, words: str, panels: Points, labels: Mapping
     panels = {panel: lines for panel, lines in panels.items() if lines}
     if not panels:
         return Result()
-    plot_points(path, panels, **labels)
-    return Result(plots=(Plot(title, path.name, words),))
+    alt = plot_points(path, panels, **labels)
+    return Result(plots=(Plot(title, path.name, words, alt),))
 
 
 BETAS, SCALES = (0.01, 0.1, 1.0, 3.0, 10.0), (1.0, 4.0, 16.0, 64.0, 128.0)

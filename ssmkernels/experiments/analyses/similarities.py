@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ssmkernels import data as images
 from ssmkernels import metrics
+from ssmkernels._plots import colour, label_axes, new_figure, save, shared_legend
 from ssmkernels.experiments.jobs import Job, training_name
-from ssmkernels.experiments.plots import panels_of, save
 from ssmkernels.experiments.record import Plot
 from ssmkernels.experiments.run import Cells, Request, Result, Values, configure, training_cells
 from ssmkernels.experiments.spec import Cell, Figure, Table
@@ -146,11 +146,10 @@ def histograms(table: Table, request: Request, cells: Sequence[Cell], values: Va
     for (cell, _), outcome in values.items():
         if outcome.finished and cell.column not in plots:
             file = f"similarities_{re.sub(r'[^a-z0-9]+', '_', cell.column.lower()).strip('_')}.png"
-            plot_similarities(
-                request.place(table.name) / file, read_stages(request.jobs / outcome.name), title=cell.column
-            )
+            stages = read_stages(request.jobs / outcome.name)
+            alt = plot_similarities(request.place(table.name) / file, stages, title=cell.column)
             words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
-            plots[cell.column] = Plot(f"{cell.column}: similarities", file, words)
+            plots[cell.column] = Plot(f"{cell.column}: similarities", file, words, alt)
     return Result(plots=tuple(plots.values()))
 
 
@@ -224,18 +223,19 @@ def pair_similarities(trainer: Slade) -> Similarities:
     )
 
 
-def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: str) -> None:
-    """A panel for each stage with the two histograms, and their means as dashed lines."""
-    figure, axes_of = panels_of(len(stages), width=4.2, sharey=True)
+def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: str) -> str:
+    """A panel for each stage with two histograms, their means as dashed lines. Returns what is seen, in words."""
+    figure, axes_of = new_figure(len(stages), title=title, sharey=True)
+    sentences = []
     for axes, (stage, pairs) in zip(axes_of, stages.items(), strict=True):
-        for name, values, colour in (
-            ("positive pairs", pairs.positives, "tab:blue"),
-            ("negative pairs", pairs.negatives, "tab:red"),
+        for number, (name, values) in enumerate(
+            (("positive pairs", pairs.positives), ("negative pairs", pairs.negatives))
         ):
-            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour, label=name)
-            axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
-        axes.set(title=stage, xlabel="$s_{ij}$", xticks=(-1, -0.5, 0, 0.5, 1))
-        axes.legend(fontsize="small")
-    axes_of[0].set_ylabel("density")
-    figure.suptitle(title)
+            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour(number), label=name)
+            axes.axvline(values.mean(), color=colour(number), linestyle="--", linewidth=1.2)
+        label_axes(axes, title=stage, xlabel="$s_{ij}$", ylabel="density", xticks=(-1, -0.5, 0, 0.5, 1))
+        means = f"{pairs.positives.mean():.2f} and {pairs.negatives.mean():.2f}"
+        sentences.append(f"{stage}: the means of positive and negative pairs are {means}.")
+    shared_legend(figure)
     save(figure, path)
+    return " ".join(sentences)
