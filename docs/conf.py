@@ -97,3 +97,10 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", restore, priority=600)
     app.connect("source-read", tables_of_measurements)
     app.connect("autodoc-process-signature", readable_defaults)
+
+
+# The types of settings (trainers/settings.py) hold the range and the function that checks it, which are no names.
+nitpick_ignore_regex = [
+    *globals().get("nitpick_ignore_regex", []),
+    ("py:.*", r"(?s).*(Annotated|Allowed|holds=|words=).*"),
+]
