@@ -102,5 +102,5 @@ def setup(app: Any) -> None:
 # The types of settings (trainers/settings.py) hold the range and the function that checks it, which are no names.
 nitpick_ignore_regex = [
     *globals().get("nitpick_ignore_regex", []),
-    ("py:.*", r"(?s).*(Annotated|Allowed|holds=|words=).*"),
+    ("py:.*", r"(?s).*(Annotated|Literal|Allowed|holds=|words=|\[|\x27).*"),
 ]
