@@ -64,6 +64,8 @@ def plain_names(app: Any, env: Any, node: Any, contnode: Any) -> Any:
     if node.get("refdomain") != "py":
         return None
     target = node["reftarget"]
+    if not re.fullmatch(r"[\w.]+", target):  # a type with parameters, which is an expression and no name
+        return contnode
     scopes = [name for name in sys.modules if name.split(".")[0] == project]
     if node.get("py:module") and node.get("py:class"):
         scopes.append(f"{node['py:module']}.{node['py:class']}")
@@ -97,10 +99,3 @@ def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", restore, priority=600)
     app.connect("source-read", tables_of_measurements)
     app.connect("autodoc-process-signature", readable_defaults)
-
-
-# The types of settings (trainers/settings.py) hold the range and the function that checks it, which are no names.
-nitpick_ignore_regex = [
-    *globals().get("nitpick_ignore_regex", []),
-    ("py:.*", r"(?s).*(Annotated|Literal|Allowed|holds=|words=|\[|\x27).*"),
-]

@@ -14,6 +14,10 @@ class Allowed(NamedTuple):
     words: str
     holds: Callable[[Any], bool]
 
+    def __repr__(self) -> str:
+        """The words, which the reference of the configurations shows."""
+        return repr(self.words)
+
 
 # A NaN fulfils none of them.
 Count = Annotated[int, Allowed("at least 1", lambda value: value >= 1)]
