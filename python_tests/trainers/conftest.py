@@ -29,18 +29,22 @@ def digits():
 
 
 @pytest.fixture
-def make_config():
+def make_run():
+    """The settings of a run that takes seconds: make_run(out=...)."""
+
+    def make(**settings):
+        small = {"log_every": 2, "eval_every": 4, "checkpoint_every": 100, "accelerator": "cpu", "bar": False}
+        return RunConfig(**{**small, **settings})
+
+    return make
+
+
+@pytest.fixture
+def make_config(make_run):
     """A configuration that takes seconds: make_config(steps=4, run={"out": ...}, data={...})."""
 
     def make(**settings):
-        run = {
-            "log_every": 2,
-            "eval_every": 4,
-            "checkpoint_every": 100,
-            "accelerator": "cpu",
-            "bar": False,
-            **settings.pop("run", {}),
-        }
+        run = make_run(**settings.pop("run", {}))
         images = {"name": "digits", "labels": 20, **settings.pop("data", {})}
         small = {
             "model": "wrn-10-1",
@@ -50,7 +54,7 @@ def make_config():
             "first_epoch_steps": 2,
             "projection_dim": 16,
         }
-        return SimMatchConfig(data=DataConfig(**images), run=RunConfig(**run), **{**small, **settings})
+        return SimMatchConfig(data=DataConfig(**images), run=run, **{**small, **settings})
 
     return make
 

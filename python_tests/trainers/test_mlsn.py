@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmkernels import data, reference
 from ssmkernels.nn import SimilarityNetwork, sample_pairs
-from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RampConfig, RunConfig, train_mlsn
+from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RampConfig, train_mlsn
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import config_names, main, parse_config
 from ssmkernels.trainers.loop import make_fabric
@@ -60,19 +60,12 @@ def make_batch(seed=0):
 
 
 @pytest.fixture
-def make_mlsn_config():
+def make_mlsn_config(make_run):
     def make(**settings):
-        run = {
-            "log_every": 2,
-            "eval_every": 4,
-            "checkpoint_every": 100,
-            "accelerator": "cpu",
-            "bar": False,
-            **settings.pop("run", {}),
-        }
+        run = make_run(**settings.pop("run", {}))
         images = {"name": "digits", "labels": 20, **settings.pop("data", {})}
         small = {"model": "wrn-10-1", "batch_size": BATCH, "pairs": 32, "hidden_features": 12, "steps": 8}
-        return MLSNConfig(data=DataConfig(**images), run=RunConfig(**run), **{**small, **settings})
+        return MLSNConfig(data=DataConfig(**images), run=run, **{**small, **settings})
 
     return make
 

@@ -5,7 +5,7 @@ What no processor changes is compared bit by bit: the batches (indices, views, l
 metrics, the number of steps; learning rates to a rounding of the cosine. Losses are compared to float32: the first is
 one forward pass from the seed's weights, the second follows one optimiser step.
 
-    python python_tests/trainers/test_same_bits.py    # writes the records anew
+    python python_tests/trainers/test_recorded_runs.py    # writes the records anew
 """
 
 import hashlib
