@@ -14,7 +14,13 @@ import pytest
 FOLDERS = ("ssmkernels", "python_tests", "bench", "csrc", "docs", "examples")
 AT_THE_ROOT = ("*.py", "*.md", "*.toml", "*.in", "*.json", "*.txt", "Makefile", ".ci/*", ".clang-format", ".*.yaml")
 SUFFIXES = {".py", ".cpp", ".h", ".cuh", ".cu", ".cmake", ".txt", ".yaml", ".toml", ".md", ".in", ".j2", ".css"}
-WRITTEN_BY_PROGRAMS = ("docs/results/runs/", "docs/_build/", "bench/results/", "CMakeUserPresets.json")
+WRITTEN_BY_PROGRAMS = (
+    "docs/results/runs/",
+    "docs/results/report.",
+    "docs/_build/",
+    "bench/results/",
+    "CMakeUserPresets.json",
+)
 LONGEST_LINE = 120
 
 PHRASES = (
@@ -35,16 +41,6 @@ NAMES_TO_COME = (
     "ssmkernels/trainers/",
     "python_tests/experiments/",
     "python_tests/trainers/",
-)
-PHRASES_TO_COME = ("docs/", "README.md")
-LINES_TO_COME = (
-    "docs/",
-    "README.md",
-    "CHANGELOG.md",
-    "CMakeLists.txt",
-    "csrc/",
-    ".ci/run",
-    "ssmkernels/experiments/papers/",
 )
 
 
@@ -124,11 +120,11 @@ def test_names_of_cpp_are_no_metaphors(source_tree):
 
 def test_phrases_are_plain(source_tree):
     lists = ("python_tests/test_words.py", "CONTRIBUTING.md")
-    refuse(source_tree, lambda name, text: phrases(text), (*lists, *PHRASES_TO_COME))
+    refuse(source_tree, lambda name, text: phrases(text), lists)
 
 
 def test_lines_are_short(source_tree):
-    refuse(source_tree, too_long, LINES_TO_COME, tuple(SUFFIXES - {".py"} | {"Makefile", ".ci/run", ".json"}))
+    refuse(source_tree, too_long, (), tuple(SUFFIXES - {".py"} | {"Makefile", ".ci/run", ".json"}))
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
                 f"{where} "
                 + (f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown")
             )
-        return kind(**{name: _build(hints[name], each, f"{name} of {where}") for name, each in given.items()})  # type: ignore[operator]
+        values = {name: _build(hints[name], value, f"{name} of {where}") for name, value in given.items()}
+        return kind(**values)  # type: ignore[operator]
     if get_origin(kind) is tuple:
         return tuple(
             _build(get_args(kind)[0], each, f"{where}[{i}]") for i, each in enumerate(_checked(value, list, where))

@@ -120,4 +120,5 @@ def _held_out(images: data.ImageDataset) -> tuple[data.ImageDataset, data.ImageD
     count = max(images.num_classes, round(HELD_OUT * len(labels)))
     held = data.split_labels(labels, count, seed=0, proportional=True)
     kept = np.setdiff1d(np.arange(len(labels)), held)
-    return tuple(data.ImageSubset(images, index, labels[index], images.num_classes) for index in (kept, held))  # type: ignore[return-value]
+    subsets = [data.ImageSubset(images, index, labels[index], images.num_classes) for index in (kept, held)]
+    return subsets[0], subsets[1]

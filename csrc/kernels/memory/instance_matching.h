@@ -36,8 +36,7 @@ struct InstanceMatching {
 template <class Real>
 struct InstanceMatchingPartial {
   Real* log_weak;      // [B]     log Σ_j e^{w_j}
-  Real* log_target;    // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, and then q̂ below
-                       // is q^w
+  Real* log_target;    // [B]     log Σ_j e^{w_j} p^w[y_j]; −inf where p^w is zero on every class here, then q̂ is q^w
   Real* log_strong;    // [B]     log Σ_j e^{s_j}
   Real* aggregated;    // [B, L]  q_agg
   Real* target_logit;  // [B]     Σ_j q̂_j s_j
