@@ -10,6 +10,7 @@ from ssmkernels.data.augment import default_transforms, to_tensor
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
 from ssmkernels.data.folds import halves, split_folds
 from ssmkernels.data.images import ArrayImages, FileImages, ImageDataset, ImageSplits
+from ssmkernels.data.label_lists import labels_text, read_labels
 from ssmkernels.data.multi_crop import CropViews, MultiCropBatch, MultiCropBatches, crop_views
 from ssmkernels.data.pk import PKBatches
 from ssmkernels.data.readers import DATASETS, load_dataset
@@ -58,8 +59,10 @@ __all__ = [
     "first_images",
     "generator",
     "halves",
+    "labels_text",
     "load_collection",
     "load_dataset",
+    "read_labels",
     "retrieval_views",
     "split_classes",
     "split_folds",

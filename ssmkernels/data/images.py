@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -70,8 +70,26 @@ class FileImages:
         return len(self._paths)
 
     def image(self, index: int) -> Image.Image:
-        with Image.open(os.fsdecode(self._paths[index])) as image:
+        with Image.open(self.path(index)) as image:
             return image.convert("RGB")
+
+    def path(self, index: int) -> str:
+        return os.fsdecode(self._paths[index])
+
+    def names(self, index: np.ndarray) -> list[str]:
+        """Paths of some images from the folder that all N are in."""
+        files = self._paths.tolist()
+        folder = os.path.commonpath([os.path.dirname(path) for path in (min(files), max(files))])
+        return [os.fsdecode(os.path.relpath(files[place], folder or b".")) for place in index]
+
+    def by_base_name(self, wanted: Collection[str]) -> dict[str, list[int]]:
+        """The images whose files have one of some names, their folders left out."""
+        numbers: dict[str, list[int]] = {}
+        for number, path in enumerate(self._paths.tolist()):
+            name = os.fsdecode(path.rpartition(b"/")[2])
+            if name in wanted:
+                numbers.setdefault(name, []).append(number)
+        return numbers
 
 
 @dataclass(frozen=True)

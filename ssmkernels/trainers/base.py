@@ -71,6 +71,10 @@ class Trainer(ABC):
         """What is reported of the means of the metrics since the last report."""
         return means
 
+    def labels_text(self) -> str | None:
+        """The labelled images as ``labels.txt`` has them, see :func:`ssmkernels.data.labels_text`; None for none."""
+        return None
+
     def run(
         self, *, resume: bool = False, epoch_ends: Container[int] | None = None, best: str | None = None
     ) -> RunResult:

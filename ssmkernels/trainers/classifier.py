@@ -33,6 +33,10 @@ class DataConfig(Settings):
     """Number of labelled images, equally many of each class."""
     proportional: bool = False
     """Draw them in proportion to the sizes of the classes instead."""
+    labels_file: str | None = None
+    """List of the labelled images in one of the published forms, see :func:`ssmkernels.data.read_labels`, instead of
+    a draw by the seed; ``labels`` and ``proportional`` then have no effect.
+    """
     labels_in_unlabeled: bool = True
     """Whether the labelled images are also among the unlabelled ones."""
 
@@ -50,9 +54,12 @@ class ClassifierTrainer(Trainer):
         super().__init__(config, fabric)
         self.splits, self.steps = splits, config.steps
         self.transforms = data.default_transforms(splits)
-        self.labeled_index = data.split_labels(
-            splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
-        )
+        if config.data.labels_file is not None:
+            self.labeled_index = data.read_labels(config.data.labels_file, splits.train, splits.class_names)
+        else:
+            self.labeled_index = data.split_labels(
+                splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
+            )
 
     def set_up(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         config = self.config
@@ -80,6 +87,9 @@ class ClassifierTrainer(Trainer):
             **self.ranks,
         )
         return self.loader(batches)
+
+    def labels_text(self) -> str:
+        return data.labels_text(self.labeled_index, self.splits.train, self.splits.class_names)
 
     def accuracies(self, ks: tuple[int, ...] = (1,)) -> dict[str, list[float]]:
         """Top-k accuracies on the test images of the student and of its average, "ema"."""

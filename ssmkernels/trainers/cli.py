@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from ssmkernels._names import unknown
+from ssmkernels.trainers.classifier import DataConfig
 from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.mlsn import MLSNConfig, train_mlsn
@@ -51,14 +52,14 @@ METHODS = {
         "Mean Teacher with a similarity network (2020)",
         MLSNConfig,
         train_mlsn,
-        lambda config: f"{config.data.name}-{config.data.labels}",
+        lambda config: f"{config.data.name}-{_labels_name(config.data)}",
         ("ema_error", "student_error"),
     ),
     "simmatch": Method(
         "SimMatch; FixMatch and supervised training are settings of it (CVPR 2022)",
         SimMatchConfig,
         train_simmatch,
-        lambda config: f"{config.data.name}-{config.data.labels}",
+        lambda config: f"{config.data.name}-{_labels_name(config.data)}",
         ("ema_accuracy", "student_accuracy"),
     ),
     "slade": Method(
@@ -77,6 +78,10 @@ METHODS = {
         ("test_MAP@R", "test_RP", "test_P@1"),
     ),
 }
+
+
+def _labels_name(images: DataConfig) -> str:
+    return str(images.labels) if images.labels_file is None else Path(images.labels_file).stem
 
 
 def config_names(method: str) -> list[str]:

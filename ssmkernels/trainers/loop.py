@@ -39,6 +39,8 @@ except ImportError:  # the same code inside the one big package
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
+MAY_DIFFER = ("run", "data.root", "data.unlabeled_root", "data.labels_file")
+"""Settings in which a resumed run may differ from its checkpoint; the labelled images are compared by labels.txt."""
 EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of its own
 
 
@@ -51,7 +53,7 @@ class RunConfig(Settings):
     section: ClassVar[str] = "run."
 
     out: str | None = None
-    """Folder of checkpoint.pt, metrics.jsonl and tensorboard/; without one nothing is written."""
+    """Folder of checkpoint.pt, labels.txt, metrics.jsonl and tensorboard/; without one nothing is written."""
     log_every: Count = 10
     """Steps between reads of the losses."""
     eval_every: Count | None = None
@@ -134,7 +136,8 @@ def fit(
 
     Args:
         config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but
-            for the group ``run`` and the place of the data (``data.root``).
+            for the group ``run`` and the places of the data (``data.root``) and of the list of labelled images, whose
+            content has to be that of ``run.out``/labels.txt.
         resume: continue from the checkpoint in ``run.out``, if there is one. Without it, a folder with a checkpoint is
             refused.
         epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th.
@@ -151,7 +154,8 @@ def fit(
         if not resume:
             raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
         state = load_checkpoint(path)
-        check_same_config(state["config"], config, ignore=("run", "data.root", "data.unlabeled_root"), path=path)
+        check_same_config(state["config"], config, ignore=MAY_DIFFER, path=path)
+        _check_same_labels(path.with_name("labels.txt"), trainer.labels_text())
         trainer.load_state_dict(state["trainer"])
         fabric.strategy.precision.load_state_dict(state["precision"])
         done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
@@ -160,6 +164,9 @@ def fit(
         return done
     if path is not None and fabric.is_global_zero:
         _make_folder(path.parent)
+        labels = trainer.labels_text()
+        if labels is not None:
+            path.with_name("labels.txt").write_text(labels, encoding="utf-8")
     fabric.barrier()
     ends = range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends
 
@@ -213,6 +220,14 @@ def fit(
             if stopping or done.finished:
                 break
     return done
+
+
+def _check_same_labels(path: Path, labels: str | None) -> None:
+    if labels is not None and path.exists() and path.read_text(encoding="utf-8") != labels:
+        raise ValueError(
+            f"{path} has other labelled images than this run would have; give it as --data.labels_file, or another"
+            " folder with --run.out"
+        )
 
 
 def _make_folder(path: Path) -> None:

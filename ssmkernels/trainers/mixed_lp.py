@@ -58,6 +58,10 @@ class CollectionConfig(Settings):
     """Images taken of each class, its first ones; none for all."""
     labels_per_class: Count = 5
     """Labelled images of each training class."""
+    labels_file: str | None = None
+    """List of the labelled images in one of the published forms, see :func:`ssmkernels.data.read_labels`, all of
+    training classes, instead of a draw by the seed; ``labels_per_class`` then has no effect.
+    """
     fractions: tuple[float, float, float] = (0.4, 0.2, 0.4)
     """Of the classes to train, validate and test on."""
 
@@ -161,9 +165,12 @@ class MixedLP(Trainer):
         count, classes = len(self.train), self.train.num_classes
         if config.pseudo_labels != "none" and config.k >= count:
             raise ValueError(f"k is {config.k}; it should be below {count}, the number of training images")
-        self.labeled_index = data.split_labels(
-            self.train.labels, config.data.labels_per_class * classes, seed=config.seed
-        )
+        if config.data.labels_file is not None:
+            self.labeled_index = data.read_labels(config.data.labels_file, self.train.images, self.train.class_names)
+        else:
+            self.labeled_index = data.split_labels(
+                self.train.labels, config.data.labels_per_class * classes, seed=config.seed
+            )
         self.labeled_epoch_steps = math.ceil(len(self.labeled_index) / config.batch_size)
         self.epoch_steps = math.ceil(count / config.batch_size)
         self.labeled_steps = config.labeled_epochs * self.labeled_epoch_steps
@@ -295,6 +302,9 @@ class MixedLP(Trainer):
                     **self.ranks,
                 )
                 yield from self.loader(batches)
+
+    def labels_text(self) -> str:
+        return data.labels_text(self.labeled_index, self.train.images, self.train.class_names)
 
     def parts(self) -> dict[str, Any]:
         return {"model": self.network, "proxies": self.proxies, "optimizer": self.optimizer}

@@ -35,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,6 +130,10 @@ class Slade(Trainer):
 
     def parts(self) -> dict[str, Any]:
         return {"model": self.model, "basis": self.basis, "similarity": self.similarity, "optimizer": self.optimizer}
+
+    def labels_text(self) -> str:
+        labeled = self.images.labeled
+        return data.labels_text(np.arange(len(labeled)), labeled.images, labeled.class_names)
 
     @property
     def unlabeled(self) -> data.ImageCollection:
