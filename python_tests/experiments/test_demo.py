@@ -13,7 +13,7 @@ TABLES = read_tables("Demo", "demo")
 def test_demo_leaves_records_and_their_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SEEDS", {"demo-simmatch": 1})
     monkeypatch.setattr(demo, "OP_SECONDS", 0.1)
-    assert demo.main(["--out", str(tmp_path), "--budget-minutes", "0.1"]) == 0
+    assert demo.main(["--out", str(tmp_path), "--share", "0.03"]) == 0
     printed, report = capsys.readouterr().out, (tmp_path / "report.md").read_text()
     assert report in printed and (tmp_path / "report.html").exists()
     for words in (
@@ -27,6 +27,25 @@ def test_demo_leaves_records_and_their_report(tmp_path, capsys, monkeypatch):
         assert words in report
     (folder,) = tmp_path.glob("demo-simmatch-short*")
     assert all(len(entry.values) == 1 for entry in read_record(folder).entries)
+
+
+@pytest.mark.parametrize(("share", "steps", "seeds"), [("0.01", 40, 1), ("0.5", 250, 2), ("1", 500, 3), ("2", 1000, 3)])
+def test_share_is_of_steps_and_seeds(tmp_path, monkeypatch, share, steps, seeds):
+    requests = {}
+    monkeypatch.setattr(demo, "run_table", lambda table, request: requests.update({table.name: request}))
+    monkeypatch.setattr(demo, "write_report", lambda *_: (tmp_path / "report.md").write_text(""))
+    monkeypatch.setattr(demo, "op_section", lambda: "")
+    assert demo.main(["--out", str(tmp_path), "--share", share]) == 0
+    settings = requests["demo-simmatch"].settings
+    assert settings[settings.index("--steps") + 1] == str(steps)
+    assert requests["demo-simmatch"].seeds == tuple(range(1, seeds + 1))
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "nan", "inf"])
+def test_a_share_that_is_none_is_refused(tmp_path, capsys, share):
+    with pytest.raises(SystemExit):
+        demo.main(["--out", str(tmp_path), "--share", share])
+    assert "--share is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", TABLES)

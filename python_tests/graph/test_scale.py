@@ -73,6 +73,7 @@ def exact_scores(graph, labels):
         return (inverse * rhs).tolist()
 
 
+@pytest.mark.arithmetic
 @DTYPES
 @pytest.mark.parametrize("name", GRAPHS)
 def test_labels_are_those_of_the_exact_solution(name, dtype):

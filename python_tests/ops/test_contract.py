@@ -64,6 +64,7 @@ def test_empty(case, device):
         assert not any(value.any() for name, value in results.items() if name.startswith("grad "))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @REAL
 @EVERY
@@ -184,6 +185,7 @@ def test_nan_in_nan_out(case, device):
 FACTORS = {torch.float32: (1e-40, 1e-30, 1e30), torch.float64: (1e-310, 1e-300, 1e-150, 1e150, 1e300)}
 
 
+@pytest.mark.arithmetic
 @pytest.mark.filterwarnings("ignore:.*did not converge")  # where weights of 1e30 hide a diagonal of 1 from a float32
 @REAL
 @EVERY

@@ -77,6 +77,7 @@ class Problem:
         return out.detach(), *torch.autograd.grad(out, given, self.grad_matrix.to(out.dtype))
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("preconditioner", ["jacobi", "none"])
 @pytest.mark.parametrize("with_dissimilarity", [False, True])
 @pytest.mark.parametrize("rtol", [1e-3, 1e-6, 1e-10])

@@ -93,6 +93,7 @@ def exact_labels(crow, col, weight, diagonal, rhs):
     return torch.tensor([int(value > 0) for value in x])
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 @pytest.mark.parametrize("name", GRAPHS)
@@ -105,6 +106,7 @@ def test_labels_at_any_scale_of_the_weights(name, scale, dtype):
     assert deviation.argmax(dim=1).tolist() == exact_labels(crow, col, weight, diagonal, rhs).tolist()
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", REAL, ids=str)
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e-3, 1.0])
 def test_labels_of_real_points(scale, dtype):
@@ -130,6 +132,7 @@ def small_problem(dtype, columns=3):
     return crow, col, weight, diagonal, torch.randn(12, columns, generator=draw, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     ("dtype", "matrix", "size"),
     [
@@ -236,6 +239,7 @@ def nearly_separate_clusters(nodes, classes, neighbours):
     return crow, col, matrix.values(), diagonal, rhs
 
 
+@pytest.mark.arithmetic
 def test_float32_reaches_its_tolerance_on_nearly_separate_clusters():
     crow, col, *given = nearly_separate_clusters(10_000, 100, 16)
     with warnings.catch_warnings():

@@ -173,6 +173,7 @@ def test_pairs_out_of_range_are_never_followed(device):
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("listed", [None, 300], ids=["all", "listed"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])

@@ -210,6 +210,7 @@ def test_nan_at_every_margin(device):
 MARGINS = [(0.0, 0.5), (0.3, 1.4), (-0.2, 0.1), (1.0, 0.2), (0.0, 10.0), (2.5, 0.0)]
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("margins", MARGINS, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_margins(margins, reduction, device):
