@@ -16,7 +16,6 @@
 #include <unistd.h>
 
 #include <cmath>
-#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -82,8 +81,12 @@ struct Copy {
   int bytes;  // 16, or 0 for zeros
 };
 
+// Where a fiber, or their scheduler, goes on: of __builtin_setjmp, which stores three words where setjmp takes a
+// hundred instructions; switches are most of what the emulator does.
+using Place = void* [5];
+
 struct Thread {
-  jmp_buf here;
+  Place here;
   ucontext_t start;
   bool started = false;
   State state = State::done;
@@ -130,7 +133,7 @@ inline void poison(void* memory, size_t bytes) {
 struct Machine {
   std::vector<Block*> blocks;  // more than one in a cooperative launch only
   Block* block = nullptr;      // the one that runs
-  jmp_buf scheduler;
+  Place scheduler;
   int current = 0;  // thread
   std::function<void()> body;
   const void* kernel = nullptr;
@@ -151,8 +154,8 @@ inline Thread& this_thread() {
 }
 
 // A variable in static shared memory.
-template <class T, class Place>
-T& static_shared(Place) {
+template <class T, class Declaration>
+T& static_shared(Declaration) {
   static const int number = machine().variables++;
   Block& block = *machine().block;
   if (block.variables.size() <= static_cast<size_t>(number)) block.variables.resize(number + 1);
@@ -181,11 +184,11 @@ inline bool is_shared(const void* at, size_t bytes) {
   return within(block.shared, block.shared_bytes) || within(block.static_shared, block.static_end);
 }
 
-inline void pause(State state, const char* at) {
+[[gnu::noinline]] inline void pause(State state, const char* at) {
   Thread& me = this_thread();
   me.state = state;
   me.at = at;
-  if (!_setjmp(me.here)) _longjmp(machine().scheduler, 1);
+  if (!__builtin_setjmp(me.here)) __builtin_longjmp(machine().scheduler, 1);
 }
 
 inline void fiber_main() {
@@ -195,14 +198,14 @@ inline void fiber_main() {
   }
 }
 
-inline void resume(int thread) {
+[[gnu::noinline]] inline void resume(int thread) {
   Machine& m = machine();
   Thread& t = m.block->threads[thread];
   m.current = thread;
   threadIdx = dim3(thread);
   threadIdx.y = threadIdx.z = 0;
-  if (_setjmp(m.scheduler)) return;
-  if (t.started) _longjmp(t.here, 1);
+  if (__builtin_setjmp(m.scheduler)) return;
+  if (t.started) __builtin_longjmp(t.here, 1);
   t.started = true;
   getcontext(&t.start);
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -227,7 +230,8 @@ inline void run_warp(int warp, int lanes, bool down) {
     if (waiting == 0) return;
     if (waiting != lanes) fail("a warp's lanes do not meet");
     for (int lane = 0; lane < lanes; ++lane) {
-      if (std::strcmp(threads[lane].at, threads[0].at) != 0) fail("a warp's lanes meet at different instructions");
+      if (threads[lane].at != threads[0].at && std::strcmp(threads[lane].at, threads[0].at) != 0)
+        fail("a warp's lanes meet at different instructions");
       threads[lane].state = State::ready;
     }
   }
@@ -345,17 +349,27 @@ inline void run_cooperative_grid(unsigned blocks, int threads, size_t shared_byt
   }
 }
 
-// Each lane shows `mine` and gets what all show.
+// What each lane of a warp showed at an instruction, until the lane comes to its second exchange after that.
 template <class T>
-const T* exchange(const T& mine, const char* instruction, T (&all)[32]) {
+struct Shown {
+  const Exchange& buffer;
+  T operator[](int lane) const {
+    T value;
+    std::memcpy(&value, buffer.bytes[lane], sizeof(T));
+    return value;
+  }
+};
+
+// Each lane shows `mine` and sees what all show.
+template <class T>
+Shown<T> exchange(const T& mine, const char* instruction) {
   static_assert(sizeof(T) <= sizeof(Exchange::bytes[0]));
   const int warp = machine().current / 32, lane = machine().current % 32;
   Exchange& buffer = machine().block->exchanges[warp][this_thread().turn];
   this_thread().turn ^= 1;
   std::memcpy(buffer.bytes[lane], &mine, sizeof(T));
   pause(State::at_warp, instruction);
-  for (int i = 0; i < 32; ++i) std::memcpy(&all[i], buffer.bytes[i], sizeof(T));
-  return all;
+  return {buffer};
 }
 
 }  // namespace emulator
@@ -368,23 +382,19 @@ inline void __syncwarp(unsigned = 0xffffffffu) {
 }
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
-  T all[32];
-  return emulator::exchange(x, "__shfl_sync", all)[lane & 31];
+  return emulator::exchange(x, "__shfl_sync")[lane & 31];
 }
 template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
-  T all[32];
-  return emulator::exchange(x, "__shfl_xor_sync", all)[(threadIdx.x % 32) ^ mask];
+  return emulator::exchange(x, "__shfl_xor_sync")[(threadIdx.x % 32) ^ mask];
 }
 template <class T>
 T __shfl_up_sync(unsigned, T x, int delta) {
-  T all[32];
   const int lane = threadIdx.x % 32;
-  return emulator::exchange(x, "__shfl_up_sync", all)[lane >= delta ? lane - delta : lane];
+  return emulator::exchange(x, "__shfl_up_sync")[lane >= delta ? lane - delta : lane];
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
-  int all[32];
-  emulator::exchange(predicate, "__ballot_sync", all);
+  const auto all = emulator::exchange(predicate, "__ballot_sync");
   unsigned bits = 0;
   for (int i = 0; i < 32; ++i) bits |= unsigned{all[i] != 0} << i;
   return bits;

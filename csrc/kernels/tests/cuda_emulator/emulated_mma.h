@@ -46,15 +46,13 @@ inline void check_matrix_row(const void* row) {
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   check_matrix_row(row);
-  const unsigned char* rows[32];
-  emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix", rows);
+  const auto rows = emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix");
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) std::memcpy(&to[i], rows[8 * i + lane / 4] + lane % 4 * 4, 4);
 }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   check_matrix_row(row);
-  const unsigned char* rows[32];
-  emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix.trans", rows);
+  const auto rows = emulator::exchange(static_cast<const unsigned char*>(row), "ldmatrix.trans");
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     uint16_t pair[2];
@@ -74,10 +72,10 @@ template <class Storage>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
     float a[8], b[4];
-  } mine, all[32];
+  } mine;
   for (int i = 0; i < 8; ++i) mine.a[i] = half_value<Storage>(static_cast<uint16_t>(a[i / 2] >> 16 * (i % 2)));
   for (int i = 0; i < 4; ++i) mine.b[i] = half_value<Storage>(static_cast<uint16_t>((i < 2 ? b0 : b1) >> 16 * (i % 2)));
-  emulator::exchange(mine, std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16", all);
+  const auto all = emulator::exchange(mine, std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16");
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
@@ -93,13 +91,13 @@ template <>
 inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
     float a[4], b[2];
-  } mine, all[32];
+  } mine;
   for (uint32_t bits : {a[0], a[1], a[2], a[3], b0, b1})
     if (bits & 0x1fff) emulator::fail("an operand is not tf32");
   for (int i = 0; i < 4; ++i) mine.a[i] = __uint_as_float(a[i]);
   mine.b[0] = __uint_as_float(b0);
   mine.b[1] = __uint_as_float(b1);
-  emulator::exchange(mine, "mma.tf32", all);
+  const auto all = emulator::exchange(mine, "mma.tf32");
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
