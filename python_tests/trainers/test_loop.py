@@ -31,6 +31,9 @@ class Countdown:
     def scalars(self, means):
         return means
 
+    def labels_text(self):
+        return None
+
     def evaluate(self):
         return {"value": float(self.value)}
 
