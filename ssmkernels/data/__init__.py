@@ -5,8 +5,9 @@ Nothing here keeps the state of a random generator: every draw is a function of 
 resumes at any step, with any number of loading processes and ranks, on the same bits.
 """
 
-from ssmkernels.data import augment
+from ssmkernels.data import augment, batched_augment
 from ssmkernels.data.augment import default_transforms, to_tensor
+from ssmkernels.data.batched_augment import batch_transforms
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
 from ssmkernels.data.folds import halves, split_folds
 from ssmkernels.data.images import ArrayImages, FileImages, ImageDataset, ImageSplits
@@ -52,6 +53,8 @@ __all__ = [
     "Stream",
     "TrainBatches",
     "augment",
+    "batch_transforms",
+    "batched_augment",
     "class_subset",
     "crop_views",
     "default_transforms",

@@ -5,9 +5,9 @@ learning uses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -17,8 +17,10 @@ Colour = tuple[int, int, int]
 
 def grey_or_rgb(image: Image.Image, colour: Colour) -> int | Colour:
     """``colour`` in the mode of ``image``: itself for RGB, its luminance (ITU-R 601) for L."""
-    if image.mode == "RGB":
-        return colour
+    return colour if image.mode == "RGB" else grey_level(colour)
+
+
+def grey_level(colour: Colour) -> int:
     return round(0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2])
 
 
@@ -52,7 +54,7 @@ OPS: dict[str, Callable[[Image.Image, float, Colour], Image.Image]] = {
     "Posterize": lambda image, m, fill: ImageOps.posterize(image, round(m)),
 }
 _NAMES = tuple(OPS)
-_SIGNED = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
+SIGNED = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
 _ENHANCE = ("Color", "Contrast", "Brightness", "Sharpness")
 
 
@@ -64,7 +66,7 @@ class Variant:
         num_ops: ops of an image, drawn with replacement.
         probability: of applying each of them.
         levels: u is uniform on 1/levels … (levels − 1)/levels; without, on [0, 1).
-        magnitudes: of the ops that have one, from u.
+        magnitudes: of the ops that have one, from u, a number or an array.
         fill: what geometric ops bring in from outside.
         cutout: side of the square cut out, as a share of the image's.
         cutout_uniform: draw the share from [0, cutout) instead.
@@ -74,7 +76,7 @@ class Variant:
     num_ops: int
     probability: float
     levels: int | None
-    magnitudes: Mapping[str, Callable[[float], float]]
+    magnitudes: Mapping[str, Callable[[Any], Any]]
     fill: Colour
     cutout: float
     cutout_uniform: bool
@@ -92,8 +94,8 @@ VARIANTS = {
             **dict.fromkeys(("ShearX", "ShearY"), lambda u: 0.3 * u),
             **dict.fromkeys(("TranslateX", "TranslateY"), lambda u: 10 / 32 * u),
             "Rotate": lambda u: 30 * u,
-            "Solarize": lambda u: 256 - math.floor(256 * u),
-            "Posterize": lambda u: 4 - math.floor(4 * u),
+            "Solarize": lambda u: 256 - np.floor(256 * u),
+            "Posterize": lambda u: 4 - np.floor(4 * u),
         },
         fill=(127, 127, 127),
         cutout=0.5,
@@ -110,7 +112,7 @@ VARIANTS = {
             **dict.fromkeys(("ShearX", "ShearY", "TranslateX", "TranslateY"), lambda u: 0.3 * u),
             "Rotate": lambda u: 30 * u,
             "Solarize": lambda u: 256 * u,
-            "Posterize": lambda u: 4 + math.floor(4 * u),
+            "Posterize": lambda u: 4 + np.floor(4 * u),
         },
         fill=(0, 0, 0),
         cutout=0.5,
@@ -153,7 +155,7 @@ class RandAugment:
         for _ in range(self.num_ops):
             name = _NAMES[rng.integers(len(_NAMES))]
             level = rng.random() if recipe.levels is None else int(rng.integers(1, recipe.levels)) / recipe.levels
-            sign = -1 if name in _SIGNED and rng.random() < 0.5 else 1
+            sign = -1 if name in SIGNED and rng.random() < 0.5 else 1
             if rng.random() < self.probability:
                 magnitude = recipe.magnitudes[name](level) if name in recipe.magnitudes else 0.0
                 image = OPS[name](image, sign * magnitude, recipe.fill)

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Augmentation of batches, uint8 in and uint8 out, on the device where the images are.
+
+Each transform here has its counterpart for one Pillow image in :mod:`ssmkernels.data.augment`: the distribution of
+every parameter is the same, and so is the image that the same parameters give. The parameters are drawn on the host
+from (seed, stream, step, position), see :func:`ssmkernels.data.philox.uniforms`: they depend neither on the device
+nor on how a batch is split over ranks, and grouping images by what is done to them waits for no device.
+
+A draw is uniform to 2^−32; of n choices each has probability 1/n ± 2^−32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ssmkernels.data import batched_ops
+from ssmkernels.data.batched_ops import to_device
+from ssmkernels.data.images import ImageSplits
+from ssmkernels.data.philox import uniforms
+from ssmkernels.data.randaugment import OPS, SIGNED, Colour, variant_named
+
+
+class BatchTransform(Protocol):
+    """Images [B, C, H, W] uint8 and numbers [B, num_draws] float64 in [0, 1) -> images, uint8."""
+
+    num_draws: int
+    """Numbers that an image takes."""
+
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor: ...
+
+
+class BatchTransforms(NamedTuple):
+    weak: BatchTransform
+    strong: BatchTransform
+    evaluation: None = None
+    """Test images are taken as they are."""
+
+
+def batch_transforms(splits: ImageSplits, *, variant: str = "fixmatch") -> BatchTransforms:
+    """The batched counterparts of :func:`ssmkernels.data.default_transforms`, for "crop-flip" and "crop"."""
+    if splits.augmentation == "imagenet":
+        raise ValueError("augmentation is 'imagenet'; images of many sizes are augmented one at a time")
+    size = splits.image_size
+    flip = splits.augmentation == "crop-flip"
+    return BatchTransforms(BatchWeak(size, size // 8, flip), BatchStrong(size, size // 8, flip, variant=variant))
+
+
+def augment(
+    images: Tensor, transform: BatchTransform, *, seed: int, stream: int, step: int, positions: np.ndarray
+) -> Tensor:
+    """The views of a batch, each a function of (seed, stream, step, its position) and its image.
+
+    Args:
+        images: [B, C, H, W] uint8.
+        positions: [B] integers, places of the images in the batch of all ranks.
+    """
+    return transform(images, uniforms(seed, stream, step, positions, transform.num_draws))
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The images [N, C, H, W] as float32, (pixel / 255 − mean) / std per channel; the bits of
+    :func:`ssmkernels.data.augment.to_tensors`.
+    """
+    if not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(
+            f"mean has {len(mean)} values and std {len(std)}; both should have {images.shape[1]}, one per channel"
+        )
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(-1, 1, 1)
+    shift = (np.asarray(mean) / std).astype(np.float32).reshape(-1, 1, 1)
+    return images.float().mul_(to_device(scale, images)).sub_(to_device(shift, images))
+
+
+class BatchWeak:
+    """:class:`ssmkernels.data.augment.Weak`: a shift of the reflected image, and a flip.
+
+    Args:
+        size: side of the images in pixels.
+        padding: largest shift in pixels.
+        flip: mirror every other image left to right.
+    """
+
+    num_draws = 3  # down, right, flip
+
+    def __init__(self, size: int, padding: int = 4, flip: bool = True) -> None:
+        if not 0 <= padding < size:
+            raise ValueError(f"padding is {padding}; it should be in [0, size), size being {size}")
+        self.size, self.padding, self.flip = size, padding, flip
+        self._reflected = np.pad(np.arange(size), padding, mode="reflect")
+
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        count, channels, height, width = images.shape
+        if (height, width) != (self.size, self.size):
+            raise ValueError(f"images are {width}x{height}; they should be {self.size}x{self.size}")
+        top, left = (draws[:, :2] * (2 * self.padding + 1)).astype(np.int64).T
+        side = np.arange(self.size)
+        rows, columns = (self._reflected[start[:, None] + side] for start in (top, left))
+        if self.flip:
+            columns = np.where(draws[:, 2:] < 0.5, columns[:, ::-1], columns)
+        rows, columns = to_device(rows, images), to_device(columns, images)
+        index = (rows[:, :, None] * self.size + columns[:, None, :]).view(count, 1, -1)
+        return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
+
+
+class BatchRandAugment:
+    """:class:`ssmkernels.data.augment.RandAugment`: random ops of random magnitude, without the cutout after them.
+
+    Args:
+        num_ops: ops of an image, drawn with replacement from the 14; by default the variant's.
+        probability: of applying each; by default the variant's.
+        variant: "fixmatch" or "torchssl".
+    """
+
+    def __init__(
+        self, num_ops: int | None = None, probability: float | None = None, *, variant: str = "fixmatch"
+    ) -> None:
+        self.recipe = variant_named(variant)
+        self.num_ops = self.recipe.num_ops if num_ops is None else num_ops
+        self.probability = self.recipe.probability if probability is None else probability
+        if self.num_ops < 0:
+            raise ValueError(f"num_ops is {num_ops}; it should be at least 0")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability is {probability}; it should be in [0, 1]")
+        self.num_draws = 4 * self.num_ops  # which op, its level, its sign, whether it is applied
+
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        for number in range(self.num_ops):
+            kinds, magnitudes = self.parameters(draws[:, 4 * number : 4 * number + 4])
+            images = batched_ops.apply_ops(images, kinds, magnitudes, self.recipe.fill)
+        return images
+
+    def parameters(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of ops, −1 for none, and their magnitudes, from [B, 4] draws."""
+        which, levels, signs, applied = draws.T
+        drawn = (which * len(OPS)).astype(np.int64)
+        if self.recipe.levels is not None:
+            levels = (1 + np.floor(levels * (self.recipe.levels - 1))) / self.recipe.levels
+        magnitudes = np.zeros(len(draws))
+        for name, magnitude in self.recipe.magnitudes.items():
+            rows = drawn == batched_ops.KINDS[name]
+            magnitudes[rows] = magnitude(levels[rows])
+        signed = np.isin(drawn, [batched_ops.KINDS[name] for name in SIGNED])
+        magnitudes = np.where(signed & (signs < 0.5), -magnitudes, magnitudes)
+        return np.where(applied < self.probability, drawn, -1), magnitudes
+
+
+class BatchCutout:
+    """:class:`ssmkernels.data.augment.Cutout`: a square around a random pixel, painted over.
+
+    Args:
+        share: its side as a share of the image's.
+        fill: its colour; grey images get its luminance.
+        uniform: draw the share from [0, share) instead.
+    """
+
+    num_draws = 3  # share, column and row of the middle
+
+    def __init__(self, share: float = 0.5, fill: Colour = (127, 127, 127), *, uniform: bool = False) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"share is {share}; it should be in [0, 1]")
+        self.share, self.fill, self.uniform = share, fill, uniform
+
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        height, width = images.shape[2:]
+        share = self.share * draws[:, 0] if self.uniform else np.full(len(draws), self.share)
+        columns, rows = self._covered(draws[:, 1], share, width), self._covered(draws[:, 2], share, height)
+        square = to_device(rows, images)[:, None, :, None] & to_device(columns, images)[:, None, None, :]
+        return batched_ops.paint(images, square, self.fill)
+
+    @staticmethod
+    def _covered(middle: np.ndarray, share: np.ndarray, side: int) -> np.ndarray:
+        """[B, side] bool: the rows or columns of the square."""
+        length = np.rint(share * side).astype(np.int64)
+        start = (middle * side).astype(np.int64) - length // 2
+        place = np.arange(side)
+        return (place >= start[:, None]) & (place < (start + length)[:, None])
+
+
+class BatchStrong:
+    """:class:`BatchWeak`, :class:`BatchRandAugment`, :class:`BatchCutout`.
+
+    Args:
+        size, padding, flip: of :class:`BatchWeak`.
+        variant: as of :class:`ssmkernels.data.augment.Strong`.
+    """
+
+    def __init__(self, size: int, padding: int = 4, flip: bool = True, *, variant: str = "fixmatch") -> None:
+        recipe = variant_named(variant)
+        self.parts = (
+            BatchWeak(size, padding, flip),
+            BatchRandAugment(variant=variant),
+            BatchCutout(recipe.cutout, recipe.cutout_fill, uniform=recipe.cutout_uniform),
+        )
+        self.num_draws = sum(part.num_draws for part in self.parts)
+
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        first = 0
+        for part in self.parts:
+            images = part(images, draws[:, first : first + part.num_draws])
+            first += part.num_draws
+        return images
