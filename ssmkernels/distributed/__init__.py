@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The collectives that ops, modules and trainers share, on ``torch.distributed``. Each is the identity in a group of one
+rank, and where ``torch.distributed`` is not initialised.
+"""
+
+from ssmkernels.distributed.collectives import (
+    Group,
+    agree_on,
+    all_gather_rows,
+    all_reduce_mean,
+    all_reduce_sum,
+    broadcast_buffers,
+    check_group,
+    exchange_rows,
+    gather_rows,
+    gather_sizes,
+    is_distributed,
+    is_split,
+    rank_of,
+    split_rows,
+    world_size,
+)
+from ssmkernels.distributed.packing import RowGather, pack_rows, unpack_rows
+
+__all__ = [
+    "Group",
+    "RowGather",
+    "agree_on",
+    "all_gather_rows",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "broadcast_buffers",
+    "check_group",
+    "exchange_rows",
+    "gather_rows",
+    "gather_sizes",
+    "is_distributed",
+    "is_split",
+    "pack_rows",
+    "rank_of",
+    "split_rows",
+    "unpack_rows",
+    "world_size",
+]
