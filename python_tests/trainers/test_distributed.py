@@ -33,10 +33,10 @@ from ssmkernels.trainers import DataConfig, RunConfig, SimMatch, SimMatchConfig
 from ssmkernels.trainers.loop import fit, make_fabric
 from dataclasses import asdict
 
-out, memory = sys.argv[1:]
+out, memory, split_above = sys.argv[1:]
 config = SimMatchConfig(
     data=DataConfig(name="digits", labels=20), model="wrn-10-1", batch_size=8, mu=2, steps=3,
-    first_epoch_steps=1, memory=memory,
+    first_epoch_steps=1, memory=memory, split_memory_above=int(split_above),
     run=RunConfig(out=f"{out}/run", eval_every=2, log_every=1, accelerator="cpu", bar=False),
 )
 fabric = make_fabric(accelerator="cpu")
@@ -108,13 +108,18 @@ def test_collectives(two_ranks, tmp_path):
 
 @pytest.mark.parametrize("memory", ["temporal", "teacher"])
 def test_ranks_agree_on_everything(two_ranks, tmp_path, memory):
-    first, second = two_ranks(TRAINING, tmp_path, memory)
+    first, second = two_ranks(TRAINING, tmp_path, memory, str(2**30))
     assert set(first["state"]) == {"model", "teacher", "alignment", "optimizer", "memory"}
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert first["state"]["memory"]["bank"].abs().sum() > 0
     assert first["state"]["alignment"]["position"].item() == 3
     assert first["history"] == second["history"]
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+    (tmp_path / "split").mkdir()
+    for split in two_ranks(TRAINING, tmp_path / "split", memory, "0"):
+        # The sums over the memory are taken in another order.
+        torch.testing.assert_close(split["state"], first["state"], rtol=1e-3, atol=1e-5)
 
 
 def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_process(two_ranks, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The collectives that ops, modules and trainers share, on ``torch.distributed``. Each is the identity in a group of one
-rank, and where ``torch.distributed`` is not initialised.
+"""The collectives that ops, modules and trainers share, on ``torch.distributed``.
+
+Each is the identity in a group of one rank, and where ``torch.distributed`` is not initialised.
 """
 
 from ssmkernels.distributed.collectives import (
     Group,
     agree_on,
+    all_gather_counted,
     all_gather_rows,
     all_reduce_mean,
     all_reduce_sum,
@@ -26,6 +28,7 @@ __all__ = [
     "Group",
     "RowGather",
     "agree_on",
+    "all_gather_counted",
     "all_gather_rows",
     "all_reduce_mean",
     "all_reduce_sum",

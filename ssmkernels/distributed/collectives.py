@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Optional, TypeAlias, Union
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Group: TypeAlias = "dist.ProcessGroup | Literal['local'] | None"
+Group: TypeAlias = Optional[Union["torch.distributed.ProcessGroup", Literal["local"]]]  # noqa: UP045
 """Whose rows an op takes: of a process group, of the default group (None), or of this process alone ("local")."""
 
 
@@ -20,6 +20,12 @@ def check_group(group: object) -> None:
         return
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         raise TypeError(f"group must be a process group, None or 'local', got {group!r}")
+
+
+def process_group(group: Group) -> dist.ProcessGroup | None:
+    """What the collectives of torch take for ``group``, which is not "local"."""
+    assert not isinstance(group, str)
+    return group
 
 
 def is_distributed(group: Group = None) -> bool:
@@ -61,7 +67,7 @@ def gather_sizes(sizes: Sequence[int], device: torch.device, *, group: Group = N
         return [list(sizes)]
     own = torch.tensor(sizes, dtype=torch.int64, device=device)
     everyone = own.new_empty(world_size(group) * len(own))
-    dist.all_gather_into_tensor(everyone, own, group=group)
+    dist.all_gather_into_tensor(everyone, own, group=process_group(group))
     return everyone.view(-1, len(own)).tolist()
 
 
@@ -88,15 +94,18 @@ def all_gather_rows(tensor: Tensor, *, group: Group = None) -> Tensor:
     if not is_distributed(group):
         return tensor
     counts = [count for (count,) in gather_sizes([tensor.shape[0]], tensor.device, group=group)]
-    return _all_gather(tensor, counts, group)
+    return all_gather_counted(tensor, counts, group=group)
 
 
-def _all_gather(tensor: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """Rows of every rank, which has so many of them; rows are sent up to the most that a rank has."""
+@torch.no_grad()
+def all_gather_counted(tensor: Tensor, counts: Sequence[int], *, group: Group = None) -> Tensor:
+    """:func:`all_gather_rows` where the number of rows of every rank is known: one collective, in which each rank sends
+    as many rows as the one with the most.
+    """
     most = max(counts)
     everyone = tensor.new_empty(len(counts) * most, *tensor.shape[1:])
     if everyone.numel() > 0:
-        dist.all_gather_into_tensor(everyone, _padded(tensor, most), group=group)
+        dist.all_gather_into_tensor(everyone, _padded(tensor, most), group=process_group(group))
     if all(count == most for count in counts):
         return everyone
     return torch.cat([part[:count] for part, count in zip(everyone.split(most), counts, strict=True)])
@@ -108,7 +117,7 @@ def _reduce_scatter(tensor: Tensor, counts: Sequence[int], group: Group) -> Tens
     own = tensor.new_empty(most, *tensor.shape[1:])
     if own.numel() > 0:
         parts = [_padded(part, most) for part in tensor.split(list(counts))]
-        dist.reduce_scatter_tensor(own, torch.cat(parts), group=group)
+        dist.reduce_scatter_tensor(own, torch.cat(parts), group=process_group(group))
     return own[: counts[rank_of(group)]]
 
 
@@ -132,7 +141,7 @@ def exchange_rows(tensor: Tensor, counts: Sequence[int], *, group: Group = None)
         return [tensor]
     own = counts[rank_of(group)]
     received = tensor.new_empty(len(counts) * own, *tensor.shape[1:])
-    dist.all_to_all_single(received, tensor.contiguous(), [own] * len(counts), list(counts), group=group)
+    dist.all_to_all_single(received, tensor.contiguous(), [own] * len(counts), list(counts), group=process_group(group))
     return [received[rank * own : (rank + 1) * own] for rank in range(len(counts))]
 
 
@@ -142,7 +151,7 @@ def all_reduce_sum(tensor: Tensor, *, group: Group = None) -> Tensor:
     if not is_distributed(group):
         return tensor
     total = tensor.clone()
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=process_group(group))
     return total
 
 
@@ -153,9 +162,14 @@ def all_reduce_mean(tensor: Tensor, *, group: Group = None) -> Tensor:
 
 @torch.no_grad()
 def broadcast_buffers(module: nn.Module) -> None:
-    """Gives every rank the buffers of ``module`` that rank 0 has, as DDP does before each forward pass."""
-    if is_distributed():
-        for buffer in module.buffers():
+    """Gives every rank the buffers of ``module`` that rank 0 has, as DDP does before each forward pass.
+
+    Those of modules whose attribute ``split`` is true stay: of them each rank has its own part.
+    """
+    if not is_distributed():
+        return
+    for part in module.modules():
+        for buffer in () if getattr(part, "split", False) else part.buffers(recurse=False):
             dist.broadcast(buffer, src=0)
 
 
@@ -183,7 +197,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: Group) -> Tensor:
         ctx.counts, ctx.group = counts, group
-        return _all_gather(rows, counts, group)
+        return all_gather_counted(rows, counts, group=group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssmkernels.distributed.collectives import Group, is_distributed, world_size
+from ssmkernels.distributed.collectives import Group, is_distributed, process_group, world_size
 
 
 def _row_bytes(tensor: Tensor) -> int:
-    return tensor[:0].flatten(1).shape[1] * tensor.element_size() if tensor.ndim > 1 else tensor.element_size()
+    return math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
 def pack_rows(tensors: Sequence[Tensor]) -> Tensor:
@@ -77,7 +78,7 @@ class RowGather:
             own[1 : 1 + packed.shape[0], : packed.shape[1]] = packed
         ranks = world_size(group)
         everyone = own.new_empty(ranks * own.shape[0], width)
-        dist.all_gather_into_tensor(everyone, own, group=group)
+        dist.all_gather_into_tensor(everyone, own, group=process_group(group))
         everyone = everyone.view(ranks, own.shape[0], width)
         counts = everyone[:, 0, : len(count)].contiguous().view(torch.int64)[:, 0].tolist()
         return counts, everyone[:, 1:, : packed.shape[1]]

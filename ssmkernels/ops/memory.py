@@ -10,12 +10,14 @@ same input gives the same bits, for any number of threads.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssmkernels import _library
+from ssmkernels import _library, distributed
+from ssmkernels.distributed import Group
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _second_order as second_order
@@ -73,6 +75,7 @@ def instance_matching(
     temperature_weak: float = 0.1,
     temperature_strong: float = 0.1,
     alpha: float = 0.9,
+    group: Group = "local",
 ) -> InstanceMatching:
     r"""Pseudo-labels and instance-matching loss of SimMatch, equations (3)-(10), in one pass over the bank.
 
@@ -84,6 +87,10 @@ def instance_matching(
     Nothing of size B×K is stored, forward or backward: extra memory is O(B·(L + D)). Where ``probs_weak`` is zero on
     every class of the bank, q̂ = q^w. The gradient flows to ``query_strong`` only; a second derivative raises.
 
+    With a group, the bank is that of all its ranks together, each of which has a part of the slots and queries of its
+    own, in any number, also none. Everything else is as with one process: the queries of all ranks go to every rank by
+    one all_gather, the partial sums over each part of the bank come back by one all_to_all. Every rank has to call it.
+
     Args:
         query_weak: [B, D] embeddings of the weak view.
         query_strong: [B, D] embeddings of the strong view.
@@ -93,6 +100,8 @@ def instance_matching(
         temperature_weak: t_w > 0.
         temperature_strong: t_s > 0.
         alpha: α in [0, 1], the share of ``probs_weak`` in the pseudo-label.
+        group: the ranks between which the bank is split: a process group, or None for the default group. "local", the
+            default: the bank is whole, and nothing is communicated.
 
     Returns:
         :class:`InstanceMatching`: pseudo_probs [B, L] and loss [B].
@@ -106,11 +115,50 @@ def instance_matching(
         query_weak, query_strong, bank, bank_labels, probs_weak, temperature_weak, temperature_strong
     )
     alpha = check.check_fraction("alpha", alpha)
+    if distributed.is_split(group):
+        merged = _match_over_ranks(args, group)
+        return finish_instance_matching(
+            merged, query_strong, probs_weak, temperature_strong=temperature_strong, alpha=alpha
+        )
     if bank.shape[0] == 0:
         raise ValueError(f"bank must have at least one slot, got shape {list(bank.shape)}")
     with_gradient = autograd.is_wanted(args[1])
     pseudo_probs, loss, _ = autograd.call("instance_matching", *args, alpha, with_gradient, check.allow_tf32(args[2]))
     return InstanceMatching(pseudo_probs, loss)
+
+
+@torch.no_grad()
+def _match_over_ranks(args: tuple[Any, ...], group: Group) -> InstanceMatchingPartial:
+    """The partial result of this rank's queries over the parts of the bank that the ranks of the group have.
+
+    Args:
+        args: of this rank, as :func:`_check_matching` gives them.
+    """
+    query_weak, query_strong, bank, bank_labels, probs_weak, *temperatures = args
+    rows, dim = query_weak.shape
+    classes = probs_weak.shape[1]
+    names, same = ("D of bank", "the bytes of its numbers", "L of probs_weak"), (dim, bank.element_size(), classes)
+    sizes = distributed.gather_sizes([*same, rows, bank.shape[0]], bank.device, group=group)
+    distributed.agree_on(names, same, sizes)
+    if sum(size[4] for size in sizes) == 0:
+        raise ValueError("bank must have at least one slot on some rank, got none on any")
+    counts = [size[3] for size in sizes]
+    mine = [query_weak, query_strong, probs_weak]
+    everyone = distributed.all_gather_counted(distributed.pack_rows(mine), counts, group=group)
+    weak, strong, probs = distributed.unpack_rows(everyone, mine)
+    partial = torch.ops.ssmkernels.instance_matching_partial.default(
+        weak, strong, bank, bank_labels, probs, *temperatures, check.allow_tf32(bank)
+    )
+    columns = [part if part.ndim == 2 else part[:, None] for part in partial]
+    widths = [column.shape[1] for column in columns]
+    parts = []
+    for received in distributed.exchange_rows(torch.cat(columns, dim=1), counts, group=group):
+        of_rank = [
+            column if like.ndim == 2 else column[:, 0]
+            for column, like in zip(received.split(widths, dim=1), partial, strict=True)
+        ]
+        parts.append(InstanceMatchingPartial(*of_rank))
+    return reduce(merge_instance_matching, parts)
 
 
 @autograd.fake("instance_matching")

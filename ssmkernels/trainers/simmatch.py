@@ -13,6 +13,7 @@ branch is the student, detached; in "teacher" mode (ImageNet) it is an EMA teach
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -67,6 +68,8 @@ class SimMatchConfig(Settings):
     """Who makes weak views and memory: the student with a temporal ensemble, or an EMA teacher."""
     memory_momentum: Share = 0.7
     """Share of the old embedding in the temporal ensemble."""
+    split_memory_above: CountOrZero = 2**30
+    """Bytes of embeddings up to which each rank has the whole memory; a larger one is split between the ranks."""
     first_epoch_steps: CountOrZero = 1024
     """Steps at the start with p̂ = p^w and without L_in, while the memory fills."""
 
@@ -170,6 +173,11 @@ class SimMatch(ClassifierTrainer):
         self.memory = None
         if config.uses_memory:
             labels = torch.as_tensor(splits.train.labels)[self.labeled_index]
+            size = len(labels) * config.projection_dim * torch.float32.itemsize
+            split = ranks > 1 and size > config.split_memory_above
+            if ranks > 1:
+                where = f"split between the {ranks} ranks" if split else f"whole on each of the {ranks} ranks"
+                fabric.print(f"memory: {len(labels)} slots, {size} bytes, {where}", file=sys.stderr)
             self.memory = LabeledMemory(
                 len(labels),
                 config.projection_dim,
@@ -177,6 +185,7 @@ class SimMatch(ClassifierTrainer):
                 labels=labels,
                 mode=config.memory,
                 momentum=config.memory_momentum,
+                split=split,
             ).to(fabric.device)
 
     def parts(self) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs the checks of this folder on 2 and on 4 of four Gloo ranks, and writes what went wrong; see test_over_ranks.py.
+
+Under ``torchrun --nproc-per-node 4``, with the file to write as its argument.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import gather_checks
+import memory_checks
+import torch.distributed as dist
+
+MODULES = (gather_checks, memory_checks)
+SIZES = (2, 4)
+TIMEOUT = timedelta(seconds=60)
+
+Check = Callable[[dist.ProcessGroup], None]
+
+
+def checks(size: int) -> dict[str, Check]:
+    """Every function named check_* of the modules, by its name, for a group of ``size``; those named check_on_two_*,
+    which take long to start, for 2.
+    """
+    return {
+        name.removeprefix("check_"): function
+        for module in MODULES
+        for name, function in vars(module).items()
+        if name.startswith("check_") and (size == 2 or not name.startswith("check_on_two_"))
+    }
+
+
+def main(path: str) -> None:
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank = dist.get_rank()
+    errors: dict[str, str | None] = {}
+    for size in SIZES:
+        group = dist.new_group(list(range(size)), timeout=TIMEOUT)
+        for name, check in checks(size).items() if rank < size else ():
+            try:
+                check(group)
+                errors[f"{name}-{size}"] = None
+            except BaseException:
+                errors[f"{name}-{size}"] = traceback.format_exc()
+                break  # the ranks no longer agree on where they are
+        dist.barrier()
+    with open(f"{path}.{rank}", "w") as results:
+        json.dump(errors, results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
