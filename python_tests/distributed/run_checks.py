@@ -14,9 +14,10 @@ from datetime import timedelta
 
 import gather_checks
 import memory_checks
+import ranking_checks
 import torch.distributed as dist
 
-MODULES = (gather_checks, memory_checks)
+MODULES = (gather_checks, memory_checks, ranking_checks)
 SIZES = (2, 4)
 TIMEOUT = timedelta(seconds=60)
 
@@ -36,7 +37,7 @@ def checks(size: int) -> dict[str, Check]:
 
 
 def main(path: str) -> None:
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    dist.init_process_group("gloo", timeout=5 * TIMEOUT)  # two ranks wait while the other two are at their checks
     rank = dist.get_rank()
     errors: dict[str, str | None] = {}
     for size in SIZES:
@@ -48,9 +49,9 @@ def main(path: str) -> None:
             except BaseException:
                 errors[f"{name}-{size}"] = traceback.format_exc()
                 break  # the ranks no longer agree on where they are
+        with open(f"{path}.{rank}", "w") as results:
+            json.dump(errors, results)
         dist.barrier()
-    with open(f"{path}.{rank}", "w") as results:
-        json.dump(errors, results)
     dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from ssmkernels.distributed.collectives import (
     broadcast_buffers,
     check_group,
     exchange_rows,
+    for_ddp,
     gather_rows,
     gather_sizes,
     is_distributed,
@@ -23,6 +24,7 @@ from ssmkernels.distributed.collectives import (
     world_size,
 )
 from ssmkernels.distributed.packing import RowGather, pack_rows, unpack_rows
+from ssmkernels.distributed.ring import ring_blocks
 
 __all__ = [
     "Group",
@@ -35,12 +37,14 @@ __all__ = [
     "broadcast_buffers",
     "check_group",
     "exchange_rows",
+    "for_ddp",
     "gather_rows",
     "gather_sizes",
     "is_distributed",
     "is_split",
     "pack_rows",
     "rank_of",
+    "ring_blocks",
     "split_rows",
     "unpack_rows",
     "world_size",

@@ -193,6 +193,16 @@ def gather_rows(x: Tensor, *, group: Group = None) -> Tensor:
     return _GatherRows.apply(x, counts, group)
 
 
+def for_ddp(loss: Tensor, *, group: Group = None) -> Tensor:
+    """``loss`` with world_size times its gradient, where every rank has the loss of the rows of all ranks and the
+    gradient of its own.
+
+    DDP takes the mean over ranks of the gradients of the parameters; what each rank has of this loss is to be added up.
+    """
+    ranks = world_size(group)
+    return loss if ranks == 1 else loss.detach() + ranks * (loss - loss.detach())
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: list[int], group: Group) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ssmkernels import _library
+from ssmkernels.distributed import Group, is_split
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
+from ssmkernels.ops import _over_ranks as over_ranks
 from ssmkernels.ops import _second_order as second_order
 
 __all__ = [
@@ -52,6 +54,7 @@ def pair_ranking_loss(
     reduction: Reduction = "mean_nonzero",
     references: Tensor | None = None,
     reference_labels: Tensor | None = None,
+    group: Group = "local",
 ) -> Tensor:
     """L_rank, equation (1): Σ [d − m_pos]_+ over pairs with equal labels plus Σ [m_neg − d]_+ over pairs with different
     ones.
@@ -62,6 +65,11 @@ def pair_ranking_loss(
     pairs ("mean"), and is 0 without any. Differentiable in embeddings and references; the gradient of a distance of 0
     is 0.
 
+    With a group, the pairs are those of the rows of all its ranks together, each of which has some, also none. They go
+    round the ranks in blocks, and nothing is sent in the backward. Every rank gets the loss of all pairs, and the
+    gradient of its own rows as one process has it; under DDP, which takes the mean over ranks of the gradients of the
+    parameters, see :func:`ssmkernels.distributed.for_ddp`. A second derivative then raises.
+
     Args:
         embeddings: e [n, d].
         labels: [n] int64, any values.
@@ -70,6 +78,8 @@ def pair_ranking_loss(
         reduction: ``"mean_nonzero"``, ``"mean"`` or ``"sum"``.
         references: [m, d], other embeddings to pair with, such as a memory of earlier batches.
         reference_labels: [m] int64, with references.
+        group: the ranks whose rows make pairs: a process group, or None for the default group; not with references.
+            "local", the default: the rows given are all, and nothing is communicated.
 
     Returns:
         A scalar; float64 for float64, otherwise float32.
@@ -88,6 +98,13 @@ def pair_ranking_loss(
     if (references is None) != (reference_labels is None):
         missing = "references" if references is None else "reference_labels"
         raise ValueError(f"{missing} must be given too: references and reference_labels come together")
+    if is_split(group):
+        if references is not None:
+            raise ValueError("references must be None with a group: its pairs are those of the rows of all ranks")
+        x = _computed(embeddings)
+        place, wanted = REDUCTIONS.index(reduction), autograd.is_wanted(embeddings)
+        share = over_ranks.pair_ranking_loss(x, labels, margins, place, wanted, group)
+        return over_ranks.weighted("pair_ranking_loss", share, x, reduction, group)
     labels, order = labels.sort(stable=True)
     reference_order = None
     if references is not None and reference_labels is not None:
@@ -189,6 +206,7 @@ def mined_pair_ranking_loss(
     positive_margin: float = 0.0,
     negative_margin: float = 0.5,
     reduction: Reduction = "mean_nonzero",
+    group: Group = "local",
 ) -> Tensor:
     """L_rank of pairs mined by the feature basis, equation (7): positives with s_ij ≥ T1, negatives with s_ij ≤ T2.
 
@@ -202,7 +220,8 @@ def mined_pair_ranking_loss(
         positive_threshold: T1, a number, or a scalar tensor on the device of the embeddings, which is not read by the
             host.
         negative_threshold: T2, likewise.
-        positive_margin, negative_margin, reduction: as in :func:`pair_ranking_loss`.
+        positive_margin, negative_margin, reduction, group: as in :func:`pair_ranking_loss`; with a group the thresholds
+            must be the same on every rank.
 
     Returns:
         A scalar; float64 for float64, otherwise float32.
@@ -228,6 +247,17 @@ def mined_pair_ranking_loss(
         _threshold(name, value, embeddings)
         for name, value in (("positive_threshold", positive_threshold), ("negative_threshold", negative_threshold))
     ]
+    if is_split(group):
+        share = over_ranks.mined_pair_ranking_loss(
+            embeddings,
+            basis_features,
+            torch.stack(thresholds),
+            margins,
+            reduction,
+            autograd.is_wanted(embeddings),
+            group,
+        )
+        return over_ranks.weighted("mined_pair_ranking_loss", share, embeddings, reduction, group)
     return autograd.call(
         "mined_pair_ranking_loss",
         embeddings,
@@ -289,7 +319,7 @@ autograd.register(
 )
 
 
-def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
+def similarity_moments(features: Tensor, labels: Tensor, *, group: Group = "local") -> SimilarityMoments:
     """Mean and population variance of the cosines s_ij over all ordered pairs i ≠ j with equal labels, and with
     different ones.
 
@@ -300,6 +330,7 @@ def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     Args:
         features: [n, d], not normalised.
         labels: [n] int64, any values.
+        group: as in :func:`pair_ranking_loss`; the work is then O(n_r·N·d) on a rank with n_r of N rows.
 
     Returns:
         Four scalars, 0 where there is no such pair; float64 for float64, otherwise float32.
@@ -309,6 +340,9 @@ def similarity_moments(features: Tensor, labels: Tensor) -> SimilarityMoments:
     """
     _check_rows("features", features, "[n, d]")
     _check_labels("labels", labels, "[n]", "features", features)
+    if is_split(group):
+        moments, _ = over_ranks.similarity_moments(_computed(features), labels, autograd.is_wanted(features), group)
+        return SimilarityMoments(*moments.unbind())
     labels, order = labels.sort(stable=True)
     return SimilarityMoments(*autograd.call("similarity_moments", _computed(features), order, labels).unbind())
 
