@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from ssmkernels.data import load_collection, load_dataset
 
@@ -72,7 +73,6 @@ def test_cifar(tmp_path, monkeypatch, name, folder, classes):
 
 def test_svhn(tmp_path, monkeypatch):
     svhn = pytest.importorskip("torchvision.datasets.svhn")
-    savemat = pytest.importorskip("scipy.io").savemat
     monkeypatch.setattr(svhn, "check_integrity", lambda *_: True)
     images = RNG.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
     for split, rows in (("train", 5), ("test", 2)):

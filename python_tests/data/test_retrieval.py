@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from ssmkernels import data
@@ -43,7 +44,6 @@ def lay_out_cub200(root):
 
 
 def lay_out_cars196(root):
-    savemat = pytest.importorskip("scipy.io").savemat
     folder = root / "stanford_cars"
     save(folder / "cars_train/1.png", 10), save(folder / "cars_train/2.png", 20)
     save(folder / "cars_test/1.png", 30), save(folder / "cars_test/2.png", 40)
@@ -95,7 +95,6 @@ def lay_out_gtsrb(root):
 
 
 def lay_out_flowers102(root):
-    savemat = pytest.importorskip("scipy.io").savemat
     for number in (1, 2, 3, 4):
         save(root / f"flowers-102/jpg/image_{number:05d}.jpg", 10 * number)
     savemat(root / "flowers-102/imagelabels.mat", {"labels": np.array([1, 102, 2, 1])})
@@ -161,7 +160,7 @@ def test_dogs_in_the_folder_of_their_archive(tmp_path):
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "cifar10", "cifar100"])
 def test_missing_data_is_explained(tmp_path, name):
-    pytest.importorskip("torchvision"), pytest.importorskip("scipy")
+    pytest.importorskip("torchvision")
     with pytest.raises(FileNotFoundError, match=f"{name}: looked for") as error:
         load_collection(name, tmp_path)
     assert str(tmp_path) in str(error.value)

@@ -6,8 +6,6 @@ import torch
 
 from ssmkernels.graph import Graph, comparisons, label_propagation, mixed_label_propagation
 
-pytest.importorskip("scipy.sparse")
-
 
 def accuracy(predicted, classes):
     return float((predicted == classes).double().mean())

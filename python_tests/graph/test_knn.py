@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import sparse
 
 from ssmkernels.graph import knn, knn_graph
 
-scipy_sparse = pytest.importorskip("scipy.sparse")
 BACKENDS = [
     "torch",
     pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss")),
@@ -143,7 +143,7 @@ def test_sparse_features(dtype, make, monkeypatch):
     dense = (draw.standard_normal((123, 7)) * draw.integers(0, 2, (123, 7))).astype(dtype)
     dense[5] = 0
     dense[40:80] = dense[:40]
-    features = getattr(scipy_sparse, make)(dense)
+    features = getattr(sparse, make)(dense)
     before = features.data.copy()
     expected = knn_graph(dense, 9)
     monkeypatch.setattr(knn, "CHUNK_BYTES", 8 * 123 * 50)  # 50 rows at a time
@@ -252,18 +252,18 @@ BAD = [
     ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got 'annoy'"),
     ({"backend": None}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got None"),
     (
-        {"features": scipy_sparse.eye_array(10, dtype=np.int64)},
+        {"features": sparse.eye_array(10, dtype=np.int64)},
         TypeError,
         r"features must be floating point, got int64",
     ),
-    ({"features": scipy_sparse.eye_array(10) * np.nan}, ValueError, r"features must be finite"),
+    ({"features": sparse.eye_array(10) * np.nan}, ValueError, r"features must be finite"),
     (
-        {"features": scipy_sparse.eye_array(10), "backend": "torch"},
+        {"features": sparse.eye_array(10), "backend": "torch"},
         ValueError,
         r"backend must be 'auto' for sparse features",
     ),
     (
-        {"features": scipy_sparse.eye_array(3)},
+        {"features": sparse.eye_array(3)},
         ValueError,
         r"k must be in \[1, N\), N = 3 being the number of features; got 3",
     ),

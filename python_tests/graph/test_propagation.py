@@ -18,7 +18,6 @@ from ssmkernels.graph import (
     propagation,
 )
 
-pytest.importorskip("scipy.sparse")
 MU = 1 / 99
 
 

@@ -11,7 +11,6 @@ import torch
 from ssmkernels.graph import Graph, deviation, knn_graph, label_propagation
 from ssmkernels.graph.deviation import strong_groups
 
-pytest.importorskip("scipy.sparse")
 MU = 1 / 99
 SCALES = [1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,13 +2,12 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
 from ssmkernels.graph import Graph
-
-sparse = pytest.importorskip("scipy.sparse")
-np = pytest.importorskip("numpy")
 
 
 def random_matrix(nodes, density=0.2, seed=0, dtype=np.float64):
