@@ -296,7 +296,7 @@ def test_tensors_have_the_bits_of_those_of_images(channels):
 def test_transforms_of_a_data_set():
     digits = data.load_dataset("digits")
     weak, strong, evaluation = batch_transforms(digits, variant="torchssl")
-    assert (weak.size, weak.padding, weak.flip) == (8, 1, False)
+    assert (weak.settings.size, weak.settings.padding, weak.settings.flip) == (8, 1, False)
     assert strong.parts[1].recipe is VARIANTS["torchssl"]
     assert evaluation is None
 

@@ -79,14 +79,14 @@ class Weak:
         if not 0 <= padding < size:
             raise ValueError(f"padding is {padding}; it should be in [0, size), size being {size}")
         self.size, self.padding, self.flip = size, padding, flip
-        self._reflected = np.pad(np.arange(size), padding, mode="reflect")
+        self.reflected = np.pad(np.arange(size), padding, mode="reflect")
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if image.size != (self.size, self.size):
             raise ValueError(f"image is {image.width}x{image.height}; it should be {self.size}x{self.size}")
         top, left = rng.integers(2 * self.padding + 1, size=2)
-        rows = self._reflected[top : top + self.size]
-        columns = self._reflected[left : left + self.size]
+        rows = self.reflected[top : top + self.size]
+        columns = self.reflected[left : left + self.size]
         if self.flip and rng.random() < 0.5:
             columns = columns[::-1]
         return Image.fromarray(np.asarray(image).take(rows, axis=0).take(columns, axis=1))
@@ -253,16 +253,22 @@ def to_tensors(images: Sequence[Image.Image], mean: Sequence[float], std: Sequen
         )
     pixels = np.stack([np.asarray(image) for image in images])
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    if not len(mean) == len(std) == pixels.shape[1]:
-        raise ValueError(
-            f"mean has {len(mean)} values and std {len(std)}; both should have {pixels.shape[1]}, one per channel"
-        )
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(-1, 1, 1)
-    shift = (np.asarray(mean) / std).astype(np.float32).reshape(-1, 1, 1)
+    scale, shift = scale_and_shift(mean, std, pixels.shape[1])
     tensors = np.empty(pixels.shape, dtype=np.float32)
     np.multiply(pixels, scale, out=tensors)
     tensors -= shift
     return torch.from_numpy(tensors)
+
+
+def scale_and_shift(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """1/(255 std) and mean/std, float32 [C, 1, 1] each: a pixel times the one, less the other, is normalised."""
+    if not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"mean has {len(mean)} values and std {len(std)}; both should have {channels}, one per channel"
+        )
+    scale = (1 / (255 * np.asarray(std))).astype(np.float32)
+    shift = (np.asarray(mean) / std).astype(np.float32)
+    return scale.reshape(-1, 1, 1), shift.reshape(-1, 1, 1)
 
 
 def _shift_hue(image: Image.Image, turn: float) -> Image.Image:

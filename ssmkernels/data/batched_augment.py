@@ -18,10 +18,11 @@ import numpy as np
 from torch import Tensor
 
 from ssmkernels.data import batched_ops
+from ssmkernels.data.augment import Cutout, Weak, scale_and_shift
 from ssmkernels.data.batched_ops import to_device
 from ssmkernels.data.images import ImageSplits
 from ssmkernels.data.philox import uniforms
-from ssmkernels.data.randaugment import OPS, SIGNED, Colour, variant_named
+from ssmkernels.data.randaugment import OPS, SIGNED, Colour, RandAugment, variant_named
 
 
 class BatchTransform(Protocol):
@@ -65,12 +66,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """The images [N, C, H, W] as float32, (pixel / 255 − mean) / std per channel; the bits of
     :func:`ssmkernels.data.augment.to_tensors`.
     """
-    if not len(mean) == len(std) == images.shape[1]:
-        raise ValueError(
-            f"mean has {len(mean)} values and std {len(std)}; both should have {images.shape[1]}, one per channel"
-        )
-    scale = (1 / (255 * np.asarray(std))).astype(np.float32).reshape(-1, 1, 1)
-    shift = (np.asarray(mean) / std).astype(np.float32).reshape(-1, 1, 1)
+    scale, shift = scale_and_shift(mean, std, images.shape[1])
     return images.float().mul_(to_device(scale, images)).sub_(to_device(shift, images))
 
 
@@ -86,22 +82,19 @@ class BatchWeak:
     num_draws = 3  # down, right, flip
 
     def __init__(self, size: int, padding: int = 4, flip: bool = True) -> None:
-        if not 0 <= padding < size:
-            raise ValueError(f"padding is {padding}; it should be in [0, size), size being {size}")
-        self.size, self.padding, self.flip = size, padding, flip
-        self._reflected = np.pad(np.arange(size), padding, mode="reflect")
+        self.settings = Weak(size, padding, flip)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         count, channels, height, width = images.shape
-        if (height, width) != (self.size, self.size):
-            raise ValueError(f"images are {width}x{height}; they should be {self.size}x{self.size}")
-        top, left = (draws[:, :2] * (2 * self.padding + 1)).astype(np.int64).T
-        side = np.arange(self.size)
-        rows, columns = (self._reflected[start[:, None] + side] for start in (top, left))
-        if self.flip:
+        size, padding = self.settings.size, self.settings.padding
+        if (height, width) != (size, size):
+            raise ValueError(f"images are {width}x{height}; they should be {size}x{size}")
+        top, left = (draws[:, :2] * (2 * padding + 1)).astype(np.int64).T
+        rows, columns = (self.settings.reflected[start[:, None] + np.arange(size)] for start in (top, left))
+        if self.settings.flip:
             columns = np.where(draws[:, 2:] < 0.5, columns[:, ::-1], columns)
         rows, columns = to_device(rows, images), to_device(columns, images)
-        index = (rows[:, :, None] * self.size + columns[:, None, :]).view(count, 1, -1)
+        index = (rows[:, :, None] * size + columns[:, None, :]).view(count, 1, -1)
         return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
 
 
@@ -117,17 +110,12 @@ class BatchRandAugment:
     def __init__(
         self, num_ops: int | None = None, probability: float | None = None, *, variant: str = "fixmatch"
     ) -> None:
+        self.settings = RandAugment(num_ops, probability, variant=variant)
         self.recipe = variant_named(variant)
-        self.num_ops = self.recipe.num_ops if num_ops is None else num_ops
-        self.probability = self.recipe.probability if probability is None else probability
-        if self.num_ops < 0:
-            raise ValueError(f"num_ops is {num_ops}; it should be at least 0")
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability is {probability}; it should be in [0, 1]")
-        self.num_draws = 4 * self.num_ops  # which op, its level, its sign, whether it is applied
+        self.num_draws = 4 * self.settings.num_ops  # which op, its level, its sign, whether it is applied
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        for number in range(self.num_ops):
+        for number in range(self.settings.num_ops):
             kinds, magnitudes = self.parameters(draws[:, 4 * number : 4 * number + 4])
             images = batched_ops.apply_ops(images, kinds, magnitudes, self.recipe.fill)
         return images
@@ -144,7 +132,7 @@ class BatchRandAugment:
             magnitudes[rows] = magnitude(levels[rows])
         signed = np.isin(drawn, [batched_ops.KINDS[name] for name in SIGNED])
         magnitudes = np.where(signed & (signs < 0.5), -magnitudes, magnitudes)
-        return np.where(applied < self.probability, drawn, -1), magnitudes
+        return np.where(applied < self.settings.probability, drawn, -1), magnitudes
 
 
 class BatchCutout:
@@ -159,16 +147,15 @@ class BatchCutout:
     num_draws = 3  # share, column and row of the middle
 
     def __init__(self, share: float = 0.5, fill: Colour = (127, 127, 127), *, uniform: bool = False) -> None:
-        if not 0 <= share <= 1:
-            raise ValueError(f"share is {share}; it should be in [0, 1]")
-        self.share, self.fill, self.uniform = share, fill, uniform
+        self.settings = Cutout(share, fill, uniform=uniform)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
         height, width = images.shape[2:]
-        share = self.share * draws[:, 0] if self.uniform else np.full(len(draws), self.share)
+        settings = self.settings
+        share = settings.share * draws[:, 0] if settings.uniform else np.full(len(draws), settings.share)
         columns, rows = self._covered(draws[:, 1], share, width), self._covered(draws[:, 2], share, height)
         square = to_device(rows, images)[:, None, :, None] & to_device(columns, images)[:, None, None, :]
-        return batched_ops.paint(images, square, self.fill)
+        return batched_ops.paint(images, square, settings.fill)
 
     @staticmethod
     def _covered(middle: np.ndarray, share: np.ndarray, side: int) -> np.ndarray:
