@@ -9,7 +9,6 @@ sent in the backward. Each ordered pair is met by the rank of its first row; the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ from ssmkernels import distributed
 from ssmkernels.distributed import Group
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
-
-TILE_ELEMENTS = 1 << 18  # of the pairs that exist at a time, where a block is taken in plain PyTorch
+from ssmkernels.ops._second_order import tiles
 
 
 class Share(NamedTuple):
@@ -103,9 +101,6 @@ def pair_ranking_loss(
     return Share(sums, counts, gradients)
 
 
-Parts = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 def mined_pair_ranking_loss(
     x: Tensor,
     basis: Tensor,
@@ -124,7 +119,7 @@ def mined_pair_ranking_loss(
     computed = rows.to(dtype)
     for place, (others, other_basis) in enumerate(distributed.ring_blocks([rows, basis], group=group)):
         others, directions = others.to(dtype), _Directions(other_basis.to(dtype))
-        for tile in tiles(len(rows), len(others)):
+        for tile in tiles(len(rows) if len(others) else 0, len(others)):
             distances = torch.cdist(computed[tile], others, compute_mode="donot_use_mm_for_euclid_dist")
             kinds = own.compare(tile, directions, thresholds)
             excesses = (distances - margins[0], margins[1] - distances)
@@ -139,12 +134,6 @@ def mined_pair_ranking_loss(
                         slopes, computed[tile], others, 2.0, distances
                     )
     return Share(sums, counts, gradients)
-
-
-def tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Runs of rows, of which so many columns each are taken at a time; none where there are no pairs."""
-    step = max(TILE_ELEMENTS // max(columns, 1), 1)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows if columns else 0, step))
 
 
 def without_diagonal(pairs: Tensor, tile: slice) -> Tensor:
@@ -175,8 +164,8 @@ class _Directions:
         error = (self.unit.shape[1] + 8) * (6e-8 if cosines.dtype == torch.float32 else 1.2e-16)
         near = ((cosines - thresholds[0]).abs() <= error) | ((cosines - thresholds[1]).abs() <= error)
         first, second = near.nonzero(as_tuple=True)
-        step = max(TILE_ELEMENTS // max(self.unit.shape[1], 1), 1)
-        for i, j in zip(first.split(step), second.split(step), strict=True):
+        for part in tiles(len(first), self.unit.shape[1]):
+            i, j = first[part], second[part]
             products = (self.rows[tile][i] * others.rows[j]).sum(dim=1)
             exact = products / (self.squares[tile][i] * others.squares[j]).sqrt()
             cosines[i, j] = exact.to(cosines.dtype)
@@ -195,7 +184,7 @@ def similarity_moments(x: Tensor, labels: Tensor, with_gradient: bool, group: Gr
     totals = torch.zeros(3, 2, dtype=torch.float64, device=x.device)  # pairs, Σ s, Σ s²
     sums = [torch.zeros_like(unit) for _ in range(4 if with_gradient else 0)]  # q₊, u₊, q₋, u₋
     for place, (others, other_labels) in enumerate(distributed.ring_blocks([unit, labels], group=group)):
-        for tile in tiles(len(unit), len(others)):
+        for tile in tiles(len(unit) if len(others) else 0, len(others)):
             same = labels[tile, None] == other_labels
             cosines = unit[tile] @ others.t()
             kinds = (without_diagonal(same, tile) if place == 0 else same, ~same)

@@ -17,7 +17,7 @@ from torch import Tensor
 TILE_ELEMENTS = 1 << 18  # of the largest tensor of a tile
 
 
-def _tiles(count: int, elements: int) -> Iterator[slice]:
+def tiles(count: int, elements: int) -> Iterator[slice]:
     """Slices of ``count`` items of so many elements each."""
     step = max(TILE_ELEMENTS // max(elements, 1), 1)
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
@@ -53,7 +53,7 @@ def aggregate(
     query, v = query.to(dtype) / temperature, v / temperature
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        for tile in _tiles(bank.shape[0], max(query.shape)):
+        for tile in tiles(bank.shape[0], max(query.shape)):
             features = bank[tile].to(dtype)
             yield features, bank_labels[tile], query @ features.t(), v @ features.t()
 
@@ -106,11 +106,11 @@ def pair_ranking_loss(
     """
     others = rows if references is None else references
     v_others = v if references is None or v_references is None else v_references
-    column_tiles = list(_tiles(others.shape[0], rows.shape[1]))
+    column_tiles = list(tiles(others.shape[0], rows.shape[1]))
     width = max((tile.stop - tile.start for tile in column_tiles), default=1)
     grad_grad, row_parts = torch.zeros_like(grad), []
     column_parts = [torch.zeros_like(others[tile]) for tile in column_tiles]
-    for row_tile in _tiles(rows.shape[0], width * rows.shape[1]):
+    for row_tile in tiles(rows.shape[0], width * rows.shape[1]):
         row_part = torch.zeros_like(rows[row_tile])
         for place, column_tile in enumerate(column_tiles):
             differences = rows[row_tile, None] - others[None, column_tile]
@@ -160,7 +160,7 @@ def similarity_moments(v: Tensor, grad: Tensor, features: Tensor, labels: Tensor
     turn = v * inverse - unit * stretch
 
     def parts() -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor, Tensor]]:
-        for tile in _tiles(len(features), len(features)):
+        for tile in tiles(len(features), len(features)):
             same = labels[tile, None] == labels
             other = (
                 torch.arange(len(features), device=labels.device)
@@ -224,7 +224,7 @@ def _pair_tiles(
     count: int, columns: int, elements: int, pairs: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Pairs in tiles: their places among all, and their rows of x and of y."""
-    for tile in _tiles(count, elements):
+    for tile in tiles(count, elements):
         if pairs is None:
             place = torch.arange(tile.start, tile.stop, device=device)
             yield tile, place // columns, place % columns
@@ -329,7 +329,7 @@ def laplacian_solve(
     columns, off = col.long(), (v_weight - v_dissimilarity)[:, None]
     diagonal = v_diagonal[:, None] + _sum_rows((v_weight + v_dissimilarity)[:, None], rows, nodes)
     of_grad, of_solution = [grad_rhs[:, :0]], [solution[:, :0]]
-    for tile in _tiles(grad_rhs.shape[1], entries):
+    for tile in tiles(grad_rhs.shape[1], entries):
         g, x = grad_rhs[:, tile], solution[:, tile]
         of_grad.append(_sum_rows(off * F.embedding(columns, x), rows, nodes) - diagonal * x)
         of_solution.append(_sum_rows(off * F.embedding(rows, g), columns, nodes) - diagonal * g)
