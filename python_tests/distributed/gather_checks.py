@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from shards import assert_close, normal, shard
-from torch import Tensor
+from torch import Tensor, nn
 from traffic import counted
 
 from ssmkernels import distributed
@@ -76,6 +76,22 @@ def check_packed_rows(group: dist.ProcessGroup) -> None:
         for unpacked, tensor in zip(unpack_rows(packed, tensors), part, strict=True):
             assert unpacked.dtype == tensor.dtype
             assert unpacked.equal(tensor)
+
+
+class _SplitsItsInput(nn.Module):
+    """Its buffer is the same on every rank; a method is named as other modules' attribute."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value))
+
+    def split(self) -> None: ...
+
+
+def check_on_four_buffers_are_those_of_the_first_rank(group: dist.ProcessGroup) -> None:
+    module = _SplitsItsInput(dist.get_rank(group))
+    distributed.broadcast_buffers(module)
+    assert module.value == 0
 
 
 def check_groups_and_sizes(group: dist.ProcessGroup) -> None:

@@ -118,6 +118,21 @@ def check_pairs_of_one_kind_and_no_rows(group: dist.ProcessGroup) -> None:
     assert torch.autograd.grad(loss, nothing)[0].shape == (0, D)
 
 
+def check_nan_in_nan_out(group: dist.ProcessGroup) -> None:
+    """A row of NaN on the first rank makes the losses of all ranks NaN."""
+    for dtype in DTYPES:
+        rows, labels, basis = problem(dtype)
+        own = shard(N, group)
+        rows[0], basis[0] = torch.nan, torch.nan
+        thresholds = {"positive_threshold": 0.5, "negative_threshold": 0.1}
+        losses = (
+            ops.pair_ranking_loss(rows[own], labels[own], group=group),
+            ops.mined_pair_ranking_loss(rows[own], torch.ones_like(basis)[own], **thresholds, group=group),
+            *ops.similarity_moments(basis[own], labels[own], group=group),
+        )
+        assert all(loss.isnan() for loss in losses), losses
+
+
 def check_second_derivatives_raise(group: dist.ProcessGroup) -> None:
     rows, labels, basis = problem(torch.float64)
     own = shard(N, group)
@@ -181,3 +196,4 @@ def check_for_ddp(group: dist.ProcessGroup) -> None:
     assert loss.item() == 9
     assert x.grad is not None
     assert x.grad.item() == 6 * dist.get_world_size(group)
+    assert for_ddp(x / 0, group=group).isinf()

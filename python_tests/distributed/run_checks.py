@@ -25,14 +25,15 @@ Check = Callable[[dist.ProcessGroup], None]
 
 
 def checks(size: int) -> dict[str, Check]:
-    """Every function named check_* of the modules, by its name, for a group of ``size``; those named check_on_two_*,
-    which take long to start, for 2.
+    """Every function named check_* of the modules, by its name, for a group of ``size``; for 2 alone those named
+    check_on_two_*, which take long to start, and for 4 those named check_on_four_*, which take the default group.
     """
+    other = {2: "check_on_four_", 4: "check_on_two_"}[size]
     return {
         name.removeprefix("check_"): function
         for module in MODULES
         for name, function in vars(module).items()
-        if name.startswith("check_") and (size == 2 or not name.startswith("check_on_two_"))
+        if name.startswith("check_") and not name.startswith(other)
     }
 
 

@@ -164,13 +164,14 @@ def all_reduce_mean(tensor: Tensor, *, group: Group = None) -> Tensor:
 def broadcast_buffers(module: nn.Module) -> None:
     """Gives every rank the buffers of ``module`` that rank 0 has, as DDP does before each forward pass.
 
-    Those of modules whose attribute ``split`` is true stay: of them each rank has its own part.
+    Those of modules whose attribute ``buffers_differ_between_ranks`` is true stay: of them each rank has its own part.
     """
     if not is_distributed():
         return
     for part in module.modules():
-        for buffer in () if getattr(part, "split", False) else part.buffers(recurse=False):
-            dist.broadcast(buffer, src=0)
+        if not getattr(part, "buffers_differ_between_ranks", False):
+            for buffer in part.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
 
 
 def gather_rows(x: Tensor, *, group: Group = None) -> Tensor:
@@ -200,7 +201,11 @@ def for_ddp(loss: Tensor, *, group: Group = None) -> Tensor:
     DDP takes the mean over ranks of the gradients of the parameters; what each rank has of this loss is to be added up.
     """
     ranks = world_size(group)
-    return loss if ranks == 1 else loss.detach() + ranks * (loss - loss.detach())
+    if ranks == 1 or not loss.requires_grad:
+        return loss
+    scaled = loss.clone()
+    scaled.register_hook(lambda gradient: ranks * gradient)
+    return scaled
 
 
 class _GatherRows(torch.autograd.Function):

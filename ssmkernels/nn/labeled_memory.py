@@ -97,6 +97,11 @@ class LabeledMemory(WithGroup):
         self.register_buffer("labels", sorted_labels[self.own].clone())
         self.register_buffer("rows", rows)  # the row of each slot
 
+    @property
+    def buffers_differ_between_ranks(self) -> bool:
+        """Read by :func:`ssmkernels.distributed.broadcast_buffers`."""
+        return self.split
+
     def instance_matching(
         self,
         query_weak: Tensor,
