@@ -118,8 +118,10 @@ def test_ranks_agree_on_everything(two_ranks, tmp_path, memory):
 
     (tmp_path / "split").mkdir()
     for split in two_ranks(TRAINING, tmp_path / "split", memory, "0"):
-        # The sums over the memory are taken in another order.
-        torch.testing.assert_close(split["state"], first["state"], rtol=1e-3, atol=1e-5)
+        # Gradients through the memory differ by 1e-5 of their size, what instance_matching(group=) promises. Three
+        # steps of rate .03 and Nesterov momentum .9 move a weight by at most .03·(1.9 + 2.71 + 3.44) = .24 of a
+        # gradient, so by 2.4e-6 for gradients up to 1; the factor 4 is for what later steps make of the difference.
+        torch.testing.assert_close(split["state"], first["state"], rtol=0, atol=1e-5)
 
 
 def test_ranks_of_mixed_label_propagation_agree_with_each_other_and_with_one_process(two_ranks, tmp_path, monkeypatch):
