@@ -22,10 +22,13 @@ from ssmkernels import nn, reference
 COUNT = Number((3, 4, 5), least=1, integer=True, shapes=True)
 IGNORE = Number((-1, 0, -100), integer=True, optional=True)
 POSITIVE = Number((1.0, 8.0, 32, 0.5), least=0, above=True)
+FACTOR = Number((1.0, 8.0, 32, 0.5), least=1e-18, most=1e18)
 MOMENTUM = Number((0.99, 0.5, 0), least=0, most=1, below=True)
 COSINE = Number((0.1, 0, -0.5, 1), least=-1, most=1)
 MARGIN = Number((0.5, 0.0, 1, -0.5))
 WEIGHT = Number((1.0, 0, 2), least=0)
+BASE = Number((0.5, 0.0, 1, -0.5), least=-1e18, most=1e18)
+VARIANCE_WEIGHT = Number((1.0, 0, 2), least=0, most=1e18)
 
 
 def method(
@@ -82,7 +85,7 @@ def _draw_contrastive(draw: Draw) -> dict[str, Any]:
 def _draw_multi_similarity(draw: Draw) -> dict[str, Any]:
     arguments = _draw_pairs(draw)
     arguments.pop("indices_tuple", None)  # lists that contradict themselves are refused
-    return {**arguments, "alpha": POSITIVE.draw(draw), "beta": POSITIVE.draw(draw), "base": MARGIN.draw(draw)}
+    return {**arguments, "alpha": FACTOR.draw(draw), "beta": FACTOR.draw(draw), "base": BASE.draw(draw)}
 
 
 # Similarity distribution
@@ -101,7 +104,7 @@ def _draw_distribution(draw: Draw) -> dict[str, Any]:
     return {
         **_draw_basis(draw),
         "margin": MARGIN.draw(draw),
-        "variance_weight": WEIGHT.draw(draw),
+        "variance_weight": VARIANCE_WEIGHT.draw(draw),
         "gradient": draw(st.sampled_from(["batch", "momentum"])),
         "ignore_index": IGNORE.draw(draw),
     }
@@ -123,7 +126,7 @@ def _check_distribution(arguments: dict[str, Any], results: Tensors) -> None:
 
 
 def _draw_local(draw: Draw) -> dict[str, Any]:
-    return {**_draw_basis(draw), "scale": POSITIVE.draw(draw)}
+    return {**_draw_basis(draw), "scale": FACTOR.draw(draw)}
 
 
 def _exact_local(basis_features: Tensor, labels: Tensor, scale: float, **_: Any) -> Tensor:
@@ -175,7 +178,7 @@ def _draw_proxy(draw: Draw) -> dict[str, Any]:
     return {
         "num_classes": classes,
         "embedding_dim": dim,
-        "epsilon": POSITIVE.draw(draw),
+        "epsilon": FACTOR.draw(draw),
         "margin": COSINE.draw(draw),
         "proxies": v.values(draw, (classes, dim), torch.float32),
         "embeddings": v.values(draw, (rows, dim), v.dtype(draw)),
@@ -465,7 +468,7 @@ TARGETS = {
     "nn.MultiSimilarityLoss": Target(
         _draw_multi_similarity,
         method(nn.MultiSimilarityLoss, ("alpha", "beta", "base", "ignore_index")),
-        numbers={"alpha": POSITIVE, "beta": POSITIVE, "base": MARGIN, "ignore_index": IGNORE},
+        numbers={"alpha": FACTOR, "beta": FACTOR, "base": BASE, "ignore_index": IGNORE},
         gradient=("embeddings", "ref_emb"),
     ),
     "nn.DistributionAlignment": Target(
@@ -511,7 +514,7 @@ TARGETS = {
         method(nn.GlobalCrossEntropy, ("num_basis", "num_clusters", "scale", "momentum"), ("prototypes",)),
         _exact_global,
         inner=_inner_cross_entropy,
-        numbers={"scale": POSITIVE, "momentum": MOMENTUM},
+        numbers={"scale": FACTOR, "momentum": MOMENTUM},
         fixed=("num_basis", "num_clusters", "prototypes"),
     ),
     "nn.LabeledMemory": Target(
@@ -526,7 +529,7 @@ TARGETS = {
         method(nn.LocalCrossEntropy, ("scale", "momentum")),
         _exact_local,
         inner=_inner_local,
-        numbers={"scale": POSITIVE, "momentum": MOMENTUM},
+        numbers={"scale": FACTOR, "momentum": MOMENTUM},
         gradient=("basis_features",),
     ),
     "nn.PrototypeHead": Target(
@@ -541,7 +544,7 @@ TARGETS = {
         _draw_proxy,
         method(nn.ProxyLoss, ("num_classes", "embedding_dim", "epsilon", "margin"), ("proxies",)),
         _exact_proxy,
-        numbers={"epsilon": POSITIVE, "margin": COSINE},
+        numbers={"epsilon": FACTOR, "margin": COSINE},
         fixed=("num_classes", "embedding_dim", "proxies"),
     ),
     "nn.RunningSimilarityMoments": Target(
@@ -554,7 +557,7 @@ TARGETS = {
         _draw_distribution,
         method(nn.SimilarityDistributionLoss, ("margin", "variance_weight", "momentum", "gradient", "ignore_index")),
         holds=_check_distribution,
-        numbers={"margin": MARGIN, "variance_weight": WEIGHT, "momentum": MOMENTUM, "ignore_index": IGNORE},
+        numbers={"margin": MARGIN, "variance_weight": VARIANCE_WEIGHT, "momentum": MOMENTUM, "ignore_index": IGNORE},
         words={"gradient": ("batch", "momentum")},
     ),
     "nn.SimilarityNetwork": Target(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ssmkernels import estimators, graph, metrics, nn, ops
 from ssmkernels.graph import comparisons
 
-EXAMPLES = 60
+EXAMPLES = 100
 MODULES = {
     "ops": ops,
     "graph": graph,

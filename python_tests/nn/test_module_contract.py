@@ -96,6 +96,30 @@ def test_runs_in_every_dtype(case, dtype):
         assert gradient.dtype == inputs[leaf].dtype
 
 
+@cases()
+def test_inputs_with_the_negative_bit(case):
+    """torch._neg_view: minus what lies in memory."""
+    inputs = case.inputs()
+    negated = {name: torch._neg_view(-value) for name, value in inputs.items()}
+    for actual, expected in zip(results(case, case.make(), negated), results(case, case.make(), inputs), strict=True):
+        assert all(one.equal(other) for one, other in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e-39, 1e39, 1e300])
+@settings()
+def test_numbers_that_float32_lacks_give_no_nan(case, name, value):
+    if not isinstance(inspect.signature(case.module).parameters[name].default, float):
+        return
+    try:
+        module = case.make(**{name: value})
+    except ValueError:
+        with pytest.raises(ValueError, match=name):
+            case.make(**{name: value})
+        return
+    outputs, gradients = results(case, module, case.inputs())
+    assert not any(tensor.isnan().any() for tensor in (*outputs, *gradients))
+
+
 def exact_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.is_floating_point() else value.dtype
 

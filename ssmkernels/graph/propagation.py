@@ -90,7 +90,8 @@ def label_propagation(
 
     ``F̃.argmax(1)`` is the pseudo-label of (13), the softmax of (20) takes it as it is. With ``balance=False`` it is
     (16) literally, with ``balance=False, mu_unlabeled=mu`` the original label propagation, (12). W is taken as it is,
-    at any scale, and μ with it.
+    at any scale, and μ with it; the pseudo-labels are those of the exact solution where the largest positive weight is
+    at most 1e12 times the smallest.
 
     Args:
         graph: N nodes; F̃ comes in the dtype of its weights, and what depends on it has the accuracy of float64.

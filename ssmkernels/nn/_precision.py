@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
+LEAST_FACTOR, LARGEST_FACTOR = 1e-18, 1e18  # of logits and losses: float32 holds what two of them make
+
 
 @torch.compiler.assume_constant_result  # torch 2.11 does not trace it
 def _has_autocast(device: str) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
-from ssmkernels.nn._precision import without_autocast
+from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -28,9 +28,9 @@ class MultiSimilarityLoss(PairLoss):
     ``indices_tuple`` is one pair.
 
     Args:
-        alpha: α > 0, sharpness on positives.
-        beta: β > 0, sharpness on negatives.
-        base: λ, in cosine.
+        alpha: α in [1e-18, 1e18], sharpness on positives.
+        beta: β in [1e-18, 1e18], sharpness on negatives.
+        base: λ, in cosine, in [-1e18, 1e18].
         ignore_index: rows with this label are in no pair and not in the mean; by default every label is a class, −1
             too. Leaving rows out synchronises with the device, and one compiled graph cannot hold it.
 
@@ -47,9 +47,9 @@ class MultiSimilarityLoss(PairLoss):
         ignore_index: int | None = None,
     ) -> None:
         super().__init__(ignore_index)
-        self.alpha = check.check_positive("alpha", alpha)
-        self.beta = check.check_positive("beta", beta)
-        self.base = check.check_number("base", base)
+        self.alpha = check.check_within("alpha", alpha, LEAST_FACTOR, LARGEST_FACTOR)
+        self.beta = check.check_within("beta", beta, LEAST_FACTOR, LARGEST_FACTOR)
+        self.base = check.check_within("base", base, -LARGEST_FACTOR, LARGEST_FACTOR)
 
     def _loss(self, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels) -> Tensor:
         positives, negatives = pair.pair_masks(pairs, x.shape[0], y.shape[0])

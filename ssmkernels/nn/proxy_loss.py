@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkernels.nn._precision import without_autocast
+from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -26,7 +26,7 @@ class ProxyLoss(nn.Module):
     Args:
         num_classes: C ≥ 1.
         embedding_dim: δ ≥ 1.
-        epsilon: ε > 0, scale of the cosines.
+        epsilon: ε in [1e-18, 1e18], scale of the cosines.
         margin: b, in cosine.
 
     Raises:
@@ -36,7 +36,7 @@ class ProxyLoss(nn.Module):
     def __init__(self, num_classes: int, embedding_dim: int, *, epsilon: float = 32.0, margin: float = 0.1) -> None:
         super().__init__()
         shape = check.check_count("num_classes", num_classes), check.check_count("embedding_dim", embedding_dim)
-        self.epsilon = check.check_positive("epsilon", epsilon)
+        self.epsilon = check.check_within("epsilon", epsilon, LEAST_FACTOR, LARGEST_FACTOR)
         self.margin = check.check_number("margin", margin)
         if not -1 <= self.margin <= 1:
             raise ValueError(f"margin must be in [-1, 1], as cosines are, got {margin}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.nn._pair_arguments import without_diagonal
-from ssmkernels.nn._precision import without_autocast
+from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
 from ssmkernels.nn.feature_basis import check_classes, mean_cross_entropy
 from ssmkernels.nn.similarity_distribution import RunningSimilarityMoments, check_batch
 from ssmkernels.ops import _checks as check
@@ -35,7 +35,7 @@ class LocalCrossEntropy(RunningSimilarityMoments):
     O(n²).
 
     Args:
-        scale: σ > 0, from cosine to logit.
+        scale: σ in [1e-18, 1e18], from cosine to logit.
         momentum: β in [0, 1) of the moments.
 
     Raises:
@@ -44,7 +44,7 @@ class LocalCrossEntropy(RunningSimilarityMoments):
 
     def __init__(self, scale: float = 10.0, momentum: float = 0.99) -> None:
         super().__init__(momentum)
-        self.scale = check.check_positive("scale", scale)
+        self.scale = check.check_within("scale", scale, LEAST_FACTOR, LARGEST_FACTOR)
 
     def forward(self, basis_features: Tensor, labels: Tensor) -> Tensor:
         """L, a scalar in float32 (float64 for float64 features), also under autocast.
@@ -86,7 +86,7 @@ class GlobalCrossEntropy(RunningSimilarityMoments):
     Args:
         num_basis: k ≥ 1, of the feature basis.
         num_clusters: clusters C ≥ 1 of the pseudo-labels.
-        scale: σ > 0, from cosine to logit.
+        scale: σ in [1e-18, 1e18], from cosine to logit.
         momentum: β in [0, 1) of the moments.
 
     Raises:
@@ -95,7 +95,7 @@ class GlobalCrossEntropy(RunningSimilarityMoments):
 
     def __init__(self, num_basis: int, num_clusters: int, scale: float = 10.0, momentum: float = 0.99) -> None:
         super().__init__(momentum)
-        self.scale = check.check_positive("scale", scale)
+        self.scale = check.check_within("scale", scale, LEAST_FACTOR, LARGEST_FACTOR)
         shape = check.check_count("num_clusters", num_clusters), check.check_count("num_basis", num_basis)
         self.prototypes = nn.Parameter(torch.randn(shape))
 

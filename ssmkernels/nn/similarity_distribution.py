@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import ops
-from ssmkernels.nn._precision import RunningStatistics
+from ssmkernels.nn._precision import LARGEST_FACTOR, RunningStatistics
 from ssmkernels.ops import _checks as check
 
 MOMENTS = ops.SimilarityMoments._fields
@@ -112,7 +112,7 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
 
     Args:
         margin: m, in cosine. Not published; .5 is our choice.
-        variance_weight: λ_v ≥ 0. Not published; 1 is our choice.
+        variance_weight: λ_v in [0, 1e18]. Not published; 1 is our choice.
         momentum: β in [0, 1); the paper's .99.
         gradient: "batch" or "momentum", as above.
         ignore_index: rows with this label are in no pair; by default every label is a class, −1 too. Leaving rows out
@@ -133,7 +133,7 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
     ) -> None:
         super().__init__(momentum)
         self.margin = check.check_number("margin", margin)
-        self.variance_weight = check.check_nonnegative("variance_weight", variance_weight)
+        self.variance_weight = check.check_within("variance_weight", variance_weight, 0, LARGEST_FACTOR)
         check.check_choice("gradient", gradient, get_args(MomentGradient))
         self.gradient = gradient
         self.ignore_index = None if ignore_index is None else check.check_integer("ignore_index", ignore_index)

@@ -153,6 +153,13 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_within(name: str, value: object, low: float, high: float) -> float:
+    number = _number(name, value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {number}")
+    return number
+
+
 def check_nonnegative(name: str, value: object) -> float:
     if type(value) is float and 0 <= value < math.inf:
         return value

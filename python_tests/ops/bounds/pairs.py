@@ -62,9 +62,9 @@ class _Network:
     def gradients(self, grad: Tensor, grad_error: Tensor) -> dict[str, Tensor]:
         """Of all six arguments, from the gradients of the logits and their errors.
 
-        s = g w2 1[a > 0] has the error of g, and all of itself where the unit may be on or off. Every gradient is a sum
-        of s times its own factor; where a sum goes over pairs it is taken in blocks. ∂w2 may be taken as Σ A_i U_i + Σ
-        B_j V_j, so in the magnitudes of A and B.
+        s = g w2 1[a > 0] has the error of g, may be subnormal, and is all error where the unit may be on or off. Every
+        gradient is a sum of s times its own factor; where a sum goes over pairs it is taken in blocks. ∂w2 may be taken
+        as Σ A_i U_i + Σ B_j V_j, so in the magnitudes of A and B.
         """
         rounding = self.rounding
         rows, columns, hidden = self.size.shape
@@ -73,6 +73,7 @@ class _Network:
         w2 = self.w2.abs()
         s_size = ((grad.abs() + grad_error)[..., None] * self.possible) * w2
         s_error = (grad_error[..., None] * self.possible + grad.abs()[..., None] * self.maybe) * w2
+        s_error = s_error + rounding.tiny * (s_size > 0).double()
         s = (grad[..., None] * self.on) * self.w2
         weights, half = self.w1.abs(), 4 * self.operand
         pairs = rows * columns
