@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ssmkernels import _library, info
+from ssmkernels._files import write_atomically
 from ssmkernels.bench import graph, memory, pairs, ranking
 from ssmkernels.bench.case import Case
 from ssmkernels.bench.measure import Function, time_alternating
@@ -77,7 +78,7 @@ def main() -> None:
     text = f"{heading}\n\n{markdown_table(titles, rows)}\n"
     print(text)
     if args.out:
-        args.out.write_text(text)
+        write_atomically(args.out, text)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ssmkernels import _library, info, ops, reference
+from ssmkernels._files import write_atomically
 from ssmkernels.experiments.report import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,7 +135,7 @@ def write(path: Path, text: str) -> None:
     title = text.split("\n", 1)[0]
     head, *sections = re.split(r"(?m)^(?=## )", path.read_text())
     kept = [part for part in sections if not part.startswith(title + "\n")]
-    path.write_text(head + "\n".join(part.rstrip("\n") + "\n" for part in [*kept, text]))
+    write_atomically(path, head + "\n".join(part.rstrip("\n") + "\n" for part in [*kept, text]))
 
 
 def main() -> None:

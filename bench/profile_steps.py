@@ -26,6 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ssmkernels import info, ops, reference
+from ssmkernels._files import write_atomically
 from ssmkernels.bench.graph import torch_sparse_cg
 from ssmkernels.bench.memory import vectorised_update
 from ssmkernels.experiments.report import markdown_table
@@ -187,7 +188,7 @@ def main() -> None:
     )
     print(text)
     if args.out:
-        args.out.write_text(text)
+        write_atomically(args.out, text)
 
 
 if __name__ == "__main__":

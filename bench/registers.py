@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssmkernels._files import write_atomically
+
 INSTRUCTIONS = {
     "HMMA": "HMMA",
     "LDSM": "LDSM",
@@ -125,7 +127,7 @@ def main() -> int:
         version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[
             -2
         ]
-        args.out.write_text(f"{version}; `python bench/registers.py {' '.join(sys.argv[1:])}`\n\n{text}\n")
+        write_atomically(args.out, f"{version}; `python bench/registers.py {' '.join(sys.argv[1:])}`\n\n{text}\n")
     print("\n".join(spilling) or f"{len(table)} kernels, none spills on sm_90", file=sys.stderr)
     return 1 if spilling else 0
 

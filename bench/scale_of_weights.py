@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import graph
+from ssmkernels._files import write_atomically
 from ssmkernels.experiments import feature_sets
 from ssmkernels.experiments.analyses.propagation import draw_labels
 from ssmkernels.experiments.report import markdown_table
@@ -75,7 +76,7 @@ def main() -> None:
     table = markdown_table(HEADER, rows)
     print(table)
     if arguments.out is not None:
-        arguments.out.write_text(f"{table}\n")
+        write_atomically(arguments.out, f"{table}\n")
 
 
 if __name__ == "__main__":

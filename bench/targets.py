@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ssmkernels import info
+from ssmkernels._files import write_atomically
 from ssmkernels.bench import graph, memory, pairs, ranking
 from ssmkernels.bench.case import Case, Result, run
 from ssmkernels.bench.measure import device_rates
@@ -111,7 +112,7 @@ def main() -> None:
     text = f"{heading}\n\n{markdown_table(['case', 'against', 'target', 'median', 'runs', ''], rows)}\n"
     print(text)
     if args.out:
-        args.out.write_text(text)
+        write_atomically(args.out, text)
 
 
 if __name__ == "__main__":

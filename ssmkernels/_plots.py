@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssmkernels._files import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -64,5 +66,5 @@ def shared_legend(figure: Figure, *, columns: int = 3) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes the figure to ``path`` at :data:`DPI`, and its folder if it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI)

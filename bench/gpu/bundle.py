@@ -13,6 +13,7 @@ import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from bench.gpu.files import write_atomically
 from bench.gpu.steps import ROOT
 
 BUNDLE = ROOT / "build" / "gpu-bundle"
@@ -47,7 +48,7 @@ def seal(bundle: Path = BUNDLE, root: Path = ROOT) -> int:
     Raises:
         SystemExit: it is too large to be carried.
     """
-    (bundle / "bundle.json").write_text(json.dumps({"sources": source_hash(root)}) + "\n")
+    write_atomically(bundle / "bundle.json", json.dumps({"sources": source_hash(root)}) + "\n")
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     if size > LARGEST:
         sys.exit(f"gpu-bundle: {bundle} has {size / 1e6:.0f} MB, and should have at most {LARGEST / 1e6:.0f}")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.gpu.files import write_atomically
+
 T = TypeVar("T")
 
 FAILED = 3  # exit status of a step that came to its end with rows that failed
@@ -70,9 +72,7 @@ class Rows:
 
     def _write(self, label: str, row: Mapping[str, Any]) -> None:
         self.rows[label] = dict(row)
-        unfinished = self.path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.rows, indent=1) + "\n")
-        unfinished.replace(self.path)
+        write_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def finish(self) -> int:
         """The exit status of the step."""

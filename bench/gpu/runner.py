@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.gpu.files import write_atomically
 from bench.gpu.rows import FAILED
 from bench.gpu.steps import ROOT, Step
 
@@ -111,10 +112,8 @@ def read(out: Path) -> list[Outcome]:
 
 def write(outcomes: Sequence[Outcome], out: Path) -> None:
     """summary.json, from which a later call goes on, and summary.md."""
-    unfinished = out / "summary.tmp"
-    unfinished.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
-    unfinished.replace(out / "summary.json")
-    (out / "summary.md").write_text(table(outcomes) + "\n")
+    write_atomically(out / "summary.json", json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    write_atomically(out / "summary.md", table(outcomes) + "\n")
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

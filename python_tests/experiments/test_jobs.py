@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ssmkernels._locks import FolderInUse
 from ssmkernels.experiments import jobs
 from ssmkernels.experiments.jobs import Job, alone, run_jobs, training_name
+from ssmkernels.trainers.checkpoint import load_checkpoint, save_checkpoint
 from ssmkernels.trainers.cli import parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -92,11 +94,51 @@ def test_what_a_job_needs_is_run_before_it(tmp_path, capsys):
     assert (done["not chosen"].value, done["not chosen"].error) == (None, None)
 
 
-def test_broken_markers_are_an_error(tmp_path):
+@pytest.mark.parametrize("torn", ["", "{", "[1]", '{"title": "a"}'])
+def test_a_damaged_marker_is_named_and_the_job_run_again(tmp_path, capsys, torn):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "job.json").write_text("{")
-    with pytest.raises(ValueError, match=r"job\.json is not readable .* delete it"):
-        run_jobs(tmp_path, [job("a", lambda folder: 1)])
+    (tmp_path / "a" / "job.json").write_text(torn)
+    assert run_jobs(tmp_path, [job("a", lambda folder: 1)])["a"].value == 1
+    assert "a/job.json is damaged" in capsys.readouterr().err
+    assert state(tmp_path, "a")["status"] == "finished"
+
+
+def reads(file):
+    """A job that makes ``file`` in its folder if it is not there, and reads it."""
+
+    def run(folder):
+        if not (folder / file).exists():
+            save_checkpoint(folder / file, {"made": 1})
+        return load_checkpoint(folder / file)["made"]
+
+    return run
+
+
+def test_a_damaged_file_of_a_job_is_set_aside_and_made_again(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint.pt").write_bytes(b"torn")
+    assert run_jobs(tmp_path, [job("a", reads("checkpoint.pt"))])["a"].value == 1
+    assert "a/checkpoint.pt is damaged" in capsys.readouterr().err
+    assert (tmp_path / "a" / "checkpoint.pt.damaged").read_bytes() == b"torn"
+
+
+def test_a_damaged_file_of_a_job_that_is_needed_is_made_again_by_the_next_call(tmp_path):
+    first = job("first", reads("best.pt"))
+    second = Job("second", "second", lambda folder: load_checkpoint(tmp_path / "first" / "best.pt")["made"], (first,))
+    run_jobs(tmp_path, [first])
+    (tmp_path / "first" / "best.pt").write_bytes(b"torn")
+    assert "best.pt is damaged" in run_jobs(tmp_path, [second])["second"].error
+    assert run_jobs(tmp_path, [second])["second"].value == 1
+
+
+def test_a_job_that_another_process_runs_is_left_out(tmp_path, capsys, monkeypatch):
+    def in_use(folder):
+        raise FolderInUse(f"{folder} is in use by process 7 on here")
+
+    monkeypatch.setattr(jobs, "folder_lock", in_use)
+    outcome = run_jobs(tmp_path, [job("a", lambda folder: 1)])["a"]
+    assert (outcome.value, outcome.error) == (None, None) and not os.listdir(tmp_path)
+    assert "title of a is left out" in (shown := capsys.readouterr().err) and "process 7 on here" in shown
 
 
 def test_names_follow_what_determines_a_run():

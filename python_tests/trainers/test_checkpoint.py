@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssmkernels._files import DamagedFile
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, save_checkpoint
 
 
@@ -44,8 +45,11 @@ class Payload:
 
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("checkpoint.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    torch.save({"payload": Payload()}, "checkpoint.pt")
     with pytest.raises(ValueError, match=r"checkpoint\.pt is not a readable checkpoint"):
+        load_checkpoint(Path("checkpoint.pt"))
+    Path("checkpoint.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
+    with pytest.raises(DamagedFile, match=r"checkpoint\.pt is damaged"):
         load_checkpoint(Path("checkpoint.pt"))
     assert not Path("executed").exists()
 

@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     out = tmp_path / "file" / "run"
     assert main(["mlsn", "--config", "digits", "--run.accelerator", "cpu", "--run.out", str(out)]) == 1
     assert capsys.readouterr().err.endswith(
-        f"ssmkernels train: {out} cannot be written; give another folder with --run.out\n"
+        f"ssmkernels train: {out} cannot be written (Not a directory); give another folder with --run.out\n"
     )
 
 

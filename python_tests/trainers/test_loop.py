@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import errno
 import os
 import signal
 
 import pytest
 import torch
 
-from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels._files import WriteError
+from ssmkernels._locks import FolderInUse
+from ssmkernels.trainers import loop
+from ssmkernels.trainers.checkpoint import load_checkpoint, save_checkpoint
 from ssmkernels.trainers.loop import RunConfig, RunResult, StopSignals, fit, make_fabric
 
 
@@ -119,6 +123,82 @@ def test_other_settings_are_refused(tmp_path):
     run(Countdown(), tmp_path)
     with pytest.raises(ValueError, match=r"lr: 1\.0 in the checkpoint, 2\.0 now"):
         run(Countdown(), tmp_path, resume=True, config={"lr": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": {}}, "does not fit what is trained: 'value' is missing"),
+        ({"trainer": None}, "does not fit what is trained: 'NoneType' object"),
+        ({"precision": None, "step": 11}, "was made after step 11; it should be of a run of at most 10 steps"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, change, message):
+    run(Countdown(), tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", {**state, **change})
+    with pytest.raises(ValueError, match=f"checkpoint.pt {message}") as error:
+        run(Countdown(), tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_checkpoint_of_a_run_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "checkpoint.pt", {"model": {}, "config": {}})
+    with pytest.raises(ValueError, match="it lacks history, precision, step, trainer, window"):
+        run(Countdown(), tmp_path, resume=True)
+    torch.save([1], tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="it holds a list; it should be a dict"):
+        run(Countdown(), tmp_path, resume=True)
+
+
+def test_a_module_of_another_shape_is_named_in_one_line(tmp_path):
+    class Layer(Countdown):
+        def __init__(self, width):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, width)
+
+        def state_dict(self):
+            return self.layer.state_dict()
+
+        def load_state_dict(self, state):
+            self.layer.load_state_dict(state)
+
+    run(Layer(2), tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit what is trained: .* size mismatch for weight") as error:
+        run(Layer(4), tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_use_or_unusable_is_named(tmp_path, monkeypatch):
+    def in_use(folder):
+        raise FolderInUse(f"{folder} is in use by process 7 on here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "folder_lock", in_use)
+        with pytest.raises(FolderInUse, match="in use by process 7"):
+            run(Countdown(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"file cannot be written \(Not a directory\); give another folder with --run.out"
+    ):
+        run(Countdown(), tmp_path / "file")
+    assert run(Countdown(), tmp_path / "run").finished
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    def full(path, state):
+        if state["step"] > 5:
+            raise WriteError(errno.ENOSPC, "No space left on device", str(path))
+        save_checkpoint(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", full)
+        with pytest.raises(WriteError, match=r"checkpoint\.pt cannot be written: No space"):
+            run(Countdown(), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    assert run(Countdown(), tmp_path, resume=True).history == run(Countdown(), None).history
 
 
 def test_no_checkpoint_of_a_broken_state(tmp_path):

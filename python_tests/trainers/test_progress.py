@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from ssmkernels.trainers.progress import RunLog
+from ssmkernels.trainers.progress import RunLog, keep_records_until
 
 
 def make_log(folder, start=0, window=None):
@@ -51,6 +51,27 @@ def test_resuming_forgets_the_steps_that_will_be_done_again(tmp_path):
         file.write('{"step": 5, "lo')  # torn by a crash
     make_log(tmp_path, start=2).close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
+def test_damaged_lines_of_a_log_are_named_and_kept(tmp_path, capsys):
+    log = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1}\n', b'{"step": 2, \xff\n', b"7\n", b'{"step": "4"}\n', b'{"step": 5}\n', b'{"step": 9}\n']
+    log.write_bytes(b"".join(lines))
+    make_log(tmp_path, start=5).close()
+    assert capsys.readouterr().err.startswith(f"{log}, lines 2, 3, 4: no record; the log goes on without")
+    assert records(tmp_path) == [{"step": 1}, {"step": 5}]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(lines)
+    make_log(tmp_path, start=5).close()
+    assert not capsys.readouterr().err
+
+
+def test_a_log_torn_at_any_byte_is_gone_on_with(tmp_path):
+    whole = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 4))
+    for size in range(len(whole) + 1):
+        (tmp_path / "metrics.jsonl").write_text(whole[:size])
+        keep_records_until(tmp_path / "metrics.jsonl", 3)
+        assert (tmp_path / "metrics.jsonl").read_text() == whole[: whole[:size].rfind("\n") + 1]
+    assert not (tmp_path / "metrics.jsonl.damaged").exists()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssmkernels._files import write_atomically
+
 if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     if any(result.phase.endswith("growth") for result in results):
         tables += "\n\n" + report.growth_table(results)
     print("\n" + tables)
-    out.with_suffix(".md").write_text(tables + "\n")
+    write_atomically(out.with_suffix(".md"), tables + "\n")
     names = plots.plot(results, out, rates)
     print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *names])}")
     if before is None:
@@ -181,11 +183,8 @@ def _read(path: Path) -> tuple[Rates, list[Result]]:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all: an interrupted run leaves the cases it finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    unfinished.replace(path)
+    """An interrupted run leaves the cases it finished."""
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
 
 
 @functools.cache

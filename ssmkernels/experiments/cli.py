@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmkernels.experiments.jobs import EXPECTED, this_rank
+from ssmkernels._files import DamagedFile
+from ssmkernels.experiments.jobs import EXPECTED, discard_damaged, this_rank
 from ssmkernels.experiments.report import duration, markdown_table, record_page
 from ssmkernels.experiments.run import Cost, Request, choose, costs, find_cells, run_table, seeds_of, unknown
 from ssmkernels.experiments.sources import EMBEDDED, Source
@@ -60,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
             return 130
         except Exception as error:
             complete[name] = False
+            if isinstance(error, DamagedFile):
+                discard_damaged(error, request.jobs)
             if not isinstance(error, EXPECTED):
                 traceback.print_exc()
             if this_rank()[0] == 0:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import ops, reference
+from ssmkernels._files import write_atomically
 from ssmkernels.bench.measure import peak_extra_bytes, time_alternating
 from ssmkernels.experiments.report import markdown_table, write_report
 from ssmkernels.experiments.run import Request, run_table
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(threads)
     write_report(options.out, options.out / "report.html", tables)
     page = options.out / "report.md"
-    page.write_text(f"{page.read_text(encoding='utf-8')}\n{op_section()}", encoding="utf-8")
+    write_atomically(page, f"{page.read_text(encoding='utf-8')}\n{op_section()}")
     print(
         f"\n{page.read_text(encoding='utf-8')}\nDone after {time.perf_counter() - begin:.0f} s. The report, with plots,"
         f" is in {page}."

@@ -7,7 +7,6 @@ EfficientNet-Lite0.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ssmkernels import data, models
+from ssmkernels._files import checksummed_archive, is_whole
 from ssmkernels.data.packed import packed_images
 
 
@@ -82,13 +82,13 @@ def load(name: str, folder: str | None, cache: Path) -> FeatureSet:
     if source.collection is not None:
         backbone = network_of(folder)
         kept = cache / f"{name}-{backbone}.npz"
-        return _kept(kept) if kept.exists() else _collection_features(source, backbone, Path(str(folder)), kept)
+        return _kept(kept) if is_whole(kept) else _collection_features(source, backbone, Path(str(folder)), kept)
     if source.file is None or source.read is None:
         images = data.load_collection(name).images
         pixels = np.stack([np.asarray(images.image(i), dtype=np.float32).ravel() for i in range(len(images))])
         return FeatureSet(torch.from_numpy(pixels), torch.from_numpy(images.labels))
     kept = cache / f"{name}-{source.size}px.npz"
-    if not kept.exists():
+    if not is_whole(kept):
         with np.load(Path(folder or ".") / source.file, allow_pickle=False) as archive:
             pictures, labels = source.read(archive)
         print(f"{source.title}: features of {len(labels)} images", flush=True)
@@ -120,10 +120,8 @@ def _collection_features(source: Source, backbone: str, folder: Path, kept: Path
 
 
 def _keep(path: Path, features: Tensor, labels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{os.getpid()}.npz")
-    np.savez(unfinished, features=features.numpy(), labels=labels)
-    unfinished.replace(path)
+    with checksummed_archive(path) as file:
+        np.savez(file, features=features.numpy(), labels=labels)
 
 
 def _kept(path: Path) -> FeatureSet:

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ssmkernels.experiments.record import write_atomically
+from ssmkernels._files import DamagedFile, set_aside, write_atomically
+from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.trainers import RunResult
 from ssmkernels.trainers.loop import StopSignals
 
 FILE = "job.json"
 FOLDER = "jobs"
-EXPECTED = (ValueError, FileNotFoundError, ImportError, FloatingPointError)
+EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 """Errors whose message says all."""
 POLL = 0.2  # seconds between looks at what the first rank has finished
 _OF_TORCHRUN = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
@@ -176,14 +177,27 @@ def alone() -> Iterator[None]:
 
 
 def _run(job: Job, folder: Path) -> None:
-    """Runs a job and leaves how it ended."""
+    """Runs a job and leaves how it ended, on the first rank with the lock on its folder."""
+    if this_rank()[0] > 0:
+        _run_locked(job, folder)
+        return
+    try:
+        with folder_lock(folder):
+            if this_rank()[1] > 1 or not _is_over(_read(folder)):  # by another process, in between
+                _run_locked(job, folder)
+    except FolderInUse as error:
+        if this_rank()[1] > 1:
+            raise  # the other ranks wait for this one: torchrun ends them
+        print(f"{job.title} is left out: {error}", file=sys.stderr, flush=True)
+
+
+def _run_locked(job: Job, folder: Path) -> None:
     earlier = (_read(folder) or {"seconds": 0.0})["seconds"]
     begin = time.perf_counter()
 
     def leave(status: str, **rest: Any) -> None:
         if this_rank()[0] > 0:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         seconds = earlier + time.perf_counter() - begin
         state = {
             "title": job.title,
@@ -197,7 +211,7 @@ def _run(job: Job, folder: Path) -> None:
 
     try:
         with nullcontext() if job.config is not None else alone():
-            value = job.run(folder)
+            value = _run_or_start_again(job, folder)
     except Exception as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exc()
@@ -211,6 +225,31 @@ def _run(job: Job, folder: Path) -> None:
         raise
     else:
         leave("finished", value=value)
+
+
+def _run_or_start_again(job: Job, folder: Path) -> Any:
+    """Runs a job, from its start where what an earlier call left of it is damaged."""
+    try:
+        return job.run(folder)
+    except DamagedFile as error:
+        if this_rank()[1] > 1 or not discard_damaged(error, folder.parent):
+            raise
+        if folder not in error.path.parents:
+            raise  # of a job that this one needs, which the next call runs again
+        print(f"{job.title}: {error.path} is damaged ({error.problem}); it is run again", file=sys.stderr, flush=True)
+        return job.run(folder)
+
+
+def discard_damaged(error: DamagedFile, jobs: Path) -> bool:
+    """Sets a damaged file of a job aside, and removes what says how far that job is, so that it is run again. Returns
+    whether it was a file of one of the ``jobs``.
+    """
+    if jobs not in error.path.parents or not error.path.exists():
+        return False
+    set_aside(error.path)
+    error.path.with_name("checkpoint.pt").unlink(missing_ok=True)
+    (jobs / error.path.relative_to(jobs).parts[0] / FILE).unlink(missing_ok=True)
+    return True
 
 
 def _await(job: Job, folder: Path) -> None:
@@ -234,11 +273,15 @@ def _is_over(state: Mapping[str, Any] | None) -> bool:
 def _read(folder: Path) -> Any:
     path = folder / FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(state, dict) and {"status", "seconds", "launch"} <= state.keys()):
+            raise ValueError("it is not how a job ended")
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is not readable ({error}); delete it to run the job again") from error
+        print(f"{path} is damaged ({error}); the job is run again from its checkpoint", file=sys.stderr, flush=True)
+        return None
+    return state
 
 
 def _launch() -> str | None:

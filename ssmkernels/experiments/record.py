@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+from ssmkernels._files import write_atomically
 
 FILE = "record.json"
 
@@ -112,10 +113,7 @@ class Record:
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Writes ``record`` into ``folder``, made if need be. A reader finds the old file or the new one, whole, now
-    and after a crash.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes ``record`` into ``folder``, made if need be, by :func:`ssmkernels._files.write_atomically`."""
     write_atomically(folder / FILE, json.dumps(asdict(record), ensure_ascii=False, indent=1) + "\n")
 
 
@@ -131,17 +129,6 @@ def read_record(folder: Path) -> Record:
         return _build(Record, json.loads(path.read_text(encoding="utf-8")), "the record")
     except ValueError as error:  # also of JSON and of UTF-8
         raise ValueError(f"{path} is not a readable record: {error}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` in UTF-8, all of it or nothing."""
-    # In the same folder, as os.replace is atomic only within a file system
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

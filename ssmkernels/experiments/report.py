@@ -24,8 +24,9 @@ from urllib.parse import quote
 
 import jinja2
 
+from ssmkernels._files import write_atomically
 from ssmkernels.experiments.claims import Verdict, verdicts
-from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record, write_atomically
+from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record
 from ssmkernels.experiments.statistics import mean_and_std
 
 if TYPE_CHECKING:
@@ -154,7 +155,6 @@ def write_report(folder: Path, out: Path, tables: Mapping[str, Table]) -> None:
     papers = arranged(records, order)
     page = _render("page.html.j2", papers=papers)
     text = _render("page.md.j2", papers=papers, base=out.parent)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     write_atomically(out.with_suffix(".md"), text)
 

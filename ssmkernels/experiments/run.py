@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmkernels import __version__, data, info
+from ssmkernels._files import write_atomically
 from ssmkernels._names import unknown
 from ssmkernels.experiments.jobs import (
     EXPECTED,
@@ -317,7 +318,7 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
     )
     if this_rank()[0] == 0:
         write_record(out, record)
-        (out / "report.md").write_text(record_page(record), encoding="utf-8")
+        write_atomically(out / "report.md", record_page(record))
     return record, all(outcomes[name].finished for name in chosen)
 
 

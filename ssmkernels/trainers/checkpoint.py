@@ -1,35 +1,50 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checkpoints that a crash cannot tear and that loading cannot turn into code."""
+"""Checkpoints that a crash cannot tear, whose damage is noticed, and that loading cannot turn into code."""
 
 from __future__ import annotations
 
-import os
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ssmkernels._files import checksummed_archive, verify_checksum
+
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes ``state`` to ``path`` atomically: a reader finds the old file or the new one, whole, now and after
-    a crash.
+    """Writes ``state`` to ``path`` by :func:`ssmkernels._files.checksummed_archive`. ``torch.load`` reads it too.
+
+    Raises:
+        WriteError: it cannot be written; the file that was there is kept.
     """
-    # In the same folder, as os.replace is atomic only within a file system
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
+    with checksummed_archive(path) as file:
         torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state saved at ``path``, on the CPU. Tensors and plain values only: nothing in the file is executed."""
+    """The state saved at ``path``, on the CPU. Tensors and plain values only: nothing in the file is executed.
+
+    Raises:
+        DamagedFile: it is not what was written.
+        FileNotFoundError: there is none.
+        ValueError: it holds something else.
+    """
+    verify_checksum(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {one_line(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; it should be a dict")
+    return state
+
+
+def one_line(error: Exception) -> str:
+    """What PyTorch says over many lines, in one, cut after the first mistakes."""
+    text = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return textwrap.shorten(text, 300, placeholder=" …")
 
 
 def check_same_config(

@@ -12,7 +12,8 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
+from ssmkernels._files import WriteError, write_atomically
+from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.distributed import all_reduce_sum
-from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, save_checkpoint
+from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, one_line, save_checkpoint
 from ssmkernels.trainers.progress import RunLog
 from ssmkernels.trainers.settings import Count, Settings
 
@@ -146,32 +149,52 @@ def fit(
 
     Raises:
         FloatingPointError: a loss is not finite; it names the step.
+        FolderInUse: another process runs in ``run.out``.
+        ValueError: ``run.out`` cannot be written, or its checkpoint cannot be gone on from.
+        WriteError: the disk is full; the last checkpoint is kept.
     """
-    path = Path(run.out) / "checkpoint.pt" if run.out is not None else None
+    folder = None if run.out is None else Path(run.out)
+    with _locked(folder, fabric):
+        return _fit(
+            trainer,
+            fabric=fabric,
+            steps=steps,
+            run=run,
+            config=config,
+            path=None if folder is None else folder / "checkpoint.pt",
+            resume=resume,
+            epoch_ends=range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends,
+            best=best,
+        )
+
+
+def _fit(
+    trainer: Trainer,
+    *,
+    fabric: Fabric,
+    steps: int,
+    run: RunConfig,
+    config: dict[str, Any],
+    path: Path | None,
+    resume: bool,
+    epoch_ends: Container[int],
+    best: str | None,
+) -> RunResult:
+    """:func:`fit`, with a checkpoint at ``path`` in a folder that no other process uses."""
     done = RunResult(finished=False, step=0, steps=steps)
     window: dict[str, float] = {}
     if path is not None and path.exists():
         if not resume:
             raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
-        state = load_checkpoint(path)
-        check_same_config(state["config"], config, ignore=MAY_DIFFER, path=path)
-        _check_same_labels(path.with_name("labels.txt"), trainer.labels_text())
-        trainer.load_state_dict(state["trainer"])
-        fabric.strategy.precision.load_state_dict(state["precision"])
-        done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
-        window = state["window"]
+        done, window = _load_run(path, trainer, fabric, steps, config)
     if done.finished:
         return done
-    if path is not None and fabric.is_global_zero:
-        _make_folder(path.parent)
-        labels = trainer.labels_text()
-        if labels is not None:
-            path.with_name("labels.txt").write_text(labels, encoding="utf-8")
+    if path is not None and fabric.is_global_zero and (labels := trainer.labels_text()) is not None:
+        write_atomically(path.with_name("labels.txt"), labels)
     fabric.barrier()
-    ends = range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends
 
     def due(every: int | None) -> bool:
-        return done.finished or (done.step in ends if every is None else done.step % every == 0)
+        return done.finished or (done.step in epoch_ends if every is None else done.step % every == 0)
 
     with (
         StopSignals() as stop,
@@ -214,6 +237,7 @@ def fit(
                     "precision": fabric.strategy.precision.state_dict(),
                 }
                 if fabric.is_global_zero:
+                    log.sync()  # a checkpoint never knows of more steps than the log
                     save_checkpoint(path, state)
             if stopping and not done.finished:
                 done.stopped_by = stop.number
@@ -230,14 +254,50 @@ def _check_same_labels(path: Path, labels: str | None) -> None:
         )
 
 
-def _make_folder(path: Path) -> None:
+def _load_run(
+    path: Path, trainer: Trainer, fabric: Fabric, steps: int, config: dict[str, Any]
+) -> tuple[RunResult, dict[str, float]]:
+    """Puts the trainer where the checkpoint at ``path`` was made, and returns what was done until then and the sums
+    since the last evaluation.
+
+    Raises:
+        ValueError: it is damaged, no checkpoint of a run, or one of another run.
+    """
+    state = load_checkpoint(path)
+    missing = sorted({"config", "step", "history", "window", "trainer", "precision"} - state.keys())
+    if missing:
+        raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(missing)}")
+    check_same_config(state["config"], config, ignore=MAY_DIFFER, path=path)
+    _check_same_labels(path.with_name("labels.txt"), trainer.labels_text())
+    if state["step"] > steps:
+        raise ValueError(f"{path} was made after step {state['step']}; it should be of a run of at most {steps} steps")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ValueError(f"{path} cannot be written; give another folder with --run.out")
+        trainer.load_state_dict(state["trainer"])
+        fabric.strategy.precision.load_state_dict(state["precision"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit what is trained: {one_line(error)}") from error
+    done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
+    return done, state["window"]
+
+
+@contextmanager
+def _locked(folder: Path | None, fabric: Fabric) -> Iterator[None]:
+    """:func:`ssmkernels._locks.folder_lock` by the first rank, for all: they raise its error together."""
+    with ExitStack() as stack:
+        problem: Exception | None = None
+        if folder is not None and fabric.is_global_zero:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except FolderInUse as error:
+                problem = error
+            except WriteError as error:
+                problem = ValueError(
+                    f"{folder} cannot be written ({error.strerror}); give another folder with --run.out"
+                )
+        problem = fabric.broadcast(problem)
+        if problem is not None:
+            raise problem
+        yield
 
 
 class StopSignals:

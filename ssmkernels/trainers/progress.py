@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssmkernels._files import LineFile, atomic_file
 from ssmkernels.distributed import all_reduce_mean
 
 
@@ -67,9 +68,8 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             path = folder / "metrics.jsonl"
-            kept = _records_until(path, start)  # the steps after the checkpoint are about to be done again
-            self.file = open(path, "w", buffering=1)  # noqa: SIM115 -- closed by close()
-            self.file.writelines(kept)
+            keep_records_until(path, start)  # the steps after the checkpoint are about to be done again
+            self.file = LineFile(path)
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -113,6 +113,11 @@ class RunLog:
         self.read_at = time.perf_counter()
         return record
 
+    def sync(self) -> None:
+        """What was reported so far is on the disk."""
+        if self.file is not None:
+            self.file.sync()
+
     def close(self) -> None:
         self.bar.close()
         if self.file is not None and self.board is not None:
@@ -128,7 +133,7 @@ class RunLog:
     def _write(self, group: str, values: Mapping[str, float]) -> None:
         if self.file is None or self.board is None:
             return
-        self.file.write(json.dumps({"step": self.step, "group": group, **values}) + "\n")
+        self.file.write(json.dumps({"step": self.step, "group": group, **values}))
         for name, value in values.items():
             self.board.add_scalar(f"{group}/{name}", value, self.step)
 
@@ -137,7 +142,38 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _records_until(path: Path, step: int) -> list[str]:
-    """The lines of an earlier log up to ``step``, less one that a crash tore."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+def keep_records_until(path: Path, step: int) -> None:
+    """Takes what is after ``step`` out of an earlier log, and its last line if a crash tore that.
+
+    A log that is damaged elsewhere is kept beside it, as ``metrics.jsonl.damaged``, and goes on without the lines in
+    question, which are named on stderr.
+    """
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    kept, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is None and (number < len(lines) or line.endswith(b"\n")):
+            damaged.append(number)
+        elif record is not None and record["step"] <= step:
+            kept.append(line)
+    if damaged:
+        aside = path.with_name(path.name + ".damaged")
+        with atomic_file(aside) as file:
+            file.write(content)
+        numbers = f"line{'s' if len(damaged) > 1 else ''} {', '.join(map(str, damaged))}"
+        print(f"{path}, {numbers}: no record; the log goes on without, and as it was it is in {aside}", file=sys.stderr)
+    if kept != lines:
+        with atomic_file(path) as file:
+            file.writelines(kept)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, None where there is none, or a part of one."""
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # also of UTF-8
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import data, metrics, models, ops
+from ssmkernels._files import write_atomically
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean, broadcast_buffers, gather_rows
 from ssmkernels.nn import (
     ContrastiveLoss,
@@ -371,7 +372,7 @@ def train_folds(
         done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images)})
         if int(os.environ.get("RANK", 0)) == 0:
             line = json.dumps({"step": done.step, "group": "test", **done.history[0]})
-            Path(config.run.out, "metrics.jsonl").write_text(line + "\n")
+            write_atomically(Path(config.run.out, "metrics.jsonl"), line + "\n")
     return done
 
 

@@ -6,7 +6,6 @@ unlabelled classes.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ssmkernels import data as images
 from ssmkernels import metrics
+from ssmkernels._files import checksummed_archive, is_whole, set_aside
 from ssmkernels._plots import colour, label_axes, new_figure, save, shared_legend
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.record import Plot
@@ -174,8 +174,10 @@ def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
     for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
-        kept = place / f"{stage}.npz"
-        if not kept.exists():
+        kept, checkpoint = place / f"{stage}.npz", place / "checkpoint.pt"
+        if not is_whole(kept):
+            if checkpoint.exists() and load_checkpoint(checkpoint)["step"] > steps:
+                set_aside(checkpoint)  # the run is past this stage, which was lost: it comes by here again
             done = fit(
                 trainer,
                 fabric=fabric,
@@ -187,10 +189,9 @@ def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
             )
             if not done.finished:
                 raise KeyboardInterrupt
-            trainer.load_state_dict(load_checkpoint(place / "checkpoint.pt")["trainer"])
-            unfinished = kept.with_name(f"unfinished-{os.getpid()}.npz")
-            np.savez(unfinished, **pair_similarities(trainer)._asdict())
-            unfinished.replace(kept)
+            trainer.load_state_dict(load_checkpoint(checkpoint)["trainer"])
+            with checksummed_archive(kept) as file:
+                np.savez(file, **pair_similarities(trainer)._asdict())
     return read_stages(place)
 
 
