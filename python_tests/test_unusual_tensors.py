@@ -21,7 +21,7 @@ def rows(count: int, dim: int, seed: int = 0) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("backend", ["faiss", "torch"])
+@pytest.mark.parametrize("backend", ["native", "faiss", "torch"])
 def test_neighbours(backend: str) -> None:
     if backend == "faiss":
         pytest.importorskip("faiss")

@@ -106,7 +106,7 @@ def _draw_features(draw: Draw) -> dict[str, Any]:
     return {
         "features": v.values(draw, (nodes, dim), v.dtype(draw)),
         "k": draw(st.integers(1, nodes - 1)),
-        "backend": draw(st.sampled_from(["auto", "faiss", "torch"])),
+        "backend": draw(st.sampled_from(["auto", "native", "faiss", "torch"])),
     }
 
 
@@ -197,14 +197,14 @@ TARGETS = {
         graph.nearest_neighbours,
         holds=_check_neighbours,
         numbers={"k": NEIGHBOURS},
-        words={"backend": ("auto", "faiss", "torch")},
+        words={"backend": ("auto", "native", "faiss", "torch", "ivf")},
     ),
     "graph.knn_graph": Target(
         _draw_knn,
         lambda **arguments: _as_dense(graph.knn_graph(**arguments)),
         holds=_check_knn,
         numbers={"k": NEIGHBOURS, "gamma": GAMMA},
-        words={"backend": ("auto", "faiss", "torch")},
+        words={"backend": ("auto", "native", "faiss", "torch", "ivf")},
     ),
     "graph.confidence_of": Target(_draw_confidence, graph.confidence_of, _exact_confidence),
 }

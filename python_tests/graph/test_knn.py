@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import importlib.util
+import logging
+import re
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peak_memory import peak_bytes
 from scipy import sparse
 
-from ssmkernels.graph import knn, knn_graph
+from ssmkernels.graph import Graph, candidates, knn, knn_graph
 
-BACKENDS = [
-    "torch",
-    pytest.param("faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss")),
-]
+WITH_FAISS = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="no faiss")
+BY_CANDIDATES = ["torch", pytest.param("faiss", marks=WITH_FAISS)]
+BACKENDS = ["native", *BY_CANDIDATES]
 
 
 def brute_force(features, k, gamma=3.0):
@@ -54,24 +57,24 @@ def test_duplicates_take_the_lowest_indices(backend):
     torch.testing.assert_close(similarities, torch.ones_like(similarities))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BY_CANDIDATES)
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
 def test_tight_clusters_are_searched_together(backend, noise, monkeypatch):
     """Of rows with more near others than are fetched, the neighbours are exact, and many rows are searched at once."""
     nodes, k = 600, 20
     features = features_of(2, 16).repeat_interleave(nodes // 2, dim=0) + noise * features_of(nodes, 16, seed=1)
     tiles = []
-    products = knn._products
+    products = candidates._products
 
     def counted(rows, unit):
         tiles.append(len(rows))
         return products(rows, unit)
 
-    monkeypatch.setattr(knn, "_products", counted)
+    monkeypatch.setattr(candidates, "_products", counted)
     ids, similarities = knn.nearest_neighbours(features.float(), k, backend=backend)
     unit = knn._normalized(features.float())
     everyone = torch.arange(nodes)
-    exact = knn._pairwise(unit, everyone, everyone.expand(nodes, nodes))
+    exact = candidates.pairwise(unit, everyone, everyone.expand(nodes, nodes))
     exact.fill_diagonal_(-torch.inf)
     expected = exact.argsort(dim=1, descending=True, stable=True)[:, :k]
     assert ids.equal(expected) and similarities.equal(exact.gather(1, expected))
@@ -83,19 +86,94 @@ def test_similarities_differ_from_a_search_by_less_than_is_allowed_for():
     for dim in (1, 64, 500, 3000):
         rows = knn._normalized(torch.rand(200, dim, generator=torch.Generator().manual_seed(0)) + 1)
         everyone = torch.arange(200)
-        exact = knn._pairwise(rows, everyone, everyone.expand(200, 200))
-        tiles = torch.cat([products for _, products in knn._products(rows, rows)], dim=1)
-        assert (tiles - exact).abs().max() <= knn._rounding(dim)
-        assert (exact.double() - rows.double() @ rows.double().t()).abs().max() <= knn._rounding(dim)
+        exact = candidates.pairwise(rows, everyone, everyone.expand(200, 200))
+        tiles = torch.cat([products for _, products in candidates._products(rows, rows)], dim=1)
+        assert (tiles - exact).abs().max() <= candidates._rounding(dim)
+        assert (exact.double() - rows.double() @ rows.double().t()).abs().max() <= candidates._rounding(dim)
 
 
-def test_backends_agree_bit_for_bit():
-    pytest.importorskip("faiss")
-    features = torch.randint(-2, 3, (300, 4), generator=torch.Generator().manual_seed(0)).float()  # many ties
-    first, second = (knn_graph(features, 9, backend=backend) for backend in ("torch", "faiss"))
+@pytest.mark.parametrize("backend", BY_CANDIDATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["many ties", "random", "groups"])
+def test_backends_agree_bit_for_bit(kind, dtype, backend):
+    features = features_of(700, 6)
+    if kind == "many ties":
+        features = features[:, :4].round()
+    elif kind == "groups":
+        features = features[torch.arange(700) // 300]
+    features = features.to(dtype)
+    first, second = knn_graph(features, 9), knn_graph(features, 9, backend=backend)
     assert all(
         getattr(first, name).equal(getattr(second, name)) for name in ("crow", "col", "weight", "reverse", "mutual")
     )
+
+
+def test_the_graph_is_one_that_its_constructor_takes():
+    """knn_graph leaves out the checks of Graph, whose arrays a kernel makes."""
+    graph = knn_graph(features_of(300, 4).round(), 20)
+    checked = Graph(graph.crow, graph.col, graph.weight, graph.reverse, mutual=graph.mutual)
+    assert checked.num_edges == graph.num_edges > 0 and graph.mutual.any() and not graph.mutual.all()
+
+
+SETUP = """
+import torch
+from ssmkernels.graph import knn, knn_graph
+knn_graph(torch.randn(50, 3), 4)
+features = torch.randn(40_000, 16, generator=torch.Generator().manual_seed(0))
+"""
+MALLOC = 4 * 2**20  # what the allocators of two threads hold beside
+
+
+def test_memory_of_a_search_is_of_the_neighbours():
+    """A copy of the features twice, normalised and in panels; 2k + 32 candidates a row, and the k best of them."""
+    nodes, dim, k = 40_000, 16, 20
+    grown, _ = peak_bytes(SETUP, "ids, similarities = knn._nearest(features, 20, 'auto')")
+    assert grown < nodes * (2 * dim * 4 + 3 * dim * 4 + (2 * k + 32 + k) * 8 + 20) + MALLOC
+
+
+def test_memory_of_the_assembly():
+    """17 bytes an entry of the result, and 8 of each neighbour's."""
+    setup = """
+import torch
+from ssmkernels.ops import _neighbours as kernels
+kernels.symmetric_graph(torch.tensor([[1], [0]]).int(), torch.ones(2, 1))
+steps = torch.randperm(59_999, generator=torch.Generator().manual_seed(0))[:50] + 1
+ids = ((torch.arange(60_000)[:, None] + steps) % 60_000).int()
+weights = torch.ones(60_000, 50)
+"""
+    grown, edges = peak_bytes(setup, "graph = kernels.symmetric_graph(ids, weights)", "len(graph[1])")
+    assert edges > 3_000_000 and grown < 30 * edges
+
+
+@WITH_FAISS
+def test_an_inverted_file_reports_its_recall(caplog):
+    centers = features_of(40, 16, seed=1)
+    features = centers[torch.arange(4000) % 40] + 0.2 * features_of(4000, 16)
+    with caplog.at_level(logging.INFO, logger="ssmkernels.graph"):
+        ids, similarities = knn.nearest_neighbours(features, 10, backend="ivf")
+    recall = float(re.search(r"recall (0\.\d+|1\.0+) on a sample of 1000 points", caplog.text)[1])
+    exact, values = knn.nearest_neighbours(features, 10)
+    matched = (ids[:, :, None] == exact[:, None]).any(dim=2)
+    # Of 40,000 neighbours, whose recall is estimated from a quarter: four standard errors
+    assert recall >= 0.99 and abs(float(matched.double().mean()) - recall) < 4 * 0.1 / 100
+    assert not (ids == torch.arange(4000)[:, None]).any()
+    assert similarities[ids == exact].equal(values[ids == exact])
+    assert ids.equal(knn.nearest_neighbours(features, 10, backend="ivf")[0])
+
+
+@WITH_FAISS
+def test_an_inverted_file_finds_k_others_in_cells_that_have_fewer():
+    features = torch.eye(30).repeat_interleave(2, dim=0)
+    exact = knn.nearest_neighbours(features, 50)
+    ids, similarities = knn.nearest_neighbours(features, 50, backend="ivf")
+    assert bool((ids >= 0).all()) and ids[:, 0].equal(exact[0][:, 0]) and similarities.equal(exact[1])
+
+
+def test_without_faiss(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for backend in ("faiss", "ivf"):
+        with pytest.raises(ImportError, match=rf"backend is '{backend}', which needs faiss: pip install faiss-cpu"):
+            knn_graph(features_of(10, 3), 3, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -109,7 +187,7 @@ def test_zero_vectors_and_opposite_points_have_no_edges(backend):
 def test_chunks_do_not_matter(monkeypatch):
     features = features_of(200, 6)
     whole = knn_graph(features, 12, backend="torch")
-    monkeypatch.setattr(knn, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(candidates, "CHUNK_BYTES", 5000)
     pieces = knn_graph(features, 12, backend="torch")
     assert whole.col.equal(pieces.col) and whole.weight.equal(pieces.weight)
 
@@ -155,11 +233,11 @@ def test_sparse_features(dtype, make, monkeypatch):
     assert graph.mutual.equal(expected.mutual)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BY_CANDIDATES)
 def test_an_interrupt_is_taken_after_a_bounded_search(backend, monkeypatch):
     searches = []
     name = f"_{backend}_search"
-    original = getattr(knn, name)
+    original = getattr(candidates, name)
 
     def interrupted(unit, count):
         search = original(unit, count)
@@ -171,8 +249,8 @@ def test_an_interrupt_is_taken_after_a_bounded_search(backend, monkeypatch):
 
         return one
 
-    monkeypatch.setattr(knn, name, interrupted)
-    monkeypatch.setattr(knn, "CHUNK_PRODUCTS", 40 * 300 * 8)
+    monkeypatch.setattr(candidates, name, interrupted)
+    monkeypatch.setattr(candidates, "CHUNK_PRODUCTS", 40 * 300 * 8)
     with pytest.raises(KeyboardInterrupt):
         knn_graph(features_of(300, 8), 5, backend=backend)
     assert searches == [40]
@@ -249,8 +327,8 @@ BAD = [
     ({"gamma": None}, TypeError, r"gamma must be a number, got NoneType"),
     ({"gamma": "x"}, TypeError, r"gamma must be a number, got str"),
     ({"gamma": float("nan")}, ValueError, r"gamma must be finite and > 0, got nan"),
-    ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got 'annoy'"),
-    ({"backend": None}, ValueError, r"backend must be 'auto', 'faiss' or 'torch', got None"),
+    ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch' or 'ivf', got 'annoy'"),
+    ({"backend": None}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch' or 'ivf', got None"),
     (
         {"features": sparse.eye_array(10, dtype=np.int64)},
         TypeError,

@@ -16,10 +16,11 @@ CALLS = {
     "similarity_moments": "ops.similarity_moments(rows(12000, 4096), labels(12000))",
     "aggregate": "ops.aggregate(rows(20000, 64), rows(200000, 64), labels(200000), 10)",
     "laplacian_solve": "ops.laplacian_solve(*path(200000), rhs=rows(200000, 100), rtol=1e-12, max_iter=1000000)",
+    "knn_graph": "graph.knn_graph(rows(400000, 64), 50)",
 }
 CHILD = """
 import torch
-from ssmkernels import ops
+from ssmkernels import graph, ops
 def rows(n, d):
     return torch.randn(n, d)
 def labels(n):

@@ -106,7 +106,18 @@ class Arguments:
             "w1": lambda: self.real_tensor(self.hidden, 2 * d if self.interaction == 0 else d, dtype=low),
             **{name: lambda: self.real_tensor(self.hidden, dtype=high) for name in ("b1", "w2")},
             **{name: lambda: self.real_tensor(dtype=high) for name in ("b2", "grad_loss")},
-            **{name: lambda: self.real_tensor(2, dtype=high) for name in ("weights", "thresholds")},
+            "thresholds": lambda: self.real_tensor(2, dtype=high),
+            "weights": lambda: (
+                self.real_tensor(n, 3, dtype=self.real).abs()
+                if operator == "symmetric_graph"
+                else self.real_tensor(2, dtype=high)
+            ),
+            "rows": lambda: self.real_tensor(n, d, dtype=self.real),
+            "columns": lambda: self.real_tensor(m, d, dtype=self.real) if self.referenced else None,
+            "offsets": lambda: self.real_tensor(columns, dtype=self.real),
+            "neighbours": lambda: max(1, min(columns - 1, 5)),
+            "ids": lambda: torch.stack([self.permutation(n)] * 3, 1).int(),
+            **{name: lambda: self.ids(n, self.pair_count if n else 0) for name in ("left", "right")},
             **{name: lambda: self.real_tensor(4, dtype=high) for name in ("moments", "grad_moments")},
             "active": lambda: torch.randint(
                 2, (-(-n // TILE) + 1, -(-columns // TILE) + 1), generator=self.torch_rng, dtype=torch.uint8
@@ -203,7 +214,7 @@ def draw(operator: str, rng: random.Random) -> list[Any]:
             value = scalar(kind.replace("Optional[", "").strip("]"), rng)
         if (
             kind.startswith("Optional")
-            and argument.name not in ("references", "reference_order", "reference_labels")
+            and argument.name not in ("references", "reference_order", "reference_labels", "columns")
             and rng.random() < 0.3
         ):
             value = None

@@ -113,6 +113,22 @@ static inline bool any(Bits bits) {
 #endif
 }
 
+// A bit for every lane of a comparison's result, the first lane in the lowest.
+template <class Bits>
+static inline unsigned lane_bits(Bits bits) {
+  constexpr bool kIsFloat = sizeof bits[0] == sizeof(float);
+#if defined(__AVX512F__)
+  return kIsFloat ? _mm512_test_epi32_mask((__m512i)bits, (__m512i)bits)
+                  : _mm512_test_epi64_mask((__m512i)bits, (__m512i)bits);
+#elif defined(__AVX2__)
+  return kIsFloat ? _mm256_movemask_ps((__m256)bits) : _mm256_movemask_pd((__m256d)bits);
+#else
+  unsigned lanes = 0;
+  for (unsigned lane = 0; lane < sizeof bits / sizeof bits[0]; ++lane) lanes |= (bits[lane] != 0) << lane;
+  return lanes;
+#endif
+}
+
 // NaN for negative x. With a mask, because GCC 12 warns of its own plain intrinsic.
 static inline Vec<float> sqrt(Vec<float> x) {
 #if defined(__AVX512F__)
