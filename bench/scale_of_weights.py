@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssmkernels import graph
 from ssmkernels._files import write_atomically
-from ssmkernels.experiments import feature_sets
+from ssmkernels.experiments.analyses import feature_sets
 from ssmkernels.experiments.analyses.propagation import draw_labels
 from ssmkernels.experiments.report import markdown_table
 from ssmkernels.experiments.statistics import mean_and_interval

@@ -151,6 +151,22 @@ def test_names_follow_what_determines_a_run():
     assert len({usual, name("--alpha", "0.5"), name("--seed", "2"), name("--run.eval_every", "7")}) == 4
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "simmatch-digits-20-seed1-d72f95231112",
+        "mlsn-digits-20-seed1-1504560d9e0c",
+        "mixed-lp-digits-seed1-6ade8bc002f2",
+        "slade-digits-seed1-4d5a30cdb592",
+        "swav-digits-seed1-09b4d3df4d22",
+    ],
+)
+def test_names_of_jobs_stay(name):
+    """Finished runs are found by them: a setting that is new belongs into ``jobs.LATER``."""
+    method = name.split("-digits")[0]
+    assert training_name(method, parse_config(method, ["--config", "digits"])[0]) == name
+
+
 def test_a_rank_alone_does_not_see_the_others(monkeypatch):
     for variable, value in {
         "RANK": "3",
@@ -183,11 +199,11 @@ def run(number):
     return work
 
 try:
-    found = run_jobs(folder, [Job(f"job{n}", f"job {n}", run(n)) for n in range(5)])
+    outcomes = run_jobs(folder, [Job(f"job{n}", f"job {n}", run(n)) for n in range(5)])
 except KeyboardInterrupt:
     print(f"rank {rank} stopped")
     sys.exit(0)
-print(f"rank {rank}: {[each.value or each.error for each in found.values()]}")
+print(f"rank {rank}: {[outcome.value or outcome.error for outcome in outcomes.values()]}")
 """
 
 
@@ -222,8 +238,8 @@ def test_all_ranks_train_a_cell_together(tmp_path):
     done = torchrun(*command)
     assert done.returncode == 0, done.stderr
     states = [json.loads(path.read_text()) for path in tmp_path.glob("jobs/*/job.json")]
-    assert len(states) == 3 and all(each["status"] == "finished" for each in states)
-    assert len({each["launch"] for each in states}) == 1 and states[0]["launch"]
+    assert len(states) == 3 and all(state["status"] == "finished" for state in states)
+    assert len({state["launch"] for state in states}) == 1 and states[0]["launch"]
     assert done.stdout.count("The report is in") == 1
-    assert all(each["value"]["finished"] for each in states)
+    assert all(state["value"]["finished"] for state in states)
     assert list(tmp_path.glob("simmatch-table5-smoke*/record.json"))

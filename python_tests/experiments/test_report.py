@@ -2,11 +2,10 @@
 import numpy as np
 import pytest
 
-from ssmkernels.experiments.claims import verdicts
 from ssmkernels.experiments.plots import curve, plot_curves, plot_points
 from ssmkernels.experiments.record import Claim, Entry, Record
 from ssmkernels.experiments.report import markdown_table
-from ssmkernels.experiments.statistics import half_width, mean_and_std, paired_difference
+from ssmkernels.experiments.statistics import half_width, mean_and_std, paired_difference, verdicts
 
 
 def test_tables_line_up():
@@ -39,9 +38,9 @@ def test_plots_say_what_is_seen(tmp_path):
     runs = {"ours": [[{"step": 1, "a": 0.25}, {"step": 2, "a": 0.75}]], "theirs": [[{"step": 2, "a": 0.5}]]}
     words = plot_curves(tmp_path / "curves.png", {"Accuracy": "a", "None": "b"}, runs)
     assert words == "Accuracy: ours from 0.25 to 0.75 at step 2; theirs from 0.5 to 0.5 at step 2."
-    panels = {"β": {"ours": {1.0: [0.5, 0.7], 0.1: [0.2]}}, "γ": {"theirs": {2.0: []}}}
+    panels = {"β": {"ours": {1.0: [0.5, 0.7], 0.1: [0.2]}}, "γ": {"theirs": {None: [0.25, 0.75]}}}
     words = plot_points(tmp_path / "points.png", panels, xlabel=None, ylabel="MAP@R", log=True)
-    assert words == "β: ours is highest, 0.6, at 1, and 0.2 at 0.1."
+    assert words == "β: ours is highest, 0.6, at 1, and 0.2 at 0.1. γ: theirs is 0.5."
 
 
 def test_intervals():

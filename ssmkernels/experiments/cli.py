@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssmkernels._files import DamagedFile
+from ssmkernels._names import unknown
 from ssmkernels.experiments.jobs import EXPECTED, discard_damaged, this_rank
 from ssmkernels.experiments.report import duration, markdown_table, record_page
-from ssmkernels.experiments.run import Cost, Request, choose, costs, find_cells, run_table, seeds_of, unknown
+from ssmkernels.experiments.run import Cost, Request, costs, plan, run_table
 from ssmkernels.experiments.sources import EMBEDDED, Source
 from ssmkernels.experiments.spec import BUDGETS, load_tables
 
@@ -45,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         rows=tuple(options.rows or ()),
         columns=tuple(options.columns or ()),
         seeds=options.seeds,
-        settings=tuple(each for pair in options.set or () for each in pair),
+        settings=tuple(itertools.chain(*options.set or ())),
         shard=options.shard,
         check=not (options.list_cells or options.dry_run),
     )
@@ -68,11 +70,9 @@ def main(argv: Sequence[str]) -> int:
             if this_rank()[0] == 0:
                 print(f"ssmkernels reproduce {name}: {error}", file=sys.stderr)
     if len(names) > 1 and this_rank()[0] == 0:
-        failed = [name for name, each in complete.items() if not each]
-        print(
-            f"{len(names) - len(failed)} of {len(names)} experiments are done. "
-            + (f"Failed: {', '.join(failed)}." if failed else "")
-        )
+        failed = [name for name in names if not complete[name]]
+        failures = f" Failed: {', '.join(failed)}." if failed else ""
+        print(f"{len(names) - len(failed)} of {len(names)} experiments are done.{failures}")
     # torchrun ends all ranks when one fails: the first one, which writes the reports, speaks for all.
     return 0 if all(complete.values()) or this_rank()[0] > 0 else 1
 
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(each) for each in text.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"is {text!r}; it should be numbers with commas between them") from error
 
@@ -160,30 +160,34 @@ def _reproduce(name: str, request: Request) -> bool:
 
 
 def _list_cells(name: str, request: Request) -> bool:
-    found = find_cells(load_tables()[name], request)
-    jobs = {(cell, seed): cell.job(seed) for cell in found.cells for seed in seeds_of(found.table, request)}
-    chosen = set(choose(jobs, request))
-    rows = [[cell.row, cell.column, str(seed), job.name] for (cell, seed), job in jobs.items() if job.name in chosen]
+    planned = plan(load_tables()[name], request)
+    jobs = {place: job for place, job in planned.jobs.items() if job.name in planned.chosen}
+    rows = [[cell.row, cell.column, str(seed), job.name] for (cell, seed), job in jobs.items()]
     print(markdown_table(["row", "column", "seed", "job"], rows))
     return True
 
 
 def _estimate(name: str, request: Request) -> bool:
-    found = costs(load_tables()[name], request)
-    print(markdown_table(["job", "state", "steps", "images", "s a step", "time"], [_cost(each) for each in found]))
-    left = [each for each in found if each.state != "finished"]
-    known = [each.seconds for each in left if each.seconds is not None]
+    jobs = costs(load_tables()[name], request)
+    header = ["job", "state", "images a step", "steps", "images", "s a step", "time"]
+    print(markdown_table(header, [_cost(cost) for cost in jobs]))
+    left = [cost for cost in jobs if cost.state != "finished"]
+    timed = [cost.seconds for cost in left if cost.seconds is not None]
     print(
-        f"{len(left)} of {len(found)} jobs are to run; {len(known)} of them, whose like have been timed here, take"
-        f" {duration(sum(known))}."
+        f"{len(left)} of {len(jobs)} jobs are to run; {len(timed)} of them, whose like have been timed here, take"
+        f" {duration(sum(timed))}."
     )
     return True
 
 
 def _cost(cost: Cost) -> list[str]:
-    numbers = [f"{each:,}" if each is not None else "-" for each in (cost.steps, cost.images)]
-    times = [
-        "-" if cost.seconds_per_step is None else f"{cost.seconds_per_step:.3g}",
+    counts = ["-" if count is None else f"{count:,}" for count in (cost.steps, cost.images)]
+    seconds = "-" if cost.seconds_per_step is None else f"{cost.seconds_per_step:.3g}"
+    return [
+        cost.title,
+        cost.state,
+        cost.batch,
+        *counts,
+        seconds,
         "-" if cost.seconds is None else duration(cost.seconds),
     ]
-    return [cost.title, cost.state, *numbers, *times]

@@ -48,6 +48,8 @@ class Job(NamedTuple):
     """Jobs that are finished before this one is begun."""
     config: Any = None
     """Of a training, which all ranks take part in."""
+    devices: int = 1
+    """That the paper trains on: where there are fewer, a batch goes through the network in so many pieces in all."""
 
     @property
     def like(self) -> str | None:
@@ -66,7 +68,6 @@ class Job(NamedTuple):
 class Outcome:
     """How a job ended: with a ``value`` or with the message of an ``error``; with neither where it has not been run."""
 
-    name: str
     value: Any = None
     error: str | None = None
     seconds: float = 0.0
@@ -92,37 +93,44 @@ def run_jobs(
     for number, job in enumerate(work.values(), start=1):
         if _is_over(_read(folder / job.name)):
             continue
-        if failed := [each for each in job.needs if (_read(folder / each.name) or {}).get("status") != "finished"]:
-            print(f"{job.title} is left out: {failed[0].title} is not finished", file=sys.stderr, flush=True)
+        unfinished = [needed for needed in job.needs if not outcome_of(folder, needed).finished]
+        if unfinished:
+            print(f"{job.title} is left out: {unfinished[0].title} is not finished", file=sys.stderr, flush=True)
             continue
         if this_rank()[0] == 0:
             print(f"[{number}/{len(work)}] {job.title}", flush=True)
         if job.config is not None or this_rank()[0] == 0:
             _run(job, folder / job.name)
         _await(job, folder / job.name)
-    return {name: outcome_of(folder, name, job) for name, job in {**work, **distinct}.items()}
+    return {name: outcome_of(folder, job) for name, job in {**work, **distinct}.items()}
 
 
 def with_needs(jobs: Iterable[Job]) -> dict[str, Job]:
     """Jobs by name, each behind those that it needs."""
-    found: dict[str, Job] = {}
+    ordered: dict[str, Job] = {}
     for job in jobs:
-        found |= {name: each for name, each in with_needs(job.needs).items() if name not in found}
-        found.setdefault(job.name, job)
-    return found
+        for name, needed in {**with_needs(job.needs), job.name: job}.items():
+            ordered.setdefault(name, needed)
+    return ordered
 
 
-def outcome_of(folder: Path, name: str, job: Job) -> Outcome:
+def outcome_of(folder: Path, job: Job) -> Outcome:
     """How a job ended, or the first that it needs and that failed."""
-    state = _read(folder / name)
+    state = _read(folder / job.name)
     if state is None or state["status"] == "stopped":
-        earlier = [outcome_of(folder, each.name, each) for each in job.needs]
-        return Outcome(name, error=next((each.error for each in earlier if each.error is not None), None))
-    return Outcome(name, state.get("value"), state.get("error"), state["seconds"])
+        errors = [outcome_of(folder, needed).error for needed in job.needs]
+        return Outcome(error=next((error for error in errors if error is not None), None))
+    return Outcome(state.get("value"), state.get("error"), state["seconds"])
 
 
 def training_job(
-    method: str, config: Any, train: Callable[..., RunResult], title: str, needs: tuple[Job, ...] = ()
+    method: str,
+    config: Any,
+    train: Callable[..., RunResult],
+    title: str,
+    needs: tuple[Job, ...] = (),
+    *,
+    devices: int = 1,
 ) -> Job:
     """The job that trains as ``config`` says.
 
@@ -131,16 +139,28 @@ def training_job(
     Args:
         method: of ``ssmkernels train``.
         train: called as ``train(config, resume=True)``, ``config.run.out`` being the folder of the job.
+        devices: see :class:`Job`.
     """
 
     def run(folder: Path) -> dict[str, Any]:
         config.run.out = str(folder)
+        if devices > 1:
+            config.accumulate = pieces_of(config, devices)
         result = train(config, resume=True)
         if not result.finished:
             raise KeyboardInterrupt
         return asdict(result)
 
-    return Job(training_name(method, config), title, run, needs, config)
+    return Job(training_name(method, config), title, run, needs, config, devices)
+
+
+def pieces_of(config: Any, devices: int) -> int:
+    """In how many pieces each rank takes its part of a batch that the paper has on ``devices``."""
+    return max(getattr(config, "accumulate", 1), devices // this_rank()[1])
+
+
+LATER = {"labels_file": None, "split_memory_above": 2**30}
+"""Settings that came after the first records, with their defaults: names of jobs have them only where they differ."""
 
 
 def training_name(method: str, config: Any) -> str:
@@ -152,6 +172,9 @@ def training_name(method: str, config: Any) -> str:
     settings["run"] = {"eval_every": settings["run"]["eval_every"]}
     for place in ("root", "unlabeled_root"):
         settings["data"].pop(place, None)
+    for group in (settings, settings["data"]):
+        for name in [name for name, value in group.items() if name in LATER and value == LATER[name]]:
+            del group[name]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     labels = f"-{config.data.labels}" if hasattr(config.data, "labels") else ""
     return f"{method}-{config.data.name}{labels}-seed{config.seed}-{digest}"

@@ -3,49 +3,53 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ssmkernels._plots import SPREAD_ALPHA, colour, label_axes, marker, new_figure, save, shared_legend
-from ssmkernels.experiments.record import Plot
-from ssmkernels.experiments.spec import Cell, Table
+from ssmkernels.experiments.record import Entry, Plot
+from ssmkernels.experiments.spec import Table
 from ssmkernels.experiments.statistics import half_width
 
 History = Sequence[Mapping[str, float]]
-Points = Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]
-"""Panels of lines of x -> values."""
+Points = Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]]
+"""Panels of lines of x -> values; a line whose only x is None is a level."""
 
 
-def draw(table: Table, out: Path, cells: Sequence[Cell], values: Mapping[tuple[Cell, int], Any]) -> tuple[Plot, ...]:
-    """The plot that ``table`` asks for, of the finished jobs ``values``: "curves" over steps; "rows" over the number in
-    their label, a panel for each symbol; or "figures" over the number in their title, a panel for each column.
+def draw(
+    table: Table, out: Path, entries: Sequence[Entry], histories: Mapping[str, Sequence[History]]
+) -> tuple[Plot, ...]:
+    """The plot that ``table`` asks for: "curves" of the ``histories`` (line -> runs) over steps, or "points" of the
+    ``entries``, where a pattern finds panel, line and x in "row | column | figure".
     """
     plot = table.plot
-    results = {cell: [value for (other, _), value in values.items() if other is cell] for cell in cells}
-    results = {cell: finished for cell, finished in results.items() if finished}
-    if not plot or not results:
+    if not plot:
         return ()
     file = plot.get("file", "curves.png")
     if plot["kind"] == "curves":
-        histories = {
-            f"{cell.row}, {cell.column}": [value["history"] for value in finished] for cell, finished in results.items()
-        }
+        if not histories:
+            return ()
         alt = plot_curves(out / file, plot["panels"], histories, title=plot["title"])
-        return (Plot(plot["title"], file, plot["paper"], alt),)
-    panels: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for cell, finished in results.items():
-        for figure in cell.figures:
-            numbers = [number for number in map(figure.of, finished) if number is not None]
-            if plot["kind"] == "rows":
-                panel, _, x = cell.row.partition(" = ")
-                line = table.paper
-            else:
-                panel, line, x = cell.column, cell.row, figure.title.partition("@")[2]
-            panels.setdefault(panel, {}).setdefault(line, {})[float(x)] = numbers
-    alt = plot_points(out / file, panels, xlabel=plot.get("xlabel"), ylabel=plot["ylabel"])
+    else:
+        panels = points_of(entries, plot["pattern"])
+        if not panels:
+            return ()
+        labels = {"xlabel": plot.get("xlabel"), "ylabel": plot["ylabel"], "log": plot.get("log", False)}
+        alt = plot_points(out / file, panels, **labels)
     return (Plot(plot["title"], file, plot["paper"], alt),)
+
+
+def points_of(entries: Sequence[Entry], pattern: str) -> Points:
+    """The values of the entries that match ``pattern`` by its groups panel, line and x; one without x is a level."""
+    panels: dict[str, dict[str, dict[float | None, Sequence[float]]]] = {}
+    for entry in entries:
+        match = re.fullmatch(pattern, f"{entry.row} | {entry.column} | {entry.figure}")
+        if match is not None and entry.values:
+            x = None if match["x"] is None else float(match["x"])
+            panels.setdefault(match["panel"], {}).setdefault(match["line"], {})[x] = entry.values
+    return panels
 
 
 def curve(histories: Sequence[History], name: str) -> tuple[list[float], list[list[float]]]:
@@ -94,7 +98,8 @@ def plot_curves(
 
 def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, log: bool = False) -> str:
     """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 %
-    interval. Without an ``xlabel`` x is what the panel's title says. Returns what is seen, in words.
+    interval; a level lies across the panel. Without an ``xlabel`` x is what the panel's title says. Returns what is
+    seen, in words.
     """
     figure, axes_of = new_figure(len(panels))
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
@@ -102,18 +107,20 @@ def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, 
     for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
         seen = []
         for label, points in lines.items():
-            finished = {x: values for x, values in sorted(points.items()) if values}
-            if not finished:
+            color = colour(labels.index(label))  # a method has one colour in every panel
+            if None in points:
+                level = statistics.fmean(points[None])
+                axes.axhline(level, label=label, color=color, linestyle="--", linewidth=1.2)
+                seen.append(f"{label} is {level:.3g}")
                 continue
-            means = {x: statistics.fmean(values) for x, values in finished.items()}
-            number = labels.index(label)  # a method has one colour in every panel
+            means = {x: statistics.fmean(points[x]) for x in sorted(x for x in points if x is not None)}
             axes.errorbar(
                 list(means),
                 list(means.values()),
-                yerr=[half_width(values) for values in finished.values()],
+                yerr=[half_width(points[x]) for x in means],
                 label=label,
-                color=colour(number),
-                marker=marker(number),
+                color=color,
+                marker=marker(labels.index(label)),
                 capsize=2,
                 linewidth=1.2,
             )
@@ -122,8 +129,7 @@ def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, 
                 f"{label} is highest, {means[best]:.3g}, at {best:g}, and {means[min(means)]:.3g} at {min(means):g}"
             )
         label_axes(axes, title=title, xlabel=xlabel or title, ylabel=ylabel, xscale="log" if log else "linear")
-        if seen:
-            sentences.append(f"{title}: {'; '.join(seen)}.")
+        sentences.append(f"{title}: {'; '.join(seen)}.")
     shared_legend(figure)
     save(figure, path)
     return " ".join(sentences)

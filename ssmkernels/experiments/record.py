@@ -135,24 +135,19 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     """``value``, as JSON has it, in the type ``kind``; ``where`` names it in an error."""
     if is_dataclass(kind):
         hints, given = get_type_hints(kind), _checked(value, dict, where)
-        missing = [each.name for each in fields(kind) if each.default is MISSING and each.name not in given]
+        missing = [key.name for key in fields(kind) if key.default is MISSING and key.name not in given]
         unknown = sorted(given.keys() - hints)
         if missing or unknown:
-            raise ValueError(
-                f"{where} "
-                + (f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown")
-            )
+            problem = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown"
+            raise ValueError(f"{where} {problem}")
         values = {name: _build(hints[name], value, f"{name} of {where}") for name, value in given.items()}
         return kind(**values)  # type: ignore[operator]
     if get_origin(kind) is tuple:
-        return tuple(
-            _build(get_args(kind)[0], each, f"{where}[{i}]") for i, each in enumerate(_checked(value, list, where))
-        )
+        items = _checked(value, list, where)
+        return tuple(_build(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(items))
     if get_origin(kind) is dict:
-        return {
-            name: _build(get_args(kind)[1], each, f"{where}[{name!r}]")
-            for name, each in _checked(value, dict, where).items()
-        }
+        pairs = _checked(value, dict, where).items()
+        return {name: _build(get_args(kind)[1], item, f"{where}[{name!r}]") for name, item in pairs}
     return float(_checked(value, (int, float), where)) if kind is float else _checked(value, kind, where)
 
 

@@ -25,9 +25,8 @@ from urllib.parse import quote
 import jinja2
 
 from ssmkernels._files import write_atomically
-from ssmkernels.experiments.claims import Verdict, verdicts
 from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record
-from ssmkernels.experiments.statistics import mean_and_std
+from ssmkernels.experiments.statistics import Verdict, mean_and_std, verdicts
 
 if TYPE_CHECKING:
     from ssmkernels.experiments.spec import Table

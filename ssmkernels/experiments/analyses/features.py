@@ -36,20 +36,14 @@ def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values:
     """Figure 2: where labelled images lie, and where those with the most confident pseudo-labels of either kind do."""
     entries, plots, notes = [], [], []
     for cell, trainer in finished(request, cells, values).items():
-        panels, found = confident(trainer)
-        for (kind, share), (accuracy, distance) in found.items():
+        panels, figures = confident(trainer)
+        for (kind, share), (accuracy, distance) in figures.items():
             row = f"{kind}, most confident {100 * share:.0f} %"
             entries.append(Entry(row, cell.column, "accuracy of the pseudo-labels", "%", "-", (accuracy,), (), (1,)))
             entries.append(Entry(row, cell.column, "distance", "", "-", (distance,), (), (1,)))
         alt = plot_clouds(request.place(table.name) / "figure2.png", panels)
-        plots.append(
-            Plot(
-                "MLSN, Figure 2",
-                "figure2.png",
-                "Confident pseudo-labels of either kind beside the labelled images, by t-SNE.",
-                alt,
-            )
-        )
+        words = "Confident pseudo-labels of either kind beside the labelled images, by t-SNE."
+        plots.append(Plot("MLSN, Figure 2", "figure2.png", words, alt))
         notes.append(
             "Averaged weights. Unlabelled images get pseudo-labels from the classifier (self-training) and from the"
             f" similarity network (y_sc, the mean of {CENTER_DRAWS} draws of centers). The paper says that those of the"
@@ -71,14 +65,14 @@ def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[floa
     similarity = similarity_probs(trainer, unlabeled, labeled, labels)
     nearest = 1 - (F.normalize(unlabeled) @ F.normalize(labeled).t()).max(dim=1).values
 
-    found, chosen = {}, {}
+    figures, chosen = {}, {}
     for kind, probs in (("self-training", logits.softmax(dim=1)), ("similarity", similarity)):
         confidence, guesses = probs.max(dim=1)
         order = confidence.argsort(descending=True, stable=True)
         correct = (guesses == truth).float()
         for share in SHARES:
             top = order[: max(1, round(share * len(order)))]
-            found[kind, share] = (100 * float(correct[top].mean()), float(nearest[top].mean()))
+            figures[kind, share] = (100 * float(correct[top].mean()), float(nearest[top].mean()))
         chosen[kind] = order[: len(order) // 2].cpu().numpy()
     places = tsne(torch.cat([labeled, unlabeled]))
     known, others = places[: len(labeled)], places[len(labeled) :]
@@ -86,18 +80,11 @@ def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[floa
     marked: Cloud = (known, PALETTE[1], 10.0, "labelled")
     panels: Panels = {
         f"(a) the {len(labeled)} labelled images": [ground, (known, labels.cpu().numpy(), 14.0, "labelled, by class")],
-        "(b) self-training, confident half": [
-            ground,
-            (others[chosen["self-training"]], "black", 4.0, "confident"),
-            marked,
-        ],
-        "(c) similarity, confident half": [
-            ground,
-            (others[chosen["similarity"]], PALETTE[0], 4.0, "confident"),
-            marked,
-        ],
     }
-    return panels, found
+    for title, kind, shade in (("(b)", "self-training", "black"), ("(c)", "similarity", PALETTE[0])):
+        confident_half: Cloud = (others[chosen[kind]], shade, 4.0, "confident")
+        panels[f"{title} {kind}, confident half"] = [ground, confident_half, marked]
+    return panels, figures
 
 
 def separation(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
@@ -127,8 +114,8 @@ def separation(table: Table, request: Request, cells: Sequence[Cell], values: Va
 
 def finished(request: Request, cells: Sequence[Cell], values: Values) -> dict[Cell, MLSN]:
     """The trainers of the cells whose first seed is finished, at its end."""
-    done = {cell: values[cell, 1] for cell in cells if (cell, 1) in values and values[cell, 1].finished}
-    return {cell: trained(cell.config, request.jobs / outcome.name) for cell, outcome in done.items()}
+    done = [cell for cell in cells if (cell, 1) in values and values[cell, 1].finished]
+    return {cell: trained(cell.config, request.jobs / cell.job(1).name) for cell in done}
 
 
 def trained(config: MLSNConfig, folder: Path) -> MLSN:
@@ -142,13 +129,9 @@ def trained(config: MLSNConfig, folder: Path) -> MLSN:
 def averaged_features(trainer: MLSN, dataset: images.ImageDataset, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [N, K], features h [N, d] and true labels [N] of the images ``index``, by the averaged weights."""
     splits = trainer.splits
-    batches = images.evaluation_batches(
-        images.ImageSubset(dataset, index, dataset.labels[index], dataset.num_classes),
-        256,
-        mean=splits.mean,
-        std=splits.std,
-        transform=trainer.transforms.evaluation,
-    )
+    subset = images.ImageSubset(dataset, index, dataset.labels[index], dataset.num_classes)
+    transform = trainer.transforms.evaluation
+    batches = images.evaluation_batches(subset, 256, mean=splits.mean, std=splits.std, transform=transform)
     logits, features, labels = embed(trainer.teacher.model, batches, device=trainer.fabric.device)
     return logits.float(), features.float(), labels
 
@@ -161,12 +144,11 @@ def similarity_probs(trainer: MLSN, features: Tensor, labeled: Tensor, labels: T
     network = trainer.teacher.model
     assert isinstance(network, MLSNNetwork) and network.similarity is not None
     draw = torch.Generator().manual_seed(0)
-    centers = [
-        draw_class_centers(labeled, labels, trainer.splits.num_classes, generator=draw).features
-        for _ in range(CENTER_DRAWS)
-    ]
-    probs = torch.stack([network.similarity.class_probabilities(features, each) for each in centers])
-    return F.normalize(probs, p=1, dim=2).mean(dim=0)
+    probs = []
+    for _ in range(CENTER_DRAWS):
+        centers = draw_class_centers(labeled, labels, trainer.splits.num_classes, generator=draw).features
+        probs.append(F.normalize(network.similarity.class_probabilities(features, centers), p=1, dim=1))
+    return torch.stack(probs).mean(dim=0)
 
 
 def tsne(features: Tensor) -> np.ndarray:

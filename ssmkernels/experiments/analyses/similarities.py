@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ssmkernels._files import checksummed_archive, is_whole, set_aside
 from ssmkernels._plots import colour, label_axes, new_figure, save, shared_legend
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.record import Plot
-from ssmkernels.experiments.run import Cells, Request, Result, Values, configure, training_cells
+from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, training_cells
 from ssmkernels.experiments.spec import Cell, Figure, Table
 from ssmkernels.trainers import Slade, SladeConfig
 from ssmkernels.trainers.checkpoint import load_checkpoint
@@ -40,27 +40,23 @@ def on_unlabeled_classes(table: Table, request: Request) -> Cells:
     """The rows of the table, and the same networks among the unlabelled images themselves, by their true labels: these
     classes are seen in training, without labels, as many of the paper's test species are in NABirds.
     """
-    found = training_cells(table, request)
-    figure = Figure("MAP@R, unlabelled classes", "MAP@R", unit="")
+    trained = training_cells(table, request)
+    figures = (Figure("MAP@R, unlabelled classes", "MAP@R", unit=""),)
+    jobs = [functools.partial(_unlabeled_job, cell, request) for cell in trained.cells]
     more = [
-        replace(cell, figures=(figure,), paper=("-",), job=functools.partial(_unlabeled_job, cell, request))
-        for cell in found.cells
+        replace(cell, figures=figures, paper=("-",), job=job) for cell, job in zip(trained.cells, jobs, strict=True)
     ]
-    return found._replace(cells=(*found.cells, *more))
+    return trained._replace(cells=(*trained.cells, *more))
 
 
 def _unlabeled_job(cell: Cell, request: Request, seed: int) -> Job:
     training = cell.job(seed)
-    run = functools.partial(_unlabeled_map, training, request)
+    run = functools.partial(unlabeled_map, training.config, request.jobs / training.name / "best.pt")
     return Job(f"unlabeled-{training.name}", f"{training.title}, among the unlabelled classes", run, (training,))
 
 
-def _unlabeled_map(training: Job, request: Request, folder: Path) -> float:
-    return unlabeled_map(training.config, request.jobs / training.name / "best.pt")
-
-
 @torch.no_grad()
-def unlabeled_map(config: SladeConfig, best: Path) -> float:
+def unlabeled_map(config: SladeConfig, best: Path, folder: Path) -> float:
     """MAP@R in percent, among the unlabelled images of a finished run, of its best network."""
     labeled, _ = load_images(config.data)
     parts = SladeImages(config, labeled)
@@ -92,6 +88,12 @@ class Similarities(NamedTuple):
         below = np.searchsorted(order, self.positives, "left") + np.searchsorted(order, self.positives, "right")
         return float(below.mean() / 2 / len(order))
 
+    def figures(self) -> tuple[float, ...]:
+        """As in ``FIGURES``."""
+        positives, negatives = self.positives, self.negatives
+        moments = (positives.mean(), negatives.mean(), positives.var(), negatives.var())
+        return (*moments, self.ranking, *self.mined, *self.clustered)
+
 
 FIGURES = (
     "mean of positives",
@@ -108,49 +110,52 @@ FIGURES = (
 
 def before_and_after(table: Table, request: Request) -> Cells:
     """s_ij after the warm-up of W_a and at the end of the training, in every column."""
-    cells: list[Cell] = []
-    problems = {}
-    for column in table.columns:
-        config, _ = configure(table, request, column, "--student mining")
-        if request.check and (problem := request.source.problem("slade", config.data.name, config.data)):
-            problems[column] = problem
-            continue
-        job = functools.partial(_stages_job, config, f"{table.title}; {column}")
+    configs = {column: configure(table, request, column, "--student mining")[0] for column in table.columns}
+
+    def cells_of(column: str) -> Iterator[Cell]:
+        job = functools.partial(_stages_job, configs[column], f"{table.title}; {column}")
         for stage in STAGES:
             figures = tuple(Figure(name, f"{stage}, {name}", unit="") for name in FIGURES)
-            cells.append(Cell(stage, column, figures, ("-",) * len(figures), job, config))
-    if not cells:
-        raise next(iter(problems.values()))
-    return Cells(table, tuple(cells), tuple(f"{column}: {problem}" for column, problem in problems.items()))
+            yield Cell(stage, column, figures, ("-",) * len(figures), job, configs[column])
+
+    def problem(column: str) -> Exception | None:
+        return request.source.problem("slade", configs[column].data.name, configs[column].data)
+
+    return cells_of_columns(table, table.columns, request, problem, cells_of)
 
 
 def _stages_job(config: SladeConfig, title: str, seed: int) -> Job:
     config = replace(config, seed=seed)
-    return Job(f"pairs-{training_name('slade', config)}", title, functools.partial(_look, config))
+    return Job(f"pairs-{training_name('slade', config)}", title, functools.partial(look_before_and_after, config))
 
 
-def _look(config: SladeConfig, folder: Path) -> dict[str, float]:
-    """The figures of both stages, as "stage, figure"."""
+def look_before_and_after(config: SladeConfig, folder: Path) -> dict[str, float]:
+    """Trains as ``config`` says and looks after the warm-up of W_a and at the end; from where an earlier call stopped.
+    Returns the figures of both stages, as "stage, figure".
+
+    Raises:
+        KeyboardInterrupt: the run was stopped; its checkpoint is kept.
+    """
     config.run.out = str(folder)
-    found = {}
-    for stage, pairs in look_before_and_after(config).items():
-        moments = (pairs.positives.mean(), pairs.negatives.mean(), pairs.positives.var(), pairs.negatives.var())
-        for name, value in zip(FIGURES, (*moments, pairs.ranking, *pairs.mined, *pairs.clustered), strict=True):
-            found[f"{stage}, {name}"] = float(value)
-    return found
-
-
-def histograms(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
-    """The similarities of every column whose job is finished."""
-    plots = {}
-    for (cell, _), outcome in values.items():
-        if outcome.finished and cell.column not in plots:
-            file = f"similarities_{re.sub(r'[^a-z0-9]+', '_', cell.column.lower()).strip('_')}.png"
-            stages = read_stages(request.jobs / outcome.name)
-            alt = plot_similarities(request.place(table.name) / file, stages, title=cell.column)
-            words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
-            plots[cell.column] = Plot(f"{cell.column}: similarities", file, words, alt)
-    return Result(plots=tuple(plots.values()))
+    labeled, unlabeled = load_images(config.data)
+    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
+    train = functools.partial(fit, trainer, fabric=fabric, run=config.run, config=asdict(config), resume=True)
+    for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
+        kept, checkpoint = folder / f"{stage}.npz", folder / "checkpoint.pt"
+        if not is_whole(kept):
+            if checkpoint.exists() and load_checkpoint(checkpoint)["step"] > steps:
+                set_aside(checkpoint)  # the run is past this stage, which was lost: it comes by here again
+            if not train(steps=steps, epoch_ends=trainer.epoch_ends()).finished:
+                raise KeyboardInterrupt
+            trainer.load_state_dict(load_checkpoint(checkpoint)["trainer"])
+            with checksummed_archive(kept) as file:
+                np.savez(file, **pair_similarities(trainer)._asdict())
+    return {
+        f"{stage}, {name}": float(value)
+        for stage, pairs in read_stages(folder).items()
+        for name, value in zip(FIGURES, pairs.figures(), strict=True)
+    }
 
 
 def read_stages(folder: Path) -> dict[str, Similarities]:
@@ -162,37 +167,17 @@ def read_stages(folder: Path) -> dict[str, Similarities]:
     return stages
 
 
-def look_before_and_after(config: SladeConfig) -> dict[str, Similarities]:
-    """Trains as ``config`` says and looks after the warm-up of W_a and at the end; from where an earlier call stopped.
-
-    Raises:
-        KeyboardInterrupt: the run was stopped; its checkpoint is kept.
-    """
-    assert config.run.out is not None
-    place = Path(config.run.out)
-    labeled, unlabeled = load_images(config.data)
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
-    for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):
-        kept, checkpoint = place / f"{stage}.npz", place / "checkpoint.pt"
-        if not is_whole(kept):
-            if checkpoint.exists() and load_checkpoint(checkpoint)["step"] > steps:
-                set_aside(checkpoint)  # the run is past this stage, which was lost: it comes by here again
-            done = fit(
-                trainer,
-                fabric=fabric,
-                steps=steps,
-                run=config.run,
-                config=asdict(config),
-                resume=True,
-                epoch_ends=trainer.epoch_ends(),
-            )
-            if not done.finished:
-                raise KeyboardInterrupt
-            trainer.load_state_dict(load_checkpoint(checkpoint)["trainer"])
-            with checksummed_archive(kept) as file:
-                np.savez(file, **pair_similarities(trainer)._asdict())
-    return read_stages(place)
+def histograms(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
+    """The similarities of every column whose job is finished."""
+    plots = {}
+    for (cell, seed), outcome in values.items():
+        if outcome.finished and cell.column not in plots:
+            file = f"similarities_{re.sub(r'[^a-z0-9]+', '_', cell.column.lower()).strip('_')}.png"
+            stages = read_stages(request.jobs / cell.job(seed).name)
+            alt = plot_similarities(request.place(table.name) / file, stages, title=cell.column)
+            words = "The paper's histograms: positive and negative pairs lie further apart with L_SD."
+            plots[cell.column] = Plot(f"{cell.column}: similarities", file, words, alt)
+    return Result(plots=tuple(plots.values()))
 
 
 @torch.no_grad()
@@ -210,11 +195,8 @@ def pair_similarities(trainer: Slade) -> Similarities:
     likely, unlikely = cosines >= trainer.similarity.positive_mean, cosines <= trainer.similarity.negative_mean
 
     def right(positives: Tensor, negatives: Tensor) -> np.ndarray:
-        return (
-            torch.stack([same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()])
-            .cpu()
-            .numpy()
-        )
+        shares = [same[pairs & positives].float().mean(), 1 - same[pairs & negatives].float().mean()]
+        return torch.stack(shares).cpu().numpy()
 
     return Similarities(
         positives=cosines[pairs & same].cpu().numpy(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ssmkernels import data as images
 from ssmkernels import models
 from ssmkernels.experiments.jobs import EXPECTED, Job, training_job
 from ssmkernels.experiments.record import Entry
-from ssmkernels.experiments.run import Cells, Request, Result, Values, configure, entries_of, numbers
+from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, entries_of, numbers
 from ssmkernels.experiments.sources import EMBEDDED, INSIDE_PACKAGES
 from ssmkernels.experiments.spec import Cell, Figure, Table
 from ssmkernels.trainers import train_simmatch
@@ -40,48 +40,32 @@ PER_CLASS = ("pets", "flowers102")
 def cells(table: Table, request: Request) -> Cells:
     """A linear evaluation for each network and each set whose images are there."""
     embedded = request.source.kind == EMBEDDED
-    sets = (
-        {"digits": "digits", "MNIST-5k": "mnist5k"}
-        if embedded
-        else {title: str(name) for title, name in table.columns.items()}
-    )
-    config, _ = configure(replace(table, columns={"": ""}), request, "", table.rows[SIMMATCH])
-    if (
-        not embedded
-        and request.check
-        and (problem := request.source.problem("simmatch", config.data.name, config.data))
-    ):
-        raise problem
-    training = training_job("simmatch", config, train_simmatch, f"{table.title}: training")
-    checkpoint = request.jobs / training.name / "checkpoint.pt"
-    networks: dict[str, tuple[str, Backbone, tuple[Job, ...]]] = {
-        SIMMATCH: (training.name, functools.partial(trained_backbone, config, checkpoint), (training,))
-    }
+    sets = {title: str(name) for title, name in table.columns.items()}
+    penalties = PENALTIES[::11] if request.budget == "smoke" else PENALTIES
+    networks: dict[str, tuple[str, Backbone, tuple[Job, ...]]] = {}
     if not embedded:
         networks[SUPERVISED] = ("resnet50-imagenet", supervised_backbone, ())
-    problems = (
-        {}
-        if not request.check
-        else {title: problem for title, name in sets.items() if (problem := _problem(name, request))}
-    )
-    if len(problems) == len(sets):
-        raise FileNotFoundError("\n".join(map(str, problems.values())))
-    penalties = PENALTIES[::11] if request.budget == "smoke" else PENALTIES
-    found = []
-    for row, (name, backbone, needs) in networks.items():
-        for title in sets.keys() - problems.keys():
-            figure = (
-                Figure("mean per class", "mean_per_class") if sets[title] in PER_CLASS else Figure("top-1", "accuracy")
-            )
+    config, _ = configure(replace(table, columns={"": ""}), request, "", table.rows[SIMMATCH])
+    problem = request.source.problem("simmatch", config.data.name, config.data)
+    if problem is not None and request.check and not embedded:
+        raise problem
+    devices = table.budget(request.budget).devices
+    training = training_job("simmatch", config, train_simmatch, f"{table.title}: training", devices=devices)
+    checkpoint = request.jobs / training.name / "checkpoint.pt"
+    networks[SIMMATCH] = (training.name, functools.partial(trained_backbone, config, checkpoint), (training,))
+
+    def cells_of(title: str) -> Iterator[Cell]:
+        figure = Figure("mean per class", "mean_per_class") if sets[title] in PER_CLASS else Figure("top-1", "accuracy")
+        for row, (name, backbone, needs) in networks.items():
             rated = functools.partial(rate, config, backbone, sets[title], request.source.path, penalties)
             job = Job(f"linear-{sets[title]}-{len(penalties)}-{name}", f"{table.title}: {row}, {title}", rated, needs)
-            found.append(Cell(row, title, (figure,), numbers(table, request, row, title), functools.partial(_job, job)))
-    order = list(sets)
-    found.sort(key=lambda cell: order.index(cell.column))
-    return Cells(table, tuple(found), tuple(f"{title}: {problem}" for title, problem in problems.items()))
+            yield Cell(row, title, (figure,), numbers(table, request, row, title), functools.partial(_job, job))
+
+    return cells_of_columns(table, sets, request, lambda title: _problem(sets[title], request), cells_of)
 
 
 def _job(job: Job, seed: int) -> Job:
+    """There is one training and one evaluation, whatever the seed."""
     return job
 
 
@@ -96,10 +80,10 @@ def _problem(name: str, request: Request) -> Exception | None:
 def means(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
     """The mean over the sets, of networks that are rated on all of them."""
     entries = []
+    outcomes = {cell: outcome for (cell, _), outcome in values.items()}
     for row in dict.fromkeys(cell.row for cell in cells):
-        rated = [entries_of(cell, {1: values[cell, 1]})[0] for cell in cells if cell.row == row and (cell, 1) in values]
-        complete = bool(rated) and all(each.values for each in rated)
-        mean = (statistics.fmean(each.values[0] for each in rated),) if complete else ()
+        ratings = [entries_of(cell, {1: outcomes[cell]})[0].values for cell in cells if cell.row == row]
+        mean = (statistics.fmean(rating[0] for rating in ratings),) if all(ratings) else ()
         (paper,) = numbers(table, request, row, "mean")
         entries.append(Entry(row, "mean", "mean of the sets", "%", paper, mean, (), (1,) if mean else ()))
     return Result(tuple(entries))
