@@ -34,10 +34,10 @@ def test_every_table_and_figure_of_the_papers_is_listed(capsys):
     assert main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(TABLES)
-    assert {paper: sorted(name for name, each in TABLES.items() if each.paper == paper) for paper in PAPERS} == {
+    assert {paper: sorted(name for name, table in TABLES.items() if table.paper == paper) for paper in PAPERS} == {
         "SimMatch": [
-            f"simmatch-{each}"
-            for each in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")
+            f"simmatch-{suffix}"
+            for suffix in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")
         ],
         "Mixed label propagation": [
             "mixed-lp-cifar10-small",
@@ -46,12 +46,12 @@ def test_every_table_and_figure_of_the_papers_is_listed(capsys):
             *(f"mixed-lp-table{number}" for number in (1, 2, 3)),
         ],
         "MLSN": [
-            f"mlsn-{each}"
-            for each in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")
+            f"mlsn-{suffix}"
+            for suffix in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")
         ],
         "SLADE": [
             *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
-            *(f"slade-{each}" for each in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),
+            *(f"slade-{suffix}" for suffix in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),
         ],
     }
 
@@ -80,7 +80,7 @@ def test_a_wrong_key_of_a_table_is_named():
 def test_cells_parse(name, tmp_path):
     request = Request("paper", Source(str(tmp_path)), tmp_path, check=False)
     for column in TABLES[name].columns:
-        for arguments in [each for each in TABLES[name].rows.values() if "{swav" not in each]:
+        for arguments in [row for row in TABLES[name].rows.values() if "{swav" not in row]:
             config, needs = configure(TABLES[name], request, column, arguments)
             assert config.data.root == str(tmp_path) and needs == ()
 
@@ -202,7 +202,7 @@ def test_images_of_a_file_serve_the_set_that_it_is_named_after(tmp_path, capsys)
         "run.workers=0",
         "first_epoch_steps=1",
     ]
-    settings = [each for setting in few for each in ("--set", setting)]
+    settings = [argument for setting in few for argument in ("--set", setting)]
     assert main([*command, *settings, "--rows", "SimMatch", "--columns", "cifar10-40"]) == 0
     assert "Left out: cifar100-400: --data is" in capsys.readouterr().out
     record = read_record(next((tmp_path / "out").glob("simmatch-table1-short*")))
@@ -264,9 +264,9 @@ def test_images_that_are_not_there_are_one_message(tmp_path, capsys):
         empty.mkdir()
         out = tmp_path / "out"
         assert main([name, "--data", str(empty), "--budget", "short", "--out", str(out)]) == 1
-        said = capsys.readouterr().err
-        assert all(word in said for word in words) and str(empty) in said, said
-        assert said.startswith(f"ssmkernels reproduce {name}: ") and "Traceback" not in said
+        message = capsys.readouterr().err
+        assert all(word in message for word in words) and str(empty) in message, message
+        assert message.startswith(f"ssmkernels reproduce {name}: ") and "Traceback" not in message
         assert not out.exists()
 
 
@@ -310,7 +310,7 @@ def test_tables_share_their_runs(tmp_path):
 
 def test_figures_of_runs():
     runs = [{"history": [{"step": k, "a": base + k / 100} for k in range(3)]} for base in (0.5, 0.7)]
-    assert [Figure("top-1", "a").of(each) for each in runs] == [pytest.approx(51), pytest.approx(71)]
+    assert [Figure("top-1", "a").of(run) for run in runs] == [pytest.approx(51), pytest.approx(71)]
     assert Figure("top-1", "a", last=1).of(runs[0]) == pytest.approx(52) and Figure("top-5", "b").of(runs[0]) is None
     history = [{"step": s, "v": p, "n": n} for s, p, n in ((1, 0.5, 0.7), (2, 0.9, 0.6), (3, 0.8, 0.8))]
     assert Figure("NMI", "n", best="v").of({"history": history}) == pytest.approx(60)

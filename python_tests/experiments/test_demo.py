@@ -53,7 +53,11 @@ def test_rows_have_identical_budgets(name, tmp_path):
     assert name in demo.SEEDS
     table = TABLES[name]
     request = Request("short", Source(None), tmp_path)
-    rows = {row: each for row, each in table.rows.items() if "learning_rate" not in each and "steps" not in each}
+    rows = {
+        row: arguments
+        for row, arguments in table.rows.items()
+        if "learning_rate" not in arguments and "steps" not in arguments
+    }
     configs = [configure(table, request, "digits", arguments)[0] for arguments in rows.values()]
     for setting in (
         "data",

@@ -16,7 +16,7 @@ from ssmkernels.trainers import train_mlsn
 from ssmkernels.trainers.cli import METHODS, parse_config
 
 KEYS = ("steps=6", "batch_size=8", "pairs=64", "run.eval_every=6", "run.log_every=3", "run.workers=0")
-FEW = [each for key in KEYS for each in ("--set", key)]
+FEW = [argument for key in KEYS for argument in ("--set", key)]
 
 
 @pytest.fixture

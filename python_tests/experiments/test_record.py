@@ -94,8 +94,8 @@ def test_no_file_is_no_record(tmp_path):
 
 def test_the_records_of_this_project_are_read():
     """They were written before entries had seeds and records claims."""
-    found = [
+    records = [
         read_record(path.parent)
         for path in (Path(__file__).parents[2] / "docs" / "results" / "runs").glob("*/record.json")
     ]
-    assert len(found) >= 3 and all(record.entries and record.claims == () for record in found)
+    assert len(records) >= 3 and all(record.entries and record.claims == () for record in records)

@@ -52,8 +52,8 @@ def test_intervals():
 
 def test_differences_are_paired():
     """1 ± 2.48 points over three seeds, by hand: Student's t with 2 degrees of freedom is 4.303, the deviation 1."""
-    found = paired_difference([11.0, 20.0, 32.0], [10.0, 20.0, 30.0])
-    assert (found.text(1), found.wins, found.sign) == ("+1.0 (-1.5 to +3.5)", 2, 0)
+    difference = paired_difference([11.0, 20.0, 32.0], [10.0, 20.0, 30.0])
+    assert (difference.text(1), difference.wins, difference.sign) == ("+1.0 (-1.5 to +3.5)", 2, 0)
     assert paired_difference([11.0, 20.0, 32.0], [0.0, 10.0, 19.0]).sign == 1
     assert paired_difference([0.0, 10.0, 19.0], [11.0, 20.0, 32.0]).sign == -1
     assert paired_difference([2.0], [1.0]).sign == 0 and paired_difference([], []) is None

@@ -266,21 +266,21 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_what_is_wrong_with_the_folder_is_said(tmp_path, capsys):
-    def said(*arguments):
+    def message_of(*arguments):
         assert cli.main(["report", *map(str, arguments)]) == 1
         return capsys.readouterr().err
 
     assert (
-        said(tmp_path)
+        message_of(tmp_path)
         == f"ssmkernels report: DIR is '{tmp_path}', which has no record.json at any depth; `ssmkernels reproduce NAME`"
         " leaves one\n"
     )
-    assert "which is no folder" in said(tmp_path / "absent")
-    assert "it should end in .html" in said(tmp_path, "--out", tmp_path / "report.md")
+    assert "which is no folder" in message_of(tmp_path / "absent")
+    assert "it should end in .html" in message_of(tmp_path, "--out", tmp_path / "report.md")
     write_record(tmp_path / "good", TABLE1)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "record.json").write_text('{"name"')
-    assert f"{tmp_path / 'bad' / 'record.json'} is not a readable record" in said(tmp_path)
+    assert f"{tmp_path / 'bad' / 'record.json'} is not a readable record" in message_of(tmp_path)
     assert not list(tmp_path.rglob("report.*"))
 
 
@@ -318,7 +318,7 @@ def test_progress_and_failures_count_cells_once():
 
 
 def test_durations():
-    assert [duration(each) for each in (0, 42.4, 600, 3599.9, 11100)] == [
+    assert [duration(seconds) for seconds in (0, 42.4, 600, 3599.9, 11100)] == [
         "0 s",
         "42 s",
         "10 min",

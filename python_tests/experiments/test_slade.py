@@ -25,7 +25,7 @@ KEYS = (
     *("teacher_steps=4", "warm_up_steps=2", "student_steps=4", "k=8", "batch_size=8", "per_class=4"),
     *("run.log_every=2", "run.workers=0", "run.bar=false", "run.accelerator=cpu"),
 )
-FEW = [each for key in KEYS for each in ("--set", key)]
+FEW = [argument for key in KEYS for argument in ("--set", key)]
 QUICK = [f"--{key}" for key in KEYS]
 DIGITS = "scikit-learn's digits, 8x8 pixels"
 
@@ -56,8 +56,12 @@ def test_cells_are_what_their_names_say(name, budget, tmp_path):
         assert parsed.data.unlabeled_name == name.split("-")[2] and parsed.data.unlabeled_root == str(tmp_path)
         assert parsed.data.fold == (None if budget == "paper" else 0)
     (tmp_path / SWAV_FILE).unlink()
-    found = find_cells(TABLES[name], request)
-    assert len(found.cells) == 4 and all(SWAV_FILE in each for each in found.left_out) and len(found.left_out) == 4
+    result = find_cells(TABLES[name], request)
+    assert (
+        len(result.cells) == 4
+        and all(SWAV_FILE in message for message in result.left_out)
+        and len(result.left_out) == 4
+    )
 
 
 def test_rows_differ_in_what_the_student_learns_from(tmp_path):
@@ -147,7 +151,7 @@ def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch):
         count = 355  # unlabelled images of two classes, each pair once
         assert len(positives) + len(negatives) == count * (count - 1) // 2
         assert min(positives.min(), negatives.min()) > -1.001 and max(positives.max(), negatives.max()) < 1.001
-        assert all(0 <= each <= 1 for each in shares)
+        assert all(0 <= share <= 1 for share in shares)
         assert figures[stage, "mean of positives"] == (float(positives.mean()),)
         assert figures[stage, "right negatives by clusters"] == (float(shares[3]),)
 
@@ -166,16 +170,16 @@ def test_variants_follow_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="cub200: looked for"):
         find_cells(TABLES["slade-ablation3"], Request("smoke", Source(str(tmp_path)), tmp_path))
     photographs(tmp_path / "flowers", classes=4, count=2)
-    found = find_cells(TABLES["slade-ablation3"], Request("short", Source(str(tmp_path / "flowers")), tmp_path))
-    assert {cell.column for cell in found.cells} == {"class folders"} and found.cells[
+    result = find_cells(TABLES["slade-ablation3"], Request("short", Source(str(tmp_path / "flowers")), tmp_path))
+    assert {cell.column for cell in result.cells} == {"class folders"} and result.cells[
         0
     ].config.backbone == "efficientnet-lite0"
     birds(tmp_path, count=1)
-    found = find_cells(TABLES["slade-ablation3"], Request("paper", Source(str(tmp_path)), tmp_path))
-    assert {cell.column for cell in found.cells} == {"CUB-200"} and any(
-        "Cars-196: cars196: looked for" in each for each in found.left_out
+    result = find_cells(TABLES["slade-ablation3"], Request("paper", Source(str(tmp_path)), tmp_path))
+    assert {cell.column for cell in result.cells} == {"CUB-200"} and any(
+        "Cars-196: cars196: looked for" in message for message in result.left_out
     )
-    config = found.cells[0].config
+    config = result.cells[0].config
     assert config.data.fold is None and config.data.root == config.data.unlabeled_root == str(tmp_path)
 
 
@@ -210,7 +214,7 @@ def test_the_main_table_on_folders_of_birds(tmp_path, capsys):
     """All folds and their concatenation, with a small network; no weights of SwAV, so that its rows are left out."""
     birds(tmp_path)
     small = ("backbone=convnet-small", "weights=null", "freeze_bn=false", "data.image_size=16", "data.folds=2")
-    settings = [*FEW, *(each for key in small for each in ("--set", key))]
+    settings = [*FEW, *(argument for key in small for argument in ("--set", key))]
     arguments = [
         "--data",
         str(tmp_path),

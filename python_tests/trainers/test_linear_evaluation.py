@@ -44,24 +44,24 @@ def test_the_fit_is_scikit_learns(penalty):
 
 def test_the_penalty_is_picked_on_the_validation_images():
     train, validation, test = (clusters(count, seed) for count, seed in ((30, 1), (300, 2), (300, 3)))
-    found = linear_evaluation(train, validation, test)
+    best = linear_evaluation(train, validation, test)
     right = {}
     for penalty in PENALTIES:
-        each = linear_evaluation(train, validation, test, penalties=[penalty])
-        right[penalty] = each.accuracy
-    assert found.penalty in PENALTIES and PENALTIES[0] > found.penalty
-    assert right[found.penalty] == pytest.approx(found.accuracy, abs=0.01)
-    assert found.accuracy > right[PENALTIES[0]]
-    assert found.mean_per_class == pytest.approx(found.accuracy)  # as many of each class
+        result = linear_evaluation(train, validation, test, penalties=[penalty])
+        right[penalty] = result.accuracy
+    assert best.penalty in PENALTIES and PENALTIES[0] > best.penalty
+    assert right[best.penalty] == pytest.approx(best.accuracy, abs=0.01)
+    assert best.accuracy > right[PENALTIES[0]]
+    assert best.mean_per_class == pytest.approx(best.accuracy)  # as many of each class
 
 
 def test_the_mean_over_classes_weighs_them_equally():
     features = torch.tensor([[1.0], [1.0], [1.0], [-1.0]])
     labels = torch.tensor([0, 0, 0, 1])
-    found = linear_evaluation(
+    result = linear_evaluation(
         (features, labels), (features, labels), (torch.tensor([[1.0]] * 4), labels), penalties=[1e-3]
     )
-    assert (found.accuracy, found.mean_per_class) == (0.75, 0.5)
+    assert (result.accuracy, result.mean_per_class) == (0.75, 0.5)
 
 
 def test_bad_arguments():
@@ -90,8 +90,8 @@ def test_digits_by_their_pixels():
     assert len(kept) == 1 and not set(images.train.index) & set(images.validation.index)
     features, labels = frozen_features(nn.Flatten(), images.test, mean=(0.0,), std=(1.0,), image_size=None)
     assert features.shape == (599, 64) and labels.tolist() == images.test.labels.tolist()
-    found = transfer(nn.Flatten(), images, mean=(0.3,), std=(0.35,), image_size=None, penalties=(1e-1, 1e-2, 1e-3))
-    assert found.accuracy > 0.93
+    result = transfer(nn.Flatten(), images, mean=(0.3,), std=(0.35,), image_size=None, penalties=(1e-1, 1e-2, 1e-3))
+    assert result.accuracy > 0.93
 
 
 def picture(path, shade):
@@ -117,8 +117,8 @@ def food(root):
         listed = {}
         for label, name in enumerate(("apple_pie", "baklava")):
             listed[name] = [f"{name}/{split}{i}" for i in range(count)]
-            for each in listed[name]:
-                picture(folder / "images" / f"{each}.jpg", 100 * label)
+            for file in listed[name]:
+                picture(folder / "images" / f"{file}.jpg", 100 * label)
         (folder / "meta" / f"{split}.json").write_text(json.dumps(listed))
 
 

@@ -85,7 +85,7 @@ def all_features(trainer):
 def test_classes_are_disjoint_and_five_of_each_training_class_have_labels(make_trainer, collection):
     trainer = make_trainer()
     names = [set(images.class_names) for images in (trainer.train, trainer.validation, trainer.test)]
-    assert [len(each) for each in names] == [4, 2, 4]
+    assert [len(part) for part in names] == [4, 2, 4]
     assert set.union(*names) == set(collection.class_names)
     given = trainer.given_labels[trainer.given_labels >= 0]
     assert given.bincount().tolist() == [5, 5, 5, 5]

@@ -165,12 +165,14 @@ def test_every_loss_reaches_the_student(make_trainer):
         "loss_cotraining": {"backbone.linear.weight", "classifier.weight"},
     }
     for name, reached in into.items():
-        found = {
+        reaching = {
             key
-            for key, each in gradients(trainer, losses[name]).items()
-            if each is not None and each.abs().max() > 1e-8
+            for key, gradient in gradients(trainer, losses[name]).items()
+            if gradient is not None and gradient.abs().max() > 1e-8
         }
-        assert {key for key in found if not key.endswith("linear.bias") and key != "classifier.bias"} == reached, name
+        assert {key for key in reaching if not key.endswith("linear.bias") and key != "classifier.bias"} == reached, (
+            name
+        )
     assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
 
 
@@ -178,10 +180,10 @@ def test_weak_labels_tell_relations_and_no_classes(make_trainer):
     batch = make_batch()
     renamed = batch._replace(unlabeled_labels=(batch.unlabeled_labels + 3) % CLASSES)
     moved = batch._replace(unlabeled_labels=batch.unlabeled_labels.flip(0))
-    weak = [make_trainer(pair_labels="weak").losses(each, 4) for each in (batch, renamed, moved)]
+    weak = [make_trainer(pair_labels="weak").losses(images, 4) for images in (batch, renamed, moved)]
     assert weak[0]["loss"].equal(weak[1]["loss"])
     assert not weak[0]["loss_similarity"].isclose(weak[2]["loss_similarity"])
-    pseudo = [make_trainer().losses(each, 4)["loss"] for each in (batch, moved)]
+    pseudo = [make_trainer().losses(images, 4)["loss"] for images in (batch, moved)]
     assert pseudo[0].equal(pseudo[1])
 
 

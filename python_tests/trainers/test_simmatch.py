@@ -168,8 +168,8 @@ def test_fixmatch_is_a_setting(make_trainer):
     assert trainer.memory is None
     losses, _ = trainer.losses(batch, first_epoch=False)
     confidence, pseudo_labels = trainer.model(batch.unlabeled_weak)[0].softmax(dim=1).max(dim=1)
-    each = F.cross_entropy(trainer.model(batch.unlabeled_strong)[0], pseudo_labels, reduction="none")
-    torch.testing.assert_close(losses["loss_unlabeled"], (each * (confidence >= 0.5)).mean())
+    per_image = F.cross_entropy(trainer.model(batch.unlabeled_strong)[0], pseudo_labels, reduction="none")
+    torch.testing.assert_close(losses["loss_unlabeled"], (per_image * (confidence >= 0.5)).mean())
     torch.testing.assert_close(
         losses["pseudo_label_accuracy"], (pseudo_labels == batch.unlabeled_labels).float().mean()
     )

@@ -253,7 +253,7 @@ def test_pseudo_labeled_batches_are_drawn_by_cluster(make_trainer):
         assert (clusters == clusters[:, :1]).all()
         assert clusters[:, 0].unique().numel() == 4
     positions = [batch.labeled.positions.tolist() for batch in batches]
-    assert len({tuple(each) for each in positions}) == len(positions)
+    assert len({tuple(position) for position in positions}) == len(positions)
 
 
 # Losses
@@ -478,19 +478,19 @@ def test_teacher_and_student_learn_to_tell_the_labeled_classes_apart(make_config
     config = make_config(
         teacher_steps=60, student_steps=60, rounds=1, freeze_bn=False, learning_rate=1e-3, embedding_dim=32
     )
-    trainer, found = Slade(config, collection, make_fabric(accelerator="cpu")), []
+    trainer, evaluations = Slade(config, collection, make_fabric(accelerator="cpu")), []
     for step, batch in enumerate(trainer.batches(0)):
         if step in (0, 60, 60 + WARM_UP):
-            found.append(
+            evaluations.append(
                 metrics.retrieval(
                     embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels
                 )
             )
         trainer.step(batch, step)
-    found.append(
+    evaluations.append(
         metrics.retrieval(embeddings_of(trainer.model.eval(), trainer.images.labeled), trainer.images.labeled.labels)
     )
-    untrained, start, warm, student = (each["MAP@R"] for each in found)
+    untrained, start, warm, student = (evaluation["MAP@R"] for evaluation in evaluations)
     assert untrained == start == warm < student
     assert student > 0.9
     assert trainer.clustering["pseudo_label_NMI"] > 0.3
@@ -516,9 +516,9 @@ def test_folds_are_tested_by_their_concatenated_embeddings(make_config, collecti
     for name in ("MAP@R", "RP", "P@1"):
         assert record[f"test_{name}"] == pytest.approx(together[name], abs=1e-6)
         assert record[f"separate_test_{name}"] == pytest.approx(
-            np.mean([each[f"test_{name}"] for each in records]), abs=1e-6
+            np.mean([fold[f"test_{name}"] for fold in records]), abs=1e-6
         )
-        assert record[f"validation_{name}"] == pytest.approx(np.mean([each[f"validation_{name}"] for each in records]))
+        assert record[f"validation_{name}"] == pytest.approx(np.mean([fold[f"validation_{name}"] for fold in records]))
     assert result.best("final_MAP@R") is record
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["test_MAP@R"] == record["test_MAP@R"]
 
@@ -556,10 +556,10 @@ def test_k_means_finds_separate_clusters(backend):
     centers = 10 * torch.randn(5, 16, generator=generator)
     labels = torch.arange(5).repeat(20)
     features = centers[labels] + torch.randn(100, 16, generator=generator)
-    found = getattr(pseudo_labels, backend)(features, 5, 3)
-    assert found.dtype == torch.int64
-    assert metrics.nmi_of_clusters(labels, found) == pytest.approx(1)
-    assert torch.equal(found, getattr(pseudo_labels, backend)(features, 5, 3))
+    clusters = getattr(pseudo_labels, backend)(features, 5, 3)
+    assert clusters.dtype == torch.int64
+    assert metrics.nmi_of_clusters(labels, clusters) == pytest.approx(1)
+    assert torch.equal(clusters, getattr(pseudo_labels, backend)(features, 5, 3))
 
 
 def test_clusters_have_no_gaps():
@@ -591,10 +591,10 @@ trainer = Slade(config, data.load_collection("digits"), fabric)
 gradients = []
 step = trainer.step
 def recorded(batch, number):
-    found = step(batch, number)
+    losses = step(batch, number)
     weights = (trainer.model.head.weight, trainer.basis.weight)
     gradients.append([None if weight.grad is None else weight.grad.clone() for weight in weights])
-    return found
+    return losses
 trainer.step = recorded
 result = fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config))
 
@@ -621,7 +621,7 @@ def test_two_ranks_have_the_losses_and_gradients_of_one(two_ranks, tmp_path, mon
     assert torch.equal(first["state"]["pseudo_labels"], alone["state"]["pseudo_labels"])
     assert len(alone["gradients"]) == 7
     for two, one in zip(first["gradients"], alone["gradients"], strict=True):
-        assert [each is None for each in two] == [each is None for each in one]
+        assert [gradient is None for gradient in two] == [gradient is None for gradient in one]
         for a, b in zip(two, one, strict=True):
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -86,7 +86,7 @@ def test_the_loss_is_the_swapped_prediction(make_trainer):
         expected -= sum((codes * (crops[v] / 0.1).log_softmax(dim=1)).sum(dim=1).mean() for v in others) / 3 / 2
     torch.testing.assert_close(losses["loss"], expected)
     weight = trainer.network.backbone[0].weight
-    first, second = (torch.autograd.grad(each, weight, retain_graph=True)[0] for each in (losses["loss"], expected))
+    first, second = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (losses["loss"], expected))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-6)
     assert 0.9 < losses["code_balance"] <= 1 + 1e-6
 
@@ -96,7 +96,7 @@ def test_two_large_crops_alone(make_trainer):
     (batch,) = batches_of(trainer, 0, 1)
     loss = trainer.losses(batch, 0)["loss"]
     first, second = trainer.network(batch.large, batch.small)[1].split(30)
-    predicted = [(each / 0.1).log_softmax(dim=1) for each in (second, first)]
+    predicted = [(logits / 0.1).log_softmax(dim=1) for logits in (second, first)]
     expected = (
         -sum(
             (sinkhorn_codes(s.detach()) * p).sum(dim=1).mean() for s, p in zip((first, second), predicted, strict=True)
@@ -205,9 +205,9 @@ def test_what_is_evaluated(make_trainer, collection):
     with torch.no_grad():
         features = trainer.network.backbone(inputs).mean(dim=(2, 3))
     expected = metrics.retrieval(torch.nn.functional.normalize(features), torch.from_numpy(collection.labels))
-    found = trainer.evaluate()
-    assert found.keys() == {f"test_{name}" for name in expected}
-    assert found["test_MAP@R"] == pytest.approx(expected["MAP@R"], abs=1e-3)
+    figures = trainer.evaluate()
+    assert figures.keys() == {f"test_{name}" for name in expected}
+    assert figures["test_MAP@R"] == pytest.approx(expected["MAP@R"], abs=1e-3)
 
 
 def test_learns_digits_without_labels(make_config, collection, tmp_path):
@@ -280,7 +280,7 @@ def test_images_of_a_run(tmp_path):
         for value, name in enumerate(names, start=1):
             (tmp_path / root / name).mkdir(parents=True)
             Image.new("RGB", (9, 9), (40 * value, 0, 0)).save(tmp_path / root / name / "1.png")
-    first, second = (str(tmp_path / each) for each in ("first", "second"))
+    first, second = (str(tmp_path / name) for name in ("first", "second"))
     learnt, measured = load_images(
         SwAVDataConfig(name="folder", root=first, unlabeled_name="folder", unlabeled_root=second)
     )

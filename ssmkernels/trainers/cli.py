@@ -96,7 +96,7 @@ def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
     parser = _parser(method)
     values = vars(parser.instantiate(parser.parse_args(_find_configs(method, argv))))
     config_type = METHODS[method].config
-    return config_type(**{each.name: values[each.name] for each in fields(config_type)}), values["resume"]
+    return config_type(**{setting.name: values[setting.name] for setting in fields(config_type)}), values["resume"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -120,7 +120,9 @@ def main(argv: Sequence[str]) -> int:
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
         return 0
     if not result.finished:
-        again = shlex.join(["ssmkernels", "train", *(each for each in argv if each != "--resume"), "--resume"])
+        again = shlex.join(
+            ["ssmkernels", "train", *(argument for argument in argv if argument != "--resume"), "--resume"]
+        )
         print(
             f"Stopped after step {result.step} of {result.steps}; the checkpoint is in {config.run.out}. To go on:"
             f" {again}"
@@ -186,24 +188,24 @@ def _parser(method: str) -> ArgumentParser:
 
 def _find_configs(method: str, argv: Sequence[str]) -> list[str]:
     """``argv`` with the name of a shipped configuration after ``--config`` turned into its path."""
-    found = _arguments(argv)
-    for position in range(1, len(found)):
-        if found[position - 1] == "--config" and not Path(found[position]).is_file():
-            path = CONFIGS / method / f"{found[position]}.yaml"
+    arguments = _arguments(argv)
+    for position in range(1, len(arguments)):
+        name = arguments[position]
+        if arguments[position - 1] == "--config" and not Path(name).is_file():
+            path = CONFIGS / method / f"{name}.yaml"
             if not path.exists():
-                what = f"--config is {found[position]!r}, which is neither a YAML file nor comes with the package"
-                raise ValueError(unknown(what, found[position], config_names(method)))
-            found[position] = str(path)
-    return found
+                what = f"--config is {name!r}, which is neither a YAML file nor comes with the package"
+                raise ValueError(unknown(what, name, config_names(method)))
+            arguments[position] = str(path)
+    return arguments
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:
     """``argv`` with ``--config=NAME`` in two."""
-    return [
-        each
-        for argument in argv
-        for each in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
-    ]
+    arguments: list[str] = []
+    for argument in argv:
+        arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    return arguments
 
 
 def _config_name(argv: Sequence[str]) -> str | None:
