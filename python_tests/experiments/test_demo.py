@@ -62,7 +62,6 @@ def test_rows_have_identical_budgets(name, tmp_path):
     for setting in (
         "data",
         "model",
-        "backbone",
         "batch_size",
         "mu",
         "learning_rate",

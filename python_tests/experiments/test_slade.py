@@ -70,7 +70,7 @@ def test_rows_differ_in_what_the_student_learns_from(tmp_path):
     rows = {row: configure(table, request, DIGITS, arguments)[0] for row, arguments in table.rows.items()}
     for name in (
         "data",
-        "backbone",
+        "model",
         "weights",
         "k",
         "lambda_1",
@@ -173,7 +173,7 @@ def test_variants_follow_the_folder(tmp_path):
     result = find_cells(TABLES["slade-ablation3"], Request("short", Source(str(tmp_path / "flowers")), tmp_path))
     assert {cell.column for cell in result.cells} == {"class folders"} and result.cells[
         0
-    ].config.backbone == "efficientnet-lite0"
+    ].config.model == "efficientnet-lite0"
     birds(tmp_path, count=1)
     result = find_cells(TABLES["slade-ablation3"], Request("paper", Source(str(tmp_path)), tmp_path))
     assert {cell.column for cell in result.cells} == {"CUB-200"} and any(
@@ -213,7 +213,7 @@ def birds(root, classes=10, count=4):
 def test_the_main_table_on_folders_of_birds(tmp_path, capsys):
     """All folds and their concatenation, with a small network; no weights of SwAV, so that its rows are left out."""
     birds(tmp_path)
-    small = ("backbone=convnet-small", "weights=null", "freeze_bn=false", "data.image_size=16", "data.folds=2")
+    small = ("model=convnet-small", "weights=null", "freeze_bn=false", "data.image_size=16", "data.folds=2")
     settings = [*FEW, *(argument for key in small for argument in ("--set", key))]
     arguments = [
         "--data",

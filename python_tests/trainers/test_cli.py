@@ -95,7 +95,7 @@ def test_every_mixed_lp_configuration_is_the_papers_but_for_the_small_ones():
         assert (*shared, config.batch_size, config.mu) == ("mixed-lp", 3, 1, 4, 32, 0.1, 32, 1 / 99)
         if name in paper:
             assert config.k == 50
-            assert (config.data.name, config.backbone, config.embedding_dim, config.data.labels_per_class) == (
+            assert (config.data.name, config.model, config.embedding_dim, config.data.labels_per_class) == (
                 name,
                 "bn-inception",
                 64,
@@ -220,7 +220,7 @@ def test_a_finished_mixed_lp_run_reports_its_best_evaluation(tmp_path, capsys, m
 def test_a_mixed_lp_run_without_a_configuration_is_named_after_its_images(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = [
-        "--backbone",
+        "--model",
         "convnet-small",
         "--freeze_bn",
         "false",

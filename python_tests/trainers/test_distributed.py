@@ -55,7 +55,7 @@ from ssmkernels.trainers.loop import fit, make_fabric
 from dataclasses import asdict
 
 config = MixedLPConfig(
-    data=CollectionConfig(name="digits"), backbone="convnet-small", freeze_bn=True, embedding_dim=8,
+    data=CollectionConfig(name="digits"), model="convnet-small", freeze_bn=True, embedding_dim=8,
     labeled_epochs=2, epochs=1, decay=1.0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=12, log_every=1, accelerator="cpu", bar=False),
 )
@@ -75,7 +75,7 @@ from ssmkernels.trainers.loop import fit, make_fabric
 from dataclasses import asdict
 
 config = SwAVConfig(
-    backbone="convnet-small", hidden_dim=16, embedding_dim=8, num_prototypes=12, queue_length=64,
+    model="convnet-small", hidden_dim=16, embedding_dim=8, num_prototypes=12, queue_length=64,
     queue_from_epoch=0, epochs=1,
     batch_size=32, small_crops=1, small_size=8, learning_rate=3.0, freeze_prototypes_epochs=0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=3, log_every=1, accelerator="cpu", bar=False),

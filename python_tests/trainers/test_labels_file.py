@@ -9,7 +9,7 @@ from ssmkernels.trainers.loop import MAY_DIFFER
 
 CPU = ["--run.accelerator", "cpu", "--run.bar", "false"]
 CLASSIFIER = ["--data.name", "digits", "--data.labels", "20", "--batch_size", "4", "--steps", "2", "--model"]
-COLLECTION = ["--backbone", "convnet-small", "--freeze_bn", "false"]
+COLLECTION = ["--model", "convnet-small", "--freeze_bn", "false"]
 FEW_IMAGES = [
     "--data.images_per_class",
     "8",

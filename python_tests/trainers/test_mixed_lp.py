@@ -33,7 +33,7 @@ def make_config():
     def make(**settings):
         run = {"log_every": 2, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
         images = {"name": "digits", "labels_per_class": 5, **settings.pop("data", {})}
-        small = {"backbone": "convnet-small", "freeze_bn": False, "embedding_dim": 8, "k": 10, "batch_size": 16}
+        small = {"model": "convnet-small", "freeze_bn": False, "embedding_dim": 8, "k": 10, "batch_size": 16}
         short = {"labeled_epochs": 2, "epochs": 2, "learning_rate": 1e-3}
         return MixedLPConfig(data=CollectionConfig(**images), run=RunConfig(**run), **{**small, **short, **settings})
 
@@ -56,7 +56,7 @@ class Plain(nn.Module):
 def make_trainer(make_config, collection):
     def make(**settings):
         torch.manual_seed(3)
-        return MixedLP(make_config(**settings), collection, make_fabric(accelerator="cpu"), network=Plain())
+        return MixedLP(make_config(**settings), collection, make_fabric(accelerator="cpu"), model=Plain())
 
     return make
 

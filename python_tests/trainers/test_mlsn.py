@@ -74,7 +74,7 @@ def make_mlsn_config(make_run):
 def make_trainer(make_mlsn_config, digits):
     def make(**settings):
         config = make_mlsn_config(**settings)
-        return MLSN(config, digits, make_fabric(accelerator="cpu"), network=plain_network(config.uses_similarity))
+        return MLSN(config, digits, make_fabric(accelerator="cpu"), model=plain_network(config.uses_similarity))
 
     return make
 
@@ -302,7 +302,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_stop_and_resume_gives_the_same_bits(make_mlsn_config, digits, tmp_path, settings, monkeypatch):
-    whole = train_mlsn(make_mlsn_config(**settings, run={"out": str(tmp_path / "whole")}), images=digits)
+    whole = train_mlsn(make_mlsn_config(**settings, run={"out": str(tmp_path / "whole")}), splits=digits)
     stopped = make_mlsn_config(**settings, run={"out": str(tmp_path / "stopped")})
     step = MLSN.step
 
@@ -313,8 +313,8 @@ def test_stop_and_resume_gives_the_same_bits(make_mlsn_config, digits, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(MLSN, "step", interrupted)
-        assert train_mlsn(stopped, images=digits).step == 5
-    resumed = train_mlsn(stopped, images=digits, resume=True)
+        assert train_mlsn(stopped, splits=digits).step == 5
+    resumed = train_mlsn(stopped, splits=digits, resume=True)
 
     assert resumed.finished
     assert resumed.history == whole.history
@@ -342,7 +342,7 @@ def test_weak_labels_teach_digits(make_mlsn_config, digits):
         ema_decay=0.9,
         run={"eval_every": 60},
     )
-    first, last = train_mlsn(config, images=digits).history
+    first, last = train_mlsn(config, splits=digits).history
     assert last["loss_similarity"] < 0.7 * first["loss_similarity"]
     assert last["similarity_label_accuracy"] > 0.5
     assert last["ema_error"] < 0.4

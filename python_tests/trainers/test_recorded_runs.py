@@ -56,7 +56,7 @@ def mlsn(**settings):
 def mixed_lp():
     config = MixedLPConfig(
         data=CollectionConfig(images_per_class=12),
-        backbone="convnet-small",
+        model="convnet-small",
         embedding_dim=8,
         k=10,
         batch_size=16,
@@ -71,7 +71,7 @@ def mixed_lp():
 def slade():
     config = SladeConfig(
         data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6),
-        backbone="convnet-small",
+        model="convnet-small",
         embedding_dim=8,
         k=6,
         batch_size=16,
@@ -86,7 +86,7 @@ def slade():
 
 def swav():
     config = SwAVConfig(
-        backbone="convnet-small",
+        model="convnet-small",
         hidden_dim=16,
         embedding_dim=8,
         num_prototypes=12,

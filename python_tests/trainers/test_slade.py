@@ -44,7 +44,7 @@ def make_config():
         run = {"log_every": 2, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
         images = {"test_fraction": 0.3, "folds": 3, "fold": 1, "labeled_fraction": 0.6, **settings.pop("data", {})}
         small = {
-            "backbone": "convnet-small",
+            "model": "convnet-small",
             "embedding_dim": 8,
             "k": 6,
             "batch_size": 16,
@@ -73,7 +73,7 @@ class Plain(nn.Module):
 def make_trainer(make_config, collection):
     def make(**settings):
         torch.manual_seed(3)
-        return Slade(make_config(**settings), collection, make_fabric(accelerator="cpu"), network=Plain())
+        return Slade(make_config(**settings), collection, make_fabric(accelerator="cpu"), model=Plain())
 
     return make
 
@@ -582,7 +582,7 @@ from ssmkernels.trainers.loop import fit, make_fabric
 
 config = SladeConfig(
     data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6),
-    backbone="convnet-small", embedding_dim=8, k=6,
+    model="convnet-small", embedding_dim=8, k=6,
     batch_size=16, optimizer="rmsprop", learning_rate=1e-5, teacher_steps=2, warm_up_steps=2, student_steps=3,
     run=RunConfig(eval_every=4, log_every=1, accelerator="cpu", bar=False),
 )
@@ -686,7 +686,7 @@ def test_shipped_configurations():
         config, _ = parse_config("slade", ["--config", name])
         assert (config.student, config.similarity_loss, config.lambda_1, config.lambda_2) == ("mining", "sd", 1, 0.25)
         if name in paper:
-            assert (config.backbone, config.embedding_dim, config.freeze_bn) == ("resnet50", 128, True)
+            assert (config.model, config.embedding_dim, config.freeze_bn) == ("resnet50", 128, True)
             assert (config.batch_size, config.per_class, config.moment_momentum) == (32, 4, 0.99)
             assert (config.optimizer, config.learning_rate, config.weight_decay) == ("rmsprop", 1e-6, 1e-4)
             assert (config.data.image_size, config.data.test_fraction, config.data.folds) == (227, 0.5, 4)

@@ -38,7 +38,7 @@ def make_config():
     def make(**settings):
         run = {"log_every": 2, "accelerator": "cpu", "bar": False, **settings.pop("run", {})}
         small = {
-            "backbone": "convnet-small",
+            "model": "convnet-small",
             "hidden_dim": 16,
             "embedding_dim": 8,
             "num_prototypes": 12,
@@ -323,7 +323,7 @@ def test_shipped_configurations():
     for name in names:
         config, _ = parse_config("swav", ["--config", name])
         assert (config.temperature, config.epsilon, config.sinkhorn_iterations) == (0.1, 0.05, 3)
-    assert (config.data.name, config.backbone, config.weights) == ("folder", "efficientnet-lite0", "imagenet")
+    assert (config.data.name, config.model, config.weights) == ("folder", "efficientnet-lite0", "imagenet")
     defaults = SwAVConfig()
     assert (defaults.batch_size, defaults.learning_rate, defaults.final_learning_rate, defaults.weight_decay) == (
         256,

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ssmkernels.data.augment import MoCoV2, Transform, to_tensors
 from ssmkernels.data.batches import check_steps
 from ssmkernels.data.images import ImageDataset
-from ssmkernels.data.retrieval import ImageCollection, _normalization, _TrainingView
+from ssmkernels.data.retrieval import ImageCollection, MeanAndStd, _normalization, _TrainingView
 from ssmkernels.data.streams import IndexStream, Stream, generator
 
 
@@ -32,7 +32,7 @@ class CropViews(NamedTuple):
 
 def crop_views(
     collection: ImageCollection,
-    normalization: str = "imagenet",
+    normalization: str | MeanAndStd = "imagenet",
     *,
     size: int,
     small_size: int,

@@ -15,6 +15,7 @@ from ssmkernels.data.images import ImageDataset
 from ssmkernels.data.readers import IMAGENET_MEAN, IMAGENET_STD
 from ssmkernels.data.streams import Stream, generator
 
+MeanAndStd = tuple[tuple[float, ...], tuple[float, ...]]
 CROP_SCALE = (0.08, 1.0)
 """Share of the image that a training crop covers: what torchvision's RandomResizedCrop does by default."""
 
@@ -171,7 +172,7 @@ class RetrievalViews(NamedTuple):
 
 def retrieval_views(
     collection: ImageCollection,
-    normalization: str = "imagenet",
+    normalization: str | MeanAndStd = "imagenet",
     *,
     size: int | None = None,
     resize: int | None = None,
@@ -186,8 +187,8 @@ def retrieval_views(
     Args:
         collection: the images.
         normalization: "imagenet", "bgr-caffe" or "half", each of three channels, as
-            :func:`ssmkernels.models.preprocessing` says, or "native": by the collection's own mean and deviation, with
-            its own channels.
+            :func:`ssmkernels.models.preprocessing` says; or the mean and the deviation of three channels, RGB; or
+            "native": by the collection's own mean and deviation, with its own channels.
         size: side of the views in pixels, by default ``collection.image_size``.
         resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for
             224).
@@ -207,7 +208,9 @@ def retrieval_views(
     )
 
 
-def _normalization(collection: ImageCollection, name: str) -> Normalization:
+def _normalization(collection: ImageCollection, name: str | MeanAndStd) -> Normalization:
+    if not isinstance(name, str):
+        return Normalization(*name, "RGB")
     if name not in (*NORMALIZATIONS, "native"):
         raise ValueError(f"normalization is {name!r}; it should be one of {', '.join(NORMALIZATIONS)}, native")
     return NORMALIZATIONS.get(name, Normalization(collection.mean, collection.std, "native"))

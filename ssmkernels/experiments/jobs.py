@@ -57,10 +57,7 @@ class Job(NamedTuple):
         if self.config is None:
             return None
         settings = asdict(self.config)
-        kept = {
-            name: settings.get(name)
-            for name in ("model", "backbone", "batch_size", "mu", "precision", "hidden_features")
-        }
+        kept = {name: settings.get(name) for name in ("model", "batch_size", "mu", "precision", "hidden_features")}
         return json.dumps([self.name.split("-seed")[0], settings["data"].get("image_size"), kept], sort_keys=True)
 
 

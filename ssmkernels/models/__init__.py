@@ -15,12 +15,15 @@ from ssmkernels.models.embedding import (
 )
 from ssmkernels.models.features import extract_features
 from ssmkernels.models.projection import ProjectionModel
+from ssmkernels.models.timm_models import timm_normalization
+from ssmkernels.models.weights import LoadedWeights, load_weights
 from ssmkernels.models.wide_resnet import WideResNet
 
 __all__ = [
     "EMBEDDING_BACKBONES",
     "BNInception",
     "EmbeddingModel",
+    "LoadedWeights",
     "ProjectionModel",
     "SmallConvNet",
     "WideResNet",
@@ -28,6 +31,8 @@ __all__ = [
     "build_embedding_model",
     "build_model",
     "extract_features",
+    "load_weights",
     "parameter_groups",
     "preprocessing",
+    "timm_normalization",
 ]

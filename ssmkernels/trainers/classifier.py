@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ssmkernels import data
+from ssmkernels import data, models
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.nn import EMATeacher
 from ssmkernels.trainers.base import Trainer, channels_last, evaluation_loader
@@ -45,13 +45,20 @@ class ClassifierTrainer(Trainer):
     """A student that learns from labelled and unlabelled images, and an exponential moving average of it.
 
     Args:
-        config: the settings, with ``data``, ``steps``, ``batch_size``, ``seed`` and those of the average.
-        splits: the images.
+        config: the settings, with ``data``, ``model``, ``steps``, ``batch_size``, ``seed`` and those of the average.
+        splits: the images. A network of timm sees those of three channels by the mean and deviation that it was made
+            for.
         fabric: the device, its precision and the other ranks.
+        model: of the caller's own, if it is not ``config.model``.
     """
 
-    def __init__(self, config: Any, splits: data.ImageSplits, fabric: Fabric) -> None:
+    def __init__(
+        self, config: Any, splits: data.ImageSplits, fabric: Fabric, *, model: nn.Module | None = None
+    ) -> None:
         super().__init__(config, fabric)
+        if model is None and config.model.startswith("timm/") and splits.channels == 3:
+            mean, std = models.timm_normalization(config.model)
+            splits = replace(splits, mean=mean, std=std)
         self.splits, self.steps = splits, config.steps
         self.transforms = data.default_transforms(splits)
         if config.data.labels_file is not None:
@@ -63,6 +70,7 @@ class ClassifierTrainer(Trainer):
 
     def set_up(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         config = self.config
+        self.load_weights(model)
         self.model = channels_last(model)
         self.student, self.optimizer = self.fabric.setup(self.model, optimizer)
         self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)

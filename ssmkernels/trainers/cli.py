@@ -74,7 +74,7 @@ METHODS = {
         "SwAV, from which SLADE starts (NeurIPS 2020)",
         SwAVConfig,
         train_swav,
-        lambda config: f"{config.data.name}-{config.backbone}",
+        lambda config: f"{config.data.name}-{Path(config.model).name}",
         ("test_MAP@R", "test_RP", "test_P@1"),
     ),
 }

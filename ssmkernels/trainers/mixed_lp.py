@@ -71,10 +71,12 @@ class MixedLPConfig(Settings):
     """Everything that determines a run. Defaults are the paper's, and Proxy-Anchor's where it gives none."""
 
     data: CollectionConfig = field(default_factory=CollectionConfig)
-    backbone: str = "bn-inception"
+    model: str = "bn-inception"
     """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
     weights: str | None = None
-    """Its initial weights: a file, "imagenet" where the backbone has a source of them, none for random ones."""
+    """Initial weights of its backbone: a file in one of the forms of :func:`ssmkernels.models.load_weights`; "imagenet"
+    where the network has a source of them; none for random ones.
+    """
     pooling: Literal["avg+max", "avg"] = "avg+max"
     """What makes features of the last maps."""
     freeze_bn: bool = True
@@ -146,14 +148,15 @@ class MixedLP(Trainer):
         config: the settings.
         images: all images; their classes are split here.
         fabric: the device, its precision and the other ranks.
-        network: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone``
-            as a member; ``config.backbone`` is built if none is given.
+        model: x [N, C, H, W] -> (unit features v [N, d], unit embeddings z [N, embedding_dim]), with its ``backbone``
+            as a member, which sees images by their collection's mean and deviation; built of ``config`` if none is
+            given.
     """
 
     saved = ("labels", "confidence", "propagation")
 
     def __init__(
-        self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, network: nn.Module | None = None
+        self, config: MixedLPConfig, images: data.ImageCollection, fabric: Fabric, *, model: nn.Module | None = None
     ) -> None:
         config.check_multiple("batch_size", fabric.world_size, f"the {fabric.world_size} ranks")
         super().__init__(config, fabric)
@@ -176,24 +179,25 @@ class MixedLP(Trainer):
         self.labeled_steps = config.labeled_epochs * self.labeled_epoch_steps
         self.steps = self.labeled_steps + config.epochs * self.epoch_steps
 
-        normalization = models.preprocessing(config.backbone)
+        normalization = "native" if model is not None else models.preprocessing(config.model)
         self.views = data.retrieval_views(images, normalization, size=config.data.image_size)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            if network is None:
-                network = models.build_embedding_model(
-                    config.backbone,
+            if model is None:
+                model = models.build_embedding_model(
+                    config.model,
                     config.embedding_dim,
-                    weights=config.weights,
                     pooling=config.pooling,
                     freeze_bn=config.freeze_bn,
                     in_channels=len(self.views.mean),
+                    image_size=config.data.image_size or images.image_size,
                 )
             self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
-        self.network = channels_last(network)
-        backbone = network.get_submodule("backbone").parameters()
+        self.load_weights(model)
+        self.network = channels_last(model)
+        backbone = model.get_submodule("backbone").parameters()
         self.backbone_parameters = [parameter for parameter in backbone if parameter.requires_grad]
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": trained, "scale": 1.0},
             {"params": [self.proxies.proxies], "scale": config.proxy_learning_rate_scale},
@@ -329,7 +333,11 @@ class _Losses(nn.Module):
 
 
 def train_mixed_lp(
-    config: MixedLPConfig, *, resume: bool = False, images: data.ImageCollection | None = None
+    config: MixedLPConfig,
+    *,
+    resume: bool = False,
+    images: data.ImageCollection | None = None,
+    model: nn.Module | None = None,
 ) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
@@ -337,14 +345,17 @@ def train_mixed_lp(
     paper reports, and ``run.out``/best.pt has the weights of its network.
 
     Args:
-        images: all images; ``config.data`` is loaded if none are given.
+        images: all images, such as your own, see :class:`ssmkernels.data.ImageCollection`; ``config.data`` is loaded if
+            none are given.
+        model: a network of your own, such as a :class:`ssmkernels.models.EmbeddingModel` of your backbone, see
+            :class:`MixedLP`; ``config.model`` is built if none is given.
     """
     if images is None:
         images = data.load_collection(config.data.name, config.data.root)
     fabric = make_fabric(
         precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.warm_up_epochs > 0
     )  # the backbone takes no part in the warm-up
-    trainer = MixedLP(config, images, fabric)
+    trainer = MixedLP(config, images, fabric, model=model)
     return trainer.run(
         resume=resume,
         epoch_ends=range(trainer.labeled_steps + trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps),

@@ -65,6 +65,10 @@ class MLSNConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "wrn-28-2"
     """Network, as :func:`ssmkernels.models.build_model` knows it; its pooled features are h."""
+    weights: str | None = None
+    """Initial weights of its backbone: a file in one of the forms of :func:`ssmkernels.models.load_weights`; "imagenet"
+    where the network has a source of them; none for random ones.
+    """
     bn_momentum: float | None = None
     """Share of a batch in the running statistics of batch norm; none for the network's own, .001 in wide ResNets."""
     seed: int = 1
@@ -169,7 +173,11 @@ def build_network(config: MLSNConfig, splits: data.ImageSplits) -> MLSNNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = models.build_model(
-            config.model, splits.num_classes, in_channels=splits.channels, bn_momentum=config.bn_momentum
+            config.model,
+            splits.num_classes,
+            in_channels=splits.channels,
+            bn_momentum=config.bn_momentum,
+            image_size=splits.image_size,
         )
         features = network.classifier.in_features
         similarity = (
@@ -185,23 +193,23 @@ class MLSN(ClassifierTrainer):
         config: the settings.
         splits: the images.
         fabric: the device, its precision and the other ranks.
-        network: :func:`build_network` if none is given.
+        model: :func:`build_network` if none is given.
     """
 
     model: MLSNNetwork
 
     def __init__(
-        self, config: MLSNConfig, splits: data.ImageSplits, fabric: Fabric, *, network: MLSNNetwork | None = None
+        self, config: MLSNConfig, splits: data.ImageSplits, fabric: Fabric, *, model: MLSNNetwork | None = None
     ) -> None:
         for name in ("batch_size", "pairs"):
             config.check_multiple(name, fabric.world_size, f"the {fabric.world_size} ranks")
-        super().__init__(config, splits, fabric)
+        super().__init__(config, splits, fabric, model=model)
         self.images_per_step = config.batch_size * (3 if config.uses_unlabeled else 1)
         consistency = ("loss_consistency",) if config.uses_unlabeled else ()
         similarity = ("loss_similarity", "loss_cotraining") if config.uses_similarity else ()
         self.shown = ("loss", "loss_labeled", *consistency, *similarity)
-        network = build_network(config, splits) if network is None else network
-        self.set_up(network, _optimizer(network, config))
+        model = build_network(config, splits) if model is None else model
+        self.set_up(model, _optimizer(model, config))
         self.centers: ClassCenters | None = None
 
     def parts(self) -> dict[str, Any]:
@@ -309,16 +317,25 @@ class MLSN(ClassifierTrainer):
         self.centers = ClassCenters(**self.fabric.to_device(state["centers"])) if state["centers"] else None
 
 
-def train_mlsn(config: MLSNConfig, *, resume: bool = False, images: data.ImageSplits | None = None) -> RunResult:
+def train_mlsn(
+    config: MLSNConfig,
+    *,
+    resume: bool = False,
+    splits: data.ImageSplits | None = None,
+    model: MLSNNetwork | None = None,
+) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
     Args:
-        images: the images; ``config.data`` is loaded if none are given.
+        splits: the images, such as your own, see :class:`ssmkernels.data.ImageSplits`; ``config.data`` is loaded if
+            none are given.
+        model: an :class:`MLSNNetwork` of your own backbone, classifier and similarity network; ``config.model`` is
+            built if none is given.
     """
-    if images is None:
-        images = data.load_dataset(config.data.name, config.data.root)
+    if splits is None:
+        splits = data.load_dataset(config.data.name, config.data.root)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    return MLSN(config, images, fabric).run(resume=resume)
+    return MLSN(config, splits, fabric, model=model).run(resume=resume)
 
 
 def _optimizer(model: nn.Module, config: MLSNConfig) -> torch.optim.Optimizer:

@@ -37,6 +37,10 @@ class SimMatchConfig(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "wrn-28-2"
     """Network, as :func:`ssmkernels.models.build_model` knows it."""
+    weights: str | None = None
+    """Initial weights of its backbone: a file in one of the forms of :func:`ssmkernels.models.load_weights`; "imagenet"
+    where the network has a source of them; none for random ones.
+    """
     bn_momentum: float | None = None
     """Share of a batch in the running statistics of batch norm; none for the network's own, .001 in wide ResNets."""
     projection_dim: Count = 128
@@ -146,7 +150,7 @@ class SimMatch(ClassifierTrainer):
         config.check_multiple(
             "batch_size", ranks * config.accumulate, f"{ranks} rank(s) times accumulate, {config.accumulate}"
         )
-        super().__init__(config, splits, fabric)
+        super().__init__(config, splits, fabric, model=model)
         classes, unlabeled = splits.num_classes, config.uses_unlabeled
         self.images_per_step = config.batch_size * (1 + (2 * config.mu if unlabeled else 0))
         self.shown = ("loss", "loss_labeled", *(("loss_unlabeled", "loss_instance", "mask_rate") if unlabeled else ()))
@@ -159,6 +163,7 @@ class SimMatch(ClassifierTrainer):
                     in_channels=splits.channels,
                     projection_dim=config.projection_dim,
                     bn_momentum=config.bn_momentum,
+                    image_size=splits.image_size,
                 )
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
@@ -320,12 +325,19 @@ class SimMatch(ClassifierTrainer):
 
 
 def train_simmatch(
-    config: SimMatchConfig, *, resume: bool = False, splits: data.ImageSplits | None = None
+    config: SimMatchConfig,
+    *,
+    resume: bool = False,
+    splits: data.ImageSplits | None = None,
+    model: nn.Module | None = None,
 ) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
     Args:
-        splits: the images; ``config.data`` is loaded if none are given.
+        splits: the images, such as your own, see :class:`ssmkernels.data.ImageSplits`; ``config.data`` is loaded if
+            none are given.
+        model: a network of your own, x [N, C, H, W] -> (logits [N, L], unit embeddings [N, projection_dim]), such as a
+            :class:`ssmkernels.models.ProjectionModel` of your backbone; ``config.model`` is built if none is given.
     """
     if splits is None:
         splits = data.load_dataset(config.data.name, config.data.root)
@@ -333,7 +345,7 @@ def train_simmatch(
     fabric = make_fabric(
         precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.lambda_in == 0
     )
-    return SimMatch(config, splits, fabric).run(resume=resume)
+    return SimMatch(config, splits, fabric, model=model).run(resume=resume)
 
 
 def _split(batch: data.Batch, pieces: int) -> list[data.Batch]:

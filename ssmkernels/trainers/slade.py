@@ -86,8 +86,8 @@ class Slade(Trainer):
         images: the labelled collection; its classes are split here.
         fabric: the device, its precision and the other ranks.
         unlabeled_images: the unlabelled collection where there is one; none is needed for the teacher alone.
-        network: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]); ``config.backbone`` is built if
-            none is given.
+        model: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]), which sees images by their
+            collection's mean and deviation; ``config.model`` is built if none is given.
     """
 
     saved = ("pseudo_labels", "clustering")
@@ -99,7 +99,7 @@ class Slade(Trainer):
         fabric: Fabric,
         *,
         unlabeled_images: data.ImageCollection | None = None,
-        network: nn.Module | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         ranks = fabric.world_size
         config.check_multiple(
@@ -107,7 +107,7 @@ class Slade(Trainer):
         )
         super().__init__(config, fabric)
         self.steps, self.images_per_step = config.steps, config.batch_size * (2 if config.uses_unlabeled else 1)
-        self.images = SladeImages(config, images, unlabeled_images)
+        self.images = SladeImages(config, images, unlabeled_images, native=model is not None)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
             raise ValueError(
                 f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images"
@@ -119,11 +119,12 @@ class Slade(Trainer):
 
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            network = build_network(config, images) if network is None else network
+            model = build_network(config, images) if model is None else model
             self.basis = FeatureBasis(config.embedding_dim, self.images.labeled.num_classes).to(fabric.device)
             self.similarity = _similarity_loss(config, self.images.labeled.num_classes).to(fabric.device)
+        self.load_weights(model)
         self.rank = _ranking_loss(config)
-        self.model = channels_last(network)
+        self.model = channels_last(model)
         self.network = fabric.setup_module(self.model)
         self.basis_parameters = [*self.basis.parameters(), *self.similarity.parameters()] if config.uses_basis else []
         self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
@@ -309,6 +310,7 @@ def train_slade(
     resume: bool = False,
     images: data.ImageCollection | None = None,
     unlabeled_images: data.ImageCollection | None = None,
+    model: nn.Module | None = None,
 ) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
@@ -317,15 +319,18 @@ def train_slade(
     None this is :func:`train_folds`.
 
     Args:
-        images: the labelled collection; ``config.data`` is loaded if none is given.
+        images: the labelled collection, such as your own, see :class:`ssmkernels.data.ImageCollection`; ``config.data``
+            is loaded if none is given.
         unlabeled_images: the unlabelled collection, if ``config.data`` has one; loaded where no ``images`` are given.
+        model: a network of your own, such as a :class:`ssmkernels.models.EmbeddingModel` of your backbone, see
+            :class:`Slade`; ``config.model`` is built if none is given. With several folds it is copied for each.
     """
     if images is None:
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     if config.data.fold is None:
-        return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images)
+        return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images, model=model)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images)
+    trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images, model=model)
     return trainer.run(resume=resume, epoch_ends=trainer.epoch_ends(), best=SELECTED_BY)
 
 
@@ -335,6 +340,7 @@ def train_folds(
     resume: bool = False,
     images: data.ImageCollection | None = None,
     unlabeled_images: data.ImageCollection | None = None,
+    model: nn.Module | None = None,
 ) -> RunResult:
     """Trains a network for every fold, in ``run.out``/fold0, fold1, …, and tests their embeddings together: Musgrave's
     protocol.
@@ -345,7 +351,7 @@ def train_folds(
 
     Args:
         resume: go on with the folds that are not finished.
-        images, unlabeled_images: of :func:`train_slade`.
+        images, unlabeled_images, model: of :func:`train_slade`.
 
     Raises:
         ValueError: ``run.out`` is None.
@@ -356,7 +362,9 @@ def train_folds(
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     results: list[RunResult] = []
     for of_fold in _of_folds(config):
-        results.append(train_slade(of_fold, resume=resume, images=images, unlabeled_images=unlabeled_images))
+        results.append(
+            train_slade(of_fold, resume=resume, images=images, unlabeled_images=unlabeled_images, model=deepcopy(model))
+        )
         if not results[-1].finished:
             break
     done = RunResult(
@@ -369,19 +377,21 @@ def train_folds(
         records = [result.best(SELECTED_BY) for result in results]
         names = (SELECTED_BY, *(f"validation_{name}" for name in FIGURES))
         validation = {name: statistics.fmean(record[name] for record in records) for name in names}
-        done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images)})
+        done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images, model)})
         if int(os.environ.get("RANK", 0)) == 0:
             line = json.dumps({"step": done.step, "group": "test", **done.history[0]})
             write_atomically(Path(config.run.out, "metrics.jsonl"), line + "\n")
     return done
 
 
-def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) -> dict[str, float]:
+def concatenated_retrieval(
+    config: SladeConfig, images: data.ImageCollection, model: nn.Module | None = None
+) -> dict[str, float]:
     """Retrieval among the test classes with the networks of all folds, each with its best.pt in ``run.out``/fold0,
     fold1, ….
 
     Args:
-        config: what :func:`train_folds` was called with.
+        config, model: what :func:`train_folds` was called with.
         images: the labelled collection.
 
     Returns:
@@ -391,9 +401,9 @@ def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) ->
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     embeddings, apart = [], []
     for of_fold in _of_folds(config):
-        network = build_network(replace(of_fold, weights=None), images)
+        network = build_network(of_fold, images) if model is None else deepcopy(model)
         network.load_state_dict(load_checkpoint(Path(str(of_fold.run.out), "best.pt"))["model"])
-        parts = SladeImages(of_fold, images)
+        parts = SladeImages(of_fold, images, native=model is not None)
         batches = parts.evaluation_batches(parts.test, fabric)
         _, of_network, labels = embed(network.to(fabric.device), batches, device=fabric.device)
         embeddings.append(of_network)
@@ -403,14 +413,14 @@ def concatenated_retrieval(config: SladeConfig, images: data.ImageCollection) ->
 
 
 def build_network(config: SladeConfig, images: data.ImageCollection) -> nn.Module:
-    """The network of ``config`` for these images, with its initial weights."""
+    """The network of ``config`` for these images, from random weights."""
     return models.build_embedding_model(
-        config.backbone,
+        config.model,
         config.embedding_dim,
-        weights=config.weights,
         pooling=config.pooling,
         freeze_bn=config.freeze_bn,
-        in_channels=images.channels if models.preprocessing(config.backbone) == "native" else 3,
+        in_channels=images.channels if models.preprocessing(config.model) == "native" else 3,
+        image_size=config.data.image_size or images.image_size,
     )
 
 

@@ -70,11 +70,11 @@ class SladeConfig(Settings):
     """
 
     data: SladeDataConfig = field(default_factory=SladeDataConfig)
-    backbone: str = "resnet50"
+    model: str = "resnet50"
     """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
     weights: str | None = None
-    """Its initial weights: a file (SwAV's, say), "imagenet" where the backbone has a source of them, none for random
-    ones.
+    """Initial weights of its backbone: a file in one of the forms of :func:`ssmkernels.models.load_weights`; "imagenet"
+    where the network has a source of them; none for random ones.
     """
     pooling: Literal["avg+max", "avg"] = "avg"
     """What makes features of the last maps."""

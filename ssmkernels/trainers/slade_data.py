@@ -34,6 +34,7 @@ class SladeImages:
         images: the labelled collection.
         unlabeled_images: the collection ``config.data.unlabeled_name``. Where there is no such name,
             ``config.data.unlabeled_classes`` says which of ``images`` are taken instead.
+        native: whether views have a collection's own mean and deviation instead of those of ``config.model``.
 
     Attributes:
         labeled, unlabeled, validation, test: collections; ``unlabeled`` is None where it was not given and is not a
@@ -41,9 +42,15 @@ class SladeImages:
     """
 
     def __init__(
-        self, config: SladeConfig, images: data.ImageCollection, unlabeled_images: data.ImageCollection | None = None
+        self,
+        config: SladeConfig,
+        images: data.ImageCollection,
+        unlabeled_images: data.ImageCollection | None = None,
+        *,
+        native: bool = False,
     ) -> None:
         self.config, chosen = config, config.data
+        self.normalization = "native" if native else models.preprocessing(config.model)
         if chosen.fold is None:
             raise ValueError("data.fold is None; it should be the number of a fold")
         num_train = _classes_to_train(chosen, images.num_classes)
@@ -65,7 +72,7 @@ class SladeImages:
         size = self.config.data.image_size or images.image_size
         return data.retrieval_views(
             images,
-            models.preprocessing(self.config.backbone),
+            self.normalization,
             size=size,
             resize=round(size * EVALUATION_SCALE),
             crop_scale=CROP_SCALE,

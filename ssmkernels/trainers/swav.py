@@ -76,11 +76,11 @@ class SwAVConfig(Settings):
     """
 
     data: SwAVDataConfig = field(default_factory=SwAVDataConfig)
-    backbone: str = "resnet50"
+    model: str = "resnet50"
     """Network, as :func:`ssmkernels.models.build_embedding_model` knows it."""
     weights: str | None = None
-    """Its initial weights: a file, such as SwAV's own, "imagenet" where the backbone has a source of them, none for
-    random ones.
+    """Initial weights of its backbone: a file in one of the forms of :func:`ssmkernels.models.load_weights`; "imagenet"
+    where the network has a source of them; none for random ones.
     """
     hidden_dim: Count = 2048
     """Width of the projection head."""
@@ -147,12 +147,19 @@ class SwAV(Trainer):
         images: what is learnt from; labels are not looked at.
         evaluation_images: what retrieval is measured on.
         fabric: the device, its precision and the other ranks.
+        model: it sees images by their collection's mean and deviation; built of ``config`` if none is given.
     """
 
     shown = ("loss", "code_balance")
 
     def __init__(
-        self, config: SwAVConfig, images: data.ImageCollection, evaluation_images: data.ImageCollection, fabric: Fabric
+        self,
+        config: SwAVConfig,
+        images: data.ImageCollection,
+        evaluation_images: data.ImageCollection,
+        fabric: Fabric,
+        *,
+        model: SwAVNetwork | None = None,
     ) -> None:
         config.check_multiple("batch_size", fabric.world_size, f"the {fabric.world_size} ranks")
         super().__init__(config, fabric)
@@ -160,7 +167,7 @@ class SwAV(Trainer):
         self.epoch_steps = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.epoch_steps
 
-        normalization = models.preprocessing(config.backbone)
+        normalization = "native" if model is not None else models.preprocessing(config.model)
         size = images.image_size if config.data.image_size is None else config.data.image_size
         self.views = data.crop_views(
             images,
@@ -175,11 +182,8 @@ class SwAV(Trainer):
         self.evaluation_views = data.retrieval_views(evaluation_images, normalization, size=size)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            built = models.build_embedding_model(
-                config.backbone, weights=config.weights, freeze_bn=False, in_channels=len(self.views.mean)
-            )  # its linear embedding is of no use here
-            head = PrototypeHead(built.feature_dim, config.hidden_dim, config.embedding_dim, config.num_prototypes)
-            self.network = SwAVNetwork(built.backbone, head)
+            self.network = _build_network(config, len(self.views.mean), size) if model is None else model
+        self.load_weights(self.network)
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # as SwAV does; there is none for the CPU
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         channels_last(self.network)
@@ -284,6 +288,12 @@ class SwAVNetwork(nn.Module):
         return self.backbone(images).mean(dim=(2, 3))
 
 
+def _build_network(config: SwAVConfig, in_channels: int, image_size: int) -> SwAVNetwork:
+    built = models.build_embedding_model(config.model, freeze_bn=False, in_channels=in_channels, image_size=image_size)
+    head = PrototypeHead(built.feature_dim, config.hidden_dim, config.embedding_dim, config.num_prototypes)
+    return SwAVNetwork(built.backbone, head)  # the linear embedding is of no use here
+
+
 class _Features(nn.Module):
     """Unit features, twice, as :func:`embed` takes a network."""
 
@@ -332,6 +342,7 @@ def train_swav(
     resume: bool = False,
     images: data.ImageCollection | None = None,
     evaluation_images: data.ImageCollection | None = None,
+    model: SwAVNetwork | None = None,
 ) -> RunResult:
     """Trains as ``config`` says, from its checkpoint if ``resume``; on every rank under ``torchrun``.
 
@@ -339,15 +350,18 @@ def train_swav(
     :func:`ssmkernels.models.build_embedding_model` and the ``weights`` of other trainers.
 
     Args:
-        images: what is learnt from; ``config.data`` is loaded if none are given.
+        images: what is learnt from, such as your own, see :class:`ssmkernels.data.ImageCollection`; ``config.data`` is
+            loaded if none are given.
         evaluation_images: what retrieval is measured on; by default ``images``, where they are given.
+        model: a :class:`SwAVNetwork` of your own backbone and a :class:`ssmkernels.nn.PrototypeHead`; ``config.model``
+            is built if none is given.
     """
     if images is None:
         if evaluation_images is not None:
             raise ValueError("evaluation_images are given without images; it should be both, or images alone")
         images, evaluation_images = load_images(config.data)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
-    trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric)
+    trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric, model=model)
     epoch_ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
     result = trainer.run(resume=resume, epoch_ends=epoch_ends)
     if result.finished and config.run.out is not None and fabric.is_global_zero:
