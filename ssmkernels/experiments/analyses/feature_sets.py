@@ -143,5 +143,5 @@ def _batches(name: str, source: Source, backbone: str, folder: Path) -> tuple[da
     square = (source.size, source.size)
     pixels = np.stack([np.asarray(picture.resize(square, Image.Resampling.BILINEAR)) for picture in pictures])
     images = data.ArrayImages(pixels, labels, int(labels.max()) + 1)
-    mean, std, _ = data.NORMALIZATIONS[models.preprocessing(backbone)]
+    mean, std, _ = data.NORMALIZATIONS[str(models.preprocessing(backbone))]
     return images, data.evaluation_batches(images, 64, mean=mean, std=std)
