@@ -39,7 +39,7 @@ def test_files(tmp_path):
         (np.zeros((2, 4, 4), np.uint8), [0], r"labels is int64 of shape \(1,\); it should be integers of shape \[2\]"),
         (np.zeros((2, 4, 4), np.uint8), [0.0, 1.0], "labels is float64"),
         (np.zeros((2, 4, 4), np.uint8), [0, 3], r"labels are in \[0, 3\]; they should be in \[0, 3\)"),
-        (np.zeros((2, 4, 4), np.uint8), [-1, 0], r"labels are in \[-1, 0\]"),
+        (np.zeros((2, 4, 4), np.uint8), [-2, 0], r"labels are in \[-2, 0\]"),
     ],
 )
 def test_bad_arguments(images, labels, message):

@@ -24,6 +24,7 @@ from ssmkernels.data.retrieval import (
     first_images,
     retrieval_views,
     split_classes,
+    take,
 )
 from ssmkernels.data.retrieval_readers import COLLECTIONS, load_collection
 from ssmkernels.data.split import split_labels
@@ -70,6 +71,7 @@ __all__ = [
     "split_classes",
     "split_folds",
     "split_labels",
+    "take",
     "to_tensor",
     "unite",
 ]

@@ -14,7 +14,9 @@ from PIL import Image
 
 
 class ImageDataset(Protocol):
-    """Images with labels. ``labels`` is int64 [N] with values in [0, num_classes)."""
+    """Images with labels. ``labels`` is int64 [N] with values in [0, num_classes), or −1 where none is known: such
+    images are only ever unlabelled ones.
+    """
 
     labels: np.ndarray
     num_classes: int
@@ -30,7 +32,7 @@ class ArrayImages:
 
     Args:
         images: uint8, [N, H, W] (grey) or [N, H, W, 3] (RGB).
-        labels: [N] integers in [0, num_classes).
+        labels: [N] integers in [0, num_classes), or −1 where none is known.
         num_classes: number of classes L.
     """
 
@@ -56,7 +58,7 @@ class FileImages:
 
     Args:
         paths: N files that Pillow can read.
-        labels: [N] integers in [0, num_classes).
+        labels: [N] integers in [0, num_classes), or −1 where none is known.
         num_classes: number of classes L.
     """
 
@@ -120,8 +122,9 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
     labels = np.asarray(labels)
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(f"labels is {labels.dtype} of shape {labels.shape}; it should be integers of shape [{count}]")
-    if count and (labels.min() < 0 or labels.max() >= num_classes):
+    if count and (labels.min() < -1 or labels.max() >= num_classes):
         raise ValueError(
-            f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes"
+            f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes,"
+            " or -1 where none is known"
         )
     return labels.astype(np.int64)

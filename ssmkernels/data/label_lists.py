@@ -75,6 +75,8 @@ def read_labels(path: str | Path, images: ImageDataset, class_names: Sequence[st
         if position[number] < 0:
             raise ValueError(f"{path}, {entry.place}: {entry.image!r} is none of the {len(images)} images to train on")
         label = int(images.labels[position[number]])
+        if label < 0:
+            raise ValueError(f"{path}, {entry.place}: the class of {entry.image!r} is not known")
         if class_name is not None and not _same_class(class_name, label, class_names, number_of_class):
             raise ValueError(
                 f"{path}, {entry.place}: {entry.image!r} is of class {class_names[label]!r} and not {class_name!r}"

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ssmkernels.data.imagenet import listed_validation
 from ssmkernels.data.images import ArrayImages, FileImages, ImageSplits
 from ssmkernels.data.packed import COMMON_HEADER, packed_arrays
 from ssmkernels.data.split import split_labels
@@ -28,7 +30,11 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     cifar10    torchvision's CIFAR-10
     cifar100   torchvision's CIFAR-100
     svhn       torchvision's SVHN, splits train and test, not extra
-    imagenet   files root/train/<class>/* and root/val/<class>/*
+    svhn-extra the same with the split extra after the images to train on, 604,388 in all
+    stl10      STL-10: root/stl10_binary/*.bin; 5,000 images to train on, then the 100,000 without a class
+    imagenet   files root/train/<class>/*; root/val/<class>/*, or root/val/* with a list: val.txt of lines "file class",
+               Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat, in root, in
+               root/val or in the development kit as root/ILSVRC2012_devkit_t12
     folder     files root/train/<class>/* and root/val/<class>/* or root/test/<class>/*
     npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y
                (integers [N]); or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and
@@ -36,7 +42,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     ========== =======================================================================================================
 
     Args:
-        root: the folder of the data (by default ``data``), or the file of "npz".
+        root: the folder of the data (by default ``data``), or the file of "npz". A folder that a set comes in, such as
+            stl10_binary, may be given itself.
         download: let torchvision fetch cifar10, cifar100 and svhn into ``root`` if they are not there.
 
     Raises:
@@ -70,6 +77,7 @@ def _cifar100(root: Path, download: bool) -> ImageSplits:
 
 def _cifar(kind: str, root: Path, download: bool, *, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageSplits:
     reader = getattr(_require("torchvision.datasets", "torchvision"), kind)
+    root = outside(root, reader.base_folder)
     with _missing_data_explained(kind.lower(), root, looked_for=reader.base_folder):
         parts = [reader(root, train=train, download=download) for train in (True, False)]
     names = tuple(parts[0].classes)
@@ -77,20 +85,55 @@ def _cifar(kind: str, root: Path, download: bool, *, mean: tuple[float, ...], st
     return ImageSplits(train, test, len(names), names, mean, std, image_size=32)
 
 
-def _svhn(root: Path, download: bool) -> ImageSplits:
+def _svhn(root: Path, download: bool, *, extra: tuple[str, ...] = ()) -> ImageSplits:
     reader = _require("torchvision.datasets", "torchvision").SVHN
-    with _missing_data_explained("svhn", root, looked_for="train_32x32.mat and test_32x32.mat"):
-        parts = [reader(root, split=split, download=download) for split in ("train", "test")]
+    splits = ("test", "train", *extra)
+    files = ", ".join(f"{split}_32x32.mat" for split in splits)
+    with _missing_data_explained("-".join(("svhn", *extra)), root, looked_for=files):
+        parts = [reader(root, split=split, download=download) for split in splits]
     names = tuple(map(str, range(10)))
-    train, test = (
-        ArrayImages(np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)), part.labels, len(names)) for part in parts
-    )
+    pixels, labels = [part.data.transpose(0, 2, 3, 1) for part in parts], [part.labels for part in parts]
+    test = ArrayImages(np.ascontiguousarray(pixels[0]), labels[0], len(names))
+    train = ArrayImages(np.concatenate(pixels[1:]), np.concatenate(labels[1:]), len(names))
     mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
     return ImageSplits(train, test, len(names), names, mean, std, image_size=32, augmentation="crop")
 
 
+def _svhn_extra(root: Path, download: bool) -> ImageSplits:
+    return _svhn(root, download, extra=("extra",))
+
+
+def _stl10(root: Path, download: bool) -> ImageSplits:
+    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+    folder = root if (root / "train_X.bin").is_file() else root / "stl10_binary"
+    files = [folder / f"{part}.bin" for part in ("train_X", "train_y", "unlabeled_X", "test_X", "test_y")]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"stl10: looked for {', '.join(missing)} in {folder.resolve()} and found none; get stl10_binary.tar.gz from"
+            " https://cs.stanford.edu/~acoates/stl10 and unpack it there"
+        )
+    train_x, unlabeled_x, test_x = (_stl10_images(files[i]) for i in (0, 2, 3))
+    train_y, test_y = (np.fromfile(files[i], np.uint8).astype(np.int64) - 1 for i in (1, 4))  # counted from 1
+    unknown = np.full(len(unlabeled_x), -1)
+    train = ArrayImages(np.concatenate([train_x, unlabeled_x]), np.concatenate([train_y, unknown]), len(names))
+    mean, std = (0.4408, 0.4278, 0.3867), (0.2682, 0.2612, 0.2686)
+    return ImageSplits(train, ArrayImages(test_x, test_y, len(names)), len(names), names, mean, std, image_size=96)
+
+
+def _stl10_images(file: Path) -> np.ndarray:
+    """[N, 96, 96, 3]; the file has columns of the red, the green and the blue plane of each image."""
+    if file.stat().st_size % (3 * 96 * 96):
+        raise ValueError(f"{file} has {file.stat().st_size} bytes; it should have 27,648 an image")
+    return np.memmap(file, np.uint8, mode="r").reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+
+
 def _imagenet(root: Path, download: bool) -> ImageSplits:
     hint = "get ILSVRC2012 from image-net.org and unpack it into train/<class>/*.JPEG and val/<class>/*.JPEG"
+    val = root / "val"
+    if val.is_dir() and (root / "train").is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
+        train = _class_folders(root / "train")
+        return _split_of_files(train, listed_validation(root, train[1]))
     return _folders("imagenet", root, ("val",), hint)
 
 
@@ -135,6 +178,8 @@ DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {
     "cifar10": _cifar10,
     "cifar100": _cifar100,
     "svhn": _svhn,
+    "svhn-extra": _svhn_extra,
+    "stl10": _stl10,
     "imagenet": _imagenet,
     "folder": _folder,
     "npz": _npz,
@@ -195,28 +240,45 @@ def _folders(name: str, root: Path, tests: tuple[str, ...], hint: str) -> ImageS
     for part in parts:
         if not part.is_dir():
             raise FileNotFoundError(f"{name}: looked for the folder {part.resolve()} and found none; {hint}")
-    folder = _require("torchvision.datasets", "torchvision").ImageFolder
-    train, test = (folder(part) for part in parts)
-    if train.classes != test.classes:
-        differing = sorted(set(train.classes) ^ set(test.classes))
+    train, test = (_class_folders(part) for part in parts)
+    if train[1] != test[1]:
+        differing = sorted(set(train[1]) ^ set(test[1]))
         raise ValueError(
             f"{parts[0]} and {parts[1]} should have the same classes; {', '.join(differing[:5])} are in one of them"
             " only"
         )
+    return _split_of_files(train, test[0])
+
+
+def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Files and their classes, and the names of these: those of the folders, sorted."""
+    part = _require("torchvision.datasets", "torchvision").ImageFolder(folder)
+    return part.samples, tuple(part.classes)
+
+
+def _split_of_files(
+    train: tuple[list[tuple[str, int]], tuple[str, ...]], test: Sequence[tuple[str | Path, int]]
+) -> ImageSplits:
+    names = train[1]
     images = [
-        FileImages([path for path, _ in part.samples], np.array(part.targets), len(train.classes))
-        for part in (train, test)
+        FileImages([path for path, _ in samples], np.array([label for _, label in samples]), len(names))
+        for samples in (train[0], test)
     ]
     return ImageSplits(
         train=images[0],
         test=images[1],
-        num_classes=len(train.classes),
-        class_names=tuple(train.classes),
+        num_classes=len(names),
+        class_names=names,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         image_size=224,
         augmentation="imagenet",
     )
+
+
+def outside(root: Path, folder: str) -> Path:
+    """The folder that ``folder`` lies in, where ``root`` is that folder itself."""
+    return root.resolve().parent if root.name == folder and not (root / folder).is_dir() else root
 
 
 def _require(module: str, package: str) -> Any:

@@ -32,6 +32,8 @@ class ImageCollection:
         augmentation: which training views are natural at that size: "imagenet" crops photographs of any size at random
             and flips them, "imagenet-no-flip" does not flip; "crop" and "crop-flip" shift small images that all have
             this size.
+        queries: [N] bool, the images that retrieval is asked for among the others (In-shop's queries and gallery); None
+            where each image is asked for among all others.
     """
 
     images: ImageDataset
@@ -40,6 +42,7 @@ class ImageCollection:
     std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 224
     augmentation: Literal["imagenet", "imagenet-no-flip", "crop", "crop-flip"] = "imagenet"
+    queries: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -125,10 +128,18 @@ def class_subset(collection: ImageCollection, classes: Sequence[int] | np.ndarra
         )
     number = np.full(collection.num_classes, -1, dtype=np.int64)
     number[classes] = np.arange(len(classes))
-    labels = number[collection.labels]
+    labels = np.where(collection.labels < 0, -1, number[collection.labels])
     index = np.flatnonzero(labels >= 0)
     images = ImageSubset(collection.images, index, labels[index], len(classes))
-    return replace(collection, images=images, class_names=tuple(collection.class_names[i] for i in classes))
+    names = tuple(collection.class_names[i] for i in classes)
+    return replace(take(collection, index), images=images, class_names=names)
+
+
+def take(collection: ImageCollection, index: np.ndarray) -> ImageCollection:
+    """The images at the positions ``index`` [n], of the classes that they are of."""
+    images = ImageSubset(collection.images, index, collection.labels[index], collection.num_classes)
+    queries = None if collection.queries is None else collection.queries[index]
+    return replace(collection, images=images, queries=queries)
 
 
 def first_images(collection: ImageCollection, count: int) -> ImageCollection:
@@ -139,7 +150,7 @@ def first_images(collection: ImageCollection, count: int) -> ImageCollection:
     index = np.sort(
         np.concatenate([np.flatnonzero(labels == label)[:count] for label in range(collection.num_classes)])
     )
-    return replace(collection, images=ImageSubset(collection.images, index, labels[index], collection.num_classes))
+    return take(collection, index)
 
 
 class Normalization(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from ssmkernels.data.images import ArrayImages, FileImages
 from ssmkernels.data.packed import COMMON_HEADER, ONE_AFTER_ANOTHER, is_packed, packed_arrays
-from ssmkernels.data.readers import _arrays, _require, load_dataset
+from ssmkernels.data.readers import _arrays, _require, load_dataset, outside
 from ssmkernels.data.retrieval import ImageCollection
 
 
@@ -21,9 +22,10 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
 
     ===================== ============================================================================================
     cub200                Caltech-UCSD Birds 200-2011: root/CUB_200_2011/images.txt, image_class_labels.txt, images/
-    cars196               torchvision's StanfordCars, both splits
+    cars196               Cars196: root/cars_annos.mat, root/car_ims/; or torchvision's StanfordCars, both splits
     nabirds               NABirds: root/nabirds/images.txt, image_class_labels.txt, classes.txt, images/; 555 classes
     compcars              CompCars, its web images: root/data/image/<make>/<model>/<year>/\*.jpg, a class for each model
+    sop                   Stanford Online Products: root/Stanford_Online_Products/Ebay_{train,test}.txt and images
     inshop                DeepFashion In-shop: root/Eval/list_eval_partition.txt, root/Img/img/; a class for each item
     fashion200k           Fashion200k: root/labels/\*_{train,test}_detect_all.txt, root/women/; a class for each
                           description
@@ -50,10 +52,12 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     NABirds, of whose taxonomy 555 nodes have images, and takes 145 classes (16,537 images) of CompCars and 1,045
     (14,635 images) of Fashion200k by filters that were not published. Descriptions in Fashion200k are compared word for
     word, as retrieval on it is usually scored; most have a few images only. The classes of In-shop are the 3,997 items
-    of its training split, by their numbers, then the 3,985 of its test split, whose queries and gallery are merged.
+    of its training split, by their numbers, then the 3,985 of its test split, whose queries are looked for in its
+    gallery.
 
     Args:
-        root: the folder of the data (by default ``data``), or the file of "npz".
+        root: the folder of the data (by default ``data``), or the file of "npz". A folder that a set comes in, such as
+            CUB_200_2011, may be given itself.
         download: let torchvision fetch aircraft, cifar, pets, gtsrb and flowers102 into ``root`` if they are not there.
 
     Raises:
@@ -69,7 +73,7 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
 def _cub200(name: str, root: Path, download: bool) -> ImageCollection:
     hint = "Get CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158 and unpack it there."
     with _missing_data_explained(name, root, "CUB_200_2011/images.txt, image_class_labels.txt and images/", hint):
-        folder = root / "CUB_200_2011"
+        folder = _inside(root, "CUB_200_2011", "images.txt")
         paths, classes = (_numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt"))
         if not (folder / "images").is_dir():
             raise FileNotFoundError(folder / "images")
@@ -84,13 +88,45 @@ def _cub200(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
+    folder = _inside(root, "cars196", "cars_annos.mat")
+    if (folder / "cars_annos.mat").is_file():
+        return _cars_in_one_folder(name, folder)
     _require("scipy.io", "scipy")
-    reader = _require("torchvision.datasets", "torchvision").StanfordCars
-    looked_for = "stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+    reader, root = _require("torchvision.datasets", "torchvision").StanfordCars, outside(root, "stanford_cars")
+    looked_for = (
+        "cars_annos.mat and car_ims/, or stanford_cars/ with devkit/, cars_train/, cars_test/ and"
+        " cars_test_annos_withlabels.mat"
+    )
     hint = "Its first address is gone: get a copy, such as the one on kaggle.com, and lay it out like this."
     with _missing_data_explained(name, root, looked_for, hint):
         parts = [reader(root, split=split, loader=_path) for split in ("train", "test")]
     return _files(_listed(parts), parts[0].classes)
+
+
+def _cars_in_one_folder(name: str, folder: Path) -> ImageCollection:
+    """As it was published first: all images in car_ims, numbered, and one file of annotations."""
+    content = _require("scipy.io", "scipy").loadmat(folder / "cars_annos.mat", squeeze_me=True)
+    if not (folder / "car_ims").is_dir():
+        raise _not_found(name, folder, "car_ims/", "It is car_ims.tgz, unpacked beside cars_annos.mat.")
+    cars = np.atleast_1d(content["annotations"])
+    samples = ((folder / str(car["relative_im_path"]), int(car["class"]) - 1) for car in cars)  # counted from 1
+    return _files(samples, map(str, np.atleast_1d(content["class_names"])))
+
+
+def _sop(name: str, root: Path, download: bool) -> ImageCollection:
+    """Classes are products, by their numbers: those of the training split, then those of the test split."""
+    hint = "Get Stanford_Online_Products.zip from https://cvgl.stanford.edu/projects/lifted_struct and unpack it there."
+    folder = _inside(root, "Stanford_Online_Products", "Ebay_train.txt")
+    with _missing_data_explained(name, root, "Stanford_Online_Products/Ebay_train.txt and Ebay_test.txt", hint):
+        lists = [(folder / f"Ebay_{split}.txt").read_text().splitlines()[1:] for split in ("train", "test")]
+    lines = [line.split() for part in lists for line in part if line.strip()]
+    if not lines or any(len(fields) != 4 for fields in lines):
+        raise ValueError(
+            f"Ebay_train.txt and Ebay_test.txt of {folder} should have lines of an image, a class, a super-class and a"
+            " path after the first"
+        )
+    samples = [(folder / path, product) for _, product, _, path in lines]
+    return _named(samples, sorted({product for _, product in samples}, key=int))
 
 
 def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
@@ -98,7 +134,7 @@ def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
     with _missing_data_explained(
         name, root, "nabirds/images.txt, image_class_labels.txt, classes.txt and images/", hint
     ):
-        folder = root / "nabirds"
+        folder = _inside(root, "nabirds", "images.txt")
         paths, classes, names = (
             _numbered_lines(folder / file) for file in ("images.txt", "image_class_labels.txt", "classes.txt")
         )
@@ -119,7 +155,7 @@ def _nabirds(name: str, root: Path, download: bool) -> ImageCollection:
 
 def _compcars(name: str, root: Path, download: bool) -> ImageCollection:
     """Models are named by the numbers of their make and of themselves, such as 78/1."""
-    folder = root / "data" / "image"
+    folder = _inside(root, "data", "image") / "image"
     models = sorted(
         (path for path in folder.glob("*/*") if path.is_dir()), key=lambda path: (path.parent.name, path.name)
     )
@@ -149,7 +185,8 @@ def _inshop(name: str, root: Path, download: bool) -> ImageCollection:
         )
     in_training = {item for _, item, split in listed if split == "train"}
     items = sorted({item for _, item, _ in listed}, key=lambda item: (item not in in_training, item))
-    return _named(((root / "Img" / path, item) for path, item, _ in listed), items)
+    collection = _named(((root / "Img" / path, item) for path, item, _ in listed), items)
+    return replace(collection, queries=np.array([split == "query" for _, _, split in listed]))
 
 
 def _fashion200k(name: str, root: Path, download: bool) -> ImageCollection:
@@ -173,7 +210,7 @@ def _fashion200k(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
-    reader = _require("torchvision.datasets", "torchvision").FGVCAircraft
+    reader, root = _require("torchvision.datasets", "torchvision").FGVCAircraft, outside(root, "fgvc-aircraft-2013b")
     level = name.removeprefix("aircraft-")
     with _missing_data_explained(name, root, "fgvc-aircraft-2013b/data/", _fetch_hint(name, root)):
         parts = [
@@ -185,7 +222,8 @@ def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
 
 def _dogs(name: str, root: Path, download: bool) -> ImageCollection:
     hint = "Get images.tar from http://vision.stanford.edu/aditya86/ImageNetDogs and unpack it there."
-    folder = next((path for path in (root / "stanford_dogs" / "Images", root / "Images") if path.is_dir()), None)
+    folders = (root / "stanford_dogs" / "Images", outside(root, "Images") / "Images")
+    folder = next((path for path in folders if path.is_dir()), None)
     if folder is None:
         raise _not_found(name, root, "stanford_dogs/Images/ or Images/", hint)
     # Folders are named as n02085620-Chihuahua
@@ -193,7 +231,7 @@ def _dogs(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _pets(name: str, root: Path, download: bool) -> ImageCollection:
-    reader = _require("torchvision.datasets", "torchvision").OxfordIIITPet
+    reader, root = _require("torchvision.datasets", "torchvision").OxfordIIITPet, outside(root, "oxford-iiit-pet")
     with _missing_data_explained(name, root, "oxford-iiit-pet/images/ and annotations/", _fetch_hint(name, root)):
         parts = [reader(root, split=split, download=download) for split in ("trainval", "test")]
     # This reader and the next have no ``loader`` that would list their files without reading them.
@@ -203,7 +241,7 @@ def _pets(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _gtsrb(name: str, root: Path, download: bool) -> ImageCollection:
-    reader = _require("torchvision.datasets", "torchvision").GTSRB
+    reader, root = _require("torchvision.datasets", "torchvision").GTSRB, outside(root, "gtsrb")
     looked_for = "gtsrb/ with GTSRB/Training/, GTSRB/Final_Test/Images/ and GT-final_test.csv"
     with _missing_data_explained(name, root, looked_for, _fetch_hint(name, root)):
         parts = [reader(root, split=split, download=download) for split in ("train", "test")]
@@ -214,7 +252,7 @@ def _gtsrb(name: str, root: Path, download: bool) -> ImageCollection:
 
 def _flowers102(name: str, root: Path, download: bool) -> ImageCollection:
     _require("scipy.io", "scipy")
-    reader = _require("torchvision.datasets", "torchvision").Flowers102
+    reader, root = _require("torchvision.datasets", "torchvision").Flowers102, outside(root, "flowers-102")
     with _missing_data_explained(
         name, root, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", _fetch_hint(name, root)
     ):
@@ -265,6 +303,7 @@ COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "cars196": _cars196,
     "nabirds": _nabirds,
     "compcars": _compcars,
+    "sop": _sop,
     "inshop": _inshop,
     "fashion200k": _fashion200k,
     "aircraft-variant": _aircraft,
@@ -281,6 +320,11 @@ COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "digits": _merged,
     "mnist5k": _merged,
 }
+
+
+def _inside(root: Path, folder: str, marker: str) -> Path:
+    """The folder of a set: ``root`` itself where ``marker`` lies in it, or ``folder`` in it."""
+    return root if (root / marker).exists() and not (root / folder / marker).exists() else root / folder
 
 
 def _files(

@@ -60,4 +60,5 @@ def unite(first: ImageCollection, *others: ImageCollection) -> ImageCollection:
         first,
         images=ImageUnion(*(collection.images for collection in every)),
         class_names=tuple(itertools.chain.from_iterable(collection.class_names for collection in every)),
+        queries=None,
     )

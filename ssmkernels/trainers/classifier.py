@@ -60,6 +60,7 @@ class ClassifierTrainer(Trainer):
             mean, std = models.timm_normalization(config.model)
             splits = replace(splits, mean=mean, std=std)
         self.splits, self.steps = splits, config.steps
+        self.measures_pseudo_labels = bool((splits.train.labels >= 0).all())
         self.transforms = data.default_transforms(splits)
         if config.data.labels_file is not None:
             self.labeled_index = data.read_labels(config.data.labels_file, splits.train, splits.class_names)

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -58,8 +60,20 @@ def embed(
     return all_gather_rows(features)[order], all_gather_rows(embeddings)[order], all_gather_rows(labels)[order]
 
 
-def retrieval_figures(embeddings: Tensor, labels: Tensor) -> dict[str, float]:
+def retrieval(embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None, **at: Any) -> dict[str, float]:
+    """:func:`ssmkernels.metrics.retrieval` of each image among all others; or, where some are ``queries`` [N] bool
+    (:class:`ssmkernels.data.ImageCollection`), of those among the rest.
+    """
+    if queries is None or not queries.any():
+        return metrics.retrieval(embeddings, labels, **at)
+    asked = torch.from_numpy(queries).to(embeddings.device)
+    return metrics.retrieval(
+        embeddings[asked], labels[asked], references=embeddings[~asked], reference_labels=labels[~asked], **at
+    )
+
+
+def retrieval_figures(embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None) -> dict[str, float]:
     """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the
     names of the metrics.
     """
-    return {**metrics.retrieval(embeddings, labels), "NMI": metrics.nmi(embeddings, labels)}
+    return {**retrieval(embeddings, labels, queries), "NMI": metrics.nmi(embeddings, labels)}

@@ -283,7 +283,8 @@ class MixedLP(Trainer):
         for name, images in (("validation", self.validation), ("test", self.test)):
             _, embeddings, labels = self.embed(self.network, images.images, self.views)
             if self.fabric.is_global_zero:
-                figures |= {f"{name}_{key}": value for key, value in retrieval_figures(embeddings, labels).items()}
+                retrieved = retrieval_figures(embeddings, labels, images.queries)
+                figures |= {f"{name}_{key}": value for key, value in retrieved.items()}
         return self.fabric.broadcast(figures)
 
     def batches(self, start_step: int) -> Iterator[data.CollectionBatch]:

@@ -251,10 +251,9 @@ class MLSN(ClassifierTrainer):
         metrics = {
             "loss_labeled": loss_labeled,
             "loss_consistency": loss_consistency,
-            "pseudo_label_accuracy": (pseudo_labels == batch.unlabeled_labels)
-            .float()
-            .mean(),  # measured, never learnt from
         }
+        if self.measures_pseudo_labels:  # and never learns from the labels
+            metrics["pseudo_label_accuracy"] = (pseudo_labels == batch.unlabeled_labels).float().mean()
         if self.model.similarity is not None:
             weak = config.pair_labels == "weak"
             sides = batch.unlabeled_labels if weak else pseudo_labels.where(confidence >= config.pair_threshold, -1)
@@ -266,11 +265,10 @@ class MLSN(ClassifierTrainer):
             loss_cotraining = F.cross_entropy(logits[n:].float(), targets)  # L_SC
             loss = loss + config.lambda_2.at(step, config.steps) * loss_similarity
             loss = loss + config.lambda_3.at(step, config.steps) * loss_cotraining
-            metrics |= {
-                "loss_similarity": loss_similarity,
-                "loss_cotraining": loss_cotraining,
-                "similarity_label_accuracy": (targets.argmax(dim=1) == batch.unlabeled_labels).float().mean(),
-            }
+            metrics |= {"loss_similarity": loss_similarity, "loss_cotraining": loss_cotraining}
+            if self.measures_pseudo_labels:
+                correct = targets.argmax(dim=1) == batch.unlabeled_labels
+                metrics["similarity_label_accuracy"] = correct.float().mean()
         return {"loss": loss, **metrics}
 
     @torch.no_grad()

@@ -294,23 +294,23 @@ class SimMatch(ClassifierTrainer):
         loss_labeled = F.cross_entropy(logits_labeled, batch.labels)
         loss_unlabeled = (mask * F.cross_entropy(logits_strong, target, reduction="none")).mean()
         lambda_in = 0.0 if first_epoch else config.lambda_in
-        correct = (pseudo_labels == batch.unlabeled_labels).float()  # measured, never learnt from
         metrics = {
             "loss": loss_labeled + config.lambda_u * loss_unlabeled + lambda_in * loss_instance,
             "loss_labeled": loss_labeled,
             "loss_unlabeled": loss_unlabeled,
             "loss_instance": loss_instance,
             "mask_rate": mask.mean(),
-            "pseudo_label_accuracy": correct.mean(),
-            "confident_and_correct": (mask * correct).mean(),
         }
+        if self.measures_pseudo_labels:  # and never learns from the labels
+            correct = (pseudo_labels == batch.unlabeled_labels).float()
+            metrics |= {"pseudo_label_accuracy": correct.mean(), "confident_and_correct": (mask * correct).mean()}
         return metrics, z_labeled.detach()
 
     def scalars(self, means: dict[str, float]) -> dict[str, float]:
         """The means, with the accuracy of the confident pseudo-labels where there are any."""
         scalars = dict(means)
-        confident_and_correct = scalars.pop("confident_and_correct", 0.0)
-        if scalars.get("mask_rate", 0.0) > 0:
+        confident_and_correct = scalars.pop("confident_and_correct", None)
+        if confident_and_correct is not None and scalars["mask_rate"] > 0:
             scalars["confident_accuracy"] = confident_and_correct / scalars["mask_rate"]
         return scalars
 

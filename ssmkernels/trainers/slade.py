@@ -53,7 +53,7 @@ from ssmkernels.nn import (
 from ssmkernels.nn.similarity_distribution import MOMENTS, RunningSimilarityMoments
 from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.checkpoint import load_checkpoint
-from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.evaluation import embed, retrieval
 from ssmkernels.trainers.loop import Fabric, RunResult, make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
 from ssmkernels.trainers.slade_config import SladeConfig
@@ -255,7 +255,7 @@ class Slade(Trainer):
         for name, images in (("validation", self.images.validation), ("test", self.images.test)):
             embeddings, labels = self._embed(images)
             if self.fabric.is_global_zero:
-                figures |= _retrieval(name, embeddings, labels)
+                figures |= _retrieval(name, embeddings, labels, images.queries)
         if self.fabric.is_global_zero:
             figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
         return self.fabric.broadcast(figures)
@@ -407,9 +407,9 @@ def concatenated_retrieval(
         batches = parts.evaluation_batches(parts.test, fabric)
         _, of_network, labels = embed(network.to(fabric.device), batches, device=fabric.device)
         embeddings.append(of_network)
-        apart.append(_retrieval("separate_test", of_network, labels))
+        apart.append(_retrieval("separate_test", of_network, labels, parts.test.queries))
     means = {name: statistics.fmean(figures[name] for figures in apart) for name in apart[0]}
-    return {**_retrieval("test", torch.cat(embeddings, dim=1), labels), **means}
+    return {**_retrieval("test", torch.cat(embeddings, dim=1), labels, parts.test.queries), **means}
 
 
 def build_network(config: SladeConfig, images: data.ImageCollection) -> nn.Module:
@@ -430,8 +430,8 @@ def _of_folds(config: SladeConfig) -> Iterator[SladeConfig]:
         yield replace(config, data=replace(config.data, fold=fold), run=run)
 
 
-def _retrieval(name: str, embeddings: Tensor, labels: Tensor) -> dict[str, float]:
-    figures = metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())
+def _retrieval(name: str, embeddings: Tensor, labels: Tensor, queries: np.ndarray | None) -> dict[str, float]:
+    figures = retrieval(embeddings, labels, queries, recall_at=(), precision_at=())
     return {f"{name}_{figure}": figures[figure] for figure in FIGURES}
 
 

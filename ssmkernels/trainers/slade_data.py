@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -148,8 +147,4 @@ def _halves_of_classes(images: data.ImageCollection, seed: int) -> tuple[data.Im
     order = data.generator(seed, data.Stream.CLASSES).permutation(len(images))
     by_class = order[np.argsort(images.labels[order], kind="stable")]
     parts = [np.sort(by_class[first::2]) for first in (0, 1)]
-    first, second = (
-        replace(images, images=data.ImageSubset(images.images, part, images.labels[part], images.num_classes))
-        for part in parts
-    )
-    return first, second
+    return data.take(images, parts[0]), data.take(images, parts[1])

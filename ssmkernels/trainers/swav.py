@@ -29,11 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssmkernels import data, metrics, models
+from ssmkernels import data, models
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean
 from ssmkernels.nn import PrototypeHead, sinkhorn_codes
 from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.checkpoint import save_checkpoint
+from ssmkernels.trainers.evaluation import retrieval
 from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
 from ssmkernels.trainers.schedules import warm_up_half_cosine
 from ssmkernels.trainers.settings import Count, CountOrZero, NonNegative, PartialShare, Positive, Settings
@@ -239,9 +240,9 @@ class SwAV(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """Retrieval by the cosine of pooled features of the backbone: P@1, R@k, P@k, RP and MAP@R."""
-        network, images = _Features(self.network), self.evaluation_images.images
-        features, _, labels = self.embed(network, images, self.evaluation_views)
-        figures = metrics.retrieval(features, labels) if self.fabric.is_global_zero else {}
+        images = self.evaluation_images
+        features, _, labels = self.embed(_Features(self.network), images.images, self.evaluation_views)
+        figures = retrieval(features, labels, images.queries) if self.fabric.is_global_zero else {}
         return self.fabric.broadcast({f"test_{name}": value for name, value in figures.items()})
 
     def batches(self, start_step: int) -> Iterable[data.MultiCropBatch]:
