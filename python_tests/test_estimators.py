@@ -165,6 +165,20 @@ def test_precomputed_affinity(estimator, make, digits):
 
 
 @BOTH
+def test_a_graph_and_kernels_with_a_diagonal_are_precomputed_affinities(estimator, digits):
+    """A loop changes nothing: kernels have 1 on the diagonal, however small their other values are."""
+    pixels, _, labels = digits
+    weights = graph.knn_graph(pixels, 20)
+    model = clone(estimator).set_params(affinity="precomputed")
+    expected = clone(model).fit(weights.to_scipy(), labels).label_distributions_
+    with_loops = weights.to_scipy() + sparse.eye_array(weights.num_nodes)
+    for X in (weights, with_loops, with_loops.toarray(), graph.Graph.from_scipy(with_loops)):
+        np.testing.assert_array_equal(clone(model).fit(X, labels).label_distributions_, expected)
+    with pytest.raises(ValueError, match="X is a Graph, which needs affinity='precomputed', got 'cosine'"):
+        clone(estimator).fit(weights, labels)
+
+
+@BOTH
 def test_precomputed_affinity_is_split_both_ways(estimator, digits):
     """By scikit-learn's cross validation, as the tag of pairwise input asks."""
     pixels, truth, _ = digits
@@ -178,7 +192,7 @@ def test_precomputed_affinity_is_split_both_ways(estimator, digits):
     [
         ("X is no precomputed affinity: matrix must be square", np.ones((4, 3))),
         ("X is no precomputed affinity: weight must be symmetric", np.eye(4) + np.triu(np.ones((4, 4))) + 1),
-        ("X is no precomputed affinity: weight must be finite and >= 0", np.ones((4, 4)) - 3 * np.eye(4)),
+        ("X is no precomputed affinity: it has weights below 0", np.ones((4, 4)) - 3 * np.eye(4)),
     ],
 )
 def test_no_precomputed_affinity(estimator, message, X):

@@ -54,8 +54,8 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is
             more.
         affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a symmetric
-            matrix [N, N] of weights ≥ 0, sparse or dense, and [M, N] where new points are judged. ``n_neighbors`` and
-            ``gamma`` are not used then.
+            matrix [N, N] of weights ≥ 0, sparse or dense, or a :class:`~ssmkernels.graph.Graph`, and a matrix [M, N]
+            where new points are judged. Its diagonal counts nowhere; ``n_neighbors`` and ``gamma`` are not used then.
         gamma: > 0, exponent of the affinity (15).
         mu: > 0, how strongly labelled points keep their label, in the unit of the affinities.
         mu_unlabeled: ≥ 0, how strongly unlabelled points are drawn to no label; ``mu`` for equation (12).
@@ -107,13 +107,17 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any) -> LabelPropagation:
         """Propagates the labels y [N], -1 where there is none, over the points X [N, d], dense or sparse, or the graph
-        X [N, N].
+        X [N, N], a matrix or a :class:`~ssmkernels.graph.Graph`.
 
         Raises:
             ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no
                 classes at all (numbers that are not whole), or a parameter is out of range; the message says which.
         """
         y = _with_missing_marked(y)
+        if isinstance(X, Graph):
+            if self.affinity != "precomputed":
+                raise ValueError(f"X is a Graph, which needs affinity='precomputed', got {self.affinity!r}")
+            X = X.to_scipy()
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         if isinstance(self.n_neighbors, bool) or not isinstance(self.n_neighbors, (int, np.integer)):
             raise TypeError(f"n_neighbors should be an integer, got {self.n_neighbors!r}")
@@ -147,8 +151,9 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         if self.affinity != "precomputed":
             directions = self._directions if sparse.issparse(self._directions) else torch.from_numpy(self._directions)
             return knn_graph(directions, min(int(self.n_neighbors), X.shape[0] - 1), gamma=self.gamma)
+        _check_affinity(X)
         try:
-            return Graph.from_scipy(sparse.csr_array(X))
+            return Graph.from_scipy(_without_diagonal(X))
         except ValueError as error:
             raise ValueError(f"X is no precomputed affinity: {error}") from None
 
@@ -174,8 +179,8 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
-        if self._directions is None and X.min() < 0:
-            raise ValueError("X is no precomputed affinity: it has weights below 0")
+        if self._directions is None:
+            _check_affinity(X)
         directions = X if self._directions is None else _unit_rows(X)
         size = max(1, _CHUNK_ENTRIES // len(self.label_distributions_))
         chunks = [self._distributions(directions[begin : begin + size]) for begin in range(0, X.shape[0], size)]
@@ -300,6 +305,18 @@ def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes = np.full(len(y), -1, dtype=np.int64)
     codes[~unlabelled] = class_index
     return classes, codes
+
+
+def _check_affinity(X: Any) -> None:
+    if X.min() < 0:
+        raise ValueError("X is no precomputed affinity: it has weights below 0")
+
+
+def _without_diagonal(X: Any) -> sparse.coo_array:
+    """A loop has no part in a Laplacian, and would count in the mean affinity."""
+    entries = sparse.coo_array(X)
+    kept = entries.row != entries.col
+    return sparse.coo_array((entries.data[kept], (entries.row[kept], entries.col[kept])), shape=entries.shape)
 
 
 def _unit_rows(X: Any) -> Any:

@@ -79,11 +79,19 @@ def test_agrees_with_the_cpu():
         torch.testing.assert_close(actual.cpu(), expected)
 
 
+def test_a_pair_listed_as_both_kinds_is_one_of_each():
+    embeddings, labels = make()
+    index = torch.arange(5)
+    loss = MultiSimilarityLoss()
+    both = loss(embeddings, labels, (index, index + 1, index, index + 1))
+    none = index[:0]
+    positive = loss(embeddings, labels, (index, index + 1, none, none))
+    negative = loss(embeddings, labels, (none, none, index, index + 1))
+    assert_same(both, positive + negative, embeddings)
+
+
 def test_bad_input():
     embeddings, labels = make()
-    index = torch.arange(3)
-    with pytest.raises(ValueError, match="indices_tuple lists a pair both as positive and as negative"):
-        MultiSimilarityLoss()(embeddings, labels, (index, index + 1, index + 1))
     with pytest.raises(ValueError, match="labels and indices_tuple are both None"):
         MultiSimilarityLoss()(embeddings)
     with pytest.raises(TypeError, match="labels must be integers"):

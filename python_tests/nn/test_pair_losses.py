@@ -13,6 +13,7 @@ import sys
 import pair_batches
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from pair_batches import LABELS, assert_same, make
 
 from ssmkernels.nn import ContrastiveLoss, MultiSimilarityLoss, SimilarityDistributionLoss
@@ -184,11 +185,116 @@ assert not any(name.startswith("pytorch_metric_learning") for name in sys.module
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+# Their distances, reducers and regularizers.
+
+DISTANCES = {
+    "LpDistance()": lambda distances: distances.LpDistance(),
+    "LpDistance(normalize_embeddings=False)": lambda distances: distances.LpDistance(normalize_embeddings=False),
+    "LpDistance(power=2)": lambda distances: distances.LpDistance(power=2),
+    "LpDistance(p=1)": lambda distances: distances.LpDistance(p=1),
+    "CosineSimilarity()": lambda distances: distances.CosineSimilarity(),
+    "CosineSimilarity(power=2)": lambda distances: distances.CosineSimilarity(power=2),
+    "DotProductSimilarity()": lambda distances: distances.DotProductSimilarity(),
+    "DotProductSimilarity(normalize_embeddings=False)": lambda distances: distances.DotProductSimilarity(
+        normalize_embeddings=False
+    ),
+    "SNRDistance()": lambda distances: distances.SNRDistance(),
+}
+REDUCERS = {
+    "mean": lambda reducers: reducers.MeanReducer(),
+    "sum": lambda reducers: reducers.SumReducer(),
+    "nonzero": lambda reducers: reducers.AvgNonZeroReducer(),
+    "threshold": lambda reducers: reducers.ThresholdReducer(low=0.1),
+    "weighted": lambda reducers: reducers.ClassWeightedReducer(torch.arange(1.0, 5).double()),
+    "multiple": lambda reducers: reducers.MultipleReducers({"pos_loss": reducers.SumReducer()}),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("name", DISTANCES)
+def test_their_distances(losses, ours, name, listed):
+    from pytorch_metric_learning import distances, miners
+
+    embeddings, labels = make(20)
+    embeddings = (embeddings.detach() / 4).requires_grad_()
+    pairs = miners.PairMarginMiner()(embeddings, labels) if listed else None
+    settings = {"distance": DISTANCES[name](distances)}
+    mine, theirs = ours(**settings), theirs_of(losses, ours)(**settings)
+    assert_same(mine(embeddings, labels, pairs), theirs(embeddings, labels, pairs), embeddings)
+    references, reference_labels = make(9, seed=1)
+    arguments = (embeddings, labels, None, references, reference_labels)
+    assert_same(mine(*arguments), theirs(*arguments), embeddings, references)
+
+
+@BOTH
+@pytest.mark.parametrize("name", REDUCERS)
+def test_their_reducers(losses, ours, name):
+    from pytorch_metric_learning import reducers
+
+    embeddings, labels = make(20)
+    mine, theirs = (loss(reducer=REDUCERS[name](reducers)) for loss in (ours, theirs_of(losses, ours)))
+    assert_same(mine(embeddings, labels), theirs(embeddings, labels), embeddings)
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("name", REDUCERS)
+def test_their_regularizers(losses, ours, name, rows):
+    from pytorch_metric_learning import reducers, regularizers
+
+    embeddings, labels = make(rows)
+    settings = {"embedding_regularizer": regularizers.LpRegularizer(), "embedding_reg_weight": 0.25}
+    settings["reducer"] = REDUCERS[name](reducers)
+    mine, theirs = (loss(**settings) for loss in (ours, theirs_of(losses, ours)))
+    assert_same(mine(embeddings, labels), theirs(embeddings, labels), embeddings)
+
+
+def test_what_needs_no_matrix_with_their_objects(losses):
+    from pytorch_metric_learning import distances, reducers, regularizers
+
+    embeddings, labels = make(300, 4)
+    given = {"distance": distances.LpDistance(), "embedding_regularizer": regularizers.LpRegularizer()}
+    for reducer in (reducers.MeanReducer(), reducers.SumReducer(), reducers.AvgNonZeroReducer()):
+        with LargestTensor() as largest:
+            ContrastiveLoss(reducer=reducer, **given)(embeddings, labels).backward()
+        assert largest.elements == embeddings.numel()
+
+
+@BOTH
+def test_a_subclass_under_another_name_takes_their_objects(losses, ours):
+    from pytorch_metric_learning import distances
+
+    embeddings, labels = make()
+    settings = {"distance": distances.SNRDistance()}
+    subclass = type("Mine", (ours,), {})
+    assert_same(subclass(**settings)(embeddings, labels), ours(**settings)(embeddings, labels), embeddings)
+
+
+@BOTH
+def test_losses_with_their_objects_are_copied_and_pickled(losses, ours):
+    from pytorch_metric_learning import distances
+
+    embeddings, labels = make()
+    loss = ours(distance=distances.LpDistance(power=2))
+    for duplicate in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(duplicate(embeddings, labels), loss(embeddings, labels))
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["distance", "reducer", "embedding_regularizer"])
-def test_what_the_constructor_does_not_take_is_named(ours, name):
-    with pytest.raises(TypeError, match=name):
-        ours(**{name: None})
+def test_what_is_none_of_theirs_is_named(ours, name):
+    with pytest.raises(TypeError, match=rf"{name} must be a pytorch_metric_learning\.\S+ or None, got str"):
+        ours(**{name: "cosine"})
+
+
+def test_settings_that_exclude_each_other_are_named(losses):
+    from pytorch_metric_learning import distances, reducers
+
+    with pytest.raises(ValueError, match="reducer and reduction='sum' were both given"):
+        ContrastiveLoss(reduction="sum", reducer=reducers.MeanReducer())
+    with pytest.raises(ValueError, match=r"ignore_index needs a distance and a reducer .*got distance=LpDistance"):
+        MultiSimilarityLoss(ignore_index=-1, distance=distances.LpDistance())
 
 
 # Labels to ignore.

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.ops import _checks as check
 
@@ -21,18 +21,55 @@ class PairLoss(nn.Module):
     imported, a loss made here is one, as ``pathlib.Path()`` is a ``PosixPath`` where there are such; nothing else of it
     changes. The package is not imported.
 
+    ``distance``, ``reducer`` and ``embedding_regularizer`` are objects of that package. A subclass computes the usual
+    ones itself; with any other the loss is computed by the package's own class of the same name.
+
     Args:
-        ignore_index: rows with this label are in no pair and in no mean; None, the default, has no such label.
+        ignore_index: rows with this label are in no pair and in no mean; None has no such label.
+        distance, reducer: of ``pytorch_metric_learning.distances`` and ``.reducers``; None for the defaults there.
+        embedding_regularizer: called with the embeddings; its value times ``embedding_reg_weight`` is added.
     """
 
+    _package_loss: nn.Module | None
+
     def __new__(cls, *args: Any, **kwargs: Any) -> PairLoss:
-        theirs = getattr(sys.modules.get("pytorch_metric_learning.losses"), "BaseMetricLossFunction", None)
+        theirs = package.get("losses.BaseMetricLossFunction")
         made = cls if theirs is None or issubclass(cls, theirs) else _subclass_of_both(cls, theirs)
         return super().__new__(made)
 
-    def __init__(self, ignore_index: int | None) -> None:
+    def __init__(
+        self,
+        ignore_index: int | None,
+        distance: nn.Module | None,
+        reducer: nn.Module | None,
+        embedding_regularizer: nn.Module | None,
+        embedding_reg_weight: float,
+    ) -> None:
         nn.Module.__init__(self)  # not theirs, which makes a distance and reducers
+        package.check_instance("distance", distance, "distances.BaseDistance")
+        package.check_instance("reducer", reducer, "reducers.BaseReducer")
+        package.check_instance("embedding_regularizer", embedding_regularizer, "regularizers.BaseRegularizer")
         self.ignore_index = None if ignore_index is None else check.check_integer("ignore_index", ignore_index)
+        self.distance, self.reducer = distance, reducer
+        self.normalize = distance is None or bool(distance.normalize_embeddings)
+        self.embedding_regularizer = embedding_regularizer
+        self.embedding_reg_weight = check.check_number("embedding_reg_weight", embedding_reg_weight)
+        self._package_loss = None
+
+    def _leave_to_package(self, path: str, **parameters: float) -> None:
+        """Has the loss computed by the package's own class, made with these parameters, distance and reducer."""
+        if self.ignore_index is not None:
+            raise ValueError(
+                "ignore_index needs a distance and a reducer that the docstring names; with others, leave those rows"
+                f" out of the call (got distance={self.distance}, reducer={self.reducer})"
+            )
+        self._package_loss = package.get(path)(
+            **parameters,
+            distance=self.distance,
+            reducer=self.reducer,
+            embedding_regularizer=self.embedding_regularizer,
+            embedding_reg_weight=self.embedding_reg_weight,
+        )
 
     def forward(
         self,
@@ -61,6 +98,16 @@ class PairLoss(nn.Module):
         """
         arguments = (embeddings, labels, indices_tuple, ref_emb, ref_labels)
         x, y, pairs = pair.check_pair_arguments(*arguments, self.ignore_index)
+        if self._package_loss is not None:
+            return self._package_loss(*arguments)
+        loss = self._loss_of_pairs(embeddings, x, y, pairs)
+        if self.embedding_regularizer is None:
+            return loss
+        return loss + self.embedding_reg_weight * self.embedding_regularizer(embeddings)
+
+    def _loss_of_pairs(
+        self, embeddings: Tensor, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels
+    ) -> Tensor:
         if x.shape[0] == 0 or pair.at_most_one_is_listed(pairs):
             return pair.zero_loss(embeddings)
         loss = self._loss(x, y, pairs)

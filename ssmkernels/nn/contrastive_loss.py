@@ -10,10 +10,11 @@ from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssmkernels import ops
+from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
 from ssmkernels.nn._precision import without_autocast
@@ -21,6 +22,11 @@ from ssmkernels.ops import _checks as check
 from ssmkernels.ops.ranking import Reduction
 
 CHUNK_ELEMENTS = 1 << 22  # of the differences that exist at a time
+REDUCERS: dict[str, Reduction] = {
+    "AvgNonZeroReducer": "mean_nonzero",
+    "MeanReducer": "mean",
+    "SumReducer": "sum",
+}
 DENSE_LIST = 4  # a list of p pairs is dense where the matrix of distances has at most this times p elements
 
 
@@ -35,9 +41,9 @@ class ContrastiveLoss(PairLoss):
 
     Values, the arguments of a call and default settings are those of
     ``pytorch_metric_learning.losses.ContrastiveLoss``, and it goes into that package's ``CrossBatchMemory``,
-    ``SelfSupervisedLoss`` and, made after the package was imported, ``DistributedLossWrapper``. The constructor takes
-    what stands below, not ``distance``, ``reducer`` or ``embedding_regularizer``: the distance is ``LpDistance()``, the
-    default there, and ``reduction`` names the reducer.
+    ``SelfSupervisedLoss`` and, made after the package was imported, ``DistributedLossWrapper``. What is said of memory
+    holds for ``LpDistance`` with p = 2 and power = 1, of any ``normalize_embeddings``, and for the reducers of
+    ``reduction``; with other distances or reducers the package's own class computes the loss, from a matrix [n, m].
 
     Args:
         pos_margin: m_pos; positives closer than this cost nothing.
@@ -45,7 +51,12 @@ class ContrastiveLoss(PairLoss):
         reduction: "mean_nonzero", the mean over the pairs that cost something (``AvgNonZeroReducer``, the default
             there); "mean", over all pairs (``MeanReducer``); "sum" (``SumReducer``).
         ignore_index: rows with this label are in no pair; by default every label is a class, −1 too. Leaving rows out
-            synchronises with the device, and one compiled graph cannot hold it.
+            synchronises with the device, and one compiled graph cannot hold it. Not with a distance or a reducer that
+            the package's own class computes.
+        distance: of ``pytorch_metric_learning.distances``; None, the default, is ``LpDistance()``.
+        reducer: of ``pytorch_metric_learning.reducers``, in place of ``reduction``.
+        embedding_regularizer: of ``pytorch_metric_learning.regularizers``; its value is added.
+        embedding_reg_weight: what that value is multiplied by.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -58,18 +69,28 @@ class ContrastiveLoss(PairLoss):
         *,
         reduction: Reduction = "mean_nonzero",
         ignore_index: int | None = None,
+        distance: nn.Module | None = None,
+        reducer: nn.Module | None = None,
+        embedding_regularizer: nn.Module | None = None,
+        embedding_reg_weight: float = 1.0,
     ) -> None:
-        super().__init__(ignore_index)
+        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight)
         self.pos_margin = check.check_number("pos_margin", pos_margin)
         self.neg_margin = check.check_nonnegative("neg_margin", neg_margin)
         check.check_choice("reduction", reduction, get_args(Reduction))
-        self.reduction = reduction
+        if reducer is not None and reduction != "mean_nonzero":
+            raise ValueError(f"reducer and reduction={reduction!r} were both given; give one")
+        reduction_there = reduction if reducer is None else _reduction_of(reducer)
+        self.reduction: Reduction = reduction_there or reduction
+        if reduction_there is None or not package.is_power_one(distance, "LpDistance"):
+            path = "losses.contrastive_loss.ContrastiveLoss"
+            self._leave_to_package(path, pos_margin=self.pos_margin, neg_margin=self.neg_margin)
 
     def _loss(self, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels) -> Tensor:
         dtype = check.compute_dtype(torch.promote_types(x.dtype, y.dtype))
         with without_autocast(x):
-            rows = F.normalize(x.to(dtype))
-            columns = rows if y is x else F.normalize(y.to(dtype))
+            rows = self._prepared(x.to(dtype))
+            columns = rows if y is x else self._prepared(y.to(dtype))
             if isinstance(pairs, pair.PairIndices):
                 return self._loss_of_listed(rows, columns, pairs)
             if pairs.skip_diagonal and columns is not rows:
@@ -83,6 +104,9 @@ class ContrastiveLoss(PairLoss):
                 references=None if columns is rows else columns,
                 reference_labels=None if columns is rows else pairs.reference_labels,
             )
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return F.normalize(x) if self.normalize else x
 
     def _loss_of_listed(self, x: Tensor, y: Tensor, pairs: pair.PairIndices) -> Tensor:
         rows = torch.cat([pairs.positive_rows, pairs.negative_rows])
@@ -110,6 +134,11 @@ class ContrastiveLoss(PairLoss):
     def extra_repr(self) -> str:
         margins = f"pos_margin={self.pos_margin}, neg_margin={self.neg_margin}"
         return f"{margins}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+
+
+def _reduction_of(reducer: nn.Module) -> Reduction | None:
+    """What a reducer of pytorch-metric-learning is called here; None where it has no name here."""
+    return next((REDUCERS[name] for name in REDUCERS if package.is_exactly(reducer, f"reducers.{name}")), None)
 
 
 def _distances(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

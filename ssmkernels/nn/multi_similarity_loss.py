@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
 from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
@@ -22,17 +23,22 @@ class MultiSimilarityLoss(PairLoss):
 
     Values, the arguments of a call and default settings are those of
     ``pytorch_metric_learning.losses.MultiSimilarityLoss``, and it goes into that package's ``CrossBatchMemory``,
-    ``SelfSupervisedLoss`` and, made after the package was imported, ``DistributedLossWrapper``. The constructor takes
-    what stands below, not ``distance``, ``reducer`` or ``embedding_regularizer``: the distance is
-    ``CosineSimilarity()``, the reducer ``MeanReducer()``, both the defaults there. A pair listed twice in
-    ``indices_tuple`` is one pair.
+    ``SelfSupervisedLoss`` and, made after the package was imported, ``DistributedLossWrapper``. With a distance other
+    than ``CosineSimilarity`` and ``DotProductSimilarity``, or a reducer other than ``MeanReducer``, the package's own
+    class computes the loss. A pair listed twice in ``indices_tuple`` is one pair; one listed both as positive
+    and as negative, as ``CrossBatchMemory`` of that package's 2.8 may list it, is one of each.
 
     Args:
         alpha: α in [1e-18, 1e18], sharpness on positives.
         beta: β in [1e-18, 1e18], sharpness on negatives.
         base: λ, in cosine, in [-1e18, 1e18].
         ignore_index: rows with this label are in no pair and not in the mean; by default every label is a class, −1
-            too. Leaving rows out synchronises with the device, and one compiled graph cannot hold it.
+            too. Leaving rows out synchronises with the device, and one compiled graph cannot hold it. Not with a
+            distance or a reducer that the package's own class computes.
+        distance: of ``pytorch_metric_learning.distances``; None, the default, is ``CosineSimilarity()``.
+        reducer: of ``pytorch_metric_learning.reducers``; None, the default, is ``MeanReducer()``.
+        embedding_regularizer: of ``pytorch_metric_learning.regularizers``; its value is added.
+        embedding_reg_weight: what that value is multiplied by.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -45,25 +51,33 @@ class MultiSimilarityLoss(PairLoss):
         base: float = 0.5,
         *,
         ignore_index: int | None = None,
+        distance: nn.Module | None = None,
+        reducer: nn.Module | None = None,
+        embedding_regularizer: nn.Module | None = None,
+        embedding_reg_weight: float = 1.0,
     ) -> None:
-        super().__init__(ignore_index)
+        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight)
         self.alpha = check.check_within("alpha", alpha, LEAST_FACTOR, LARGEST_FACTOR)
         self.beta = check.check_within("beta", beta, LEAST_FACTOR, LARGEST_FACTOR)
         self.base = check.check_within("base", base, -LARGEST_FACTOR, LARGEST_FACTOR)
+        reduces = reducer is None or package.is_exactly(reducer, "reducers.MeanReducer")
+        if not reduces or not package.is_power_one(distance, "CosineSimilarity", "DotProductSimilarity"):
+            path = "losses.multi_similarity_loss.MultiSimilarityLoss"
+            self._leave_to_package(path, alpha=self.alpha, beta=self.beta, base=self.base)
 
     def _loss(self, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels) -> Tensor:
         positives, negatives = pair.pair_masks(pairs, x.shape[0], y.shape[0])
-        are_listed = isinstance(pairs, pair.PairIndices)
-        if are_listed and check.values_are_checked(positives) and (positives & negatives).any():
-            raise ValueError("indices_tuple lists a pair both as positive and as negative")
         dtype = check.compute_dtype(torch.promote_types(x.dtype, y.dtype))
         with without_autocast(x):
-            rows = F.normalize(x.to(dtype))
-            columns = rows if y is x else F.normalize(y.to(dtype))
+            rows = self._prepared(x.to(dtype))
+            columns = rows if y is x else self._prepared(y.to(dtype))
             shifted = rows @ columns.t() - self.base
             losses = _log_one_plus_sum_exp(-self.alpha * shifted, positives) / self.alpha
             losses = losses + _log_one_plus_sum_exp(self.beta * shifted, negatives) / self.beta
             return losses.mean()
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return F.normalize(x) if self.normalize else x
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, base={self.base}, ignore_index={self.ignore_index}"
