@@ -49,6 +49,7 @@ def draw_pair_focal_loss(draw: Draw) -> dict[str, Any]:
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
 
+EMPTY = ("x", "y", "w1", "b1", "w2", "pairs")  # whose bound is known without an entry, too
 
 TARGETS = {
     "ops.pair_logits": Target(
@@ -57,6 +58,7 @@ TARGETS = {
         reference.pair_logits,
         words=WORDS,
         gradient=("x", "y", *WEIGHTS),
+        lists=EMPTY,
         case="pair_logits",
     ),
     "ops.pair_focal_loss": Target(
@@ -66,6 +68,7 @@ TARGETS = {
         numbers={"alpha": ALPHA, "gamma": GAMMA, "ignore_index": IGNORED},
         words={**WORDS, "reduction": ("mean", "sum", "none")},
         gradient=("x", "y", *WEIGHTS),
+        lists=(*EMPTY, "x_labels", "y_labels"),
         case="pair_focal_loss",
     ),
 }
