@@ -2,10 +2,13 @@
 """The pipeline against dense float64 transcriptions of the equations, and on real digits."""
 
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssmkernels import ops, reference
 from ssmkernels.graph import (
@@ -307,6 +310,77 @@ def test_mu_whose_inverse_overflows_is_refused(dtype, mu):
                 ),
                 mu=mu,
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("class_block", [1, 2, 5, np.int64(3)])
+@pytest.mark.parametrize("name", CASES)
+def test_classes_in_blocks(name, class_block, dtype):
+    graph, labels, options = case(name)
+    graph = graph.with_weight(graph.weight.to(dtype))
+    rtol, atol = (1e-6, 1e-6) if dtype == torch.float32 else (1e-7, 1e-7)  # rtol of the solve and a few roundings
+    whole, blocks = (
+        label_propagation(graph, labels, num_classes=4, class_block=block, **options) for block in (None, class_block)
+    )
+    torch.testing.assert_close(blocks, whole, rtol=rtol, atol=atol)
+    assert blocks.argmax(dim=1).equal(whole.argmax(dim=1))
+    whole, blocks = (
+        mixed_label_propagation(graph, labels, num_classes=4, class_block=block, **options)
+        for block in (None, class_block)
+    )
+    assert blocks.pseudo_labels.equal(whole.pseudo_labels)
+    assert blocks.iterations.shape == blocks.residual.shape == (4,)
+    for name in ("scores", "probs", "confidence", "propagated", "dissimilarity"):
+        torch.testing.assert_close(getattr(blocks, name), getattr(whole, name), rtol=10 * rtol, atol=10 * atol)
+
+
+class LargestTensors(TorchDispatchMode):
+    """The largest number of entries of a tensor that any operation returned, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.entries[tensor.dtype] = max(self.entries[tensor.dtype], tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("run", [label_propagation, mixed_label_propagation])
+def test_blocks_of_classes_bound_the_work_space(run):
+    """No float64 tensor, and no index, of all nodes and classes: what is returned is float32."""
+    graph = blobs([300, 200], k=4)
+    graph = graph.with_weight(graph.weight.float())
+    nodes, classes, block = graph.num_nodes, 200, 8
+    labels = torch.full((nodes,), -1)
+    labels[::2] = torch.arange(len(labels[::2])) % classes
+    with LargestTensors() as mode:
+        run(graph, labels, num_classes=classes, class_block=block)
+    assert mode.entries[torch.float32] == nodes * classes
+    assert 0 < mode.entries[torch.float64] <= max(nodes * block, graph.num_edges) < nodes * classes
+    assert mode.entries[torch.int64] < nodes * classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_the_largest_of_a_row_stays_the_largest(block, dtype):
+    """Of scores that differ by less than float32 tells, in blocks of columns, and of equal ones."""
+    draw = torch.Generator().manual_seed(0)
+    scores = 1 + 1e-9 * torch.randint(-3, 4, (200, 7), generator=draw).double()
+    largest = propagation.Largest(scores[:, 0])
+    for start in range(0, 7, block):
+        largest.add(scores[:, start : start + block], start)
+    assert largest.value.equal(scores.amax(dim=1))
+    assert largest.column.equal(scores.argmax(dim=1))
+    shift = torch.linspace(-1, 1, 200).double()
+    kept = largest.keep((scores + shift[:, None]).to(dtype), shift)
+    is_alone = (scores == largest.value[:, None]).sum(dim=1) == 1
+    assert kept.argmax(dim=1)[is_alone].equal(scores.argmax(dim=1)[is_alone])
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(kept.double(), scores + shift[:, None], rtol=2 * unit, atol=unit)
 
 
 def test_numpy_scalars():

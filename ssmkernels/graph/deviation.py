@@ -44,66 +44,73 @@ class Deviation(NamedTuple):
     """[C] float64, at their end; see :func:`ssmkernels.ops.laplacian_solve`."""
 
 
-def solve(
-    graph: Graph,
-    diagonal: Tensor,
-    dissimilarity: Tensor | None,
-    rhs: Tensor,
-    totals: Tensor,
-    *,
-    rtol: float,
-    max_iter: int,
-) -> Deviation:
-    """(diag(u) + D − W + D_dis + W_dis) X = B.
+class NearlySingular:
+    """A = diag(u) + D − W + D_dis + W_dis, made ready for right sides with any columns.
 
     Args:
         diagonal: [N] float64 u.
         dissimilarity: [E] W_dis, or None for 0.
-        rhs: [N, C] float64 B.
-        totals: [components, C] float64, the sums of B over each component, without rounding where they are to be equal.
     """
-    component, count = graph.components
-    row_sums = diagonal if dissimilarity is None else diagonal + 2 * graph.sum_rows(dissimilarity.double())  # A 1
-    whole = sum_by(component, count, row_sums[:, None])
-    per_whole = torch.where(whole > 0, 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0)
-    constant = per_whole * totals
-    groups = Groups(graph, dissimilarity, row_sums)
-    of_constant = row_sums[:, None] * constant[component]
-    rest = rhs - of_constant
-    coarse = groups.solve(rest)
-    rest -= groups.product(coarse)
-    # What rounding left of terms that cancel: nothing else may be there in a row, and no row would be solved for it.
-    terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * coarse.abs().amax(dim=0)
-    rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
-    values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
-    # In float64 throughout: started anew from float32's solution, the same iterations take as long again.
-    # What the projection changed is checked by the second, which seldom takes an iteration.
-    for _ in range(2 if len(groups.joined) else 1):
-        values, steps, residual = _conjugate_gradients(graph, diagonal, dissimilarity, rest, values, rtol, max_iter)
-        iterations += steps
-        if len(groups.joined):
-            values += groups.solve(rest - groups.product(values))
-    values += coarse
-    left = per_whole * sum_by(component, count, row_sums[:, None] * values)
-    return Deviation(constant, values - left[component], iterations, residual)
 
+    def __init__(self, graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None) -> None:
+        self.graph, self.diagonal = graph, diagonal
+        self.weight = graph.weight.double()
+        self.dissimilarity = None if dissimilarity is None else dissimilarity.double()
+        self.row_sums = diagonal  # A 1
+        if self.dissimilarity is not None:
+            self.row_sums = diagonal + 2 * graph.sum_rows(self.dissimilarity)
+        whole = sum_by(*graph.components, self.row_sums[:, None])
+        self.per_whole = torch.where(whole > 0, 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0)
+        self.groups = Groups(graph, dissimilarity, self.row_sums)
 
-def _conjugate_gradients(
-    graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None, rhs: Tensor, start: Tensor, rtol: float, max_iter: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solution [N, C], iterations [C] and residual [C], in float64."""
-    solution, iterations, residual, _ = ops.graph.solve_with_curvature(
-        graph.crow,
-        graph.col,
-        graph.weight.double(),
-        None if dissimilarity is None else dissimilarity.double(),
-        diagonal,
-        rhs,
-        initial=start,
-        rtol=rtol,
-        max_iter=max_iter,
-    )
-    return solution, iterations, residual
+    def solve(self, rhs: Tensor, totals: Tensor, *, rtol: float, max_iter: int) -> Deviation:
+        """A X = B.
+
+        Args:
+            rhs: [N, C] float64 B.
+            totals: [components, C] float64, the sums of B over each component, without rounding where they are to be
+                equal.
+        """
+        component, count = self.graph.components
+        groups = self.groups
+        constant = self.per_whole * totals
+        of_constant = self.row_sums[:, None] * constant[component]
+        rest = rhs - of_constant
+        coarse = groups.solve(rest)
+        rest -= groups.product(coarse)
+        # What rounding left of terms that cancel: nothing else may be there in a row, and no row would be solved for
+        # it.
+        terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * coarse.abs().amax(dim=0)
+        rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
+        del of_constant, terms
+        values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
+        # In float64 throughout: started anew from float32's solution, the same iterations take as long again.
+        # What the projection changed is checked by the second, which seldom takes an iteration.
+        for _ in range(2 if len(groups.joined) else 1):
+            values, steps, residual = self._conjugate_gradients(rest, values, rtol, max_iter)
+            iterations += steps
+            if len(groups.joined):
+                values += groups.solve(rest - groups.product(values))
+        values += coarse
+        left = self.per_whole * sum_by(component, count, self.row_sums[:, None] * values)
+        return Deviation(constant, values - left[component], iterations, residual)
+
+    def _conjugate_gradients(
+        self, rhs: Tensor, start: Tensor, rtol: float, max_iter: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solution [N, C], iterations [C] and residual [C], in float64."""
+        solution, iterations, residual, _ = ops.graph.solve_with_curvature(
+            self.graph.crow,
+            self.graph.col,
+            self.weight,
+            self.dissimilarity,
+            self.diagonal,
+            rhs,
+            initial=start,
+            rtol=rtol,
+            max_iter=max_iter,
+        )
+        return solution, iterations, residual
 
 
 class Groups:

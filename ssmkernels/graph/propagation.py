@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ssmkernels import ops
-from ssmkernels.graph.deviation import Deviation, solve
+from ssmkernels.graph.deviation import Deviation, NearlySingular
 from ssmkernels.graph.structure import Graph
 from ssmkernels.ops import _checks as check
 
@@ -84,6 +85,7 @@ def label_propagation(
     balance: bool = True,
     rtol: float | None = None,
     max_iter: int = 1000,
+    class_block: int | None = None,
 ) -> Tensor:
     """F̃ [N, C]: the solution F of (L + U) F = (U/μ) Y less c_K = 1/(m_K μ) in every component with labels, 0 in the
     others.
@@ -102,11 +104,21 @@ def label_propagation(
         balance: give every class of a component the same weight, however many labels it has.
         rtol: tolerance of the solve, on the deviation; 1e-8 by default.
         max_iter: of the solve, ≥ 1; a RuntimeWarning says if it was not enough.
+        class_block: solve for so many classes at a time, ≥ 1: the float64 work space is [N, class_block] and no longer
+            [N, C].
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+    system = LabelSystem(
+        graph,
+        labels,
+        num_classes=num_classes,
+        mu=mu,
+        mu_unlabeled=mu_unlabeled,
+        balance=balance,
+        class_block=class_block,
+    )
     propagated = system.propagate(rtol=rtol, max_iter=max_iter)
     system.warn("label_propagation")
     return propagated
@@ -126,6 +138,7 @@ def mixed_label_propagation(
     rtol: float | None = None,
     max_iter: int = 1000,
     normalize_confidence: bool = False,
+    class_block: int | None = None,
 ) -> MixedLabelPropagation:
     """Pseudo-labels with confidence, from similar and dissimilar edges.
 
@@ -134,7 +147,7 @@ def mixed_label_propagation(
     (24).
 
     Args:
-        graph, labels, num_classes, balance, rtol, max_iter: as :func:`label_propagation`.
+        graph, labels, num_classes, balance, rtol, max_iter, class_block: as :func:`label_propagation`.
         mu, mu_unlabeled: likewise, in units of w̄.
         beta: β ≥ 0, weight of the dissimilar edges, in units of w̄.
         logit_scale: λ > 0 of (20).
@@ -145,7 +158,15 @@ def mixed_label_propagation(
         TypeError, ValueError: naming the argument.
     """
     graph = check_graph(graph).normalized()
-    system = LabelSystem(graph, labels, num_classes=num_classes, mu=mu, mu_unlabeled=mu_unlabeled, balance=balance)
+    system = LabelSystem(
+        graph,
+        labels,
+        num_classes=num_classes,
+        mu=mu,
+        mu_unlabeled=mu_unlabeled,
+        balance=balance,
+        class_block=class_block,
+    )
     result = mix(system, dissimilarity, beta=beta, logit_scale=logit_scale, rtol=rtol, max_iter=max_iter)
     system.warn("mixed_label_propagation")
     if normalize_confidence:
@@ -210,6 +231,7 @@ class LabelSystem:
         mu: float = 1 / 99,
         mu_unlabeled: float = 0.0,
         balance: bool = True,
+        class_block: int | None = None,
     ) -> None:
         check_graph(graph)
         mu = check.check_positive("mu", mu)
@@ -219,39 +241,47 @@ class LabelSystem:
         if check.values_are_checked(graph.weight):
             check.check_weights("graph.weight", graph.weight)  # which may have been written since the graph was made
         self.graph = graph
-        labels, classes = _checked_labels(graph, labels, num_classes)
-        component, count = graph.components
-        self.component, self.labeled = component, labels >= 0
-        double, device = torch.float64, graph.device
-        where, which = component[self.labeled], labels[self.labeled]
-
-        # The sums over components are of a few numbers each, and their order is fixed on the CPU.
-        per_class = (
-            torch.bincount(where.cpu() * classes + which.cpu(), minlength=count * classes)
-            .view(count, classes)
-            .to(graph.device)
+        labels, self.num_classes = _checked_labels(graph, labels, num_classes)
+        self.class_block = self.num_classes if class_block is None else check.check_count("class_block", class_block)
+        self.component, count = graph.components
+        self.rows = (labels >= 0).nonzero()[:, 0]  # with labels, which are self.which
+        self.which = labels[self.rows]
+        # What a component has of a class, for the pairs of them that there are. The sums over components are of a few
+        # numbers each, and their order is fixed on the CPU.
+        pairs, place, per_pair = torch.unique(
+            (self.component[self.rows] * self.num_classes + self.which).cpu(), return_inverse=True, return_counts=True
         )
-        present = per_class > 0
-        in_component, of_classes = per_class.sum(dim=1), present.sum(dim=1)  # N_K, m_K
-        share = torch.ones(len(which), dtype=double, device=device)
+        self.pair_component, self.pair_class = pairs // self.num_classes, pairs % self.num_classes
+        in_component = torch.bincount(self.pair_component[place], minlength=count)[self.pair_component]  # N_K
+        of_classes = torch.bincount(self.pair_component, minlength=count)  # m_K
+        share = torch.ones(len(pairs), dtype=torch.float64)
+        # Sums of the right side over components, in one division each: the constants of two classes differ by no
+        # rounding.
+        self.per_pair = per_pair.double()
         if balance:
-            share = in_component[where].double() / (of_classes[where] * per_class[where, which])
-        diagonal = torch.full((graph.num_nodes,), mu_unlabeled, dtype=double, device=device)
-        diagonal[self.labeled] = mu * share
-        rhs = torch.zeros(graph.num_nodes, classes, dtype=double, device=device)
-        rhs[self.labeled, which] = share
-
-        self.diagonal, self.rhs = diagonal, rhs
-        # Sums of rhs over components, in one division each: the constants of two classes differ by no rounding.
-        balanced = (in_component.double() / of_classes.clamp_min(1))[:, None] * present
-        self.totals = balanced if balance else per_class.double()
+            share = in_component.double() / (of_classes[self.pair_component] * per_pair)
+            self.per_pair = in_component.double() / of_classes[self.pair_component]
+        self.share = share[place].to(graph.device)
+        self.diagonal = torch.full((graph.num_nodes,), mu_unlabeled, dtype=torch.float64, device=graph.device)
+        self.diagonal[self.rows] = mu * self.share
         self.shortfall = ""  # what a solve did not reach, in words
+        of_classes = of_classes.to(graph.device)
         self.offset = torch.where(of_classes > 0, 1 / (mu * of_classes.double().clamp_min(1)), 0.0)  # c_K
+
+    @property
+    def rhs(self) -> Tensor:
+        """(U/μ) Y, [N, C] float64."""
+        return self._rhs_of(range(self.num_classes))
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""
-        solution = self._solve(self.diagonal, None, rtol, max_iter)
-        return rounded(solution.values + (solution.constant - self.offset[:, None])[self.component], self.graph.dtype)
+        out = self.graph.weight.new_empty(self.graph.num_nodes, self.num_classes)
+        largest = Largest(self.component)
+        for classes, solution in self._solutions(NearlySingular(self.graph, self.diagonal, None), rtol, max_iter):
+            deviation = solution.values + (solution.constant - self.offset[:, None])[self.component]
+            largest.add(deviation, classes.start)
+            out[:, classes] = deviation.to(out.dtype)
+        return largest.keep(out)
 
     def solve(
         self,
@@ -262,24 +292,30 @@ class LabelSystem:
         max_iter: int = 1000,
     ) -> Scores:
         """(L + U + D_dis + W_dis + damping) G = (U/μ) Y, and what follows from G."""
-        solution = self._solve(self.diagonal + damping, dissimilarity, rtol, max_iter)
-        # The same for every class present, where classes are balanced
-        largest = solution.constant.amax(dim=1, keepdim=True)
-        deviation = solution.values + (solution.constant - largest)[self.component]
-        scores = deviation + largest[self.component]
-        highest = scores.amax(dim=1, keepdim=True)
-        decided = (highest[:, 0] > 0) & (self.offset[self.component] > 0)
-        probs = torch.where(decided[:, None], scores.clamp_min(0) / highest, 0)  # no sum of them is tiny or infinite
-        probs = probs / probs.sum(dim=1, keepdim=True).clamp_min(1)
-        confidence = confidence_of(probs)
-        dtype = self.graph.dtype
+        system = NearlySingular(self.graph, self.diagonal + damping, dissimilarity)
+        # The largest constant of a component, that of every class present where classes are balanced
+        most = system.per_whole[:, 0] * self._largest_total()
+        dtype, at_once = self.graph.dtype, self.class_block >= self.num_classes
+        scores = self.diagonal.new_empty(
+            self.graph.num_nodes, self.num_classes, dtype=torch.float64 if at_once else dtype
+        )
+        largest, iterations, residual = Largest(self.component), [], []
+        for classes, solution in self._solutions(system, rtol, max_iter):
+            deviation = solution.values + (solution.constant - most[:, None])[self.component]
+            largest.add(deviation, classes.start)
+            scores[:, classes] = (deviation + most[self.component, None]).to(scores.dtype)
+            iterations.append(solution.iterations)
+            residual.append(solution.residual)
+        highest = largest.value + most[self.component]
+        decided = (highest > 0) & (self.offset[self.component] > 0)
+        probs, confidence = _probabilities(scores, highest, decided, dtype, self.class_block)
         return Scores(
-            scores=rounded(scores, dtype),
-            probs=probs.to(dtype),
-            confidence=confidence.to(dtype),
-            pseudo_labels=torch.where(decided, deviation.argmax(dim=1), -1),
-            iterations=solution.iterations,
-            residual=solution.residual.to(dtype),
+            scores=largest.keep(scores.to(dtype), most[self.component]),
+            probs=probs,
+            confidence=confidence,
+            pseudo_labels=torch.where(decided, largest.column, -1),
+            iterations=torch.cat(iterations),
+            residual=torch.cat(residual).to(dtype),
         )
 
     def warn(self, caller: str) -> None:
@@ -287,31 +323,93 @@ class LabelSystem:
         if self.shortfall:
             warnings.warn(f"{caller} {self.shortfall}", RuntimeWarning, stacklevel=3)
 
-    def _solve(self, diagonal: Tensor, dissimilarity: Tensor | None, rtol: float | None, max_iter: int) -> Deviation:
+    def _solutions(
+        self, system: NearlySingular, rtol: float | None, max_iter: int
+    ) -> Iterator[tuple[slice, Deviation]]:
+        """The columns of (U/μ) Y in blocks, solved for."""
         rtol = RTOL if rtol is None else check.check_positive("rtol", rtol)
         max_iter = check.check_count("max_iter", max_iter)
-        solution = solve(self.graph, diagonal, dissimilarity, self.rhs, self.totals, rtol=rtol, max_iter=max_iter)
-        residual = float(solution.residual.max())
+        residuals = []
+        for start in range(0, self.num_classes, self.class_block):
+            classes = range(start, min(start + self.class_block, self.num_classes))
+            solution = system.solve(self._rhs_of(classes), self._totals_of(classes), rtol=rtol, max_iter=max_iter)
+            residuals.append(solution.residual)
+            yield slice(classes.start, classes.stop), solution
+        residual = float(torch.cat(residuals).max())
         # Conjugate gradients may drift from the residual by rounding; NaN is no convergence
         if not residual <= 10 * rtol:
             self.shortfall = (
                 f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
                 f" ({max_iter}) or rtol"
             )
-        return solution
+
+    def _rhs_of(self, classes: range) -> Tensor:
+        """[N, classes] float64."""
+        rhs = self.diagonal.new_zeros(self.graph.num_nodes, len(classes))
+        inside = (self.which >= classes.start) & (self.which < classes.stop)
+        rhs[self.rows[inside], self.which[inside] - classes.start] = self.share[inside]
+        return rhs
+
+    def _totals_of(self, classes: range) -> Tensor:
+        """[components, classes] float64, the sums of the right side over components."""
+        totals = torch.zeros(len(self.offset), len(classes), dtype=torch.float64)
+        inside = (self.pair_class >= classes.start) & (self.pair_class < classes.stop)
+        totals[self.pair_component[inside], self.pair_class[inside] - classes.start] = self.per_pair[inside]
+        return totals.to(self.graph.device)
+
+    def _largest_total(self) -> Tensor:
+        """[components] float64."""
+        largest = torch.zeros(len(self.offset), dtype=torch.float64)
+        return largest.scatter_reduce(0, self.pair_component, self.per_pair, "amax").to(self.graph.device)
 
 
-def rounded(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores [N, C] in another dtype, the largest of a row being the largest still: one unit in the last place up,
-    if need be.
+class Largest:
+    """The largest entry of each row of scores [N, C] whose columns come in blocks, the first of equal ones, and what
+    rounding leaves of it.
     """
-    out, best = scores.to(dtype), scores.argmax(dim=1, keepdim=True)
-    largest = out.gather(1, best)
-    rival = out.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
-    ahead = scores.gather(1, best) > scores.scatter(1, best, -torch.inf).amax(dim=1, keepdim=True)
-    return out.scatter(
-        1, best, torch.where(ahead & (rival >= largest), rival.nextafter(torch.full_like(rival, torch.inf)), largest)
-    )
+
+    def __init__(self, rows: Tensor) -> None:
+        self.value = torch.full_like(rows, -torch.inf, dtype=torch.float64)
+        self.second = self.value.clone()
+        self.column = torch.zeros_like(rows, dtype=torch.int64)
+
+    def add(self, block: Tensor, start: int) -> None:
+        """Columns [N, some] float64, of which the first is column ``start``."""
+        value, column = block.max(dim=1)
+        second = block.scatter(1, column[:, None], -torch.inf).amax(dim=1)
+        is_larger = value > self.value
+        self.second = torch.where(is_larger, torch.maximum(self.value, second), torch.maximum(self.second, value))
+        self.column = torch.where(is_larger, column + start, self.column)
+        self.value = torch.where(is_larger, value, self.value)
+
+    def keep(self, rounded: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        """``rounded`` [N, C], which is the scores with ``shift`` [N] added in some dtype, its largest entry being the
+        largest still: one unit in the last place up, if need be. Written in place.
+        """
+        column = self.column[:, None]
+        largest, rival = rounded.gather(1, column), (self.second + shift).to(rounded.dtype)[:, None]
+        is_hidden = (self.value > self.second)[:, None] & (rival >= largest)
+        above = rival.nextafter(torch.full_like(rival, torch.inf))
+        return rounded.scatter_(1, column, torch.where(is_hidden, above, largest))
+
+
+def _probabilities(
+    scores: Tensor, highest: Tensor, decided: Tensor, dtype: torch.dtype, class_block: int
+) -> tuple[Tensor, Tensor]:
+    """G̃ [N, C] and ω [N] of scores [N, C] and the ``highest`` of each row; 0 where a row is not ``decided``. So many
+    rows at a time as [N, class_block] has entries for.
+    """
+    probs = torch.empty_like(scores, dtype=dtype)
+    confidence = torch.empty_like(highest, dtype=dtype)
+    nodes, classes = scores.shape
+    at_once = max(1, nodes * class_block // classes)
+    for start in range(0, nodes, at_once):
+        rows = slice(start, start + at_once)
+        share = scores[rows].double().clamp_min(0) / highest[rows, None]  # no sum of them is tiny or infinite
+        share = torch.where(decided[rows, None], share, 0)
+        share = share / share.sum(dim=1, keepdim=True).clamp_min(1)
+        probs[rows], confidence[rows] = share.to(dtype), confidence_of(share).to(dtype)
+    return probs, confidence
 
 
 def check_graph(graph: Graph) -> Graph:
