@@ -108,7 +108,6 @@ def test_slices_of_the_ranks_make_the_batch(world_size):
 
 def test_labeled_images_can_be_left_out():
     kept = batches(exclude_labeled=True, weak=identity, strong=identity, mu=11, batch_size=4)
-    assert len(kept.unlabeled_index) == 44
     labeled = torch.stack([to_tensor(IMAGES.image(i), **STATISTICS) for i in LABELED]).flatten(1)
     assert (torch.cdist(kept[0].unlabeled_weak.flatten(1), labeled) > 1).all()
     assert (

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssmkernels.data.augment import EvaluationTransform, Transform, to_tensors
 from ssmkernels.data.images import ImageDataset
-from ssmkernels.data.streams import IndexStream, Stream, generator
+from ssmkernels.data.streams import IndexStream, Stream, generator, remaining
 
 
 class Batch(NamedTuple):
@@ -110,14 +110,13 @@ class TrainBatches(Dataset[Batch]):
         self.start_step, self.num_steps = start_step, num_steps
         self.rank, self.world_size = rank, world_size
         self.mean, self.std = tuple(mean), tuple(std)
-        self.unlabeled_index = np.arange(len(unlabeled))
-        if exclude_labeled:
-            self.unlabeled_index = np.setdiff1d(self.unlabeled_index, labeled_index)
+        self._left_out = np.unique(self.labeled_index) if exclude_labeled else self.labeled_index[:0]
         self._labeled_order = IndexStream(len(labeled_index), seed, stream=Stream.LABELED_ORDER)
         if mu:
-            if len(self.unlabeled_index) == 0:
+            count = len(unlabeled) - len(self._left_out)
+            if count == 0:
                 raise ValueError("unlabeled has no image left; it should have at least one")
-            self._unlabeled_order = IndexStream(len(self.unlabeled_index), seed, stream=Stream.UNLABELED_ORDER)
+            self._unlabeled_order = IndexStream(count, seed, stream=Stream.UNLABELED_ORDER)
 
     def __len__(self) -> int:
         return self.num_steps - self.start_step
@@ -137,7 +136,7 @@ class TrainBatches(Dataset[Batch]):
             return Batch(labeled_weak, labels, slots_tensor, empty, empty, labels[:0])
 
         mine = self._slice(self.mu * self.batch_size)
-        index = self.unlabeled_index[self._unlabeled_order.batch(step, self.mu * self.batch_size)[mine]]
+        index = remaining(self._unlabeled_order.batch(step, self.mu * self.batch_size)[mine], self._left_out)
         images = [self.unlabeled.image(i) for i in index]
         return Batch(
             labeled_weak,

@@ -44,9 +44,49 @@ def generator(seed: int, stream: int, step: int = 0, position: int = 0) -> np.ra
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+LARGEST_PERMUTATION = 2**20  # entries that a permutation is made of; places of larger ones are computed one by one
+ROUNDS = 6
+
+
+def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed bijection of 0 … n−1 takes ``places``, int64, without a table of n entries.
+
+    A Feistel network permutes the numbers of 2h bits, 4^h ≥ n; who is sent beyond n is sent on until below (cycle
+    walking: fewer than 4 times on average, Black and Rogaway, CT-RSA 2002).
+
+    Args:
+        places: int64 in [0, n).
+        n: at most 2^62.
+        keys: uint64, one per round.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out = places.astype(np.uint64)
+    left = np.arange(len(out))
+    while len(left):
+        high, low = out[left] >> half, out[left] & mask
+        for key in keys:
+            high, low = low, high ^ (_mixed(low ^ key) & mask)
+        out[left] = high << half | low
+        left = left[out[left] >= np.uint64(n)]
+    return out.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """64 bits that depend on all bits of x: the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def remaining(places: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """What stands at ``places`` of the numbers 0, 1, … without those of ``left_out``, which are sorted and differ."""
+    return places + np.searchsorted(left_out - np.arange(len(left_out)), places, side="right")
+
+
 class IndexStream:
     """Endless shuffled epochs of 0 … n−1: position p of the stream is element p mod n of the permutation of epoch ⌊p /
-    n⌋.
+    n⌋. Where n is above 2²⁰, no permutation is in memory.
 
     Args:
         n: indices of an epoch.
@@ -69,8 +109,15 @@ class IndexStream:
         start, stop = step * batch_size, (step + 1) * batch_size
         epochs = range(start // self.n, (stop - 1) // self.n + 1)
         return np.concatenate(
-            [self._permutation(epoch)[max(start - epoch * self.n, 0) : stop - epoch * self.n] for epoch in epochs]
+            [self._part(epoch, max(start - epoch * self.n, 0), min(stop - epoch * self.n, self.n)) for epoch in epochs]
         )
+
+    def _part(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """Elements ``start`` … ``stop`` − 1 of the permutation of an epoch."""
+        if self.n <= LARGEST_PERMUTATION:
+            return self._permutation(epoch)[start:stop]
+        keys = generator(self.seed, self.stream, epoch).integers(2**64, size=ROUNDS, dtype=np.uint64)
+        return shuffled(np.arange(start, stop), self.n, keys)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._recent:
