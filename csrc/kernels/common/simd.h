@@ -59,9 +59,10 @@ static inline void store(Real* to, Vec<Real> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// x − 0 is x, −0 too, and the compiler leaves it out; 0 + x would be one more addition.
 template <class Real>
 static inline Vec<Real> broadcast(Real x) {
-  return Vec<Real>{} + x;
+  return x - Vec<Real>{};
 }
 
 template <class V>

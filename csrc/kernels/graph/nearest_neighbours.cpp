@@ -24,6 +24,7 @@ constexpr int kBlock = 6;
 constexpr int64_t kTile = 192;              // rows, a whole number of panels and of blocks in every instruction set
 constexpr int64_t kSteps = 256;             // dimensions of a panel that lie in the first-level cache
 constexpr int64_t kTaskProducts = 1 << 30;  // multiply-adds of a task: some tens of milliseconds
+constexpr int64_t kAhead = 8;               // offers for which the candidates are fetched from memory
 constexpr int64_t kPairsAtOnce = 4096;      // of a task of pair_products
 
 template <class Real>
@@ -34,33 +35,70 @@ struct Candidate {
   Real score;
   int32_t id;
 
-  bool operator<(const Candidate& other) const {  // the better one first
-    return score != other.score ? score > other.score : id < other.id;
+  bool operator<(const Candidate& other) const {  // the better one first; without a branch, which would be mispredicted
+    return (score > other.score) | ((score == other.score) & (id < other.id));
   }
 };
 
-// out[r][lane] (+)= Σ_d a[d][r] b[d][lane] for kBlock rows and kPanel lanes.
+// Moves the best `count` candidates to the front, the last of them at its end: quickselect, whose partitions are
+// without a branch, unlike std::nth_element's. Once it has not halved the range often enough, std::nth_element ends it.
 template <class Real>
-inline void multiply_block(const Real* a, const Real* b, int64_t steps, bool accumulate, Real* out) {
-  Vec<Real> sums[kBlock][2] = {};
-  if (accumulate)
-    for (int r = 0; r < kBlock; ++r)
-      for (int half = 0; half < 2; ++half) sums[r][half] = load(out + r * kPanel<Real> + half * kLanes<Real>);
-  for (int64_t d = 0; d < steps; ++d) {
-    const Vec<Real> first = load(b + d * kPanel<Real>), second = load(b + d * kPanel<Real> + kLanes<Real>);
+void best_first(Candidate<Real>* begin, Candidate<Real>* end, int64_t count) {
+  Candidate<Real>* const last = begin + count - 1;
+  for (int64_t rounds = 0; end - begin > 8 && rounds < 16; ++rounds) {
+    Candidate<Real>* const middle = begin + (end - begin) / 2;
+    if (*middle < *begin) std::swap(*middle, *begin);
+    if (*(end - 1) < *begin) std::swap(*(end - 1), *begin);
+    if (*(end - 1) < *middle) std::swap(*(end - 1), *middle);
+    const Candidate<Real> pivot = *middle;
+    std::swap(*middle, *(end - 1));
+    Candidate<Real>* worse = begin;  // of those up to `it`, the first that is not better than the pivot
+    for (Candidate<Real>* it = begin; it < end - 1; ++it) {
+      const Candidate<Real> candidate = *it;
+      *it = *worse;
+      *worse = candidate;
+      worse += candidate < pivot;
+    }
+    std::swap(*worse, *(end - 1));
+    if (worse == last) return;
+    if (worse < last)
+      begin = worse + 1;
+    else
+      end = worse;
+  }
+  std::nth_element(begin, last, end);
+}
+
+// Products of kBlock rows with kPanel columns, in registers.
+template <class Real>
+struct Block {
+  Vec<Real> sums[kBlock][2];
+
+  void load_from(const Real* products) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kBlock; ++r) {
-      const Vec<Real> factor = broadcast(a[d * kBlock + r]);
-      sums[r][0] += factor * first;
-      sums[r][1] += factor * second;
+    for (int r = 0; r < kBlock; ++r)
+      for (int half = 0; half < 2; ++half) sums[r][half] = load(products + r * kPanel<Real> + half * kLanes<Real>);
+  }
+
+  void store_to(Real* products) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r)
+      for (int half = 0; half < 2; ++half) store(products + r * kPanel<Real> + half * kLanes<Real>, sums[r][half]);
+  }
+
+  // += Σ_d a[d][r] b[d][lane]
+  void multiply(const Real* a, const Real* b, int64_t steps) {
+    for (int64_t d = 0; d < steps; ++d) {
+      const Vec<Real> first = load(b + d * kPanel<Real>), second = load(b + d * kPanel<Real> + kLanes<Real>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kBlock; ++r) {
+        const Vec<Real> factor = broadcast(a[d * kBlock + r]);
+        sums[r][0] += factor * first;
+        sums[r][1] += factor * second;
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kBlock; ++r) {
-    store(out + r * kPanel<Real>, sums[r][0]);
-    store(out + r * kPanel<Real> + kLanes<Real>, sums[r][1]);
-  }
-}
+};
 
 // to[block][d][r] = from[first + block·kWide + r][d] of a matrix [rows, dim], zeros beyond the last row.
 template <int kWide, class Real>
@@ -73,16 +111,6 @@ void pack(const Real* from, int64_t rows, int64_t dim, int64_t first, int64_t co
     }
 }
 
-// products [rows, up to a whole number of blocks][kPanel] of packed rows with a packed panel.
-template <class Real>
-void multiply_panel(const Real* a, int64_t rows, const Real* panel, int64_t dim, Real* products) {
-  if (dim == 0) std::fill(products, products + divide_up(rows, kBlock) * kBlock * kPanel<Real>, Real(0));
-  for (int64_t d = 0; d < dim; d += kSteps)
-    for (int64_t block = 0; block * kBlock < rows; ++block)
-      multiply_block(a + (block * dim + d) * kBlock, panel + d * kPanel<Real>, min(kSteps, dim - d), d > 0,
-                     products + block * kBlock * kPanel<Real>);
-}
-
 // The best candidates of every row so far, unordered, and the k-th of them, once there are k: what comes has to be
 // better. A score that equals the k-th's is better if its id is lower, so among equal rows, which are met in the order
 // of their ids but for the first tile, few candidates are taken.
@@ -92,41 +120,39 @@ class Best {
   Best(int64_t rows, int64_t neighbours)
       : neighbours_(neighbours),
         capacity_(2 * neighbours + 32),
-        padded_(divide_up(rows, kPanel<Real>) * kPanel<Real>),
+        padded_(divide_up(rows, kTile) * kTile),
         scores_(padded_),
         below_(padded_),
         ids_(padded_),
-        counts_(rows),
+        counts_(padded_),
         candidates_(rows * capacity_) {
-    std::fill_n(counts_.data(), rows, 0);
-    std::fill_n(ids_.data(), rows, std::numeric_limits<int32_t>::max());
-    std::fill(ids_.data() + rows, ids_.data() + padded_, -1);
+    std::fill_n(counts_.data(), padded_, 0);
+    std::fill_n(ids_.data(), padded_, std::numeric_limits<int32_t>::max());
     for (const Buffer<Real>* bounds : {&scores_, &below_}) {
       std::fill_n(bounds->data(), rows, -kInfinity<Real>);
       std::fill(bounds->data() + rows, bounds->data() + padded_, kInfinity<Real>);  // nothing is taken beyond the rows
     }
   }
 
-  // What the score of a candidate has to exceed, whose id is `id` or more.
-  Real bound(int64_t row, int64_t id) const {
-    return (id > ids_.data()[row] ? scores_ : below_).data()[row];
+  // What the score of a candidate has to exceed, whose id is `id` or more, for each row of a tile: [kTile].
+  void bounds(int64_t first_row, int64_t id, Real* out) const {
+    const Real *scores = scores_.data() + first_row, *below = below_.data() + first_row;
+    const int32_t* ids = ids_.data() + first_row;
+    for (int64_t r = 0; r < kTile; ++r) out[r] = id > ids[r] ? scores[r] : below[r];
   }
 
-  // The same for a panel of rows: [kPanel].
-  const Real* panel_bounds(int64_t row, int64_t id) const {
-    bool later = true;
-    for (int64_t r = row; r < row + kPanel<Real>; ++r) later &= id > ids_.data()[r];
-    return (later ? scores_ : below_).data() + row;
+  void prefetch(int64_t row) const {
+    __builtin_prefetch(candidates_.data() + row * capacity_ + counts_.data()[row], 1);
   }
 
-  void add(int64_t row, int64_t id, Real score) {
+  void add(int64_t row, int32_t id, Real score) {
     if (!is_better(row, id, score)) return;
     int32_t& count = counts_.data()[row];
     if (count == capacity_) {
       shrink(row);
       if (!is_better(row, id, score)) return;
     }
-    candidates_.data()[row * capacity_ + count++] = {score, static_cast<int32_t>(id)};
+    candidates_.data()[row * capacity_ + count++] = {score, id};
   }
 
   void write(int64_t row, int32_t* ids, Real* scores) {
@@ -141,7 +167,7 @@ class Best {
   }
 
  private:
-  bool is_better(int64_t row, int64_t id, Real score) const {
+  bool is_better(int64_t row, int32_t id, Real score) const {
     const Real least = scores_.data()[row];
     return score > least || (score == least && id < ids_.data()[row]);
   }
@@ -149,7 +175,7 @@ class Best {
   void shrink(int64_t row) {
     Candidate<Real>* candidates = candidates_.data() + row * capacity_;
     const Candidate<Real>& last = candidates[neighbours_ - 1];
-    std::nth_element(candidates, candidates + neighbours_ - 1, candidates + counts_.data()[row]);
+    best_first(candidates, candidates + counts_.data()[row], neighbours_);
     counts_.data()[row] = static_cast<int32_t>(neighbours_);
     scores_.data()[row] = last.score;
     below_.data()[row] = std::nextafter(last.score, -kInfinity<Real>);
@@ -157,7 +183,7 @@ class Best {
   }
 
   const int64_t neighbours_, capacity_, padded_;
-  const Buffer<Real> scores_, below_;  // [N, up to a whole number of panels]: the k-th score, and the next number below
+  const Buffer<Real> scores_, below_;  // [N, up to whole tiles]: the k-th score, and the next number below
   const Buffer<int32_t> ids_;          // likewise, the k-th's id
   const Buffer<int32_t> counts_;
   const Buffer<Candidate<Real>> candidates_;  // [N, capacity]
@@ -165,41 +191,91 @@ class Best {
 
 enum class Sides { row, both };  // whether a product is of (i, j) alone, or of (j, i) too
 
-// Offers the products of rows [first, first + rows) with columns [column, column + kPanel).
+template <class Real>
+struct Offer {
+  int32_t row, id;  // the candidate `id` of a row
+  Real score;
+};
+
+// What a thread needs to multiply two tiles: no other thread looks into it, and none waits for it.
+template <class Real>
+struct TilePair {
+  explicit TilePair(int64_t dim) : rows(kTile * dim), partial(kTile * kPanel<Real>), offers(2 * kTile * kTile) {}
+
+  const Buffer<Real> rows;     // of the first tile, packed: [blocks][D][kBlock]
+  const Buffer<Real> partial;  // products of it with a panel over some of the dimensions
+  Real row_bounds[kTile], column_bounds[kTile], row_offsets[kTile] = {}, column_offsets[kTile] = {};
+  const Buffer<Offer<Real>> offers;  // what exceeds the bounds
+  int64_t num_offers = 0;
+};
+
+// Offers the scores of a block at (row, column) within the tiles, whose first rows have the ids `first` and `second`.
 template <bool kOffsets, class Real>
-void select(const NearestNeighbours<Real>& in, const Real* products, int64_t first, int64_t rows, int64_t column,
-            Sides sides, Best<Real>& best) {
-  const Vec<Real> infinite = broadcast(kInfinity<Real>);
-  const bool mirrored = sides == Sides::both;
-  const Real* column_bounds = mirrored ? best.panel_bounds(column, first) : nullptr;
-  Vec<Real> column_offsets[2] = {};
-  if constexpr (kOffsets)
-    for (int64_t j = column; j < min(column + kPanel<Real>, in.num_columns); ++j)
-      column_offsets[(j - column) / kLanes<Real>][(j - column) % kLanes<Real>] = in.offsets[j];
-  for (int64_t i = first; i < first + rows; ++i) {
-    const Vec<Real> row_bound = broadcast(best.bound(i, column));
-    for (int half = 0; half < 2; ++half, products += kLanes<Real>) {
-      Vec<Real> scores = load(products), mirrored_scores = scores;
-      if constexpr (kOffsets) {
-        scores += column_offsets[half];
-        mirrored_scores += broadcast(mirrored ? in.offsets[i] : Real(0));
+inline void select(const Block<Real>& block, int64_t row, int64_t column, int64_t first, int64_t second,
+                   TilePair<Real>& tiles) {
+  const auto row_score = [&](int r, int half) {
+    if constexpr (!kOffsets) return block.sums[r][half];
+    return block.sums[r][half] + load(tiles.column_offsets + column + half * kLanes<Real>);
+  };
+  const auto column_score = [&](int r, int half) {
+    if constexpr (!kOffsets) return block.sums[r][half];
+    return block.sums[r][half] + broadcast(tiles.row_offsets[row + r]);
+  };
+  const auto exceeds_row = [&](int r, int half) { return row_score(r, half) > broadcast(tiles.row_bounds[row + r]); };
+  const auto exceeds_column = [&](int r, int half) {
+    return column_score(r, half) > load(tiles.column_bounds + column + half * kLanes<Real>);
+  };
+  auto exceeding = exceeds_row(0, 0) | exceeds_column(0, 0);
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r)
+    for (int half = 0; half < 2; ++half) exceeding |= exceeds_row(r, half) | exceeds_column(r, half);
+  if (!any(exceeding)) return;
+  Real scores[kPanel<Real>];
+  Offer<Real>* offer = tiles.offers.data() + tiles.num_offers;
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r) {
+    const auto i = static_cast<int32_t>(first + row + r), j = static_cast<int32_t>(second + column);
+    const uint64_t for_row = lane_bits(exceeds_row(r, 0)) | uint64_t{lane_bits(exceeds_row(r, 1))} << kLanes<Real>;
+    const uint64_t for_columns = lane_bits(exceeds_column(r, 0)) | uint64_t{lane_bits(exceeds_column(r, 1))}
+                                                                       << kLanes<Real>;
+    if (for_row != 0) {
+      for (int half = 0; half < 2; ++half) store(scores + half * kLanes<Real>, row_score(r, half));
+      for (uint64_t lanes = for_row; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctzll(lanes);
+        *offer++ = {i, j + lane, scores[lane]};
       }
-      const int64_t j = column + half * kLanes<Real>;
-      const auto for_row = scores > row_bound;
-      const auto for_columns = mirrored_scores > (mirrored ? load(column_bounds + half * kLanes<Real>) : infinite);
-      if (!any(for_row | for_columns)) continue;
-      for (unsigned lanes = lane_bits(for_row); lanes != 0; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        if (j + lane < in.num_columns && !(in.within && j + lane == i)) best.add(i, j + lane, scores[lane]);
+    }
+    if (for_columns != 0) {
+      for (int half = 0; half < 2; ++half) store(scores + half * kLanes<Real>, column_score(r, half));
+      for (uint64_t lanes = for_columns; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctzll(lanes);
+        *offer++ = {j + lane, i, scores[lane]};
       }
-      const unsigned mirrored_lanes = lane_bits(for_columns);
-      for (unsigned lanes = mirrored_lanes; lanes != 0; lanes &= lanes - 1) {
-        const int lane = __builtin_ctz(lanes);
-        best.add(j + lane, i, mirrored_scores[lane]);
-      }
-      if (mirrored_lanes != 0) column_bounds = best.panel_bounds(column, i);  // a k-th may have a higher id than before
     }
   }
+  tiles.num_offers = offer - tiles.offers.data();
+}
+
+// All products of a tile of `rows` rows with a panel, which is column `column` of the other tile; see select.
+template <bool kOffsets, class Real>
+void multiply_panel(int64_t rows, const Real* panel, int64_t dim, int64_t column, int64_t first, int64_t second,
+                    TilePair<Real>& tiles) {
+  int64_t d = 0;
+  do {
+    const int64_t steps = min(kSteps, dim - d);
+    const bool is_last = d + steps == dim;
+    for (int64_t row = 0; row < rows; row += kBlock) {
+      Real* partial = tiles.partial.data() + row * kPanel<Real>;
+      Block<Real> block = {};
+      if (d > 0) block.load_from(partial);
+      block.multiply(tiles.rows.data() + row * dim + d * kBlock, panel + d * kPanel<Real>, steps);
+      if (is_last)
+        select<kOffsets>(block, row, column, first, second, tiles);
+      else
+        block.store_to(partial);
+    }
+    d += steps;
+  } while (d < dim);
 }
 
 // The candidates of the rows of two tiles, or of one, for one thread. The lower tile is locked first.
@@ -241,13 +317,15 @@ class Search {
     });
     for (const std::vector<Task>& tasks : {diagonal_tasks(), other_tasks()})
       parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t begin, int64_t end) {
-        const Buffer<Real> products(kTile * kPanel<Real>), tile(kTile * in_.dim);
+        TilePair<Real> tiles(in_.dim);
         int64_t packed_tile = -1;
         for (int64_t t = begin; t < end; ++t) {
-          if (tasks[t].tile != packed_tile)
-            pack<kBlock>(in_.rows, in_.num_rows, in_.dim, tasks[t].tile * kTile, kTile, tile.data());
-          packed_tile = tasks[t].tile;
-          meet(tasks[t], tile.data(), products.data());
+          const int64_t tile = tasks[t].tile;
+          if (tile != packed_tile)
+            pack<kBlock>(in_.rows, in_.num_rows, in_.dim, tile * kTile, kTile, tiles.rows.data());
+          packed_tile = tile;
+          for (int64_t other = tasks[t].first; other < tasks[t].end; ++other)
+            in_.offsets ? meet<true>(tile, other, tiles) : meet<false>(tile, other, tiles);
         }
       });
     parallel_for(in_.num_rows, [&](int64_t begin, int64_t end) {
@@ -278,19 +356,39 @@ class Search {
     return divide_up(in_.num_rows, kTile);
   }
 
-  void meet(const Task& task, const Real* tile, Real* products) {
-    const int64_t first = task.tile * kTile, rows = min(kTile, in_.num_rows - first);
-    for (int64_t other = task.first; other < task.end; ++other) {
-      const Sides sides = in_.within && other != task.tile ? Sides::both : Sides::row;
-      std::mutex& lower = owned_[task.tile];
-      std::mutex& upper = sides == Sides::both ? owned_[other] : lower;
-      for (int64_t column = other * kTile; column < min((other + 1) * kTile, in_.num_columns); column += kPanel<Real>) {
-        multiply_panel(tile, rows, packed_.data() + column * in_.dim, in_.dim, products);
-        const Owned own(lower, upper);
-        in_.offsets ? select<true>(in_, products, first, rows, column, sides, best_)
-                    : select<false>(in_, products, first, rows, column, sides, best_);
-      }
+  template <bool kOffsets>
+  void meet(int64_t tile, int64_t other, TilePair<Real>& tiles) {
+    const int64_t first = tile * kTile, second = other * kTile;
+    const Sides sides = in_.within && other != tile ? Sides::both : Sides::row;
+    std::mutex& lower = owned_[tile];
+    std::mutex& upper = sides == Sides::both ? owned_[other] : lower;
+    {
+      const Owned own(lower, upper);
+      best_.bounds(first, second, tiles.row_bounds);
+      if (sides == Sides::both) best_.bounds(second, first, tiles.column_bounds);
     }
+    if (sides == Sides::row) std::fill_n(tiles.column_bounds, kTile, kInfinity<Real>);
+    if constexpr (kOffsets) {
+      std::copy_n(in_.offsets + second, min(kTile, in_.num_columns - second), tiles.column_offsets);
+      if (sides == Sides::both)
+        std::copy_n(in_.offsets + first, min(kTile, in_.num_columns - first), tiles.row_offsets);
+    }
+    tiles.num_offers = 0;
+    const int64_t rows = min(kTile, in_.num_rows - first);
+    for (int64_t column = 0; column < min(kTile, in_.num_columns - second); column += kPanel<Real>)
+      multiply_panel<kOffsets>(rows, packed_.data() + (second + column) * in_.dim, in_.dim, column, first, second,
+                               tiles);
+    const Owned own(lower, upper);
+    for (int64_t o = 0; o < tiles.num_offers; ++o) {
+      const Offer<Real>& offer = tiles.offers.data()[o];
+      best_.prefetch(min<int64_t>(tiles.offers.data()[min(o + kAhead, tiles.num_offers - 1)].row, in_.num_rows - 1));
+      if (is_pair(offer.row, offer.id)) best_.add(offer.row, offer.id, offer.score);
+    }
+  }
+
+  // Blocks and panels go beyond the last row and column.
+  bool is_pair(int32_t row, int32_t id) const {
+    return row < in_.num_rows && id < in_.num_columns && !(in_.within && row == id);
   }
 
   const NearestNeighbours<Real>& in_;
