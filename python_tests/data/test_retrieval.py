@@ -255,11 +255,20 @@ def test_split_classes(classes, sizes):
     assert not np.array_equal(parts[0], split_classes(classes, seed=2)[0])
 
 
+@pytest.mark.parametrize(("classes", "sizes"), [(200, (100, 0, 100)), (5, (2, 0, 3)), (2, (1, 0, 1))])
+def test_half_of_the_classes_and_none_to_validate_on(classes, sizes):
+    parts = split_classes(classes, fractions=(0.5, 0.0, 0.5), seed=1)
+    assert tuple(map(len, parts)) == sizes
+    assert sorted(np.concatenate(parts)) == list(range(classes))
+
+
 @pytest.mark.parametrize(
     ("classes", "fractions", "message"),
     [
         (2, (0.4, 0.2, 0.4), "num_classes is 2, which fractions"),
-        (10, (0.5, 0.0, 0.5), "fractions is .* three positive numbers"),
+        (10, (0.0, 0.5, 0.5), "fractions is .* three positive numbers"),
+        (10, (0.5, 0.5, 0.0), "fractions is .* three positive numbers"),
+        (10, (0.5, -0.1, 0.6), "fractions is .* three positive numbers"),
         (10, (0.5, 0.4, 0.4), "with a sum of 1"),
     ],
 )

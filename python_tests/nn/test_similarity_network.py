@@ -139,6 +139,19 @@ def test_pairs_are_those_of_the_generator():
     assert sample_pairs(1, 0).shape == (0, 2)
 
 
+def test_pairs_of_a_row_with_itself_can_be_left_out():
+    """All 2n(n − 1) others come, and as often as each other: 200 draws of each on average, within 5 deviations."""
+    n, draws = 4, 200 * 24
+    first, second = sample_pairs(n, draws, self_pairs=False, generator=generator()).T
+    assert not (first == second).any()
+    assert ((first < n) == (second < n)).all()
+    counts = torch.bincount(first * 2 * n + second, minlength=4 * n * n)
+    assert (counts > 0).sum() == 24
+    assert counts[counts > 0].sub(200).abs().max() < 5 * 200**0.5
+    first, second = sample_pairs(n, draws, generator=generator()).T
+    assert (first == second).any()
+
+
 def test_centers_are_random_members_of_their_class():
     x, labels = features(40), torch.arange(4).repeat(10)
     seen = [set() for _ in range(4)]
@@ -176,6 +189,7 @@ def test_centers_are_constants():
     [
         (lambda: sample_pairs(0, 3), "n must be at least 1, got 0"),
         (lambda: sample_pairs(2, -1), "m must be at least 0, got -1"),
+        (lambda: sample_pairs(1, 3, self_pairs=False), "n must be at least 2 without self_pairs, got 1"),
         (lambda: draw_class_centers(features(3), torch.arange(2), 4), "labels must have n of features = 3"),
         (lambda: draw_class_centers(features(3), torch.arange(3), 0), "num_classes must be at least 1, got 0"),
         (

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import itertools
 import os
 import signal
 
@@ -195,8 +196,34 @@ def test_undecided_images_teach_nothing(make_trainer):
     assert (trainer.network.head.weight.grad == 0).all()
 
 
+@pytest.mark.parametrize(("images", "epochs", "steps"), [("labeled", 1, 2), ("all", 1, 8), ("labeled", 3, 12)])
+def test_warm_up_takes_epochs_of_all_images_or_of_this_method(make_trainer, images, epochs, steps):
+    """Two epochs of 2 steps on the labelled images, then epochs of 8 on all of them."""
+    assert make_trainer(warm_up_epochs=epochs, warm_up_images=images).warm_up_steps == steps
+
+
+def test_affine_maps_of_frozen_batch_norm_learn_after_the_warm_up(make_config, collection):
+    """As Proxy-Anchor's train.py runs: statistics stay, the affine part learns once the warm-up is over."""
+
+    def learnt(**settings):
+        config = make_config(freeze_bn=True, warm_up_epochs=1, warm_up_images="labeled", **settings)
+        trainer = MixedLP(config, collection, make_fabric(accelerator="cpu"))
+        states = [{name: value.clone() for name, value in trainer.network.state_dict().items()}]
+        for step, batch in enumerate(batches_of(trainer, 0, 4)):
+            trainer.step(batch, step)
+            states.append({name: value.clone() for name, value in trainer.network.state_dict().items()})
+        names = [name for name in states[0] if name.startswith("backbone.1.")]
+        return [
+            [name.rpartition(".")[2] for name in names if not torch.equal(state[name], later[name])]
+            for state, later in itertools.pairwise(states)
+        ]
+
+    assert learnt() == [[], [], ["weight", "bias"], ["weight", "bias"]]
+    assert learnt(learn_bn_affine=False) == [[], [], [], []]
+
+
 def test_warm_up_keeps_the_backbone(make_trainer):
-    trainer = make_trainer(warm_up_epochs=1)  # of 2 steps
+    trainer = make_trainer(warm_up_epochs=1, warm_up_images="labeled")  # of 2 steps
     before = {name: value.clone() for name, value in trainer.network.state_dict().items()}
     proxies = trainer.proxies.proxies.detach().clone()
     for step, batch in enumerate(batches_of(trainer, 0, 3)):

@@ -63,6 +63,8 @@ def mixed_lp():
         labeled_epochs=1,
         epochs=1,
         decay_every=1,
+        learn_bn_affine=False,
+        warm_up_images="labeled",
         run=RunConfig(**RUN),
     )
     return MixedLP(config, data.load_collection("digits"), make_fabric(accelerator="cpu"))
@@ -79,6 +81,7 @@ def slade():
         teacher_steps=2,
         warm_up_steps=1,
         student_steps=2,
+        patience=None,
         run=RunConfig(**RUN),
     )
     return Slade(config, data.load_collection("digits"), make_fabric(accelerator="cpu"))

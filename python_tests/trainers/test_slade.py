@@ -689,7 +689,8 @@ def test_shipped_configurations():
             assert (config.model, config.embedding_dim, config.freeze_bn) == ("resnet50", 128, True)
             assert (config.batch_size, config.per_class, config.moment_momentum) == (32, 4, 0.99)
             assert (config.optimizer, config.learning_rate, config.weight_decay) == ("rmsprop", 1e-6, 1e-4)
-            assert (config.data.image_size, config.data.test_fraction, config.data.folds) == (227, 0.5, 4)
+            assert (config.data.image_size, config.data.folds) == (227, 4)
+            assert config.data.test_fraction == (0.49924 if name == "inshop-fashion200k" else 0.5)
             assert f"{config.data.name}-{config.data.unlabeled_name}" == name.removesuffix("-ms")
             assert (config.ranking_loss == "multi-similarity") == name.endswith("-ms")
 
@@ -725,3 +726,79 @@ def test_command_line(tmp_path, capsys):
     assert main(arguments) == 1
     assert "exists; go on from it with --resume" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
+
+
+AT_REST = {"rounds": 1, "teacher_steps": 40, "warm_up_steps": 2, "student_steps": 20, "patience": 6}
+"""With a rate of 0 no evaluation is better than the first, after 2 steps: 8 steps later a network ends."""
+
+
+def test_networks_end_at_a_plateau(make_config, collection, tmp_path):
+    config = make_config(**AT_REST, learning_rate=0.0, run={"out": str(tmp_path), "eval_every": 2})
+    result = train_slade(config, images=collection)
+    assert (result.finished, result.step) == (True, 10 + 2 + 10)
+    assert [record["step"] for record in result.history] == list(range(2, 23, 2))
+    kinds = ["pseudo_label_NMI" in record for record in result.history]
+    assert kinds == [False] * 5 + [True] * 6
+    assert [record["final_MAP@R"] > 0 for record in result.history] == [False] * 6 + [True] * 5
+    again = train_slade(config, images=collection, resume=True)
+    assert (again.finished, again.step, again.history) == (True, 22, result.history)
+
+
+@pytest.mark.parametrize("step", [4, 6, 11])
+def test_a_run_that_ends_early_resumes_on_the_same_bits(make_config, collection, tmp_path, step, monkeypatch):
+    settings = {**AT_REST, "patience": 2, "learning_rate": 0.01}
+    whole = train_slade(
+        make_config(**settings, run={"out": str(tmp_path / "whole"), "eval_every": 2}), images=collection
+    )
+    stopped = make_config(**settings, run={"out": str(tmp_path / "stopped"), "eval_every": 2})
+    assert whole.step < 62
+    original = Slade.step
+
+    def interrupted(self, batch, number):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slade, "step", interrupted)
+        train_slade(stopped, images=collection)
+    resumed = train_slade(stopped, images=collection, resume=True)
+    assert resumed.history == whole.history
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["trainer"]["model"] for name in ("whole", "stopped")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_teacher_is_the_network_at_its_best(make_trainer, monkeypatch):
+    trainer = make_trainer(teacher_steps=40, patience=2)
+    kept = trainer.model.head.weight.detach().clone()
+    trainer.done = 2
+    trainer.end_at_plateau(0.5, 2)
+    with torch.no_grad():
+        trainer.model.head.weight.add_(1)
+    trainer.done = 4
+    trainer.end_at_plateau(0.5, 2)
+    assert trainer.skipped == 0
+    trainer.done = 6
+    trainer.end_at_plateau(0.4, 2)
+    assert (trainer.skipped, trainer.position) == (34, 40)
+    heads, embed = [], trainer._embed
+
+    def seen(images):
+        heads.append(trainer.model.head.weight.detach().clone())
+        return embed(images)
+
+    monkeypatch.setattr(trainer, "_embed", seen)
+    trainer.start_round()
+    assert torch.equal(heads[0], kept)
+
+
+def test_classes_of_a_list(make_config, collection, tmp_path):
+    """With and without classes to validate on: these then take the place of a fold."""
+    lines = ["9 train", "0 train", "3 test", "1 test", "2\ttrain", "5 train", "6 train"]
+    (tmp_path / "classes.txt").write_text("\n".join(lines) + "\n")
+    config = make_config(data={"classes_file": str(tmp_path / "classes.txt"), "folds": 4, "fold": 0})
+    images = SladeImages(config, collection, collection)
+    assert images.test.class_names == ("1", "3")
+    assert images.validation.class_names == ("0", "2")
+    (tmp_path / "classes.txt").write_text("\n".join([*lines, "7 val"]) + "\n")
+    assert SladeImages(config, collection, collection).validation.class_names == ("7",)

@@ -9,6 +9,7 @@ from ssmkernels.data import augment, batched_augment
 from ssmkernels.data.augment import default_transforms, to_tensor
 from ssmkernels.data.batched_augment import batch_transforms
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
+from ssmkernels.data.class_lists import read_classes
 from ssmkernels.data.folds import halves, split_folds
 from ssmkernels.data.images import ArrayImages, FileImages, ImageDataset, ImageSplits
 from ssmkernels.data.label_lists import labels_text, read_labels
@@ -66,6 +67,7 @@ __all__ = [
     "labels_text",
     "load_collection",
     "load_dataset",
+    "read_classes",
     "read_labels",
     "retrieval_views",
     "split_classes",

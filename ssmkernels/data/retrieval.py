@@ -91,13 +91,17 @@ def split_classes(
 
     Args:
         num_classes: number of classes L, at least 3.
-        fractions: of the classes to train, validate and test on; their sum is 1.
+        fractions: of the classes to train, validate and test on; their sum is 1. That to validate on may be 0.
         seed: seed of the draw.
     """
-    if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"fractions is {fractions}; it should be three positive numbers with a sum of 1")
-    num_train, num_test = round(fractions[0] * num_classes), round(fractions[2] * num_classes)
-    if min(num_train, num_test, num_classes - num_train - num_test) < 1:
+    positive = len(fractions) == 3 and min(fractions[0], fractions[2]) > 0 and fractions[1] >= 0
+    if not positive or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(
+            f"fractions is {fractions}; it should be three positive numbers with a sum of 1, the second one may be 0"
+        )
+    num_train = round(fractions[0] * num_classes)
+    num_test = round(fractions[2] * num_classes) if fractions[1] else num_classes - num_train
+    if min(num_train, num_test) < 1 or num_classes - num_train - num_test < (fractions[1] > 0):
         raise ValueError(
             f"num_classes is {num_classes}, which fractions, {fractions}, split into {num_train},"
             f" {num_classes - num_train - num_test} and {num_test}; each part should have at least one"

@@ -124,6 +124,7 @@ def sample_pairs(
     n: int,
     m: int,
     *,
+    self_pairs: bool = True,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -133,19 +134,28 @@ def sample_pairs(
     the labels of both sides are equally trustworthy, and no pair mixes the two. Drawn on the generator's device,
     returned on ``device``.
 
+    Args:
+        self_pairs: whether the pairs (i, i) are among them, whose label is always 1; n ≥ 2 without.
+
     Raises:
         ValueError, TypeError: n ≥ 1 or m ≥ 0 is not an int or out of range; the message names it.
     """
     n = check.check_count("n", n)
+    if n == 1 and not self_pairs:
+        raise ValueError("n must be at least 2 without self_pairs, got 1")
+    partners = n if self_pairs else n - 1
     m = check.check_integer("m", m)
     if m < 0:
         raise ValueError(f"m must be at least 0, got {m}")
     if generator is None:
-        drawn = torch.randint(2 * n * n, (m,), device=device)
+        drawn = torch.randint(2 * n * partners, (m,), device=device)
     else:
-        drawn = torch.randint(2 * n * n, (m,), generator=generator, device=generator.device)
-    half, place = drawn // (n * n), drawn % (n * n)
-    rows = torch.stack([place // n, place % n], dim=1) + n * half[:, None]
+        drawn = torch.randint(2 * n * partners, (m,), generator=generator, device=generator.device)
+    half, place = drawn // (n * partners), drawn % (n * partners)
+    first, second = place // partners, place % partners
+    if not self_pairs:
+        second = second + (second >= first)
+    rows = torch.stack([first, second], dim=1) + n * half[:, None]
     return rows.to(device)
 
 

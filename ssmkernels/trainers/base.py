@@ -40,7 +40,7 @@ class Trainer(ABC):
 
     optimizer: Any
     steps: int
-    """Of the whole run."""
+    """Of the whole run. An evaluation may make them fewer."""
     images_per_step: int
     """All ranks together, each view counted."""
     shown: tuple[str, ...] = ("loss",)

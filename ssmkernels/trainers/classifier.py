@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from ssmkernels.nn import EMATeacher
 from ssmkernels.trainers.base import Trainer, channels_last, evaluation_loader
 from ssmkernels.trainers.evaluation import top_k_accuracy
 from ssmkernels.trainers.loop import Fabric
-from ssmkernels.trainers.settings import Settings
+from ssmkernels.trainers.settings import CountOrZero, Settings
 
 
 @dataclass
@@ -36,6 +37,10 @@ class DataConfig(Settings):
     labels_file: str | None = None
     """List of the labelled images in one of the published forms, see :func:`ssmkernels.data.read_labels`, instead of
     a draw by the seed; ``labels`` and ``proportional`` then have no effect.
+    """
+    held_out: CountOrZero = 0
+    """Training images of each class, drawn by the seed, that are not learnt from but validated on; MixMatch-pytorch has
+    500 of CIFAR-10.
     """
     labels_in_unlabeled: bool = True
     """Whether the labelled images are also among the unlabelled ones."""
@@ -59,6 +64,7 @@ class ClassifierTrainer(Trainer):
         if model is None and config.model.startswith("timm/") and splits.channels == 3:
             mean, std = models.timm_normalization(config.model)
             splits = replace(splits, mean=mean, std=std)
+        splits, self.held_out = _hold_out(splits, config.data.held_out, config.seed)
         self.splits, self.steps = splits, config.steps
         self.measures_pseudo_labels = bool((splits.train.labels >= 0).all())
         self.transforms = data.default_transforms(splits)
@@ -100,14 +106,25 @@ class ClassifierTrainer(Trainer):
     def labels_text(self) -> str:
         return data.labels_text(self.labeled_index, self.splits.train, self.splits.class_names)
 
-    def accuracies(self, ks: tuple[int, ...] = (1,)) -> dict[str, list[float]]:
-        """Top-k accuracies on the test images of the student and of its average, "ema"."""
+    def accuracies(self, images: data.ImageDataset, ks: tuple[int, ...] = (1,)) -> dict[str, list[float]]:
+        """Top-k accuracies on some images of the student and of its average, "ema"."""
         splits, view = self.splits, self.transforms.evaluation
         accuracies = {}
         for name, model in (("student", self.model), ("ema", self.teacher)):
             broadcast_buffers(model)
             batches = evaluation_loader(
-                splits.test, self.fabric, self.config.run, mean=splits.mean, std=splits.std, transform=view
+                images, self.fabric, self.config.run, mean=splits.mean, std=splits.std, transform=view
             )
             accuracies[name] = top_k_accuracy(model, batches, device=self.fabric.device, ks=ks)
         return accuracies
+
+
+def _hold_out(splits: data.ImageSplits, count: int, seed: int) -> tuple[data.ImageSplits, data.ImageDataset | None]:
+    """The splits without ``count`` training images of each class, and those images, if any."""
+    if count == 0:
+        return splits, None
+    labels = splits.train.labels
+    held = data.split_labels(labels, count * splits.num_classes, seed=seed)
+    kept = np.setdiff1d(np.arange(len(labels)), held)
+    train, held_out = (data.ImageSubset(splits.train, part, labels[part], splits.num_classes) for part in (kept, held))
+    return replace(splits, train=train), held_out

@@ -143,7 +143,7 @@ def _usage() -> str:
 
 
 def _report(method: Method, result: RunResult) -> None:
-    if method.best is None:
+    if method.best is None or method.best not in result.history[-1]:  # nothing to select by without validation
         last, end = min(20, len(result.history)), result.history[-1]
         for name in method.reported:
             print(

@@ -223,6 +223,8 @@ def _fit(
                 log.flush(learning_rate=trainer.learning_rate)
             if evaluating:
                 done.history.append({"step": done.step, **log.evaluation(trainer.evaluate())})
+                done.finished |= done.step >= trainer.steps  # which an evaluation may make fewer
+                saving = saving or done.finished
             if evaluating and best is not None and path is not None and done.best(best) is done.history[-1]:
                 weights = {"evaluation": done.history[-1], "model": trainer.state_dict()["model"]}
                 if fabric.is_global_zero:
@@ -276,7 +278,8 @@ def _load_run(
         fabric.strategy.precision.load_state_dict(state["precision"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit what is trained: {one_line(error)}") from error
-    done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
+    finished = state["step"] >= min(steps, trainer.steps)
+    done = RunResult(finished=finished, step=state["step"], history=state["history"], steps=steps)
     return done, state["window"]
 
 

@@ -12,7 +12,7 @@ Three comparisons are settings of the same trainer (``pseudo_labels``): "lp", la
 proxy loss on the labelled images in every step, for as many steps.
 
 Where the paper is silent, this follows the public code of Proxy-Anchor (Kim et al., CVPR 2020), whose optimiser, ε and
-b the paper has: pooling, initialisation, frozen batch norm, proxies at 100 times the learning rate, a first epoch with
+b the paper has: pooling, initialisation, batch norm, proxies at 100 times the learning rate, a first epoch with
 a fixed backbone, halved learning rates and clipped gradients are its settings. As in LP-DeepSSL (Iscen et al., CVPR
 2019), confidences are divided by their maximum, and a labelled image keeps its given label, whatever G says, with the
 highest confidence of all. An image without a positive score has neither label nor weight.
@@ -63,7 +63,11 @@ class CollectionConfig(Settings):
     training classes, instead of a draw by the seed; ``labels_per_class`` then has no effect.
     """
     fractions: tuple[float, float, float] = (0.4, 0.2, 0.4)
-    """Of the classes to train, validate and test on."""
+    """Of the classes to train, validate and test on; with none to validate on, the last network counts."""
+    classes_file: str | None = None
+    """List of the classes to train, validate and test on, see :func:`ssmkernels.data.read_classes`, instead of a draw
+    by the seed; ``fractions`` then have no effect.
+    """
 
 
 @dataclass
@@ -80,7 +84,9 @@ class MixedLPConfig(Settings):
     pooling: Literal["avg+max", "avg"] = "avg+max"
     """What makes features of the last maps."""
     freeze_bn: bool = True
-    """Keep the statistics and the affine maps of batch norm as they are."""
+    """Keep the statistics of batch norm as they are."""
+    learn_bn_affine: bool = True
+    """Whether the affine maps of frozen batch norm learn after the warm-up, as in Proxy-Anchor's code."""
     embedding_dim: Count = 64
     """δ, size of the embeddings z."""
     seed: int = 1
@@ -123,7 +129,11 @@ class MixedLPConfig(Settings):
     weight_decay: NonNegative = 1e-4
     """Of AdamW, on everything."""
     warm_up_epochs: CountOrZero = 1
-    """First epochs, labelled ones included, in which only head and proxies learn."""
+    """Epochs at the start in which only head and proxies learn."""
+    warm_up_images: Literal["all", "labeled"] = "all"
+    """What an epoch of the warm-up is: as many steps as all training images take, Proxy-Anchor's; or an epoch of this
+    method, of which the first are of the labelled images.
+    """
     decay_every: Count = 10
     """Epochs, labelled ones included, between reductions of the learning rate."""
     decay: Positive = 0.5
@@ -163,8 +173,12 @@ class MixedLP(Trainer):
         self.images_per_step = config.batch_size
         if config.data.images_per_class is not None:
             images = data.first_images(images, config.data.images_per_class)
-        splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
-        self.train, self.validation, self.test = (data.class_subset(images, classes) for classes in splits)
+        if config.data.classes_file is None:
+            splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
+        else:
+            splits = data.read_classes(config.data.classes_file, images.class_names)
+        self.train, self.test = data.class_subset(images, splits[0]), data.class_subset(images, splits[2])
+        self.validation = data.class_subset(images, splits[1]) if len(splits[1]) else None
         count, classes = len(self.train), self.train.num_classes
         if config.pseudo_labels != "none" and config.k >= count:
             raise ValueError(f"k is {config.k}; it should be below {count}, the number of training images")
@@ -195,8 +209,15 @@ class MixedLP(Trainer):
             self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
         self.load_weights(model)
         self.network = channels_last(model)
-        backbone = model.get_submodule("backbone").parameters()
+        backbone = list(model.get_submodule("backbone").parameters())
+        if config.learn_bn_affine:
+            for parameter in backbone:
+                parameter.requires_grad_(True)
         self.backbone_parameters = [parameter for parameter in backbone if parameter.requires_grad]
+        self.warm_up_steps = config.warm_up_epochs * self.epoch_steps
+        if config.warm_up_images == "labeled":
+            labeled = min(config.warm_up_epochs, config.labeled_epochs)
+            self.warm_up_steps -= labeled * (self.epoch_steps - self.labeled_epoch_steps)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": trained, "scale": 1.0},
@@ -221,7 +242,7 @@ class MixedLP(Trainer):
         epoch = self._epoch(step)
         self.set_learning_rate(config.learning_rate, step_decay(epoch, config.decay_every, config.decay))
         for parameter in self.backbone_parameters:
-            parameter.requires_grad_(epoch >= config.warm_up_epochs)
+            parameter.requires_grad_(step >= self.warm_up_steps)
         self.losses.train()
         self.optimizer.zero_grad()
         loss = self.losses(batch.images, self.labels[batch.positions], self.confidence[batch.positions])
@@ -278,9 +299,11 @@ class MixedLP(Trainer):
         return {**means, **self.propagation}
 
     def evaluate(self) -> dict[str, float]:
-        """Retrieval and clustering with the embeddings z, among the validation classes and among the test classes."""
+        """Retrieval and clustering with the embeddings z, among the validation classes, if any, and the test ones."""
         figures: dict[str, float] = {}
         for name, images in (("validation", self.validation), ("test", self.test)):
+            if images is None:
+                continue
             _, embeddings, labels = self.embed(self.network, images.images, self.views)
             if self.fabric.is_global_zero:
                 retrieved = retrieval_figures(embeddings, labels, images.queries)
@@ -360,5 +383,5 @@ def train_mixed_lp(
     return trainer.run(
         resume=resume,
         epoch_ends=range(trainer.labeled_steps + trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps),
-        best=SELECTED_BY,
+        best=None if trainer.validation is None else SELECTED_BY,
     )

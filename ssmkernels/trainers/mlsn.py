@@ -91,6 +91,8 @@ class MLSNConfig(Settings):
 
     pairs: Count = 512
     """m, pairs of a step out of 2n², all ranks together."""
+    self_pairs: bool = True
+    """Whether pairs of an image with itself are among them."""
     pair_labels: Literal["pseudo", "weak"] = "pseudo"
     """Of two unlabelled images: whether their ŷ agree, (3); or, with weak labels, whether their true classes do. The
     classes themselves stay unknown.
@@ -282,7 +284,13 @@ class MLSN(ClassifierTrainer):
         """L_S over m of the pairs of this rank's rows."""
         config, fabric = self.config, self.fabric
         draw = self._generator(step, 1 + fabric.global_rank)
-        pairs = sample_pairs(len(labels) // 2, config.pairs // fabric.world_size, generator=draw, device=labels.device)
+        pairs = sample_pairs(
+            len(labels) // 2,
+            config.pairs // fabric.world_size,
+            self_pairs=config.self_pairs,
+            generator=draw,
+            device=labels.device,
+        )
         return network.focal_loss(
             features, features, labels, labels, pairs=pairs, alpha=config.focal_alpha, gamma=config.focal_gamma
         )
@@ -304,8 +312,14 @@ class MLSN(ClassifierTrainer):
         return torch.Generator().manual_seed(seed)
 
     def evaluate(self) -> dict[str, float]:
-        """Test error, what Tables 1 and 2 have, of the student and of its exponential moving average."""
-        return {f"{name}_error": 1 - accuracy for name, (accuracy,) in self.accuracies().items()}
+        """Test error, what Tables 1 and 2 have, of the student and of its exponential moving average; and the error on
+        images that are held out.
+        """
+        figures = {f"{name}_error": 1 - accuracy for name, (accuracy,) in self.accuracies(self.splits.test).items()}
+        if self.held_out is not None:
+            errors = self.accuracies(self.held_out)
+            figures |= {f"validation_{name}_error": 1 - accuracy for name, (accuracy,) in errors.items()}
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "centers": {} if self.centers is None else self.centers._asdict()}

@@ -316,11 +316,15 @@ class SimMatch(ClassifierTrainer):
 
     def evaluate(self) -> dict[str, float]:
         """Test accuracy of the student and of its exponential moving average, top-1 and, with more than five classes,
-        top-5.
+        top-5; and the top-1 accuracy on images that are held out.
         """
         figures: dict[str, float] = {}
-        for name, values in self.accuracies((1, 5) if self.splits.num_classes > 5 else (1,)).items():
+        ks = (1, 5) if self.splits.num_classes > 5 else (1,)
+        for name, values in self.accuracies(self.splits.test, ks).items():
             figures |= dict(zip((f"{name}_accuracy", f"{name}_top5"), values, strict=False))
+        if self.held_out is not None:
+            accuracies = self.accuracies(self.held_out)
+            figures |= {f"validation_{name}_accuracy": accuracy for name, (accuracy,) in accuracies.items()}
         return figures
 
 

@@ -90,8 +90,6 @@ class Slade(Trainer):
             collection's mean and deviation; ``config.model`` is built if none is given.
     """
 
-    saved = ("pseudo_labels", "clustering")
-
     def __init__(
         self,
         config: SladeConfig,
@@ -106,7 +104,15 @@ class Slade(Trainer):
             "batch_size", config.per_class * ranks, f"per_class, {config.per_class}, times the {ranks} ranks"
         )
         super().__init__(config, fabric)
-        self.steps, self.images_per_step = config.steps, config.batch_size * (2 if config.uses_unlabeled else 1)
+        self.images_per_step = config.batch_size * (2 if config.uses_unlabeled else 1)
+        self.done = 0
+        """Steps."""
+        self.skipped = 0
+        """Steps that networks had left when they ended early."""
+        self.best: dict[str, Any] = {}
+        """Of the network that learns: its first step, its best figure, when that was, and what the network was."""
+        early = () if config.patience is None else ("skipped", "best")
+        self.saved = ("pseudo_labels", "clustering", *early)
         self.images = SladeImages(config, images, unlabeled_images, native=model is not None)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
             raise ValueError(
@@ -130,6 +136,16 @@ class Slade(Trainer):
         self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
         self.start = deepcopy({name: part.state_dict() for name, part in self.parts().items()})
 
+    @property
+    def steps(self) -> int:  # type: ignore[override]
+        """Of the whole run, less those that are left out after a plateau."""
+        return self.config.steps - self.skipped
+
+    @property
+    def position(self) -> int:
+        """Steps of a run without an early end that are behind this one."""
+        return self.done + self.skipped
+
     def parts(self) -> dict[str, Any]:
         return {"model": self.model, "basis": self.basis, "similarity": self.similarity, "optimizer": self.optimizer}
 
@@ -150,6 +166,8 @@ class Slade(Trainer):
         """The network so far becomes the teacher, whose clusters are the pseudo-labels, and everything that learns
         starts again.
         """
+        if self.best:
+            self.model.load_state_dict(self.best["model"])
         embeddings, true_labels = self._embed(self.unlabeled)
         clustered: Any = None
         if self.fabric.is_global_zero:
@@ -171,6 +189,7 @@ class Slade(Trainer):
 
     def step(self, batch: SladeBatch, step: int) -> dict[str, Tensor]:
         """One step of any stage."""
+        step += self.skipped
         stage = self.stage(step)
         self.model.train(stage != "warm-up")
         self.optimizer.zero_grad()
@@ -181,6 +200,7 @@ class Slade(Trainer):
                 # Of the whole batch on every rank, equal but for rounding
                 parameter.grad = all_reduce_mean(parameter.grad)
         self.optimizer.step()
+        self.done += 1
         self.final = step >= self.config.steps - (
             self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps
         )
@@ -258,10 +278,29 @@ class Slade(Trainer):
                 figures |= _retrieval(name, embeddings, labels, images.queries)
         if self.fabric.is_global_zero:
             figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
-        return self.fabric.broadcast(figures)
+        figures = self.fabric.broadcast(figures)
+        if self.config.patience is not None:
+            self.end_at_plateau(figures["validation_MAP@R"], self.config.patience)
+        return figures
+
+    def end_at_plateau(self, figure: float, patience: int) -> None:
+        """Remembers the network where it is at its best; where that was more than ``patience`` steps ago, it ends."""
+        config = self.config
+        if self.stage(self.position - 1) == "warm-up":
+            return
+        first, end = 0, config.teacher_steps
+        if self.position > end:
+            rounds = (self.position - 1 - end) // config.round_steps
+            first = end + rounds * config.round_steps
+            end = first + config.round_steps
+        if self.best.get("first") != first or figure > self.best["figure"]:
+            model = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"first": first, "figure": figure, "position": self.position, "model": model}
+        elif self.position - self.best["position"] > patience:
+            self.skipped += end - self.position
 
     def epoch_ends(self) -> set[int]:
-        """The steps after which to evaluate: every so many of a network, and its last."""
+        """The positions after which to evaluate: every so many steps of a network, and its last."""
         config = self.config
         ends = set(range(EVALUATED_EVERY, config.teacher_steps, EVALUATED_EVERY)) | {config.teacher_steps}
         for end in range(config.teacher_steps + config.round_steps, config.steps + 1, config.round_steps):
@@ -272,22 +311,26 @@ class Slade(Trainer):
         """The batches of every step from ``start_step`` on. A round starts when its first batch is asked for, after the
         last step of the one before; on resuming within a round, with the pseudo-labels of the checkpoint.
         """
-        config = self.config
-        of_teacher = self._batches(self.images.labeled, self.labels, start_step, config.teacher_steps, stream=0)
-        for labeled in of_teacher:
+        config, labeled_images = self.config, self.images.labeled
+        self.done = start_step
+        for labeled in self._batches(labeled_images, self.labels, self.position, config.teacher_steps, stream=0):
             yield SladeBatch(labeled, None)
+            if self.position >= config.teacher_steps:
+                break
         for first in range(config.teacher_steps, config.steps, config.round_steps):
-            end = first + config.round_steps
-            if start_step >= end:
+            start, end = self.position, first + config.round_steps
+            if start >= end:
                 continue
-            if start_step <= first:
+            if start == first:
                 self.start_round()
             both = (
-                self._batches(self.images.labeled, self.labels, max(first, start_step), end, stream=0),
-                self._batches(self.unlabeled, self.pseudo_labels, max(first, start_step), end, stream=1),
+                self._batches(labeled_images, self.labels, start, end, stream=0),
+                self._batches(self.unlabeled, self.pseudo_labels, start, end, stream=1),
             )
             for labeled, pseudo_labeled in zip(*both, strict=True):
                 yield SladeBatch(labeled, pseudo_labeled)
+                if self.position >= end:
+                    break
 
     def _batches(
         self, images: data.ImageCollection, labels: Tensor, start_step: int, end: int, *, stream: int
@@ -302,6 +345,16 @@ class Slade(Trainer):
         broadcast_buffers(self.model)
         batches = self.images.evaluation_batches(images, self.fabric)
         return embed(self.model, batches, device=self.fabric.device)[1:]
+
+
+class _EpochEnds:
+    """The steps after which the networks of a run are to be evaluated, wherever they end."""
+
+    def __init__(self, trainer: Slade) -> None:
+        self.trainer, self.ends = trainer, trainer.epoch_ends()
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and step + self.trainer.skipped in self.ends
 
 
 def train_slade(
@@ -331,7 +384,7 @@ def train_slade(
         return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images, model=model)
     fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
     trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images, model=model)
-    return trainer.run(resume=resume, epoch_ends=trainer.epoch_ends(), best=SELECTED_BY)
+    return trainer.run(resume=resume, epoch_ends=_EpochEnds(trainer), best=SELECTED_BY)
 
 
 def train_folds(

@@ -44,6 +44,10 @@ class SladeDataConfig(Settings):
     """Side of the images that the network sees, in pixels; none for the labelled collection's own."""
     test_fraction: PartialShare = 0.5
     """Of the classes, the last ones, to test on."""
+    classes_file: str | None = None
+    """List of the classes, see :func:`ssmkernels.data.read_classes`: ``test_fraction`` then has no effect, nor have the
+    folds where the list has classes to validate on.
+    """
     folds: AtLeastTwo = 4
     """Class-disjoint folds of the other classes."""
     fold: int | None = 0
@@ -128,6 +132,11 @@ class SladeConfig(Settings):
     """First steps of a round, in which W_a learns alone, where there is one."""
     student_steps: Count = 4000
     """Steps of a student after them."""
+    patience: CountOrZero | None = 900
+    """Steps that a network goes on after its best evaluation on the validation classes, by MAP@R: once more have
+    passed, it ends, and a teacher is what it was at its best. Musgrave's for CUB-200, 9 epochs of 100; none for all
+    steps, whose last network is the teacher.
+    """
     batch_size: int = 32
     """Labelled images of a step, and as many pseudo-labelled ones, all ranks together."""
     per_class: AtLeastTwo = 4

@@ -50,12 +50,8 @@ class SladeImages:
     ) -> None:
         self.config, chosen = config, config.data
         self.normalization = "native" if native else models.preprocessing(config.model)
-        if chosen.fold is None:
-            raise ValueError("data.fold is None; it should be the number of a fold")
-        num_train = _classes_to_train(chosen, images.num_classes)
-        validation = data.split_folds(num_train, chosen.folds)[chosen.fold]
-        labeled = np.setdiff1d(np.arange(num_train), validation)
-        self.test = data.class_subset(images, np.arange(num_train, images.num_classes))
+        labeled, validation, tested = _split(chosen, images)
+        self.test = data.class_subset(images, tested)
         self.unlabeled = unlabeled_images
         if chosen.unlabeled_name is None and chosen.unlabeled_classes == "test":
             self.test, untested = _halves_of_classes(self.test, config.seed)
@@ -116,6 +112,26 @@ def load_images(
     if config.unlabeled_name is None or not unlabeled:
         return images, None
     return images, data.load_collection(config.unlabeled_name, config.unlabeled_root)
+
+
+def _split(config: SladeDataConfig, images: data.ImageCollection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The classes to train, validate and test on: of a list, or the last ones to test on; and of the others a fold."""
+    if config.fold is None:
+        raise ValueError("data.fold is None; it should be the number of a fold")
+    if config.classes_file is None:
+        others = np.arange(_classes_to_train(config, images.num_classes))
+        tested = np.arange(len(others), images.num_classes)
+    else:
+        others, validation, tested = data.read_classes(config.classes_file, images.class_names)
+        if len(validation):
+            return others, validation, tested
+        if len(others) <= config.folds:
+            raise ValueError(
+                f"{config.classes_file} has {len(others)} classes to train on; without any to validate on it should"
+                f" have more than {config.folds}, data.folds"
+            )
+    validation = others[data.split_folds(len(others), config.folds)[config.fold]]
+    return np.setdiff1d(others, validation), validation, tested
 
 
 def _classes_to_train(config: SladeDataConfig, num_classes: int) -> int:

@@ -59,6 +59,10 @@ class SwAVDataConfig(Settings):
     """Folder or file of its images."""
     test_fraction: PartialShare = 0.5
     """Of the classes of the first collection, the last ones, to measure retrieval on; they are not learnt from."""
+    classes_file: str | None = None
+    """List of the classes, see :func:`ssmkernels.data.read_classes`: those to test on are what retrieval is measured
+    on, those to train and validate on are learnt from; ``test_fraction`` then has no effect.
+    """
     image_size: int | None = None
     """Side of the large crops in pixels; none for the first collection's own."""
 
@@ -325,16 +329,21 @@ def larc_(parameters: Iterable[nn.Parameter], weight_decay: float, *, trust: flo
 def load_images(config: SwAVDataConfig) -> tuple[data.ImageCollection, data.ImageCollection]:
     """The images to learn from, and those to measure retrieval on."""
     images = data.load_collection(config.name, config.root)
-    count = images.num_classes - math.ceil(images.num_classes * config.test_fraction - 1e-9)
-    if count < 1:
-        raise ValueError(
-            f"data.test_fraction is {config.test_fraction}; of {images.num_classes} classes it should leave one to"
-            " learn from"
-        )
-    learnt = data.class_subset(images, np.arange(count))
+    if config.classes_file is None:
+        count = images.num_classes - math.ceil(images.num_classes * config.test_fraction - 1e-9)
+        if count < 1:
+            raise ValueError(
+                f"data.test_fraction is {config.test_fraction}; of {images.num_classes} classes it should leave one to"
+                " learn from"
+            )
+        classes, tested = np.split(np.arange(images.num_classes), [count])
+    else:
+        train, validation, tested = data.read_classes(config.classes_file, images.class_names)
+        classes = np.sort(np.concatenate([train, validation]))
+    learnt = data.class_subset(images, classes)
     if config.unlabeled_name is not None:
         learnt = data.unite(learnt, data.load_collection(config.unlabeled_name, config.unlabeled_root))
-    return learnt, data.class_subset(images, np.arange(count, images.num_classes))
+    return learnt, data.class_subset(images, tested)
 
 
 def train_swav(
