@@ -15,7 +15,7 @@ from ssmkernels.experiments.record import read_record
 from ssmkernels.experiments.run import Request, configure, find_cells
 from ssmkernels.experiments.sources import SWAV_FILE, Source
 from ssmkernels.experiments.spec import BUDGETS, load_tables
-from ssmkernels.trainers import Slade
+from ssmkernels.trainers import RunConfig, Slade
 from ssmkernels.trainers.cli import parse_config
 from ssmkernels.trainers.loop import make_fabric
 from ssmkernels.trainers.slade_data import load_images
@@ -238,7 +238,7 @@ def test_right_pairs_are_counted():
     """
     config, _ = parse_config("slade", ["--config", "digits", *QUICK, "--student", "mining"])
     labeled, _ = load_images(config.data)
-    trainer = Slade(config, labeled, make_fabric(accelerator="cpu"))
+    trainer = Slade(config, labeled, make_fabric(RunConfig(accelerator="cpu")))
     trainer.pseudo_labels = torch.as_tensor(trainer.unlabeled.labels)
     trainer.similarity.positive_mean.fill_(-1.01)
     trainer.similarity.negative_mean.fill_(1.01)

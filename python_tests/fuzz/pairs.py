@@ -49,6 +49,7 @@ def draw_pair_focal_loss(draw: Draw) -> dict[str, Any]:
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
 
+
 EMPTY = ("x", "y", "w1", "b1", "w2", "pairs")  # whose bound is known without an entry, too
 
 TARGETS = {

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Two Gloo ranks under torchrun."""
 
+import os
 import runpy
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from ssmkernels.nn import sinkhorn_codes
+from ssmkernels.trainers.checkpoint import load_checkpoint
 
 COLLECTIVES = """
 import sys
@@ -39,7 +43,7 @@ config = SimMatchConfig(
     first_epoch_steps=1, memory=memory, split_memory_above=int(split_above),
     run=RunConfig(out=f"{out}/run", eval_every=2, log_every=1, accelerator="cpu", bar=False),
 )
-fabric = make_fabric(accelerator="cpu")
+fabric = make_fabric(RunConfig(accelerator="cpu"))
 trainer = SimMatch(config, data.load_dataset("digits"), fabric)
 result = fit(trainer, fabric=fabric, steps=config.steps, run=config.run, config=asdict(config))
 torch.save({"state": trainer.state_dict(), "history": result.history}, f"{out}/rank{fabric.global_rank}.pt")
@@ -59,7 +63,7 @@ config = MixedLPConfig(
     labeled_epochs=2, epochs=1, decay=1.0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=12, log_every=1, accelerator="cpu", bar=False),
 )
-fabric = make_fabric(accelerator="cpu", find_unused_parameters=True)
+fabric = make_fabric(RunConfig(accelerator="cpu"), find_unused_parameters=True)
 trainer = MixedLP(config, data.load_collection("digits"), fabric)
 result = fit(trainer, fabric=fabric, steps=14, run=config.run, config=asdict(config), best="validation_P@8")
 torch.save({"state": trainer.state_dict(), "history": result.history}, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
@@ -80,7 +84,7 @@ config = SwAVConfig(
     batch_size=32, small_crops=1, small_size=8, learning_rate=3.0, freeze_prototypes_epochs=0,
     run=RunConfig(out=f"{sys.argv[1]}/run", eval_every=3, log_every=1, accelerator="cpu", bar=False),
 )
-fabric = make_fabric(accelerator="cpu")
+fabric = make_fabric(RunConfig(accelerator="cpu"))
 digits = data.load_collection("digits")
 trainer = SwAV(config, digits, digits, fabric)
 result = fit(trainer, fabric=fabric, steps=4, run=config.run, config=asdict(config))
@@ -95,6 +99,68 @@ torch.save({
     "codes": sinkhorn_codes(mine, epsilon=0.5),
 }, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
 """
+
+
+STEPS_OF_LOST = [
+    *["simmatch", "--data.name", "digits", "--data.labels", "20", "--model", "wrn-10-1", "--batch_size", "8"],
+    *["--mu", "2", "--steps", "9", "--run.eval_every", "9", "--run.checkpoint_every", "3", "--run.accelerator", "cpu"],
+    *["--run.bar", "false"],
+]
+
+COMMAND = """
+import sys
+import torch
+import torch.distributed as dist
+from ssmkernels.trainers.cli import main
+
+folder, *arguments = sys.argv[1:]
+torch.save(main(arguments), f"{folder}/rank{dist.get_rank()}.pt")
+"""
+
+STOPS_ITSELF = """
+import os, signal, sys
+from ssmkernels.trainers import SimMatch
+from ssmkernels.trainers.cli import main
+
+step = SimMatch.step
+
+def stops(self, batch, number):
+    if number == 5 and self.fabric.global_rank == 1:
+        print("stopped", os.getpid(), flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step(self, batch, number)
+
+SimMatch.step = stops
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(two_ranks, tmp_path):
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    assert two_ranks(COMMAND, tmp_path, *STEPS_OF_LOST, "--run.out", str(whole)) == [0, 0]
+
+    (tmp_path / "stops.py").write_text(STOPS_ITSELF)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(tmp_path / "stops.py"), *STEPS_OF_LOST, "--run.out", str(lost), "--run.timeout", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*torchrun, *arguments], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
+        output, stopped = "", None
+        for line in run.stdout:
+            output += line
+            if line.startswith("stopped"):
+                stopped = int(line.split()[1])
+            if "ssmkernels train:" in line:
+                os.kill(stopped, signal.SIGKILL)  # torchrun would wait for half a minute
+    assert run.returncode != 0, output
+    assert "another rank ended, or did not answer for 3 s (--run.timeout); --resume goes on" in output, output
+
+    assert load_checkpoint(lost / "checkpoint.pt")["step"] == 3
+    resumed = two_ranks(COMMAND, tmp_path, *STEPS_OF_LOST, "--run.out", str(lost), "--resume")
+    assert resumed == [0, 0]
+    first, second = (load_checkpoint(folder / "checkpoint.pt")["trainer"] for folder in (whole, lost))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_collectives(two_ranks, tmp_path):

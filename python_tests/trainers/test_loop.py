@@ -52,7 +52,7 @@ def run(trainer, out, steps=10, resume=False, config=None, eval_every=4, **optio
     settings = RunConfig(
         out=out and str(out), log_every=2, eval_every=eval_every, checkpoint_every=5, accelerator="cpu", bar=False
     )
-    fabric = make_fabric(accelerator="cpu")
+    fabric = make_fabric(RunConfig(accelerator="cpu"))
     return fit(
         trainer, fabric=fabric, steps=steps, run=settings, config=config or {"lr": 1.0}, resume=resume, **options
     )

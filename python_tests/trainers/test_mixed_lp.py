@@ -57,7 +57,7 @@ class Plain(nn.Module):
 def make_trainer(make_config, collection):
     def make(**settings):
         torch.manual_seed(3)
-        return MixedLP(make_config(**settings), collection, make_fabric(accelerator="cpu"), model=Plain())
+        return MixedLP(make_config(**settings), collection, make_fabric(RunConfig(accelerator="cpu")), model=Plain())
 
     return make
 
@@ -304,7 +304,7 @@ def test_the_best_weights_are_kept(make_config, collection, tmp_path):
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["evaluation"] == result.best("validation_P@8")
     assert best["evaluation"]["validation_P@8"] == max(record["validation_P@8"] for record in result.history)
-    trainer = MixedLP(config, collection, make_fabric(accelerator="cpu"))
+    trainer = MixedLP(config, collection, make_fabric(RunConfig(accelerator="cpu")))
     trainer.network.load_state_dict(best["model"])
     figures = trainer.evaluate()
     assert figures == {name: best["evaluation"][name] for name in figures}
@@ -320,7 +320,7 @@ def test_every_evaluation_reports_the_propagation(make_config, collection):
 
 
 def test_learns_to_retrieve_unseen_digits(make_config, collection):
-    untrained = MixedLP(make_config(), collection, make_fabric(accelerator="cpu")).evaluate()
+    untrained = MixedLP(make_config(), collection, make_fabric(RunConfig(accelerator="cpu"))).evaluate()
     result = train_mixed_lp(
         make_config(epochs=5, labeled_epochs=10, warm_up_epochs=0, embedding_dim=32), images=collection
     )

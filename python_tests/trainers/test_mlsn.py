@@ -10,7 +10,7 @@ from torch import nn
 
 from ssmkernels import data, reference
 from ssmkernels.nn import SimilarityNetwork, sample_pairs
-from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RampConfig, train_mlsn
+from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RampConfig, RunConfig, train_mlsn
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import config_names, main, parse_config
 from ssmkernels.trainers.loop import make_fabric
@@ -74,7 +74,9 @@ def make_mlsn_config(make_run):
 def make_trainer(make_mlsn_config, digits):
     def make(**settings):
         config = make_mlsn_config(**settings)
-        return MLSN(config, digits, make_fabric(accelerator="cpu"), model=plain_network(config.uses_similarity))
+        return MLSN(
+            config, digits, make_fabric(RunConfig(accelerator="cpu")), model=plain_network(config.uses_similarity)
+        )
 
     return make
 
@@ -248,7 +250,7 @@ def test_both_views_are_weak_and_differ(make_trainer):
 def test_teacher_follows_parameters_and_buffers(make_mlsn_config, digits, buffers):
     """An average of parameters alone, in eval mode, would keep the batch-norm statistics of the start."""
     config = make_mlsn_config(ema_buffers=buffers, ema_decay=0.9, bn_momentum=0.1)
-    trainer = MLSN(config, digits, make_fabric(accelerator="cpu"))
+    trainer = MLSN(config, digits, make_fabric(RunConfig(accelerator="cpu")))
     before = copy.deepcopy(trainer.teacher.model.state_dict())
     trainer.step(next(iter(trainer.batches(0))), 4)
     student, teacher = trainer.model.state_dict(), trainer.teacher.model.state_dict()
@@ -356,7 +358,7 @@ from ssmkernels import data
 from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RunConfig
 from ssmkernels.trainers.loop import fit, make_fabric
 
-fabric = make_fabric(accelerator="cpu")
+fabric = make_fabric(RunConfig(accelerator="cpu"))
 splits = data.load_dataset("digits")
 results = {}
 for teacher in ("ema", "student"):

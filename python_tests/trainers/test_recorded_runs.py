@@ -44,13 +44,13 @@ DIGITS = {"labels": 20}
 def simmatch(**settings):
     small = {"model": "wrn-10-1", "batch_size": 8, "mu": 2, "steps": 3, "first_epoch_steps": 1, "projection_dim": 16}
     config = SimMatchConfig(data=DataConfig(**DIGITS), run=RunConfig(**RUN), **{**small, **settings})
-    return SimMatch(config, data.load_dataset("digits"), make_fabric(accelerator="cpu"))
+    return SimMatch(config, data.load_dataset("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
 def mlsn(**settings):
     small = {"model": "wrn-10-1", "batch_size": 8, "pairs": 32, "hidden_features": 12, "steps": 3}
     config = MLSNConfig(data=DataConfig(**DIGITS), run=RunConfig(**RUN), **{**small, **settings})
-    return MLSN(config, data.load_dataset("digits"), make_fabric(accelerator="cpu"))
+    return MLSN(config, data.load_dataset("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
 def mixed_lp():
@@ -67,7 +67,7 @@ def mixed_lp():
         warm_up_images="labeled",
         run=RunConfig(**RUN),
     )
-    return MixedLP(config, data.load_collection("digits"), make_fabric(accelerator="cpu"))
+    return MixedLP(config, data.load_collection("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
 def slade():
@@ -84,7 +84,7 @@ def slade():
         patience=None,
         run=RunConfig(**RUN),
     )
-    return Slade(config, data.load_collection("digits"), make_fabric(accelerator="cpu"))
+    return Slade(config, data.load_collection("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
 def swav():
@@ -102,7 +102,7 @@ def swav():
         run=RunConfig(**RUN),
     )
     digits = data.first_images(data.load_collection("digits"), 9)
-    return SwAV(config, digits, digits, make_fabric(accelerator="cpu"))
+    return SwAV(config, digits, digits, make_fabric(RunConfig(accelerator="cpu")))
 
 
 TRAINERS = {

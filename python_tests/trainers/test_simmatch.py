@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmkernels import data
-from ssmkernels.trainers import SimMatch, train_simmatch
+from ssmkernels.trainers import RunConfig, SimMatch, train_simmatch
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.loop import make_fabric
 
@@ -55,7 +55,9 @@ def make_batch(labeled=8, unlabeled=16, seed=0):
 @pytest.fixture
 def make_trainer(make_config, digits):
     def make(model=None, **settings):
-        return SimMatch(make_config(**settings), digits, make_fabric(accelerator="cpu"), model=model or Plain())
+        return SimMatch(
+            make_config(**settings), digits, make_fabric(RunConfig(accelerator="cpu")), model=model or Plain()
+        )
 
     return make
 
@@ -219,7 +221,9 @@ def test_scalars_give_the_accuracy_of_confident_labels(make_trainer):
 
 @pytest.mark.parametrize(("decay_all", "exempt"), [(False, True), (True, False)])
 def test_weight_decay_exemptions(make_config, digits, decay_all, exempt):
-    trainer = SimMatch(make_config(decay_all=decay_all, weight_decay=0.1), digits, make_fabric(accelerator="cpu"))
+    trainer = SimMatch(
+        make_config(decay_all=decay_all, weight_decay=0.1), digits, make_fabric(RunConfig(accelerator="cpu"))
+    )
     decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
     for parameter in trainer.model.parameters():
         assert decay[id(parameter)] == (0.0 if exempt and parameter.ndim <= 1 else 0.1)

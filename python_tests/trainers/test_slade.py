@@ -73,7 +73,7 @@ class Plain(nn.Module):
 def make_trainer(make_config, collection):
     def make(**settings):
         torch.manual_seed(3)
-        return Slade(make_config(**settings), collection, make_fabric(accelerator="cpu"), model=Plain())
+        return Slade(make_config(**settings), collection, make_fabric(RunConfig(accelerator="cpu")), model=Plain())
 
     return make
 
@@ -158,7 +158,7 @@ def test_an_unlabeled_collection_leaves_all_training_classes_their_labels(make_c
     assert images.unlabeled is other
     assert images.labeled.class_names == ("0", "1", "2", "5", "6")
     teacher = make_config(data={"unlabeled_name": "digits"}, student="none")
-    fabric = make_fabric(accelerator="cpu")
+    fabric = make_fabric(RunConfig(accelerator="cpu"))
     assert len(Slade(teacher, collection, fabric).images.labeled) == 100
     with pytest.raises(
         ValueError, match=r"unlabeled_images is None; it should be the images of digits, data\.unlabeled_name"
@@ -182,7 +182,13 @@ def test_stages_are_a_function_of_the_step(make_trainer):
 
 def test_evaluations_fall_on_the_ends_of_networks(make_config, collection):
     config = make_config(teacher_steps=450, student_steps=200, warm_up_steps=30)
-    assert Slade(config, collection, make_fabric(accelerator="cpu")).epoch_ends() == {200, 400, 450, 680, 910}
+    assert Slade(config, collection, make_fabric(RunConfig(accelerator="cpu"))).epoch_ends() == {
+        200,
+        400,
+        450,
+        680,
+        910,
+    }
 
 
 def test_the_teacher_learns_from_labeled_images_alone(make_trainer):
@@ -424,7 +430,7 @@ def test_a_run_keeps_the_best_weights_of_the_last_student(make_config, collectio
     assert "pseudo_label_NMI" not in result.history[0]
     best = load_checkpoint(tmp_path / "best.pt")
     assert best["evaluation"] == result.best("final_MAP@R") in last
-    trainer = Slade(config, collection, make_fabric(accelerator="cpu"))
+    trainer = Slade(config, collection, make_fabric(RunConfig(accelerator="cpu")))
     trainer.model.load_state_dict(best["model"])
     figures = trainer.evaluate()
     assert {figures[name] == best["evaluation"][name] for name in figures if name != "final_MAP@R"} == {True}
@@ -478,7 +484,7 @@ def test_teacher_and_student_learn_to_tell_the_labeled_classes_apart(make_config
     config = make_config(
         teacher_steps=60, student_steps=60, rounds=1, freeze_bn=False, learning_rate=1e-3, embedding_dim=32
     )
-    trainer, evaluations = Slade(config, collection, make_fabric(accelerator="cpu")), []
+    trainer, evaluations = Slade(config, collection, make_fabric(RunConfig(accelerator="cpu"))), []
     for step, batch in enumerate(trainer.batches(0)):
         if step in (0, 60, 60 + WARM_UP):
             evaluations.append(
@@ -586,7 +592,7 @@ config = SladeConfig(
     batch_size=16, optimizer="rmsprop", learning_rate=1e-5, teacher_steps=2, warm_up_steps=2, student_steps=3,
     run=RunConfig(eval_every=4, log_every=1, accelerator="cpu", bar=False),
 )
-fabric = make_fabric(accelerator="cpu")
+fabric = make_fabric(RunConfig(accelerator="cpu"))
 trainer = Slade(config, data.load_collection("digits"), fabric)
 gradients = []
 step = trainer.step

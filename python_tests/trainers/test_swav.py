@@ -62,7 +62,7 @@ def make_config():
 @pytest.fixture
 def make_trainer(make_config, collection):
     def make(**settings):
-        return SwAV(make_config(**settings), collection, collection, make_fabric(accelerator="cpu"))
+        return SwAV(make_config(**settings), collection, collection, make_fabric(RunConfig(accelerator="cpu")))
 
     return make
 
@@ -221,7 +221,7 @@ def test_learns_digits_without_labels(make_config, collection, tmp_path):
         "embedding_dim": 32,
     }
     config = make_config(**settings, run={"out": str(tmp_path / "run")})
-    trainer = SwAV(config, collection, collection, make_fabric(accelerator="cpu"))
+    trainer = SwAV(config, collection, collection, make_fabric(RunConfig(accelerator="cpu")))
     random = trainer.evaluate()
     result = train_swav(config, images=collection)
     assert result.finished and len(result.history) == 12

@@ -55,6 +55,11 @@ def rank_of(group: Group = None) -> int:
     return dist.get_rank(group)
 
 
+def is_of_lost_rank(error: RuntimeError) -> bool:
+    """Whether ``error`` says that a collective ended without another rank: NCCL has a class for it, Gloo words."""
+    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "/transport/" in str(error))
+
+
 def split_rows(count: int, rank: int, ranks: int) -> slice:
     """The rows of ``rank`` where ``count`` of them are dealt out in runs as equal as can be."""
     return slice(rank * count // ranks, (rank + 1) * count // ranks)

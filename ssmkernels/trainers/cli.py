@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from ssmkernels._names import unknown
+from ssmkernels.distributed import is_of_lost_rank
+from ssmkernels.trainers.checkpoint import one_line
 from ssmkernels.trainers.classifier import DataConfig
 from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
@@ -116,6 +118,15 @@ def main(argv: Sequence[str]) -> int:
         raise  # ssmkernels.cli says what to install
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"ssmkernels train: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_of_lost_rank(error):
+            raise
+        print(
+            f"ssmkernels train: another rank ended, or did not answer for {config.run.timeout:g} s (--run.timeout);"
+            f" --resume goes on from the last checkpoint. ({one_line(error)})",
+            file=sys.stderr,
+        )
         return 1
     if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
         return 0

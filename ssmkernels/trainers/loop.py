@@ -15,6 +15,7 @@ import threading
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -26,7 +27,7 @@ from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.distributed import all_reduce_sum
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, one_line, save_checkpoint
 from ssmkernels.trainers.progress import RunLog
-from ssmkernels.trainers.settings import Count, Settings
+from ssmkernels.trainers.settings import Count, Positive, Settings
 
 if TYPE_CHECKING:
     from ssmkernels.trainers.base import Trainer
@@ -71,6 +72,10 @@ class RunConfig(Settings):
     """Processes that load and augment images, per rank."""
     bar: bool = True
     """Show a progress bar."""
+    timeout: Positive = 1800.0
+    """Seconds that a rank waits for the others, which may be in a search or a clustering that the first one does alone;
+    then it ends with an error, and the run can be resumed.
+    """
 
 
 @dataclass
@@ -97,23 +102,28 @@ class RunResult:
 
 
 def make_fabric(
-    *, precision: Precision = "32-true", accelerator: Accelerator = "auto", find_unused_parameters: bool = False
+    run: RunConfig | None = None, *, precision: Precision = "32-true", find_unused_parameters: bool = False
 ) -> Fabric:
     """A launched Fabric: the ranks that ``torchrun`` started, or one device without it.
 
     Args:
+        run: its accelerator and timeout count.
         precision: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``.
         find_unused_parameters: for DDP, where some parameters take part in no loss.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision is {precision!r}; it should be '32-true', 'bf16-mixed' or '16-mixed'")
+    run = run or RunConfig()
+    accelerator = run.accelerator
     if accelerator not in get_args(Accelerator):
         choices = ", ".join(get_args(Accelerator))
         raise ValueError(f"--run.accelerator is {accelerator!r}; it should be one of {choices}")
     if accelerator in ("cuda", "gpu") and not torch.cuda.is_available():
         raise ValueError(f"--run.accelerator is {accelerator}, but torch sees no CUDA device; give cpu or auto")
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
+    strategy: DDPStrategy | str = "auto"
+    if world > 1:
+        strategy = DDPStrategy(find_unused_parameters=find_unused_parameters, timeout=timedelta(seconds=run.timeout))
     fabric = Fabric(
         accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
     )

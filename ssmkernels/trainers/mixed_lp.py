@@ -377,7 +377,7 @@ def train_mixed_lp(
     if images is None:
         images = data.load_collection(config.data.name, config.data.root)
     fabric = make_fabric(
-        precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.warm_up_epochs > 0
+        config.run, precision=config.precision, find_unused_parameters=config.warm_up_epochs > 0
     )  # the backbone takes no part in the warm-up
     trainer = MixedLP(config, images, fabric, model=model)
     return trainer.run(

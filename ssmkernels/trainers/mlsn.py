@@ -346,7 +346,7 @@ def train_mlsn(
     """
     if splits is None:
         splits = data.load_dataset(config.data.name, config.data.root)
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run, precision=config.precision)
     return MLSN(config, splits, fabric, model=model).run(resume=resume)
 
 

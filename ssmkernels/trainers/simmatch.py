@@ -346,9 +346,7 @@ def train_simmatch(
     if splits is None:
         splits = data.load_dataset(config.data.name, config.data.root)
     # Without L_in nothing uses the projection head.
-    fabric = make_fabric(
-        precision=config.precision, accelerator=config.run.accelerator, find_unused_parameters=config.lambda_in == 0
-    )
+    fabric = make_fabric(config.run, precision=config.precision, find_unused_parameters=config.lambda_in == 0)
     return SimMatch(config, splits, fabric, model=model).run(resume=resume)
 
 

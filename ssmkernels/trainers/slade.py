@@ -382,7 +382,7 @@ def train_slade(
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     if config.data.fold is None:
         return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images, model=model)
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run, precision=config.precision)
     trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images, model=model)
     return trainer.run(resume=resume, epoch_ends=_EpochEnds(trainer), best=SELECTED_BY)
 
@@ -451,7 +451,7 @@ def concatenated_retrieval(
         ``test_*`` of the embeddings side by side, each of norm 1, and ``separate_test_*``, the mean over the networks
         by themselves, for MAP@R, RP and P@1.
     """
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run, precision=config.precision)
     embeddings, apart = [], []
     for of_fold in _of_folds(config):
         network = build_network(of_fold, images) if model is None else deepcopy(model)

@@ -370,7 +370,7 @@ def train_swav(
         if evaluation_images is not None:
             raise ValueError("evaluation_images are given without images; it should be both, or images alone")
         images, evaluation_images = load_images(config.data)
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run, precision=config.precision)
     trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric, model=model)
     epoch_ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
     result = trainer.run(resume=resume, epoch_ends=epoch_ends)

@@ -121,7 +121,7 @@ def finished(request: Request, cells: Sequence[Cell], values: Values) -> dict[Ce
 def trained(config: MLSNConfig, folder: Path) -> MLSN:
     """A trainer at the end of a finished run, from the checkpoint in ``folder``."""
     splits = images.load_dataset(config.data.name, config.data.root)
-    trainer = MLSN(config, splits, make_fabric(precision=config.precision, accelerator=config.run.accelerator))
+    trainer = MLSN(config, splits, make_fabric(config.run, precision=config.precision))
     trainer.load_state_dict(load_checkpoint(folder / "checkpoint.pt")["trainer"])
     return trainer
 

@@ -63,7 +63,7 @@ def unlabeled_map(config: SladeConfig, best: Path, folder: Path) -> float:
     assert parts.unlabeled is not None
     network = build_network(replace(config, weights=None), labeled)
     network.load_state_dict(load_checkpoint(best)["model"])
-    fabric = make_fabric(accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run)
     batches = parts.evaluation_batches(parts.unlabeled, fabric)
     _, embeddings, labels = embed(network.to(fabric.device), batches, device=fabric.device)
     return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())["MAP@R"]
@@ -138,7 +138,7 @@ def look_before_and_after(config: SladeConfig, folder: Path) -> dict[str, float]
     """
     config.run.out = str(folder)
     labeled, unlabeled = load_images(config.data)
-    fabric = make_fabric(precision=config.precision, accelerator=config.run.accelerator)
+    fabric = make_fabric(config.run, precision=config.precision)
     trainer = Slade(config, labeled, fabric, unlabeled_images=unlabeled)
     train = functools.partial(fit, trainer, fabric=fabric, run=config.run, config=asdict(config), resume=True)
     for stage, steps in zip(STAGES, (config.teacher_steps + config.warm_up_steps, config.steps), strict=True):

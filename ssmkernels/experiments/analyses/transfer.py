@@ -117,7 +117,7 @@ def rate(
         mean=mean,
         std=std,
         image_size=None if name in INSIDE_PACKAGES else 224,
-        device=make_fabric(accelerator=config.run.accelerator).device,
+        device=make_fabric(config.run).device,
         workers=config.run.workers,
         penalties=penalties,
     )._asdict()
