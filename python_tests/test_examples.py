@@ -40,7 +40,15 @@ def run(monkeypatch, capsys):
 
 
 def test_all_are_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SMALL, "lightning_simmatch"}
+
+
+def test_simmatch_in_lightning_gains_by_unlabelled_images(monkeypatch, capsys):
+    pytest.importorskip("pytorch_lightning")
+    monkeypatch.setattr(sys, "argv", ["lightning_simmatch.py", "--seed", "2"])
+    runpy.run_path(str(EXAMPLES / "lightning_simmatch.py"), run_name="__main__")
+    alone, simmatch = (float(share) for share in re.findall(r"(\S+) % of all images right", capsys.readouterr().out))
+    assert 60 < alone < simmatch
 
 
 @pytest.mark.parametrize("name", SMALL)

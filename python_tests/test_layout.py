@@ -18,7 +18,7 @@ LAYERS = [
     {"ops"},
     {"graph"},
     {"nn", "estimators"},
-    {"trainers", "bench"},
+    {"trainers", "bench", "lightning"},
     {"experiments"},
     {"cli"},
     {"__main__"},
