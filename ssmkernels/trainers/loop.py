@@ -26,6 +26,7 @@ from ssmkernels._files import WriteError, write_atomically
 from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.distributed import all_reduce_sum
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, one_line, save_checkpoint
+from ssmkernels.trainers.loggers import LoggerName
 from ssmkernels.trainers.progress import RunLog
 from ssmkernels.trainers.settings import Count, Positive, Settings
 
@@ -57,7 +58,7 @@ class RunConfig(Settings):
     section: ClassVar[str] = "run."
 
     out: str | None = None
-    """Folder of checkpoint.pt, labels.txt, metrics.jsonl and tensorboard/; without one nothing is written."""
+    """Folder of checkpoint.pt, labels.txt, metrics.jsonl and what the logger writes; without one nothing is written."""
     log_every: Count = 10
     """Steps between reads of the losses."""
     eval_every: Count | None = None
@@ -75,6 +76,10 @@ class RunConfig(Settings):
     timeout: Positive = 1800.0
     """Seconds that a rank waits for the others, which may be in a search or a clustering that the first one does alone;
     then it ends with an error, and the run can be resumed.
+    """
+    logger: LoggerName = "tensorboard"
+    """Where the scalars of metrics.jsonl go too: TensorBoard's events, a table in csv/metrics.csv, Weights & Biases
+    (which is installed apart) or nowhere.
     """
 
 
@@ -218,6 +223,7 @@ def _fit(
             shown=trainer.shown,
             writes=fabric.is_global_zero,
             bar=run.bar,
+            logger=run.logger,
         ) as log,
     ):
         for batch in trainer.batches(done.step):

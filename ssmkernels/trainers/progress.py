@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a run shows and leaves behind: a progress bar, TensorBoard scalars and ``metrics.jsonl``."""
+"""What a run shows and leaves behind: a progress bar, ``metrics.jsonl`` and what a logger of Fabric makes of it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from tqdm import tqdm
 
 from ssmkernels._files import LineFile, atomic_file
 from ssmkernels.distributed import all_reduce_mean
+from ssmkernels.trainers.loggers import LoggerName, make_logger
 
 
 class RunLog:
     """Collects the metrics of every step on the device and reads them, once, at each :meth:`flush`.
 
     Args:
-        folder: where ``metrics.jsonl`` and the TensorBoard events go; None writes nothing.
+        folder: where ``metrics.jsonl`` and the files of the logger go; None writes nothing.
         steps: steps of the whole run; start: those done before this log.
         window: sums of the metrics since the last evaluation and their number of ``steps``, for a run that is resumed.
         images_per_step: for the rate shown.
         scalars: turns the means of the step metrics into the scalars reported.
         shown: the scalars in the bar's postfix.
         writes: False on every rank but the first.
+        logger: see :func:`ssmkernels.trainers.loggers.make_logger`.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RunLog:
         shown: tuple[str, ...],
         writes: bool = True,
         bar: bool = True,
+        logger: LoggerName = "tensorboard",
     ) -> None:
         self.step = start
         self.images_per_step = images_per_step
@@ -62,15 +65,13 @@ class RunLog:
             leave=False,
             mininterval=pause,
         )
-        self.file = self.board = None
+        self.file: LineFile | None = None
+        self.logger: Any = None
         if folder is not None and writes:
-            # Slow to import, and not needed by runs that write nothing
-            from torch.utils.tensorboard import SummaryWriter
-
             path = folder / "metrics.jsonl"
             keep_records_until(path, start)  # the steps after the checkpoint are about to be done again
             self.file = LineFile(path)
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self.logger = make_logger(logger, folder, start=start)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """The metrics of one step, scalars on the device: no synchronisation."""
@@ -120,9 +121,10 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.file is not None and self.board is not None:
+        if self.file is not None:
             self.file.close()
-            self.board.close()
+        if self.logger is not None:
+            self.logger.finalize("success")
 
     def __enter__(self) -> RunLog:
         return self
@@ -131,11 +133,10 @@ class RunLog:
         self.close()
 
     def _write(self, group: str, values: Mapping[str, float]) -> None:
-        if self.file is None or self.board is None:
-            return
-        self.file.write(json.dumps({"step": self.step, "group": group, **values}))
-        for name, value in values.items():
-            self.board.add_scalar(f"{group}/{name}", value, self.step)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": self.step, "group": group, **values}))
+        if self.logger is not None:
+            self.logger.log_metrics({f"{group}/{name}": value for name, value in values.items()}, self.step)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
