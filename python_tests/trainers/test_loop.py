@@ -16,7 +16,7 @@ from ssmkernels.trainers.loop import RunConfig, RunResult, StopSignals, fit, mak
 class Countdown:
     """A trainer of one number."""
 
-    learning_rate, images_per_step, shown, steps = 0.1, 1, ("loss",), 3000
+    learning_rate, images_per_step, shown = 0.1, 1, ("loss",)
 
     def __init__(self, signal_at=None):
         self.value = torch.tensor(10.0)

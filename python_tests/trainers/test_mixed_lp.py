@@ -207,7 +207,7 @@ def test_affine_maps_of_frozen_batch_norm_learn_after_the_warm_up(make_config, c
 
     def learnt(**settings):
         config = make_config(freeze_bn=True, warm_up_epochs=1, warm_up_images="labeled", **settings)
-        trainer = MixedLP(config, collection, make_fabric(accelerator="cpu"))
+        trainer = MixedLP(config, collection, make_fabric(RunConfig(accelerator="cpu")))
         states = [{name: value.clone() for name, value in trainer.network.state_dict().items()}]
         for step, batch in enumerate(batches_of(trainer, 0, 4)):
             trainer.step(batch, step)

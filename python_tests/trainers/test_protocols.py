@@ -68,7 +68,7 @@ def mlsn(**settings):
     chosen = DataConfig(labels=20, held_out=settings.pop("held_out", 0))
     run = RunConfig(accelerator="cpu", bar=False)
     config = MLSNConfig(chosen, model="convnet-small", batch_size=4, pairs=8, hidden_features=4, run=run, **settings)
-    return MLSN(config, data.load_dataset("digits"), make_fabric(accelerator="cpu"))
+    return MLSN(config, data.load_dataset("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
 def test_held_out_images_are_of_each_class_and_are_not_learnt_from():

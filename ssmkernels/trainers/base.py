@@ -40,7 +40,7 @@ class Trainer(ABC):
 
     optimizer: Any
     steps: int
-    """Of the whole run. An evaluation may make them fewer."""
+    """Of the whole run."""
     images_per_step: int
     """All ranks together, each view counted."""
     shown: tuple[str, ...] = ("loss",)
@@ -89,7 +89,12 @@ class Trainer(ABC):
             resume=resume,
             epoch_ends=epoch_ends,
             best=best,
+            ended=self.ended,
         )
+
+    def ended(self, step: int) -> bool:
+        """Whether the run is over after ``step`` steps, although there are more."""
+        return False
 
     @property
     def learning_rate(self) -> float:

@@ -12,7 +12,7 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -147,6 +147,7 @@ def fit(
     resume: bool = False,
     epoch_ends: Container[int] | None = None,
     best: str | None = None,
+    ended: Callable[[int], bool] = lambda step: False,
 ) -> RunResult:
     """Runs ``trainer`` to ``steps``, or until Ctrl-C or SIGTERM, which end it after the current step with a checkpoint.
 
@@ -161,6 +162,8 @@ def fit(
         epoch_ends: the numbers of steps after which an epoch is over; by default every 1024th.
         best: a figure of the evaluations. Whenever it is higher than ever before, the evaluation and the ``model`` of
             the trainer's state are kept in ``run.out``/best.pt.
+        ended: whether the run is over after so many steps, although they are fewer than ``steps``; it is asked after an
+            evaluation.
 
     Raises:
         FloatingPointError: a loss is not finite; it names the step.
@@ -180,6 +183,7 @@ def fit(
             resume=resume,
             epoch_ends=range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends,
             best=best,
+            ended=ended,
         )
 
 
@@ -194,6 +198,7 @@ def _fit(
     resume: bool,
     epoch_ends: Container[int],
     best: str | None,
+    ended: Callable[[int], bool],
 ) -> RunResult:
     """:func:`fit`, with a checkpoint at ``path`` in a folder that no other process uses."""
     done = RunResult(finished=False, step=0, steps=steps)
@@ -202,6 +207,7 @@ def _fit(
         if not resume:
             raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
         done, window = _load_run(path, trainer, fabric, steps, config)
+        done.finished |= ended(done.step)
     if done.finished:
         return done
     if path is not None and fabric.is_global_zero and (labels := trainer.labels_text()) is not None:
@@ -239,7 +245,7 @@ def _fit(
                 log.flush(learning_rate=trainer.learning_rate)
             if evaluating:
                 done.history.append({"step": done.step, **log.evaluation(trainer.evaluate())})
-                done.finished |= done.step >= trainer.steps  # which an evaluation may make fewer
+                done.finished |= ended(done.step)
                 saving = saving or done.finished
             if evaluating and best is not None and path is not None and done.best(best) is done.history[-1]:
                 weights = {"evaluation": done.history[-1], "model": trainer.state_dict()["model"]}
@@ -294,8 +300,7 @@ def _load_run(
         fabric.strategy.precision.load_state_dict(state["precision"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit what is trained: {one_line(error)}") from error
-    finished = state["step"] >= min(steps, trainer.steps)
-    done = RunResult(finished=finished, step=state["step"], history=state["history"], steps=steps)
+    done = RunResult(finished=state["step"] == steps, step=state["step"], history=state["history"], steps=steps)
     return done, state["window"]
 
 

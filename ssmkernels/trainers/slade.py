@@ -104,7 +104,7 @@ class Slade(Trainer):
             "batch_size", config.per_class * ranks, f"per_class, {config.per_class}, times the {ranks} ranks"
         )
         super().__init__(config, fabric)
-        self.images_per_step = config.batch_size * (2 if config.uses_unlabeled else 1)
+        self.steps, self.images_per_step = config.steps, config.batch_size * (2 if config.uses_unlabeled else 1)
         self.done = 0
         """Steps."""
         self.skipped = 0
@@ -136,10 +136,8 @@ class Slade(Trainer):
         self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
         self.start = deepcopy({name: part.state_dict() for name, part in self.parts().items()})
 
-    @property
-    def steps(self) -> int:  # type: ignore[override]
-        """Of the whole run, less those that are left out after a plateau."""
-        return self.config.steps - self.skipped
+    def ended(self, step: int) -> bool:
+        return step + self.skipped >= self.steps
 
     @property
     def position(self) -> int:
