@@ -187,6 +187,17 @@ def _digest(file: BinaryIO, count: int) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def naming_write_errors(path: Path) -> Iterator[None]:
+    """Within it an error of the system becomes a :class:`WriteError` of ``path``."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 class LineFile:
     """A text file that grows by whole lines: one that does not fit on the disk leaves nothing of itself.
 
@@ -196,13 +207,13 @@ class LineFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._named_errors():
+        with naming_write_errors(self.path):
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115 -- closed by close()
 
     def write(self, line: str) -> None:
         """Appends ``line`` and a newline."""
         data = f"{line}\n".encode()
-        with self._named_errors():
+        with naming_write_errors(self.path):
             size = os.fstat(self.file.fileno()).st_size
             try:
                 while data:
@@ -213,15 +224,8 @@ class LineFile:
 
     def sync(self) -> None:
         """What was written so far survives a loss of power."""
-        with self._named_errors():
+        with naming_write_errors(self.path):
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise WriteError(error.errno, error.strerror, str(self.path)) from error

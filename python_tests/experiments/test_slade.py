@@ -121,7 +121,7 @@ def test_ablation_1_fine_tunes_first(tmp_path):
     assert ran == {"random, then SwAV"} and backbone.stat().st_size > 0
 
 
-def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch):
+def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch, capsys):
     fitted = []
     fit = similarities.fit
 
@@ -154,6 +154,14 @@ def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch):
         assert all(0 <= share <= 1 for share in shares)
         assert figures[stage, "mean of positives"] == (float(positives.mean()),)
         assert figures[stage, "right negatives by clusters"] == (float(shares[3]),)
+    capsys.readouterr()
+    for path in tmp_path.glob("jobs/pairs-*/*.npz"):  # torn, a stage is named and made again
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        assert main(command) == 1
+        assert f"{path} is damaged" in (errors := capsys.readouterr().err) and "the same command makes it" in errors
+        assert main(command) == 0
+        assert path.read_bytes() == whole
 
 
 def test_ranking_counts_pairs():

@@ -63,12 +63,13 @@ def main(argv: Sequence[str]) -> int:
             return 130
         except Exception as error:
             complete[name] = False
-            if isinstance(error, DamagedFile):
-                discard_damaged(error, request.jobs)
+            message = str(error)
+            if isinstance(error, DamagedFile) and discard_damaged(error, request.jobs):
+                message = f"{error.path} is damaged ({error.problem}); the same command makes it again"
             if not isinstance(error, EXPECTED):
                 traceback.print_exc()
             if this_rank()[0] == 0:
-                print(f"ssmkernels reproduce {name}: {error}", file=sys.stderr)
+                print(f"ssmkernels reproduce {name}: {message}", file=sys.stderr)
     if len(names) > 1 and this_rank()[0] == 0:
         failed = [name for name in names if not complete[name]]
         failures = f" Failed: {', '.join(failed)}." if failed else ""

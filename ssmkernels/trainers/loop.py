@@ -271,7 +271,7 @@ def _fit(
 
 
 def _check_same_labels(path: Path, labels: str | None) -> None:
-    if labels is not None and path.exists() and path.read_text(encoding="utf-8") != labels:
+    if labels is not None and path.exists() and path.read_bytes() != labels.encode():
         raise ValueError(
             f"{path} has other labelled images than this run would have; give it as --data.labels_file, or another"
             " folder with --run.out"

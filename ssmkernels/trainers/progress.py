@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssmkernels._files import LineFile, atomic_file
+from ssmkernels._files import LineFile, atomic_file, naming_write_errors
 from ssmkernels.distributed import all_reduce_mean
 from ssmkernels.trainers.loggers import LoggerName, make_logger
 
@@ -71,7 +73,12 @@ class RunLog:
             path = folder / "metrics.jsonl"
             keep_records_until(path, start)  # the steps after the checkpoint are about to be done again
             self.file = LineFile(path)
-            self.logger = make_logger(logger, folder, start=start)
+            self.place = folder / logger
+            with naming_write_errors(self.place):
+                self.logger = make_logger(logger, folder, start=start)
+            if self.logger is not None:
+                self.thread_errors = threading.excepthook
+                threading.excepthook = partial(_report_unless_of_event_writer, self.thread_errors)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """The metrics of one step, scalars on the device: no synchronisation."""
@@ -124,7 +131,9 @@ class RunLog:
         if self.file is not None:
             self.file.close()
         if self.logger is not None:
-            self.logger.finalize("success")
+            with naming_write_errors(self.place):
+                self.logger.finalize("success")
+            threading.excepthook = self.thread_errors
 
     def __enter__(self) -> RunLog:
         return self
@@ -136,7 +145,16 @@ class RunLog:
         if self.file is not None:
             self.file.write(json.dumps({"step": self.step, "group": group, **values}))
         if self.logger is not None:
-            self.logger.log_metrics({f"{group}/{name}": value for name, value in values.items()}, self.step)
+            with naming_write_errors(self.place):
+                self.logger.log_metrics({f"{group}/{name}": value for name, value in values.items()}, self.step)
+
+
+def _report_unless_of_event_writer(
+    report: Callable[[threading.ExceptHookArgs], Any], error: threading.ExceptHookArgs
+) -> None:
+    """TensorBoard's thread raises its errors in the next call too, where they are reported in one line."""
+    if type(error.thread).__module__.partition(".")[0] != "tensorboard":
+        report(error)
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:

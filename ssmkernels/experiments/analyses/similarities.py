@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssmkernels import data as images
 from ssmkernels import metrics
-from ssmkernels._files import checksummed_archive, is_whole, set_aside
+from ssmkernels._files import checksummed_archive, is_whole, set_aside, verify_checksum
 from ssmkernels._plots import colour, label_axes, new_figure, save, shared_legend
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.record import Plot
@@ -159,9 +159,14 @@ def look_before_and_after(config: SladeConfig, folder: Path) -> dict[str, float]
 
 
 def read_stages(folder: Path) -> dict[str, Similarities]:
-    """What :func:`look_before_and_after` has left in ``folder``."""
+    """What :func:`look_before_and_after` has left in ``folder``.
+
+    Raises:
+        DamagedFile: a file is not what was left.
+    """
     stages = {}
     for stage in STAGES:
+        verify_checksum(folder / f"{stage}.npz")
         with np.load(folder / f"{stage}.npz") as arrays:
             stages[stage] = Similarities(**arrays)
     return stages
