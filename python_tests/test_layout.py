@@ -19,7 +19,7 @@ LAYERS = [
     {"graph"},
     {"nn", "estimators"},
     {"trainers", "bench", "lightning"},
-    {"experiments"},
+    {"experiments", "finished"},
     {"cli"},
     {"__main__"},
 ]

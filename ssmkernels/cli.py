@@ -23,6 +23,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("ssmkernels.trainers.cli", "train a model with one of the papers' methods"),
+    "evaluate": Command("ssmkernels.finished.evaluate", "evaluate a finished run again"),
+    "predict": Command("ssmkernels.finished.predict", "classes or embeddings of a folder of images by a finished run"),
+    "export": Command("ssmkernels.finished.export", "weights, program and model card of a finished run"),
     "reproduce": Command("ssmkernels.experiments.cli", "run a table or figure of a paper"),
     "report": Command("ssmkernels.experiments.report", "one page of what reproduce has left in a folder"),
     "demo": Command(

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from ssmkernels import data
 from ssmkernels._files import WriteError
 from ssmkernels._locks import FolderInUse
 from ssmkernels.trainers import loop
@@ -34,6 +35,8 @@ class Countdown:
 
     def scalars(self, means):
         return means
+
+    seen = data.SeenImages(mean=(0.5,), std=(0.5,), image_size=8, resize=8, channel_order="L")
 
     def labels_text(self):
         return None

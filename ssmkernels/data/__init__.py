@@ -28,6 +28,7 @@ from ssmkernels.data.retrieval import (
     take,
 )
 from ssmkernels.data.retrieval_readers import COLLECTIONS, load_collection
+from ssmkernels.data.seen import SeenImages
 from ssmkernels.data.split import split_labels
 from ssmkernels.data.streams import IndexStream, Stream, generator
 from ssmkernels.data.union import ImageUnion, unite
@@ -52,6 +53,7 @@ __all__ = [
     "MultiCropBatches",
     "PKBatches",
     "RetrievalViews",
+    "SeenImages",
     "Stream",
     "TrainBatches",
     "augment",

@@ -215,11 +215,11 @@ def retrieval_views(
         raise ValueError(f"size is {size}; it should be at least 1")
     flip = collection.augmentation in ("imagenet", "crop-flip")
     if collection.augmentation in ("crop", "crop-flip") and size == collection.image_size:
-        as_they_are = None if order == "native" else _EvaluationView(None, order)
+        as_they_are = None if order == "native" else EvaluationView(None, order)
         return RetrievalViews(_TrainingView(Weak(size, size // 8, flip), order), as_they_are, mean, std)
     evaluation = ResizeCenterCrop(round(size * 256 / 224) if resize is None else resize, size)
     return RetrievalViews(
-        _TrainingView(ImageNetWeak(size, crop_scale, flip), order), _EvaluationView(evaluation, order), mean, std
+        _TrainingView(ImageNetWeak(size, crop_scale, flip), order), EvaluationView(evaluation, order), mean, std
     )
 
 
@@ -237,19 +237,21 @@ class _TrainingView:
     order: str
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return _reordered(self.crop(image, rng), self.order)
+        return reordered(self.crop(image, rng), self.order)
 
 
 @dataclass(frozen=True)
-class _EvaluationView:
+class EvaluationView:
+    """The centre of an image, or all of it, with its channels in an order."""
+
     crop: EvaluationTransform | None
     order: str
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return _reordered(image if self.crop is None else self.crop(image), self.order)
+        return reordered(image if self.crop is None else self.crop(image), self.order)
 
 
-def _reordered(image: Image.Image, order: str) -> Image.Image:
+def reordered(image: Image.Image, order: str) -> Image.Image:
     if order == "native":
         return image
     image = image.convert("RGB")

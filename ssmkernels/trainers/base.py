@@ -41,6 +41,8 @@ class Trainer(ABC):
     optimizer: Any
     steps: int
     """Of the whole run."""
+    seen: data.SeenImages
+    """How the network sees images when it is evaluated."""
     images_per_step: int
     """All ranks together, each view counted."""
     shown: tuple[str, ...] = ("loss",)

@@ -68,6 +68,9 @@ class ClassifierTrainer(Trainer):
         self.splits, self.steps = splits, config.steps
         self.measures_pseudo_labels = bool((splits.train.labels >= 0).all())
         self.transforms = data.default_transforms(splits)
+        self.seen = data.SeenImages.of(
+            self.transforms.evaluation, splits.mean, splits.std, size=splits.image_size, class_names=splits.class_names
+        )
         if config.data.labels_file is not None:
             self.labeled_index = data.read_labels(config.data.labels_file, splits.train, splits.class_names)
         else:

@@ -14,7 +14,7 @@ import statistics
 import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -254,6 +254,7 @@ def _fit(
             if saving and path is not None:
                 state = {
                     "config": config,
+                    "images": asdict(trainer.seen),
                     "step": done.step,
                     "history": done.history,
                     "window": log.window,

@@ -151,6 +151,18 @@ class MixedLPConfig(Settings):
             raise ValueError("labeled_epochs and epochs are 0; at least one of them should be positive")
 
 
+def build_network(config: MixedLPConfig, images: data.SeenImages) -> models.EmbeddingModel:
+    """The network of ``config`` for these images, from random weights."""
+    return models.build_embedding_model(
+        config.model,
+        config.embedding_dim,
+        pooling=config.pooling,
+        freeze_bn=config.freeze_bn,
+        in_channels=images.channels,
+        image_size=images.image_size,
+    )
+
+
 class MixedLP(Trainer):
     """Section 3.3, for :func:`ssmkernels.trainers.loop.fit`.
 
@@ -195,17 +207,10 @@ class MixedLP(Trainer):
 
         normalization = "native" if model is not None else models.preprocessing(config.model)
         self.views = data.retrieval_views(images, normalization, size=config.data.image_size)
+        self.seen = data.SeenImages.of(*self.views[1:], size=config.data.image_size or images.image_size)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            if model is None:
-                model = models.build_embedding_model(
-                    config.model,
-                    config.embedding_dim,
-                    pooling=config.pooling,
-                    freeze_bn=config.freeze_bn,
-                    in_channels=len(self.views.mean),
-                    image_size=config.data.image_size or images.image_size,
-                )
+            model = build_network(config, self.seen) if model is None else model
             self.proxies = ProxyLoss(classes, config.embedding_dim, epsilon=config.epsilon, margin=config.margin)
         self.load_weights(model)
         self.network = channels_last(model)

@@ -168,7 +168,7 @@ class MLSNNetwork(nn.Module):
         return self.classifier(features), features
 
 
-def build_network(config: MLSNConfig, splits: data.ImageSplits) -> MLSNNetwork:
+def build_network(config: MLSNConfig, splits: data.ImageSplits | data.SeenImages) -> MLSNNetwork:
     """The network of ``config`` for these images, freshly initialised from its seed; the same with and without a
     similarity network.
     """

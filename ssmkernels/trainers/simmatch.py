@@ -132,6 +132,20 @@ class TeacherViews(NamedTuple):
     """[μB, D], of the unlabelled ones."""
 
 
+def build_network(config: SimMatchConfig, images: data.ImageSplits | data.SeenImages) -> models.ProjectionModel:
+    """The network of ``config`` for these images, freshly initialised from its seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return models.build_model(
+            config.model,
+            images.num_classes,
+            in_channels=images.channels,
+            projection_dim=config.projection_dim,
+            bn_momentum=config.bn_momentum,
+            image_size=images.image_size,
+        )
+
+
 class SimMatch(ClassifierTrainer):
     """Algorithm 1, for :func:`ssmkernels.trainers.loop.fit`.
 
@@ -154,17 +168,7 @@ class SimMatch(ClassifierTrainer):
         classes, unlabeled = splits.num_classes, config.uses_unlabeled
         self.images_per_step = config.batch_size * (1 + (2 * config.mu if unlabeled else 0))
         self.shown = ("loss", "loss_labeled", *(("loss_unlabeled", "loss_instance", "mask_rate") if unlabeled else ()))
-        if model is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(config.seed)
-                model = models.build_model(
-                    config.model,
-                    classes,
-                    in_channels=splits.channels,
-                    projection_dim=config.projection_dim,
-                    bn_momentum=config.bn_momentum,
-                    image_size=splits.image_size,
-                )
+        model = build_network(config, splits) if model is None else model
         optimizer = torch.optim.SGD(
             model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
             lr=config.learning_rate,

@@ -114,6 +114,8 @@ class Slade(Trainer):
         early = () if config.patience is None else ("skipped", "best")
         self.saved = ("pseudo_labels", "clustering", *early)
         self.images = SladeImages(config, images, unlabeled_images, native=model is not None)
+        size = config.data.image_size or images.image_size
+        self.seen = data.SeenImages.of(*self.images.views(images)[1:], size=size)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
             raise ValueError(
                 f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images"
@@ -199,10 +201,13 @@ class Slade(Trainer):
                 parameter.grad = all_reduce_mean(parameter.grad)
         self.optimizer.step()
         self.done += 1
-        self.final = step >= self.config.steps - (
-            self.config.student_steps if self.config.uses_unlabeled else self.config.teacher_steps
-        )
+        self.final = self.is_final(step)
         return {name: value.detach() for name, value in losses.items()}
+
+    def is_final(self, step: int) -> bool:
+        """Whether ``step`` is one of the network that the run is for."""
+        config = self.config
+        return step >= config.steps - (config.student_steps if config.uses_unlabeled else config.teacher_steps)
 
     def losses(self, batch: SladeBatch, stage: Stage) -> dict[str, Tensor]:
         """The losses of a stage, over the pairs of the whole batch on every rank; those that it does not have are 0."""
@@ -463,7 +468,7 @@ def concatenated_retrieval(
     return {**_retrieval("test", torch.cat(embeddings, dim=1), labels, parts.test.queries), **means}
 
 
-def build_network(config: SladeConfig, images: data.ImageCollection) -> nn.Module:
+def build_network(config: SladeConfig, images: data.ImageCollection | data.SeenImages) -> nn.Module:
     """The network of ``config`` for these images, from random weights."""
     return models.build_embedding_model(
         config.model,

@@ -185,9 +185,10 @@ class SwAV(Trainer):
             blur=config.blur,
         )
         self.evaluation_views = data.retrieval_views(evaluation_images, normalization, size=size)
+        self.seen = data.SeenImages.of(*self.evaluation_views[1:], size=size)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            self.network = _build_network(config, len(self.views.mean), size) if model is None else model
+            self.network = build_network(config, self.seen) if model is None else model
         self.load_weights(self.network)
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # as SwAV does; there is none for the CPU
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
@@ -245,7 +246,7 @@ class SwAV(Trainer):
     def evaluate(self) -> dict[str, float]:
         """Retrieval by the cosine of pooled features of the backbone: P@1, R@k, P@k, RP and MAP@R."""
         images = self.evaluation_images
-        features, _, labels = self.embed(_Features(self.network), images.images, self.evaluation_views)
+        features, _, labels = self.embed(UnitFeatures(self.network), images.images, self.evaluation_views)
         figures = retrieval(features, labels, images.queries) if self.fabric.is_global_zero else {}
         return self.fabric.broadcast({f"test_{name}": value for name, value in figures.items()})
 
@@ -293,14 +294,17 @@ class SwAVNetwork(nn.Module):
         return self.backbone(images).mean(dim=(2, 3))
 
 
-def _build_network(config: SwAVConfig, in_channels: int, image_size: int) -> SwAVNetwork:
-    built = models.build_embedding_model(config.model, freeze_bn=False, in_channels=in_channels, image_size=image_size)
+def build_network(config: SwAVConfig, images: data.SeenImages) -> SwAVNetwork:
+    """The network of ``config`` for these images, from random weights."""
+    built = models.build_embedding_model(
+        config.model, freeze_bn=False, in_channels=images.channels, image_size=images.image_size
+    )
     head = PrototypeHead(built.feature_dim, config.hidden_dim, config.embedding_dim, config.num_prototypes)
     return SwAVNetwork(built.backbone, head)  # the linear embedding is of no use here
 
 
-class _Features(nn.Module):
-    """Unit features, twice, as :func:`embed` takes a network."""
+class UnitFeatures(nn.Module):
+    """Unit features [N, d] of a backbone, twice, as :func:`embed` takes a network."""
 
     def __init__(self, network: SwAVNetwork) -> None:
         super().__init__()
