@@ -12,7 +12,7 @@ export TORCH_CUDA_ARCH_LIST ?= $(or $(DEVICES),9.0+PTX)
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
-CLANG_FORMAT_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CLANG_FORMAT_FILES = $(shell find csrc examples -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -147,5 +147,5 @@ asan: setup  ## call the operators below their checks, 300 times each, under Add
 	  PYTHONPATH=$(ASAN) SSMKERNELS_RAW_EXAMPLES=300 $(BIN)/pytest python_tests/ops/test_raw_operators.py
 
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json
+	rm -rf $(VENV) .venv-* build dist *.egg-info ssmkernels/_C.*.so ssmkernels/_build_info.json ssmkernels/cpp
 	rm -rf .pytest_cache .mypy_cache .ruff_cache

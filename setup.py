@@ -211,7 +211,9 @@ class BuildKernels(build_clib):
 
 
 class BuildModule(build_ext):
-    """The one extension there is, ``ssmkernels._C``; it and _build_info.json are left where setuptools wants them."""
+    """The one extension there is, ``ssmkernels._C``; it, _build_info.json and cpp/, which is for C++ users, are left
+    where setuptools wants them.
+    """
 
     def run(self) -> None:
         require_torch()
@@ -221,6 +223,8 @@ class BuildModule(build_ext):
         options = ["-DSSM_PYTHON=ON", f"-Dssmkernels_DIR={KERNELS_FOLDER}", f"-DSSM_OUTPUT={output}"]
         options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
         cmake_build(options, ROOT / "build" / sys.implementation.cache_tag, "_C")
+        install = [require_tool("cmake"), "--install", str(KERNELS_FOLDER), "--component", "cpp"]
+        subprocess.run([*install, "--prefix", str(output / "cpp")], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

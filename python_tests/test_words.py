@@ -19,6 +19,7 @@ WRITTEN_BY_PROGRAMS = (
     "docs/results/report.",
     "docs/_build/",
     "bench/results/",
+    "ssmkernels/cpp/",
     "CMakeUserPresets.json",
 )
 LONGEST_LINE = 120

@@ -137,10 +137,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="ssmkernels info", description="What was built, what machine this is, and what is wrong."
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--cmakedir", action="store_true", help="print the folder for ssmkernels_DIR, which CMake's find_package reads"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.cmakedir:
+        return _print_cmake_folder()
     report = collect()
     print(json.dumps(report, indent=2) if arguments.json else format_report(report))
     return 1 if report["problems"] else 0
+
+
+def _print_cmake_folder() -> int:
+    folder = PACKAGE / "cpp" / "cmake"
+    if folder.is_dir():
+        print(folder)
+        return 0
+    print(f"ssmkernels info: the kernels for C++ are not there; {install_command()}", file=sys.stderr)
+    return 1
 
 
 def _sections(report: Report) -> Iterable[tuple[str, list[tuple[str, str]]]]:

@@ -27,10 +27,10 @@ const char* isa_name(Isa isa);
   namespace ssmkernels::avx512 {   \
   __VA_ARGS__                      \
   }
-#define SSM_CALL_ISA(name, ...)                                         \
-  (current_isa() == Isa::avx512 ? ssmkernels::avx512::name(__VA_ARGS__) \
-   : current_isa() == Isa::avx2 ? ssmkernels::avx2::name(__VA_ARGS__)   \
-                                : ssmkernels::baseline::name(__VA_ARGS__))
+#define SSM_CALL_ISA(name, ...)                                                                 \
+  (ssmkernels::current_isa() == ssmkernels::Isa::avx512 ? ssmkernels::avx512::name(__VA_ARGS__) \
+   : ssmkernels::current_isa() == ssmkernels::Isa::avx2 ? ssmkernels::avx2::name(__VA_ARGS__)   \
+                                                        : ssmkernels::baseline::name(__VA_ARGS__))
 #else
 #define SSM_PER_ISA(...)           \
   namespace ssmkernels::baseline { \
