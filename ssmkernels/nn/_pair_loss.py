@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssmkernels.distributed import Group, check_group, is_split
 from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.ops import _checks as check
@@ -28,6 +29,7 @@ class PairLoss(nn.Module):
         ignore_index: rows with this label are in no pair and in no mean; None has no such label.
         distance, reducer: of ``pytorch_metric_learning.distances`` and ``.reducers``; None for the defaults there.
         embedding_regularizer: called with the embeddings; its value times ``embedding_reg_weight`` is added.
+        group: the ranks whose rows make pairs.
     """
 
     _package_loss: nn.Module | None
@@ -44,8 +46,11 @@ class PairLoss(nn.Module):
         reducer: nn.Module | None,
         embedding_regularizer: nn.Module | None,
         embedding_reg_weight: float,
+        group: Group,
     ) -> None:
         nn.Module.__init__(self)  # not theirs, which makes a distance and reducers
+        check_group(group)
+        self.group = group
         package.check_instance("distance", distance, "distances.BaseDistance")
         package.check_instance("reducer", reducer, "reducers.BaseReducer")
         package.check_instance("embedding_regularizer", embedding_regularizer, "regularizers.BaseRegularizer")
@@ -58,6 +63,11 @@ class PairLoss(nn.Module):
 
     def _leave_to_package(self, path: str, **parameters: float) -> None:
         """Has the loss computed by the package's own class, made with these parameters, distance and reducer."""
+        if self.group != "local":
+            raise ValueError(
+                "group needs a distance and a reducer that the docstring names; for others use the package's"
+                f" DistributedLossWrapper (got distance={self.distance}, reducer={self.reducer})"
+            )
         if self.ignore_index is not None:
             raise ValueError(
                 "ignore_index needs a distance and a reducer that the docstring names; with others, leave those rows"
@@ -100,6 +110,8 @@ class PairLoss(nn.Module):
         x, y, pairs = pair.check_pair_arguments(*arguments, self.ignore_index)
         if self._package_loss is not None:
             return self._package_loss(*arguments)
+        if is_split(self.group):
+            self._check_split(indices_tuple, ref_emb)
         loss = self._loss_of_pairs(embeddings, x, y, pairs)
         if self.embedding_regularizer is None:
             return loss
@@ -108,6 +120,8 @@ class PairLoss(nn.Module):
     def _loss_of_pairs(
         self, embeddings: Tensor, x: Tensor, y: Tensor, pairs: pair.PairIndices | pair.PairLabels
     ) -> Tensor:
+        if isinstance(pairs, pair.PairLabels) and is_split(self.group):
+            return self._loss_over_ranks(x, pairs.labels)
         if x.shape[0] == 0 or pair.at_most_one_is_listed(pairs):
             return pair.zero_loss(embeddings)
         loss = self._loss(x, y, pairs)
@@ -120,6 +134,17 @@ class PairLoss(nn.Module):
         """Of embeddings and references, at least one of each, which are one tensor where the pairs are within a
         batch.
         """
+        raise NotImplementedError
+
+    def _check_split(self, indices_tuple: Sequence[Tensor] | None, ref_emb: Tensor | None) -> None:
+        for name, value in (("indices_tuple", indices_tuple), ("ref_emb", ref_emb)):
+            if value is not None:
+                raise ValueError(f"{name} must be None with a group: its pairs are those of the rows of all ranks")
+        if self.embedding_regularizer is not None:
+            raise ValueError("embedding_regularizer must be None with a group")
+
+    def _loss_over_ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Of the pairs of the rows of all ranks of the group, of which this one has ``x``."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssmkernels import ops
+from ssmkernels.distributed import Group
 from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
@@ -57,6 +58,10 @@ class ContrastiveLoss(PairLoss):
         reducer: of ``pytorch_metric_learning.reducers``, in place of ``reduction``.
         embedding_regularizer: of ``pytorch_metric_learning.regularizers``; its value is added.
         embedding_reg_weight: what that value is multiplied by.
+        group: the ranks whose rows make pairs: a process group, None for the default group, or "local", the default,
+            for this process alone. Each rank calls it with its own embeddings and labels; the loss is that of all rows
+            together, and the gradient that of the own rows (:func:`ssmkernels.distributed.for_ddp`). Not with
+            ``indices_tuple``, ``ref_emb``, or what the package computes.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -73,8 +78,9 @@ class ContrastiveLoss(PairLoss):
         reducer: nn.Module | None = None,
         embedding_regularizer: nn.Module | None = None,
         embedding_reg_weight: float = 1.0,
+        group: Group = "local",
     ) -> None:
-        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight)
+        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight, group)
         self.pos_margin = check.check_number("pos_margin", pos_margin)
         self.neg_margin = check.check_nonnegative("neg_margin", neg_margin)
         check.check_choice("reduction", reduction, get_args(Reduction))
@@ -103,6 +109,17 @@ class ContrastiveLoss(PairLoss):
                 reduction=self.reduction,
                 references=None if columns is rows else columns,
                 reference_labels=None if columns is rows else pairs.reference_labels,
+            )
+
+    def _loss_over_ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        with without_autocast(x):
+            return ops.pair_ranking_loss(
+                self._prepared(x.to(check.compute_dtype(x.dtype))),
+                labels,
+                positive_margin=self.pos_margin,
+                negative_margin=self.neg_margin,
+                reduction=self.reduction,
+                group=self.group,
             )
 
     def _prepared(self, x: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkernels.distributed import Group
 from ssmkernels.nn import _metric_learning as package
+from ssmkernels.nn import _multi_similarity_over_ranks as over_ranks
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.nn._pair_loss import PairLoss
 from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
@@ -39,6 +41,10 @@ class MultiSimilarityLoss(PairLoss):
         reducer: of ``pytorch_metric_learning.reducers``; None, the default, is ``MeanReducer()``.
         embedding_regularizer: of ``pytorch_metric_learning.regularizers``; its value is added.
         embedding_reg_weight: what that value is multiplied by.
+        group: the ranks whose rows make pairs: a process group, None for the default group, or "local", the default,
+            for this process alone. Each rank calls it with its own embeddings and labels; the loss is that of all rows
+            together, and the gradient that of the own rows (:func:`ssmkernels.distributed.for_ddp`). Not with
+            ``indices_tuple``, ``ref_emb``, or what the package computes.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -55,8 +61,9 @@ class MultiSimilarityLoss(PairLoss):
         reducer: nn.Module | None = None,
         embedding_regularizer: nn.Module | None = None,
         embedding_reg_weight: float = 1.0,
+        group: Group = "local",
     ) -> None:
-        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight)
+        super().__init__(ignore_index, distance, reducer, embedding_regularizer, embedding_reg_weight, group)
         self.alpha = check.check_within("alpha", alpha, LEAST_FACTOR, LARGEST_FACTOR)
         self.beta = check.check_within("beta", beta, LEAST_FACTOR, LARGEST_FACTOR)
         self.base = check.check_within("base", base, -LARGEST_FACTOR, LARGEST_FACTOR)
@@ -75,6 +82,12 @@ class MultiSimilarityLoss(PairLoss):
             losses = _log_one_plus_sum_exp(-self.alpha * shifted, positives) / self.alpha
             losses = losses + _log_one_plus_sum_exp(self.beta * shifted, negatives) / self.beta
             return losses.mean()
+
+    def _loss_over_ranks(self, x: Tensor, labels: Tensor) -> Tensor:
+        settings = over_ranks.Settings(self.alpha, self.beta, self.base)
+        with without_autocast(x):
+            rows = self._prepared(x.to(check.compute_dtype(x.dtype)))
+            return over_ranks.multi_similarity_loss(rows, labels, settings, self.group)
 
     def _prepared(self, x: Tensor) -> Tensor:
         return F.normalize(x) if self.normalize else x

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import ops
+from ssmkernels.distributed import Group, all_gather_rows, check_group, is_split
 from ssmkernels.nn._precision import LARGEST_FACTOR, RunningStatistics
 from ssmkernels.ops import _checks as check
 
@@ -48,13 +49,17 @@ class RunningSimilarityMoments(RunningStatistics):
         for name in ("positive_seen", "negative_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.bool))
 
-    def _update(self, basis_features: Tensor, labels: Tensor, *, batch_gradient: bool) -> ops.SimilarityMoments:
+    def _update(
+        self, basis_features: Tensor, labels: Tensor, *, batch_gradient: bool, group: Group = "local"
+    ) -> ops.SimilarityMoments:
         """The moments after this batch, kept in train mode; differentiable as (6) says, or with the gradient of the
         batch's own moments.
 
         The arguments are those that :func:`check_batch` has seen.
         """
-        batch = ops.similarity_moments(basis_features, labels)
+        batch = ops.similarity_moments(basis_features, labels, group=group)
+        if is_split(group):
+            labels = all_gather_rows(labels, group=group)
         # Neighbours in order tell whether any two labels are equal, and whether any two differ. The first comes after
         # the last, which says nothing that others do not say, unless they are one row. Slices of n − 1 would bind a
         # compiled graph to n > 2.
@@ -108,7 +113,7 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
     gradient; ``gradient="momentum"`` is the literal (6). Whether the hinge is open is for the running means to say in
     both.
 
-    Under ``torch.distributed`` the moments are those of the features given: gather them first.
+    With a group the moments are those of the rows of all its ranks, and the buffers are the same on all.
 
     Args:
         margin: m, in cosine. Not published; .5 is our choice.
@@ -117,6 +122,7 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
         gradient: "batch" or "momentum", as above.
         ignore_index: rows with this label are in no pair; by default every label is a class, −1 too. Leaving rows out
             synchronises with the device, and one compiled graph cannot hold it.
+        group: the ranks whose rows make pairs, as in :class:`ContrastiveLoss`; also that a rank has no row.
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -130,8 +136,11 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
         gradient: MomentGradient = "batch",
         *,
         ignore_index: int | None = None,
+        group: Group = "local",
     ) -> None:
         super().__init__(momentum)
+        check_group(group)
+        self.group = group
         self.margin = check.check_number("margin", margin)
         self.variance_weight = check.check_within("variance_weight", variance_weight, 0, LARGEST_FACTOR)
         check.check_choice("gradient", gradient, get_args(MomentGradient))
@@ -152,7 +161,7 @@ class SimilarityDistributionLoss(RunningSimilarityMoments):
         if self.ignore_index is not None:
             kept = labels != self.ignore_index
             basis_features, labels = basis_features[kept], labels[kept]
-        moments = self._update(basis_features, labels, batch_gradient=self.gradient == "batch")
+        moments = self._update(basis_features, labels, batch_gradient=self.gradient == "batch", group=self.group)
         gap = F.relu(moments.negative_mean - moments.positive_mean + self.margin)
         return gap + self.variance_weight * (moments.positive_var + moments.negative_var)
 
