@@ -16,7 +16,7 @@ CLANG_FORMAT_FILES = $(shell find csrc examples -name '*.h' -o -name '*.cuh' -o 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu gpu-bundle registers asan docs examples fuzz format lint setup clean
+.PHONY: help demo test cpptest bench gpu gpu-bundle wheel registers asan docs examples fuzz format lint setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -121,6 +121,11 @@ gpu-bundle:  ## build/gpu-bundle/: _C for the GPU machine (GPU_PYTHON, GPU_TORCH
 	FORCE_CUDA=1 .venv-gpu/bin/python setup.py build_ext --build-lib build/gpu-bundle
 	.venv-gpu/bin/python -m pip download -q --no-deps -c constraints.txt --dest build/gpu-bundle/wheels $(GPU_WHEELS)
 	.venv-gpu/bin/python -m bench.gpu.bundle
+
+wheel:  ## dist/: manylinux_2_28 wheels of the CPU kernels for each Python (needs docker)
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q cibuildwheel
+	.venv-wheel/bin/python -m cibuildwheel --platform linux --output-dir dist
 
 # All of it anew: ptxas reports what it compiles. Instructions are counted where there is cuobjdump.
 registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills
