@@ -8,7 +8,14 @@ from PIL import Image
 from scipy.io import savemat
 
 from ssmkernels import metrics
-from ssmkernels.data import class_subset, load_collection, load_dataset, read_labels, split_labels
+from ssmkernels.data import (
+    class_subset,
+    load_collection,
+    load_dataset,
+    load_transfer_images,
+    read_labels,
+    split_labels,
+)
 from ssmkernels.trainers.cli import main
 from ssmkernels.trainers.evaluation import retrieval
 
@@ -33,17 +40,14 @@ def structs(**columns):
     return rows
 
 
-def lay_out_cars(root):
-    numbers, classes = [1, 2, 3, 4], [2, 1, 2, 3]
+def lay_out_cars(root, classes=(2, 1, 2, 3), tests=(0, 0, 1, 1)):
+    numbers = range(1, len(classes) + 1)
     for number in numbers:
         save(root / "car_ims" / f"{number:06}.jpg", 10 * number)
     annotations = structs(
         relative_im_path=[f"car_ims/{number:06}.jpg" for number in numbers],
-        bbox_x1=[1] * 4,
-        bbox_y1=[1] * 4,
-        bbox_x2=[9] * 4,
-        bbox_y2=[9] * 4,
-        **{"class": classes, "test": [0, 0, 1, 1]},
+        **{f"bbox_{corner}": [1] * len(classes) for corner in ("x1", "y1", "x2", "y2")},
+        **{"class": classes, "test": tests},
     )
     names = np.empty((1, 3), dtype=object)
     names[0] = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012"]
@@ -57,6 +61,16 @@ def test_cars_in_one_folder(tmp_path, folder):
     assert reds(collection.images) == [10, 20, 30, 40]
     assert collection.labels.tolist() == [1, 0, 1, 2]
     assert collection.class_names == ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012")
+
+
+@pytest.mark.parametrize("folder", [".", "cars196"])
+def test_cars_in_one_folder_for_linear_evaluation(tmp_path, folder):
+    lay_out_cars(tmp_path / folder, classes=(1, 2, 3, 1, 2, 3, 3, 1), tests=(0, 0, 0, 0, 0, 0, 1, 1))
+    parts = load_transfer_images("cars196", tmp_path)
+    assert sorted(reds(parts.train) + reds(parts.validation)) == [10, 20, 30, 40, 50, 60]
+    assert sorted(parts.validation.labels.tolist()) == [0, 1, 2]
+    assert reds(parts.test) == [70, 80]
+    assert parts.test.labels.tolist() == [2, 0]
 
 
 def lay_out_sop(root):

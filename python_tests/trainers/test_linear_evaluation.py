@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from ssmkernels.data import TransferImages, load_transfer_images
 from ssmkernels.trainers.linear_evaluation import (
     PENALTIES,
     CentralSquare,
@@ -18,7 +19,6 @@ from ssmkernels.trainers.linear_evaluation import (
     linear_evaluation,
     transfer,
 )
-from ssmkernels.trainers.transfer_data import TransferImages, load_transfer_images
 
 
 def clusters(count, seed, classes=3, dim=5, spread=1.5):

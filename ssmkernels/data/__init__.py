@@ -31,6 +31,7 @@ from ssmkernels.data.retrieval_readers import COLLECTIONS, load_collection
 from ssmkernels.data.seen import SeenImages
 from ssmkernels.data.split import split_labels
 from ssmkernels.data.streams import IndexStream, Stream, generator
+from ssmkernels.data.transfer import TransferImages, load_transfer_images
 from ssmkernels.data.union import ImageUnion, unite
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "SeenImages",
     "Stream",
     "TrainBatches",
+    "TransferImages",
     "augment",
     "batch_transforms",
     "batched_augment",
@@ -69,6 +71,7 @@ __all__ = [
     "labels_text",
     "load_collection",
     "load_dataset",
+    "load_transfer_images",
     "read_classes",
     "read_labels",
     "retrieval_views",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -88,9 +88,9 @@ def _cub200(name: str, root: Path, download: bool) -> ImageCollection:
 
 
 def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
-    folder = _inside(root, "cars196", "cars_annos.mat")
-    if (folder / "cars_annos.mat").is_file():
-        return _cars_in_one_folder(name, folder)
+    cars = cars_in_one_folder(root)
+    if cars is not None:
+        return _files(cars.samples, cars.names)
     _require("scipy.io", "scipy")
     reader, root = _require("torchvision.datasets", "torchvision").StanfordCars, outside(root, "stanford_cars")
     looked_for = (
@@ -99,18 +99,33 @@ def _cars196(name: str, root: Path, download: bool) -> ImageCollection:
     )
     hint = "Its first address is gone: get a copy, such as the one on kaggle.com, and lay it out like this."
     with _missing_data_explained(name, root, looked_for, hint):
-        parts = [reader(root, split=split, loader=_path) for split in ("train", "test")]
+        parts = [reader(root, split=split, loader=path_itself) for split in ("train", "test")]
     return _files(_listed(parts), parts[0].classes)
 
 
-def _cars_in_one_folder(name: str, folder: Path) -> ImageCollection:
-    """As it was published first: all images in car_ims, numbered, and one file of annotations."""
+class Cars(NamedTuple):
+    """Cars196 as it was published first."""
+
+    samples: list[tuple[Path, int]]
+    names: list[str]
+    is_test: np.ndarray
+    """[N] bool, whether an image is of the official test split."""
+
+
+def cars_in_one_folder(root: Path) -> Cars | None:
+    """All images in car_ims/, numbered, and one file of annotations, in ``root`` or root/cars196; None where there is
+    no such file.
+    """
+    folder = _inside(root, "cars196", "cars_annos.mat")
+    if not (folder / "cars_annos.mat").is_file():
+        return None
     content = _require("scipy.io", "scipy").loadmat(folder / "cars_annos.mat", squeeze_me=True)
     if not (folder / "car_ims").is_dir():
-        raise _not_found(name, folder, "car_ims/", "It is car_ims.tgz, unpacked beside cars_annos.mat.")
+        raise _not_found("cars196", folder, "car_ims/", "It is car_ims.tgz, unpacked beside cars_annos.mat.")
     cars = np.atleast_1d(content["annotations"])
-    samples = ((folder / str(car["relative_im_path"]), int(car["class"]) - 1) for car in cars)  # counted from 1
-    return _files(samples, map(str, np.atleast_1d(content["class_names"])))
+    samples = [(folder / str(car["relative_im_path"]), int(car["class"]) - 1) for car in cars]  # counted from 1
+    names = list(map(str, np.atleast_1d(content["class_names"])))
+    return Cars(samples, names, np.array([bool(car["test"]) for car in cars]))
 
 
 def _sop(name: str, root: Path, download: bool) -> ImageCollection:
@@ -214,7 +229,7 @@ def _aircraft(name: str, root: Path, download: bool) -> ImageCollection:
     level = name.removeprefix("aircraft-")
     with _missing_data_explained(name, root, "fgvc-aircraft-2013b/data/", _fetch_hint(name, root)):
         parts = [
-            reader(root, split=split, annotation_level=level, download=download, loader=_path)
+            reader(root, split=split, annotation_level=level, download=download, loader=path_itself)
             for split in ("trainval", "test")
         ]
     return _files(_listed(parts), parts[0].classes)
@@ -256,7 +271,7 @@ def _flowers102(name: str, root: Path, download: bool) -> ImageCollection:
     with _missing_data_explained(
         name, root, "flowers-102/ with jpg/, imagelabels.mat and setid.mat", _fetch_hint(name, root)
     ):
-        parts = [reader(root, split=split, download=download, loader=_path) for split in ("train", "val", "test")]
+        parts = [reader(root, split=split, download=download, loader=path_itself) for split in ("train", "val", "test")]
     return _files(_listed(parts), reader.classes)
 
 
@@ -349,7 +364,7 @@ def _class_folders(name: str, root: Path, hint: str, *, class_name: Callable[[st
     return _files(part.samples, map(class_name, part.classes))
 
 
-def _path(path: str | Path) -> str | Path:
+def path_itself(path: str | Path) -> str | Path:
     """A ``loader`` for torchvision's readers, with which they list their files instead of reading them."""
     return path
 

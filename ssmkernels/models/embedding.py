@@ -16,7 +16,7 @@ from ssmkernels.models.bn_inception import BNInception
 from ssmkernels.models.convnet import SmallConvNet
 from ssmkernels.models.packages import require
 from ssmkernels.models.timm_models import TIMM, TimmFeatures, timm_normalization
-from ssmkernels.models.weights import load_weights
+from ssmkernels.models.weights import common_prefix, load_weights
 
 POOLINGS = ("avg+max", "avg")
 
@@ -140,7 +140,9 @@ def backbone_state(backbone: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the ``backbone`` of an :class:`EmbeddingModel`, on the CPU, for a file to give as
     ``weights`` again.
     """
-    return {key: value.cpu() for key, value in backbone.state_dict().items()}
+    state = backbone.state_dict()
+    wrappers = common_prefix(state)
+    return {key.removeprefix(wrappers): value.cpu() for key, value in state.items()}
 
 
 def preprocessing(backbone: str) -> str | tuple[tuple[float, ...], tuple[float, ...]]:

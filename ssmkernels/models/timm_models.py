@@ -33,7 +33,7 @@ class TimmFeatures(nn.Module):
         options: dict[str, Any] = {"num_classes": 0, "in_chans": in_channels}
         if maps and config.pool_size is not None:
             options["global_pool"] = ""
-        self.maps = maps
+        self.name, self.maps = name, maps
         self.network = _create(name, options, image_size if config.fixed_input_size else None)
         self.feature_dim: int = self.network.head_hidden_size
         for module in self.network.modules():  # no draws from the global generator, which would break resuming
@@ -43,7 +43,11 @@ class TimmFeatures(nn.Module):
                 module.drop_prob = 0.0
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.network(images)
+        try:
+            features = self.network(images)
+        except AssertionError as error:  # timm's check of the size
+            size = "x".join(map(str, images.shape[2:]))
+            raise ValueError(f"{self.name} does not take images of {size} pixels: {error}") from error
         if not self.maps:
             return features
         if features.ndim == 2:
@@ -60,6 +64,7 @@ def timm_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]
 def timm_weights(name: str) -> Mapping[str, Tensor]:
     """timm's own weights of the network, which it downloads."""
     timm = require("timm", "timm", "timm")
+    _config(name)
     return timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).state_dict()
 
 

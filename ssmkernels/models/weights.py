@@ -69,6 +69,7 @@ def load_weights(network: nn.Module, weights: str | Path, *, name: str = "the ne
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the package that reads the file, or has the weights, is not installed.
+        OSError: they could not be fetched.
         ValueError: the file is not one of weights, or its weights are those of another network; or none come with it.
     """
     state = imagenet_weights(name) if weights == "imagenet" else read_weights(weights)
@@ -79,11 +80,13 @@ def imagenet_weights(name: str) -> Mapping[str, Tensor]:
     """The weights that come with the network ``name``: with torchvision or timm, which download them, or in a
     package.
     """
-    if name.startswith(TIMM):
-        return timm_weights(name)
-    if name not in _IMAGENET:
+    if not name.startswith(TIMM) and name not in _IMAGENET:
         raise ValueError(f"weights is 'imagenet'; {name} has none that can be fetched: it should be the path of a file")
-    return _IMAGENET[name]()
+    try:
+        return timm_weights(name) if name.startswith(TIMM) else _IMAGENET[name]()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"weights is 'imagenet'; those of {name} could not be fetched: {reason}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -107,7 +110,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def _fill(network: nn.Module, state: Mapping[str, Tensor], weights: str, name: str) -> LoadedWeights:
     backbone = getattr(network, "backbone", network)
     own = backbone.state_dict()
-    inside = _common_prefix(own)  # of wrappers, whose name no file has
+    inside = common_prefix(own)  # of wrappers, whose name no file has
     expected = {key.removeprefix(inside): value for key, value in own.items()}
     prefix = _prefix(state, expected)
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -150,7 +153,7 @@ def _prefix(names: Iterable[str], expected: Mapping[str, Any]) -> str:
     return max(matches, key=rank, default="")
 
 
-def _common_prefix(names: Iterable[str]) -> str:
+def common_prefix(names: Iterable[str]) -> str:
     """The modules that all names begin with."""
     paths = [name.split(".")[:-1] for name in names]
     common: list[str] = []

@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ssmkernels import data, models
-from ssmkernels.trainers.transfer_data import TransferImages
 
 PENALTIES = tuple(np.logspace(5, -6, 45).tolist())
 """λ, the strongest first."""
@@ -139,7 +138,7 @@ def frozen_features(
 
 def transfer(
     backbone: nn.Module,
-    images: TransferImages,
+    images: data.TransferImages,
     *,
     mean: Sequence[float],
     std: Sequence[float],

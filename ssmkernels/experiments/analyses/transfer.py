@@ -17,6 +17,7 @@ from torch import nn
 
 from ssmkernels import data as images
 from ssmkernels import models
+from ssmkernels.data import load_transfer_images
 from ssmkernels.experiments.jobs import EXPECTED, Job, training_job
 from ssmkernels.experiments.record import Entry
 from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, entries_of, numbers
@@ -27,7 +28,6 @@ from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.linear_evaluation import PENALTIES, transfer
 from ssmkernels.trainers.loop import make_fabric
 from ssmkernels.trainers.simmatch import SimMatchConfig
-from ssmkernels.trainers.transfer_data import load_transfer_images
 
 Backbone = Callable[[], tuple[nn.Module, images.ImageSplits | None]]
 """A network, and the images that it has learnt from, or None for ImageNet."""

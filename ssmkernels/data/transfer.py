@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssmkernels import data
+from ssmkernels.data.images import FileImages, ImageDataset
+from ssmkernels.data.readers import _require, load_dataset, outside
+from ssmkernels.data.retrieval import ImageSubset
+from ssmkernels.data.retrieval_readers import cars_in_one_folder, path_itself
+from ssmkernels.data.split import split_labels
 
 HELD_OUT = 0.2
 """Share of the training images to validate on, where there is no official split of them; a fixed draw in proportion
@@ -21,9 +24,9 @@ to the classes.
 class TransferImages(NamedTuple):
     """Images to fit, to pick the penalty with, and to test on."""
 
-    train: data.ImageDataset
-    validation: data.ImageDataset
-    test: data.ImageDataset
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
 
 
 class _Source(NamedTuple):
@@ -58,11 +61,11 @@ TRANSFER_SETS = (*_SOURCES, *_IN_MEMORY)
 
 
 def load_transfer_images(name: str, root: str | Path | None = None) -> TransferImages:
-    """The data set ``name``: food101, cars196, dtd (its first split), pets, flowers102, as torchvision downloads them;
-    cifar10 and cifar100; digits and mnist5k, which are inside packages.
+    """The data set ``name``: food101, cars196, dtd (its first split), pets, flowers102, as torchvision downloads them,
+    cars196 also as cars_annos.mat and car_ims/; cifar10 and cifar100; digits and mnist5k, which are inside packages.
 
     Args:
-        root: the folder of the data (by default ``data``).
+        root: the folder of the data (by default ``data``), or the folder that a set comes in.
 
     Raises:
         FileNotFoundError: the data is not there; it says what was looked for, where, and how to get it.
@@ -70,22 +73,24 @@ def load_transfer_images(name: str, root: str | Path | None = None) -> TransferI
         ValueError: the name is unknown.
     """
     if name in _IN_MEMORY:
-        splits = data.load_dataset(name, root)
+        splits = load_dataset(name, root)
         return TransferImages(*_held_out(splits.train), splits.test)
     if name not in _SOURCES:
         raise ValueError(f"name is {name!r}; it should be one of {', '.join(TRANSFER_SETS)}")
-    parts = _read(name, _SOURCES[name], Path("data" if root is None else root))
+    folder = Path("data" if root is None else root)
+    cars = cars_in_one_folder(folder) if name == "cars196" else None
+    if cars is not None:
+        samples = np.array(cars.samples, dtype=object)
+        parts = [_file_images(part, len(cars.names)) for part in (samples[~cars.is_test], samples[cars.is_test])]
+    else:
+        parts = _read(name, _SOURCES[name], folder)
     return TransferImages(*parts) if len(parts) == 3 else TransferImages(*_held_out(parts[0]), parts[1])
 
 
-def _read(name: str, source: _Source, root: Path) -> list[data.FileImages]:
-    try:
-        reader = getattr(importlib.import_module("torchvision.datasets"), source.reader)
-    except ImportError as error:
-        raise ImportError(
-            f"{name} needs torchvision ({error}); install it with: pip install 'ssmkernels[train]'"
-        ) from error
-    options: dict[str, Any] = {"loader": _path} if source.loads_paths else {}
+def _read(name: str, source: _Source, root: Path) -> list[FileImages]:
+    reader = getattr(_require("torchvision.datasets", "torchvision"), source.reader)
+    root = outside(root, source.looked_for.partition("/")[0])
+    options: dict[str, Any] = {"loader": path_itself} if source.loads_paths else {}
     try:
         parts = [reader(root, split=split, **options) for split in source.splits]
     except (RuntimeError, FileNotFoundError) as error:
@@ -99,9 +104,11 @@ def _read(name: str, source: _Source, root: Path) -> list[data.FileImages]:
         ) from error
     samples = [_samples(part, source) for part in parts]
     classes = 1 + max(label for part in samples for _, label in part)
-    return [
-        data.FileImages([path for path, _ in part], np.array([label for _, label in part]), classes) for part in samples
-    ]
+    return [_file_images(part, classes) for part in samples]
+
+
+def _file_images(samples: Sequence[tuple[str | Path, int]], classes: int) -> FileImages:
+    return FileImages([path for path, _ in samples], np.array([label for _, label in samples]), classes)
 
 
 def _samples(part: Any, source: _Source) -> Sequence[tuple[str | Path, int]]:
@@ -110,15 +117,10 @@ def _samples(part: Any, source: _Source) -> Sequence[tuple[str | Path, int]]:
     return list(zip(part._images, part._labels, strict=True))  # this reader has no ``loader``
 
 
-def _path(path: str | Path) -> str | Path:
-    """A ``loader`` with which torchvision's readers list their files instead of reading them."""
-    return path
-
-
-def _held_out(images: data.ImageDataset) -> tuple[data.ImageDataset, data.ImageDataset]:
+def _held_out(images: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
     labels = np.asarray(images.labels)
     count = max(images.num_classes, round(HELD_OUT * len(labels)))
-    held = data.split_labels(labels, count, seed=0, proportional=True)
+    held = split_labels(labels, count, seed=0, proportional=True)
     kept = np.setdiff1d(np.arange(len(labels)), held)
-    subsets = [data.ImageSubset(images, index, labels[index], images.num_classes) for index in (kept, held)]
+    subsets = [ImageSubset(images, index, labels[index], images.num_classes) for index in (kept, held)]
     return subsets[0], subsets[1]
