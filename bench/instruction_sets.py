@@ -15,10 +15,10 @@ import torch
 
 from ssmkernels import _library, info
 from ssmkernels._files import write_atomically
+from ssmkernels._text import markdown_table
 from ssmkernels.bench import graph, memory, pairs, ranking
 from ssmkernels.bench.case import Case
 from ssmkernels.bench.measure import Function, time_alternating
-from ssmkernels.experiments.report import markdown_table
 from ssmkernels.graph import label_propagation
 
 

@@ -25,7 +25,7 @@ import torch
 
 from ssmkernels import _library, info, ops, reference
 from ssmkernels._files import write_atomically
-from ssmkernels.experiments.report import markdown_table
+from ssmkernels._text import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python_tests/ops"))

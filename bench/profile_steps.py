@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssmkernels import info, ops, reference
 from ssmkernels._files import write_atomically
+from ssmkernels._text import markdown_table
 from ssmkernels.bench.graph import torch_sparse_cg
 from ssmkernels.bench.memory import vectorised_update
-from ssmkernels.experiments.report import markdown_table
 from ssmkernels.trainers import base, loop
 from ssmkernels.trainers.cli import METHODS, parse_config
 

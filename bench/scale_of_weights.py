@@ -15,16 +15,17 @@ import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from ssmkernels import graph
 from ssmkernels._files import write_atomically
+from ssmkernels._text import markdown_table
 from ssmkernels.experiments.analyses import feature_sets
 from ssmkernels.experiments.analyses.propagation import draw_labels
-from ssmkernels.experiments.report import markdown_table
-from ssmkernels.experiments.statistics import mean_and_interval
+from ssmkernels.experiments.statistics import half_width
 
 HEADER = ["set", "graph", "w̄", "label propagation", "mixed, β W_dis beside W", "mixed, β w̄ W_dis beside W"]
 MEDIAN = 0.056
@@ -70,8 +71,8 @@ def main() -> None:
         points = feature_sets.load(name, arguments.data, arguments.cache)
         for kind, affinity in graphs_of(points.features):
             drawn = [accuracies(affinity, points.labels, seed) for seed in range(1, arguments.draws + 1)]
-            figures = [mean_and_interval(values) for values in zip(*drawn, strict=True)]
-            rows.append([feature_sets.SOURCES[name].title, kind, f"{mean_weight(affinity):.2g}", *figures])
+            figures = [f"{fmean(values):.3f} ± {half_width(values):.3f}" for values in zip(*drawn, strict=True)]
+            rows.append([name, kind, f"{mean_weight(affinity):.2g}", *figures])
             print(*rows[-1], sep=" | ", flush=True)
     table = markdown_table(HEADER, rows)
     print(table)

@@ -17,10 +17,10 @@ import torch
 
 from ssmkernels import info
 from ssmkernels._files import write_atomically
+from ssmkernels._text import markdown_table
 from ssmkernels.bench import graph, memory, pairs, ranking
 from ssmkernels.bench.case import Case, Result, run
 from ssmkernels.bench.measure import device_rates
-from ssmkernels.experiments.report import markdown_table
 from ssmkernels.graph import label_propagation
 
 PML = "pytorch-metric-learning"

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssmkernels._files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 DPI = 200
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#882255")
@@ -62,6 +65,19 @@ def shared_legend(figure: Figure, *, columns: int = 3) -> None:
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize="small"
         )
+
+
+def draw_panels(
+    path: Path, panels: Mapping[str, T], draw: Callable[[Axes, str, T], str], *, title: str = "", **subplots: Any
+) -> str:
+    """A figure in ``path``: on the axes of each panel what ``draw(axes, panel's title, content)`` draws; below them one
+    legend. Returns what ``draw`` says is seen in each.
+    """
+    figure, axes_of = new_figure(len(panels), title=title, **subplots)
+    seen = [draw(axes, name, content) for axes, (name, content) in zip(axes_of, panels.items(), strict=True)]
+    shared_legend(figure)
+    save(figure, path)
+    return " ".join(f"{name}: {what}." for name, what in zip(panels, seen, strict=True) if what)
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
@@ -116,6 +117,22 @@ def describe_machine(report: Report) -> str:
     )
     devices = ", ".join(_device_name(device) for device in _devices(report)) or "no CUDA device"
     return f"{__version__}, Python {report['python']['version']}, {torch_version}, {devices}"
+
+
+@functools.cache
+def machine_in_words() -> str:
+    """The processors and devices here."""
+    here = collect()
+    devices = (here["torch"] or {}).get("devices") or here["cuda"]["devices"]
+    names = [device["name"] for device in devices]
+    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return f"{os.cpu_count()} x {here['cpu']['model']}, {gpus or 'no GPU'}"
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of this package and of those of the packages ``names`` that are installed."""
+    installed = {name: _installed(name) for name in names}
+    return {"ssmkernels": __version__} | {name: version for name, version in installed.items() if version is not None}
 
 
 def format_report(report: Report) -> str:

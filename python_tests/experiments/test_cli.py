@@ -10,10 +10,11 @@ import pytest
 
 from ssmkernels.experiments import cli, run, spec
 from ssmkernels.experiments.cli import main
-from ssmkernels.experiments.record import read_record
+from ssmkernels.experiments.record import Entry, read_record
 from ssmkernels.experiments.run import Request, configure, find_cells
 from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import BUDGETS, PAPERS, Figure, load_tables
+from ssmkernels.trainers import RunResult
 from ssmkernels.trainers.cli import METHODS
 
 TABLES = load_tables()
@@ -23,7 +24,7 @@ FEW = ("--set", "steps=4", "--set", "run.eval_every=4", "--set", "run.log_every=
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """No look at the machine."""
-    monkeypatch.setattr(run, "machine", lambda: "2 x processor, no GPU")
+    monkeypatch.setattr(run, "machine_in_words", lambda: "2 x processor, no GPU")
 
 
 def change(name, monkeypatch, **values):
@@ -34,26 +35,15 @@ def test_every_table_and_figure_of_the_papers_is_listed(capsys):
     assert main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == list(TABLES)
-    assert {paper: sorted(name for name, table in TABLES.items() if table.paper == paper) for paper in PAPERS} == {
-        "SimMatch": [
-            f"simmatch-{suffix}"
-            for suffix in ("cifar10-small", "figure4", "figure5", "table1", "table2", "table3", "table5")
-        ],
-        "Mixed label propagation": [
-            "mixed-lp-cifar10-small",
-            *(f"mixed-lp-figure{number}" for number in (2, 3, 4, 5)),
-            "mixed-lp-flowers17",
-            *(f"mixed-lp-table{number}" for number in (1, 2, 3)),
-        ],
-        "MLSN": [
-            f"mlsn-{suffix}"
-            for suffix in ("cifar10-small", "figure2", "figure3", "mnist", "table1", "table2", "weak-labels")
-        ],
-        "SLADE": [
-            *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
-            *(f"slade-{suffix}" for suffix in ("cars196-compcars", "cub200-nabirds", "shared-classes", "similarities")),
-        ],
-    }
+    assert {table.paper for table in TABLES.values()} == set(PAPERS)
+    papers = (
+        *(f"simmatch-{name}" for name in ("figure4", "figure5", "table1", "table2", "table3", "table5")),
+        *(f"mixed-lp-{name}" for name in ("figure2", "figure3", "figure4", "figure5", "table1", "table2", "table3")),
+        *(f"mlsn-{name}" for name in ("figure2", "figure3", "table1", "table2", "weak-labels")),
+        *(f"slade-ablation{number}" for number in (1, 2, 3, 4)),
+        *(f"slade-{name}" for name in ("cars196-compcars", "cub200-nabirds", "similarities")),
+    )
+    assert set(papers) <= set(listed)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -99,19 +89,30 @@ def test_the_papers_numbers():
     assert TABLES["slade-ablation2"].numbers["CUB-200"]["+ Basis + Mining"][0] == "33.59"
 
 
-def test_the_papers_other_rows_are_quoted_beside_its_images(tmp_path):
-    """Ten rows of SimMatch's Table 1 and nineteen of SLADE's main table, on a folder of the paper's images alone."""
-    for name, column, rows in (
+@pytest.mark.parametrize(
+    ("name", "column", "rows"),
+    [
         ("simmatch-table1", "cifar10-250", 10),
+        ("simmatch-table2", "imagenet-10", 16),
+        ("simmatch-table3", "Cars", 5),
+        ("simmatch-table3", "mean", 5),
+        ("mixed-lp-table1", "cars196", 7),
+        ("mixed-lp-table2", "cub200", 2),
+        ("mlsn-table1", "svhn-1000", 6),
+        ("mlsn-table2", "cifar10-4000-tuned", 6),
         ("slade-cub200-nabirds", "cub200-nabirds", 19),
         ("slade-cars196-compcars", "cars196-compcars", 19),
-    ):
-        table = TABLES[name]
-        cells = [run.Cell("row", column, (), (), None)]
-        quoted = run.quoted_entries(table, Request("paper", Source(str(tmp_path)), tmp_path), cells)
-        assert len({entry.row for entry in quoted} | set(table.numbers[column])) == rows
-        assert not any(entry.run for entry in quoted)
-        assert run.quoted_entries(table, Request("paper", Source(None), tmp_path), cells) == []
+    ],
+)
+def test_a_table_beside_the_papers_images_is_the_papers(tmp_path, name, column, rows):
+    """It has all rows of the paper, those of other methods quoted; on other images no row is quoted."""
+    table = TABLES[name]
+    figures = table.read_figures() or (Figure("top-1", "accuracy"),)
+    entries = [Entry("row", column, figure.title, figure.unit, "-", ()) for figure in figures]
+    quoted = run.quoted_entries(table, Request("paper", Source(str(tmp_path)), tmp_path), entries)
+    assert len({entry.row for entry in quoted} | set(table.numbers[column])) == rows
+    assert not any(entry.run for entry in quoted)
+    assert run.quoted_entries(table, Request("paper", Source(None), tmp_path), entries) == []
 
 
 def test_a_record_says_what_the_report_says_and_what_is_done_is_kept(tmp_path, capsys):
@@ -152,6 +153,25 @@ def test_cells_are_listed_and_nothing_is_run(tmp_path, capsys):
     assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--dry-run"]) == 0
     assert "1,048,576" in capsys.readouterr().out  # steps
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_cells_of_imagenet_take_the_papers_pieces_of_a_batch(tmp_path, capsys, monkeypatch, ranks):
+    """8 x (8 + 40) images with bfloat16, on however many ranks up to the paper's eight."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    trained = []
+    method = METHODS["simmatch"]._replace(
+        train=lambda config, resume: trained.append(config) or RunResult(True, 1, 1, [])
+    )
+    monkeypatch.setitem(METHODS, "simmatch", method)
+    for budget in ("short", "paper"):
+        request = Request(budget, Source(str(tmp_path)), tmp_path, check=False)
+        for name in ("simmatch-table2", "simmatch-figure4", "simmatch-figure5", "simmatch-table5"):
+            assert main([name, "--budget", budget, "--data", str(tmp_path), "--dry-run"]) == 0
+            assert "| 8 x (8 + 40), bf16-mixed |" in capsys.readouterr().out
+            find_cells(TABLES[name], request).cells[-1].job(1).run(tmp_path)
+    assert {config.accumulate for config in trained} == {8 // ranks} and len(trained) == 8
+    assert {config.precision for config in trained} == {"bf16-mixed"}
 
 
 def test_wrong_arguments(tmp_path, capsys):

@@ -11,9 +11,10 @@ import pytest
 
 from ssmkernels._locks import FolderInUse
 from ssmkernels.experiments import jobs
-from ssmkernels.experiments.jobs import Job, alone, run_jobs, training_name
+from ssmkernels.experiments.jobs import Job, run_jobs, training_name
 from ssmkernels.trainers.checkpoint import load_checkpoint, save_checkpoint
 from ssmkernels.trainers.cli import parse_config
+from ssmkernels.trainers.ranks import alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,7 +185,8 @@ def test_a_rank_alone_does_not_see_the_others(monkeypatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from ssmkernels.experiments.jobs import Job, run_jobs, this_rank
+from ssmkernels.experiments.jobs import Job, run_jobs
+from ssmkernels.trainers.ranks import this_rank
 
 folder, stops = Path(sys.argv[1]), sys.argv[2] == "stops"
 rank = this_rank()[0]

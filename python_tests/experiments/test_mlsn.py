@@ -22,7 +22,7 @@ FEW = [argument for key in KEYS for argument in ("--set", key)]
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(features, "POINTS", 60)
-    monkeypatch.setattr(run, "machine", lambda: "2 x processor, no GPU")
+    monkeypatch.setattr(run, "machine_in_words", lambda: "2 x processor, no GPU")
 
 
 def request_of(tmp_path):

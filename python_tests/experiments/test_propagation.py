@@ -21,7 +21,9 @@ TABLES = load_tables()
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(feature_sets, "SOURCES", {"digits": feature_sets.SOURCES["digits"]})
+    tables = {name: dataclasses.replace(table, columns={"digits": "digits"}) for name, table in TABLES.items()}
+    monkeypatch.setattr(cli, "load_tables", lambda: tables)
+    return tables
 
 
 def test_table_3(few, tmp_path, capsys):
@@ -40,10 +42,10 @@ def test_table_3(few, tmp_path, capsys):
     assert record.seeds == (1, 2) and record.seconds > 0
 
 
-def test_figures_4_and_5(few, tmp_path, monkeypatch):
-    table = TABLES["mixed-lp-figure4"]
+def test_figures_4_and_5(few, tmp_path):
+    table = few["mixed-lp-figure4"]
     rows = {row: key for row, key in table.rows.items() if key.endswith((", 0", "0.1", "1.0"))}
-    monkeypatch.setattr(cli, "load_tables", lambda: {**TABLES, table.name: dataclasses.replace(table, rows=rows)})
+    few[table.name] = dataclasses.replace(table, rows=rows)
     assert main(["mixed-lp-figure4", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
     assert main(["mixed-lp-figure5", "--seeds", "1,2", "--out", str(tmp_path)]) == 0
     rows = [
@@ -93,7 +95,8 @@ def packed(folder, count=6):
 
 def test_features_of_a_folder_are_made_once(tmp_path, monkeypatch):
     packed(tmp_path)
-    assert set(feature_sets.available(str(tmp_path))) == {"digits", "mnist5k", "flowers17"}
+    names = ["digits", "flowers17", "cifar10-test"]
+    assert feature_sets.available(names, str(tmp_path)) == ["digits", "flowers17"]
     made = []
 
     def extract(model, batches, device):
@@ -132,7 +135,8 @@ def test_the_papers_sets_are_taken_where_they_are(tmp_path, monkeypatch):
         (tmp_path / "CUB_200_2011" / file).write_text(
             "".join(f"{number} {value}\n" for number, value in enumerate(values, 1))
         )
-    monkeypatch.setattr(feature_sets, "SOURCES", {name: feature_sets.SOURCES[name] for name in ("cub200", "pets")})
+    table = dataclasses.replace(TABLES["mixed-lp-table3"], columns={"cub": "cub200", "pets": "pets"})
+    monkeypatch.setattr(cli, "load_tables", lambda: {table.name: table})
 
     def extract(model, batches, device):
         assert [images.shape[2:] for images, _ in batches] == [(224, 224)]

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
+from ssmkernels._text import markdown_table
 from ssmkernels.experiments.plots import curve, plot_curves, plot_points
 from ssmkernels.experiments.record import Claim, Entry, Record
-from ssmkernels.experiments.report import markdown_table
 from ssmkernels.experiments.statistics import half_width, mean_and_std, paired_difference, verdicts
 
 

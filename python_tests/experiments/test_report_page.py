@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from ssmkernels import cli
+from ssmkernels._text import duration
 from ssmkernels.experiments.record import Entry, Plot, Record, write_record
 from ssmkernels.experiments.report import (
     difference,
-    duration,
     failures,
     markdown_to_html,
     ours,
@@ -342,7 +342,7 @@ def test_a_plus_minus_means_one_thing(tmp_path):
         for row, values in {"FixMatch": (1.0, 2.0, 4.0), "SimMatch": (11.0, 13.0, 14.0)}.items()
     )
     html, markdown = make(tmp_path, replace(TABLE1, entries=entries, seeds=(1, 2, 3)))
-    claim = ["SimMatch above FixMatch, top-1, %", "40 labels", "+10.33 (+8.90 to +11.77)", "holds (in 3 of 3 seeds)"]
+    claim = ["SimMatch above FixMatch, top-1, %", "40 labels", "holds (in 3 of 3 seeds)", "+10.33 (+8.90 to +11.77)"]
     assert claim in Page(html).rows  # of a record without claims, from its table
     assert "+10.33 (+8.90 to +11.77)" in markdown
     assert "± is the standard deviation over seeds" in html and "± is the standard deviation over seeds" in markdown

@@ -32,7 +32,7 @@ DIGITS = "scikit-learn's digits, 8x8 pixels"
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    monkeypatch.setattr(run, "machine", lambda: "2 x processor, no GPU")
+    monkeypatch.setattr(run, "machine_in_words", lambda: "2 x processor, no GPU")
 
 
 def written(folder):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,14 +11,22 @@ from pathlib import Path
 
 from ssmkernels._files import DamagedFile
 from ssmkernels._names import unknown
-from ssmkernels.experiments.jobs import EXPECTED, discard_damaged, this_rank
-from ssmkernels.experiments.report import duration, markdown_table, record_page
-from ssmkernels.experiments.run import Cost, Request, costs, plan, run_table
+from ssmkernels._text import markdown_table
+from ssmkernels.experiments.costs import estimate
+from ssmkernels.experiments.jobs import EXPECTED, discard_damaged
+from ssmkernels.experiments.run import Request, plan, run_table
 from ssmkernels.experiments.sources import EMBEDDED, Source
 from ssmkernels.experiments.spec import BUDGETS, load_tables
+from ssmkernels.trainers.ranks import this_rank
 
 ALL = "all"
 
+OUT = Path("runs/reproduce")
+_DATA = (
+    "folder of the paper's images; or a .npz file of images, named after the set that it holds, such as cifar10.npz; or"
+    f" {EMBEDDED} for images inside packages (default). Cells whose images are not there are left out"
+)
+_SETTING = "a setting of ssmkernels train, such as precision=bf16-mixed; may be given several times"
 _EPILOG = (
     "A call goes on from what earlier ones with the same --out left: finished cells are kept, failed ones tried again."
     " What is not asked for is not run, but stands in the report if it is there. Under torchrun all ranks train a cell"
@@ -47,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         rows=tuple(options.rows or ()),
         columns=tuple(options.columns or ()),
         seeds=options.seeds,
-        settings=tuple(itertools.chain(*options.set or ())),
+        settings=tuple(options.set or ()),
         shard=options.shard,
         check=not (options.list_cells or options.dry_run),
     )
@@ -82,46 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ssmkernels reproduce", description=__doc__.replace("``", ""), epilog=_EPILOG)
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"the experiment, or {ALL}; --list shows them")
     parser.add_argument("--list", action="store_true", help="list the experiments")
-    parser.add_argument(
-        "--data",
-        metavar="DIR",
-        default=EMBEDDED,
-        help=(
-            "folder of the paper's images; or a .npz file of images, named after the set that it holds, such as"
-            f" cifar10.npz; or {EMBEDDED} for images inside packages (default). Cells whose images are not there are"
-            " left out"
-        ),
-    )
-    parser.add_argument(
-        "--budget", choices=BUDGETS, default="smoke", help="how much of the paper's training (default: smoke)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/reproduce"),
-        help="folder for checkpoints and reports (default: %(default)s)",
-    )
-    parser.add_argument("--rows", action="append", metavar="ROW", help="run this row alone; may be given several times")
-    parser.add_argument(
-        "--columns", action="append", metavar="COLUMN", help="run this column alone; may be given several times"
-    )
-    parser.add_argument(
-        "--seeds", type=_seeds, default=(), metavar="1,2", help="run these seeds alone (default: those of the budget)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        type=_setting,
-        metavar="KEY=VALUE",
-        help="a setting of ssmkernels train, such as precision=bf16-mixed",
-    )
-    parser.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="run the I-th of N parts of the jobs, I from 1"
-    )
+    parser.add_argument("--data", metavar="DIR", default=EMBEDDED, help=_DATA)
+    parser.add_argument("--budget", choices=BUDGETS, default="smoke", help="share of the paper's training (smoke)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for checkpoints and reports (%(default)s)")
+    parser.add_argument("--rows", action="append", metavar="ROW", help="run this row; may be given several times")
+    parser.add_argument("--columns", action="append", metavar="COLUMN", help="run this column; likewise")
+    parser.add_argument("--seeds", type=_seeds, default=(), metavar="1,2", help="run these (those of the budget)")
+    parser.add_argument("--set", action="append", type=_setting, metavar="KEY=VALUE", help=_SETTING)
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="run part I of N, I from 1")
     parser.add_argument("--list-cells", action="store_true", help="list the cells and their jobs, and run nothing")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be run and what it costs, and run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would run and what it costs, and run nothing")
     return parser
 
 
@@ -132,11 +109,10 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"is {text!r}; it should be numbers with commas between them") from error
 
 
-def _setting(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
+def _setting(text: str) -> str:
+    if text.find("=") < 1:
         raise argparse.ArgumentTypeError(f"is {text!r}; it should be KEY=VALUE, such as precision=bf16-mixed")
-    return f"--{key}", value
+    return text
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -148,9 +124,10 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _reproduce(name: str, request: Request) -> bool:
     """Runs an experiment, prints its report, and returns whether all of it came to an end."""
-    record, complete = run_table(load_tables()[name], request)
+    complete = run_table(load_tables()[name], request)
     if this_rank()[0] == 0:
-        print(f"\n{record_page(record)}\nThe report is in {request.place(name)}.")
+        report = (request.place(name) / "report.md").read_text(encoding="utf-8")
+        print(f"\n{report}\nThe report is in {request.place(name)}.")
         if not complete:
             print(
                 f"ssmkernels reproduce {name}: some cells failed; the report says which, and the same command tries"
@@ -164,31 +141,12 @@ def _list_cells(name: str, request: Request) -> bool:
     planned = plan(load_tables()[name], request)
     jobs = {place: job for place, job in planned.jobs.items() if job.name in planned.chosen}
     rows = [[cell.row, cell.column, str(seed), job.name] for (cell, seed), job in jobs.items()]
+    for missing in planned.left_out:
+        print(f"Left out: {missing}")
     print(markdown_table(["row", "column", "seed", "job"], rows))
     return True
 
 
 def _estimate(name: str, request: Request) -> bool:
-    jobs = costs(load_tables()[name], request)
-    header = ["job", "state", "images a step", "steps", "images", "s a step", "time"]
-    print(markdown_table(header, [_cost(cost) for cost in jobs]))
-    left = [cost for cost in jobs if cost.state != "finished"]
-    timed = [cost.seconds for cost in left if cost.seconds is not None]
-    print(
-        f"{len(left)} of {len(jobs)} jobs are to run; {len(timed)} of them, whose like have been timed here, take"
-        f" {duration(sum(timed))}."
-    )
+    print(estimate(load_tables()[name], request))
     return True
-
-
-def _cost(cost: Cost) -> list[str]:
-    counts = ["-" if count is None else f"{count:,}" for count in (cost.steps, cost.images)]
-    seconds = "-" if cost.seconds_per_step is None else f"{cost.seconds_per_step:.3g}"
-    return [
-        cost.title,
-        cost.state,
-        cost.batch,
-        *counts,
-        seconds,
-        "-" if cost.seconds is None else duration(cost.seconds),
-    ]

@@ -12,16 +12,17 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 
-from ssmkernels import ops, reference
 from ssmkernels._files import write_atomically
-from ssmkernels.bench.measure import peak_extra_bytes, time_alternating
-from ssmkernels.experiments.report import markdown_table, write_report
+from ssmkernels.bench import memory
+from ssmkernels.bench.case import run
+from ssmkernels.bench.measure import Rates
+from ssmkernels.bench.report import table
+from ssmkernels.experiments.report import write_report
 from ssmkernels.experiments.run import Request, run_table
 from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import load_tables, read_tables
@@ -54,12 +55,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         for name, seeds in SEEDS.items():
             steps = max(40, int(STEPS.get(name, 0) * options.share))
-            settings: tuple[str, ...] = (
-                ("--steps", str(steps), "--run.eval_every", str(-(-steps // 10))) if name in STEPS else ()
-            )
-            settings += ("--first_epoch_steps", str(steps // 20)) if name == "demo-simmatch" else ()
+            settings = [f"steps={steps}", f"run.eval_every={-(-steps // 10)}"] if name in STEPS else []
+            settings += [f"first_epoch_steps={steps // 20}"] if name == "demo-simmatch" else []
             chosen = tuple(range(1, max(1, round(seeds * min(1.0, options.share))) + 1))
-            run_table(tables[name], Request("short", Source(None), options.out, seeds=chosen, settings=settings))
+            run_table(tables[name], Request("short", Source(None), options.out, seeds=chosen, settings=tuple(settings)))
     except KeyboardInterrupt:
         print(f"Stopped. The same command goes on from what is in {options.out}.")
         return 130
@@ -76,29 +75,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def op_section() -> str:
-    """The op beside plain PyTorch: forward and backward of the instance-matching loss."""
-    rows, dim, slots, classes = 128, 128, 12800, 100
-    print(f"instance_matching, B={rows} D={dim} K={slots} L={classes}, beside plain PyTorch", flush=True)
-    draw = torch.Generator().manual_seed(0)
-    weak, strong, bank = (F.normalize(torch.randn(count, dim, generator=draw)) for count in (rows, rows, slots))
-    labels = torch.randint(classes, (slots,), generator=draw).sort().values
-    probs = torch.randn(rows, classes, generator=draw).softmax(dim=1)
-
-    def step(package: ModuleType) -> None:
-        query = strong.clone().requires_grad_()
-        package.instance_matching(weak, query, bank, labels, probs).loss.mean().backward()
-
-    functions = {"ssmkernels.ops": lambda: step(ops), "plain PyTorch": lambda: step(reference)}
-    timings = time_alternating(functions, seconds=OP_SECONDS)
-    fused = timings["ssmkernels.ops"].median
-    table = []
-    for name, function in functions.items():
-        extra = peak_extra_bytes(function)
-        memory = "-" if extra is None else f"{extra / 2**20:.1f}"
-        table.append([name, f"{1e3 * timings[name].median:.2f}", f"{timings[name].median / fused:.1f} x", memory])
-    header = ["instance_matching, forward + backward", "ms", "to ours", "peak extra MiB"]
+    """The op beside plain PyTorch, as ``ssmkernels bench`` measures it."""
+    case = next(memory.cases_of_size(rows=128, slots=12800, classes=100, device="cpu", dtype=torch.float32))
+    case = replace(case, peers={"eager": case.peers["eager"]})
+    result = run(case, device="cpu", rates=Rates(0.0, {}), seconds=OP_SECONDS, say=print)
     return (
-        f"## The op\n\nB = {rows} rows, D = {dim}, a bank of K = {slots} slots, L = {classes} classes, float32, CPU; "
-        "medians of alternating calls.\n\n"
-        f"{markdown_table(header, table)}\n"
+        "## The op\n\nThe loss of instance matching on the CPU, and what plain PyTorch (eager) takes for it; medians of"
+        f" alternating calls.\n\n{table([result])}\n"
     )

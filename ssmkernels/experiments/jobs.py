@@ -7,34 +7,28 @@ with. Under ``torchrun`` all ranks train together; what is no training is done b
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import os
-import re
 import sys
 import time
 import traceback
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch.distributed as dist
 
 from ssmkernels._files import DamagedFile, set_aside, write_atomically
 from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.trainers import RunResult
 from ssmkernels.trainers.loop import StopSignals
+from ssmkernels.trainers.ranks import alone, this_launch, this_rank
 
 FILE = "job.json"
 FOLDER = "jobs"
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 """Errors whose message says all."""
 POLL = 0.2  # seconds between looks at what the first rank has finished
-_OF_TORCHRUN = re.compile("RANK|WORLD_SIZE|LOCAL_.*|GROUP_.*|ROLE_.*|MASTER_.*|TORCHELASTIC_.*")
 
 
 class Job(NamedTuple):
@@ -88,7 +82,7 @@ def run_jobs(
     distinct = {job.name: job for job in jobs}
     work = with_needs(job for job in distinct.values() if chosen(job))
     for number, job in enumerate(work.values(), start=1):
-        if _is_over(_read(folder / job.name)):
+        if _is_over(read_state(folder / job.name)):
             continue
         unfinished = [needed for needed in job.needs if not outcome_of(folder, needed).finished]
         if unfinished:
@@ -113,7 +107,7 @@ def with_needs(jobs: Iterable[Job]) -> dict[str, Job]:
 
 def outcome_of(folder: Path, job: Job) -> Outcome:
     """How a job ended, or the first that it needs and that failed."""
-    state = _read(folder / job.name)
+    state = read_state(folder / job.name)
     if state is None or state["status"] == "stopped":
         errors = [outcome_of(folder, needed).error for needed in job.needs]
         return Outcome(error=next((error for error in errors if error is not None), None))
@@ -177,25 +171,6 @@ def training_name(method: str, config: Any) -> str:
     return f"{method}-{config.data.name}{labels}-seed{config.seed}-{digest}"
 
 
-def this_rank() -> tuple[int, int]:
-    """The rank of this process and the number of ranks, as ``torchrun`` says."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Within it a trainer takes this process for the only one."""
-    before = dict(os.environ)
-    for name in before:
-        if _OF_TORCHRUN.fullmatch(name):
-            del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def _run(job: Job, folder: Path) -> None:
     """Runs a job and leaves how it ended, on the first rank with the lock on its folder."""
     if this_rank()[0] > 0:
@@ -203,7 +178,7 @@ def _run(job: Job, folder: Path) -> None:
         return
     try:
         with folder_lock(folder):
-            if this_rank()[1] > 1 or not _is_over(_read(folder)):  # by another process, in between
+            if this_rank()[1] > 1 or not _is_over(read_state(folder)):  # by another process, in between
                 _run_locked(job, folder)
     except FolderInUse as error:
         if this_rank()[1] > 1:
@@ -212,7 +187,7 @@ def _run(job: Job, folder: Path) -> None:
 
 
 def _run_locked(job: Job, folder: Path) -> None:
-    earlier = (_read(folder) or {"seconds": 0.0})["seconds"]
+    earlier = (read_state(folder) or {"seconds": 0.0})["seconds"]
     begin = time.perf_counter()
 
     def leave(status: str, **rest: Any) -> None:
@@ -223,7 +198,7 @@ def _run_locked(job: Job, folder: Path) -> None:
             "title": job.title,
             "status": status,
             "seconds": seconds,
-            "launch": _launch(),
+            "launch": this_launch(),
             "like": job.like,
             **rest,
         }
@@ -277,8 +252,9 @@ def _await(job: Job, folder: Path) -> None:
     if this_rank()[0] == 0:
         return
     with StopSignals() as stop:
-        while not _is_over(state := _read(folder)):
-            if stop.requested or (state is not None and state["status"] == "stopped" and state["launch"] == _launch()):
+        while not _is_over(state := read_state(folder)):
+            stopped = state is not None and (state["status"], state["launch"]) == ("stopped", this_launch())
+            if stopped or stop.requested:
                 raise KeyboardInterrupt
             time.sleep(POLL)
 
@@ -287,10 +263,11 @@ def _is_over(state: Mapping[str, Any] | None) -> bool:
     """Whether a job is finished, or failed in this very launch of ranks; one that failed before is tried again."""
     if state is None or state["status"] == "stopped":
         return False
-    return state["status"] == "finished" or (this_rank()[1] > 1 and state["launch"] == _launch())
+    return state["status"] == "finished" or (this_rank()[1] > 1 and state["launch"] == this_launch())
 
 
-def _read(folder: Path) -> Any:
+def read_state(folder: Path) -> Any:
+    """How the job in ``folder`` ended; None where that is not known. A damaged file is named on stderr."""
     path = folder / FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
@@ -302,16 +279,3 @@ def _read(folder: Path) -> Any:
         print(f"{path} is damaged ({error}); the job is run again from its checkpoint", file=sys.stderr, flush=True)
         return None
     return state
-
-
-def _launch() -> str | None:
-    """What all ranks of a call of ``torchrun``, and no others, have in common; None for a process alone."""
-    return _name_of_launch() if this_rank()[1] > 1 else None
-
-
-@functools.cache
-def _name_of_launch() -> str:
-    store, rank, _ = next(dist.rendezvous("env://"))  # the store that torchrun keeps; no process group is made
-    if rank == 0:
-        store.set("ssmkernels/launch", uuid.uuid4().hex)
-    return str(store.get("ssmkernels/launch").decode())

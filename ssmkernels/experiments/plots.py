@@ -7,15 +7,21 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ssmkernels._plots import SPREAD_ALPHA, colour, label_axes, marker, new_figure, save, shared_legend
+from ssmkernels._plots import SPREAD_ALPHA, colour, draw_panels, label_axes, marker
 from ssmkernels.experiments.record import Entry, Plot
 from ssmkernels.experiments.spec import Table
 from ssmkernels.experiments.statistics import half_width
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 History = Sequence[Mapping[str, float]]
-Points = Mapping[str, Mapping[str, Mapping[float | None, Sequence[float]]]]
-"""Panels of lines of x -> values; a line whose only x is None is a level."""
+Line = Mapping[float | None, Sequence[float]]
+"""x -> values; a line whose only x is None is a level."""
+Points = Mapping[str, Mapping[str, Line]]
+"""Panels of lines."""
 
 
 def draw(
@@ -28,16 +34,14 @@ def draw(
     if not plot:
         return ()
     file = plot.get("file", "curves.png")
-    if plot["kind"] == "curves":
-        if not histories:
-            return ()
+    points = points_of(entries, plot["pattern"]) if plot["kind"] == "points" else {}
+    if points:
+        labels = {"xlabel": plot.get("xlabel"), "ylabel": plot["ylabel"], "log": plot.get("log", False)}
+        alt = plot_points(out / file, points, **labels)
+    elif plot["kind"] == "curves" and histories:
         alt = plot_curves(out / file, plot["panels"], histories, title=plot["title"])
     else:
-        panels = points_of(entries, plot["pattern"])
-        if not panels:
-            return ()
-        labels = {"xlabel": plot.get("xlabel"), "ylabel": plot["ylabel"], "log": plot.get("log", False)}
-        alt = plot_points(out / file, panels, **labels)
+        return ()
     return (Plot(plot["title"], file, plot["paper"], alt),)
 
 
@@ -69,31 +73,22 @@ def plot_curves(
     """One panel per entry of ``panels`` (title -> name in the histories), one line per entry of ``runs``: the mean over
     its histories with the range that they span. Returns what is seen, in words.
     """
-    figure, axes_of = new_figure(len(panels), title=title)
-    sentences = []
-    for axes, (panel, name) in zip(axes_of, panels.items(), strict=True):
+
+    def draw_lines(axes: Axes, panel: str, name: str) -> str:
         ends = []
         for number, (label, histories) in enumerate(runs.items()):  # a method has one colour in every panel
             steps, values = curve(histories, name)
             if not steps:
                 continue
             means = [statistics.fmean(at_step) for at_step in values]
+            lowest, highest = list(map(min, values)), list(map(max, values))
             axes.plot(steps, means, color=colour(number), label=label, linewidth=1.5)
-            axes.fill_between(
-                steps,
-                list(map(min, values)),
-                list(map(max, values)),
-                color=colour(number),
-                alpha=SPREAD_ALPHA,
-                linewidth=0,
-            )
+            axes.fill_between(steps, lowest, highest, color=colour(number), alpha=SPREAD_ALPHA, linewidth=0)
             ends.append(f"{label} from {means[0]:.3g} to {means[-1]:.3g} at step {steps[-1]:g}")
         label_axes(axes, title=panel, xlabel="training step", ylabel=name.replace("_", " "))
-        if ends:
-            sentences.append(f"{panel}: {'; '.join(ends)}.")
-    shared_legend(figure)
-    save(figure, path)
-    return " ".join(sentences)
+        return "; ".join(ends)
+
+    return draw_panels(path, panels, draw_lines, title=title)
 
 
 def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, log: bool = False) -> str:
@@ -101,35 +96,24 @@ def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, 
     interval; a level lies across the panel. Without an ``xlabel`` x is what the panel's title says. Returns what is
     seen, in words.
     """
-    figure, axes_of = new_figure(len(panels))
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    sentences = []
-    for axes, (title, lines) in zip(axes_of, panels.items(), strict=True):
-        seen = []
-        for label, points in lines.items():
-            color = colour(labels.index(label))  # a method has one colour in every panel
-            if None in points:
-                level = statistics.fmean(points[None])
-                axes.axhline(level, label=label, color=color, linestyle="--", linewidth=1.2)
-                seen.append(f"{label} is {level:.3g}")
-                continue
-            means = {x: statistics.fmean(points[x]) for x in sorted(x for x in points if x is not None)}
-            axes.errorbar(
-                list(means),
-                list(means.values()),
-                yerr=[half_width(points[x]) for x in means],
-                label=label,
-                color=color,
-                marker=marker(labels.index(label)),
-                capsize=2,
-                linewidth=1.2,
-            )
-            best = max(means, key=lambda x: means[x])
-            seen.append(
-                f"{label} is highest, {means[best]:.3g}, at {best:g}, and {means[min(means)]:.3g} at {min(means):g}"
-            )
+
+    def draw_line(axes: Axes, label: str, points: Line) -> str:
+        number = labels.index(label)  # a method has one colour in every panel
+        if None in points:
+            level = statistics.fmean(points[None])
+            axes.axhline(level, label=label, color=colour(number), linestyle="--", linewidth=1.2)
+            return f"{label} is {level:.3g}"
+        xs = sorted(x for x in points if x is not None)
+        means, widths = [statistics.fmean(points[x]) for x in xs], [half_width(points[x]) for x in xs]
+        style: dict[str, Any] = {"color": colour(number), "marker": marker(number), "capsize": 2, "linewidth": 1.2}
+        axes.errorbar(xs, means, yerr=widths, label=label, **style)
+        best = max(means)
+        return f"{label} is highest, {best:.3g}, at {xs[means.index(best)]:g}, and {means[0]:.3g} at {xs[0]:g}"
+
+    def draw_lines(axes: Axes, title: str, lines: Mapping[str, Line]) -> str:
+        seen = [draw_line(axes, label, points) for label, points in lines.items()]
         label_axes(axes, title=title, xlabel=xlabel or title, ylabel=ylabel, xscale="log" if log else "linear")
-        sentences.append(f"{title}: {'; '.join(seen)}.")
-    shared_legend(figure)
-    save(figure, path)
-    return " ".join(sentences)
+        return "; ".join(seen)
+
+    return draw_panels(path, panels, draw_lines)

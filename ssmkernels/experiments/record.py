@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from ssmkernels._files import write_atomically
 
@@ -118,7 +118,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record:
-    """The record that :func:`write_record` left in ``folder``.
+    """The record that :func:`write_record` left in ``folder``, by this version or an earlier one.
 
     Raises:
         FileNotFoundError: there is none.
@@ -126,40 +126,14 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / FILE
     try:
-        return _build(Record, json.loads(path.read_text(encoding="utf-8")), "the record")
-    except ValueError as error:  # also of JSON and of UTF-8
+        values = _with_tuples(json.loads(path.read_text(encoding="utf-8")))
+        for name, kind in {"entries": Entry, "plots": Plot, "claims": Claim}.items():
+            values[name] = tuple(kind(**_with_tuples(part)) for part in values.get(name, ()))
+        return Record(**values)
+    except (ValueError, TypeError, AttributeError) as error:  # also of JSON and of UTF-8
         raise ValueError(f"{path} is not a readable record: {error}") from error
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """``value``, as JSON has it, in the type ``kind``; ``where`` names it in an error."""
-    if is_dataclass(kind):
-        hints, given = get_type_hints(kind), _checked(value, dict, where)
-        missing = [key.name for key in fields(kind) if key.default is MISSING and key.name not in given]
-        unknown = sorted(given.keys() - hints)
-        if missing or unknown:
-            problem = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}, which is unknown"
-            raise ValueError(f"{where} {problem}")
-        values = {name: _build(hints[name], value, f"{name} of {where}") for name, value in given.items()}
-        return kind(**values)  # type: ignore[operator]
-    if get_origin(kind) is tuple:
-        items = _checked(value, list, where)
-        return tuple(_build(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if get_origin(kind) is dict:
-        pairs = _checked(value, dict, where).items()
-        return {name: _build(get_args(kind)[1], item, f"{where}[{name!r}]") for name, item in pairs}
-    return float(_checked(value, (int, float), where)) if kind is float else _checked(value, kind, where)
-
-
-def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        kinds = {
-            dict: "an object",
-            list: "a list",
-            str: "a text",
-            int: "an integer",
-            bool: "true or false",
-            (int, float): "a number",
-        }
-        raise ValueError(f"{where} is {value!r:.80}; it should be {kinds[kind]}")
-    return value
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """What the members of a dataclass were before JSON had lists in place of tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

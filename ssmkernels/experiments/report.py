@@ -15,7 +15,7 @@ import statistics
 import struct
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -25,8 +25,9 @@ from urllib.parse import quote
 import jinja2
 
 from ssmkernels._files import write_atomically
+from ssmkernels._text import duration, markdown_table
 from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record
-from ssmkernels.experiments.statistics import Verdict, mean_and_std, verdicts
+from ssmkernels.experiments.statistics import mean_and_std, verdicts
 
 if TYPE_CHECKING:
     from ssmkernels.experiments.spec import Table
@@ -66,27 +67,14 @@ class Grid(NamedTuple):
     settings: dict[str, list[Row]]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A plot on the page."""
 
     plot: Plot
-    content: bytes
-    """PNG."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Pixels, (width, height)."""
-        width, height = struct.unpack(">II", self.content[16:24])
-        return width, height
-
-    @property
-    def uri(self) -> str:
-        return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
-
-    @property
-    def alt(self) -> str:
-        return self.plot.alt or self.plot.title
+    width: int
+    """In pixels."""
+    height: int
+    uri: str
 
 
 @dataclass(frozen=True)
@@ -100,31 +88,9 @@ class Section:
     title: str
     """Under the paper's name; with the data where several have the same."""
 
-    @property
-    def claims(self) -> list[Verdict]:
-        return verdicts(self.record)
-
-    @property
-    def grid(self) -> Grid:
-        return grid(self.record)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        return facts(self.record)
-
-    @property
-    def failures(self) -> dict[str, tuple[str, ...]]:
-        return failures(self.record)
-
-    @property
-    def summary(self) -> tuple[str, ...]:
-        """Budget, data, seeds, progress and run time."""
-        record = self.record
-        return record.budget, record.data, str(len(record.seeds)), progress(record), duration(record.seconds)
-
     @functools.cached_property
     def pictures(self) -> list[Picture]:
-        return [Picture(plot, _png(self.folder, plot.file)) for plot in self.record.plots]
+        return [_picture(self.folder, plot) for plot in self.record.plots]
 
     @property
     def notes(self) -> str:
@@ -143,15 +109,12 @@ def write_report(folder: Path, out: Path, tables: Mapping[str, Table]) -> None:
     Raises:
         ValueError: no records, or a broken record or plot, which is named. Nothing is written.
     """
-    order: dict[str, list[str]] = {}
-    for name, table in tables.items():
-        order.setdefault(table.paper, []).append(name)
     records = []
     for place, record in find_records(folder):
         if not record.claims and record.name in tables:
             record = replace(record, claims=tables[record.name].read_claims())
         records.append((place, record))
-    papers = arranged(records, order)
+    papers = arranged(records, tables)
     page = _render("page.html.j2", papers=papers)
     text = _render("page.md.j2", papers=papers, base=out.parent)
     write_atomically(out, page)
@@ -173,7 +136,8 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"markdown_to_html": markdown_to_html, "plain": _plain, "whole": _unbroken}
-    environment.globals |= {"markdown_table": markdown_table, "relative": _relative, "duration": duration}
+    functions = (duration, facts, failures, grid, markdown_table, relative, summary, verdicts)
+    environment.globals |= {function.__name__: function for function in functions}
     sections = [section for group in values["papers"].values() for section in group]
     text = environment.get_template(template).render(
         title=TITLE, introduction=INTRODUCTION, sections=sections, **values
@@ -207,7 +171,7 @@ def _unbroken(text: str) -> list[str]:
     return re.split(r" (?=\()|(?<=,) ", text)
 
 
-def _relative(folder: Path, file: str, base: Path) -> str:
+def relative(folder: Path, file: str, base: Path) -> str:
     return quote(Path(os.path.relpath(folder / file, base)).as_posix())
 
 
@@ -225,14 +189,14 @@ def find_records(folder: Path) -> list[tuple[Path, Record]]:
     return records
 
 
-def arranged(records: Sequence[tuple[Path, Record]], order: Mapping[str, Iterable[str]]) -> dict[str, list[Section]]:
+def arranged(records: Sequence[tuple[Path, Record]], tables: Mapping[str, Table]) -> dict[str, list[Section]]:
     """Papers in their order, in each the experiments in theirs, of one experiment the larger budget first."""
-    first, names = list(order), [name for experiments in order.values() for name in experiments]
+    order = [*dict.fromkeys(table.paper for table in tables.values()), *tables, *BUDGETS]
 
     def place(item: tuple[Path, Record]) -> tuple[object, ...]:
         folder, record = item
-        paper, name = _index(first, record.paper), _index(names, record.name)
-        return paper, record.paper, name, record.name, _index(BUDGETS, record.budget), folder
+        names = (record.paper, record.name, record.budget)
+        return *((order.index(name) if name in order else len(order), name) for name in names), folder
 
     papers: dict[str, list[Section]] = {}
     titles = Counter((record.paper, _title(record)) for _, record in records)
@@ -252,51 +216,40 @@ def _title(record: Record) -> str:
     return f"{title[:1].upper()}{title[1:]} ({record.budget})"
 
 
-def _index(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else len(names)
-
-
-def _png(folder: Path, file: str) -> bytes:
-    """The picture ``file`` of the record in ``folder``."""
-    path = folder / file
+def _picture(folder: Path, plot: Plot) -> Picture:
+    """A plot of the record in ``folder``."""
+    path, what = folder / plot.file, f"a plot of {folder / FILE} is {plot.file!r}"
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"a plot of {folder / FILE} is {file!r}; it should be a file in the folder of the record")
+        raise ValueError(f"{what}; it should be a file in the folder of the record")
     if not path.is_file():
-        raise ValueError(f"a plot of {folder / FILE} is {file!r}, which is not there")
+        raise ValueError(f"{what}, which is not there")
     content = path.read_bytes()
     if not content.startswith(b"\x89PNG\r\n\x1a\n") or len(content) < 24:
-        raise ValueError(f"a plot of {folder / FILE} is {file!r}, which is no PNG")
-    return content
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns also line up in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
+        raise ValueError(f"{what}, which is no PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    return Picture(plot, width, height, f"data:image/png;base64,{base64.b64encode(content).decode()}")
 
 
 def grid(record: Record) -> Grid:
-    """The entries of a record as one table: ours first, columns of dashes left out, the figure in the caption where
-    there is one alone.
+    """The entries of a record as one table: a part for each setting, in which those of a method stand together; ours
+    first, columns of dashes left out, the figure in the caption where there is one alone.
     """
-    titles = list(dict.fromkeys(entry.titled for entry in record.entries))
+    entries = record.entries
+    titles = list(dict.fromkeys(entry.titled for entry in entries))
     columns = {
-        "figure": [entry.titled if len(titles) > 1 else "-" for entry in record.entries],
-        "ours": [ours(entry, len(record.seeds)) for entry in record.entries],
-        "paper": [entry.paper for entry in record.entries],
-        "difference": [difference(entry) for entry in record.entries],
+        "figure": [entry.titled if len(titles) > 1 else "-" for entry in entries],
+        "ours": [ours(entry, len(record.seeds)) for entry in entries],
+        "paper": [entry.paper for entry in entries],
+        "difference": [difference(entry) for entry in entries],
     }
-    header = tuple(name for name, cells in columns.items() if name == "ours" or set(cells) - {"-", ""})
-    cells = dict(zip(record.entries, zip(*(columns[name] for name in header), strict=True), strict=True))
-    settings: dict[str, list[Row]] = {}
-    for setting, entries in by_setting(record).items():
-        lines = Counter(entry.row for entry in entries)
-        for entry in entries:
-            row = Row(entry.row, lines.pop(entry.row, 0), cells[entry], bool(entry.failed))
-            settings.setdefault(setting, []).append(row)
+    header = tuple(name for name, texts in columns.items() if name == "ours" or set(texts) - {"-", ""})
+    methods = list(dict.fromkeys(entry.row for entry in entries))
+    spans = Counter((entry.row, entry.column) for entry in entries)
+    settings: dict[str, list[Row]] = {entry.column: [] for entry in entries}
+    for number, entry in sorted(enumerate(entries), key=lambda item: methods.index(item[1].row)):
+        span = spans.pop((entry.row, entry.column), 0)
+        cells = tuple(columns[name][number] for name in header)
+        settings[entry.column].append(Row(entry.row, span, cells, bool(entry.failed)))
     whose = "Ours and the paper's" if "paper" in header else "Ours"
     caption = f"{titles[0]}: {whose[0].lower()}{whose[1:]}" if len(titles) == 1 else whose
     return Grid(header, caption, settings)
@@ -351,23 +304,9 @@ def progress(record: Record) -> str:
     return f"{text}, {failed.total()} failed" if failed.total() else text
 
 
-def duration(seconds: float) -> str:
-    """Such as ``42 s``, ``12 min`` or ``3 h 05 min``."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def by_setting(record: Record) -> dict[str, list[Entry]]:
-    """The entries under their column; in one column those of a method stand together. Both in the order in which
-    they first appear.
-    """
-    rows = list(dict.fromkeys(entry.row for entry in record.entries))
-    columns: dict[str, list[Entry]] = {entry.column: [] for entry in record.entries}
-    for entry in sorted(record.entries, key=lambda entry: rows.index(entry.row)):
-        columns[entry.column].append(entry)
-    return columns
+def summary(record: Record) -> tuple[str, ...]:
+    """Budget, data, seeds, progress and run time."""
+    return record.budget, record.data, str(len(record.seeds)), progress(record), duration(record.seconds)
 
 
 def facts(record: Record) -> dict[str, str]:

@@ -8,43 +8,30 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import importlib.metadata
 import itertools
-import json
-import os
 import re
 import shlex
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssmkernels import __version__, data, info
+from ssmkernels import data
 from ssmkernels._files import write_atomically
 from ssmkernels._names import unknown
-from ssmkernels.experiments.jobs import (
-    EXPECTED,
-    FILE,
-    FOLDER,
-    Job,
-    Outcome,
-    alone,
-    outcome_of,
-    pieces_of,
-    run_jobs,
-    this_rank,
-    training_job,
-    with_needs,
-)
+from ssmkernels.experiments.jobs import EXPECTED, FOLDER, Job, Outcome, run_jobs, training_job, with_needs
 from ssmkernels.experiments.plots import draw
 from ssmkernels.experiments.record import Entry, Plot, Record, write_record
 from ssmkernels.experiments.report import record_page
 from ssmkernels.experiments.sources import EMBEDDED, SWAV_FILE, Source
 from ssmkernels.experiments.spec import Arguments, Cell, Table, flat, words
+from ssmkernels.info import machine_in_words, versions
 from ssmkernels.trainers import train_swav
 from ssmkernels.trainers.cli import METHODS, parse_config
+from ssmkernels.trainers.ranks import alone, this_rank
 
+PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "lightning-fabric", "faiss-cpu")
+"""That results may depend on."""
 Values = Mapping[tuple[Cell, int], Outcome]
 
 
@@ -55,7 +42,7 @@ class Request:
     Args:
         rows, columns: of which cells are run; all of them if empty.
         seeds: that are run; those of the budget if empty.
-        settings: arguments of ``ssmkernels train`` that come after all others.
+        settings: of ``ssmkernels train``, as KEY=VALUE, that come after all others.
         shard: (i, n): every n-th job from the i-th on is run, i from 0.
         check: whether cells without their images are left out.
     """
@@ -75,19 +62,22 @@ class Request:
         """The folder of the jobs, which tables share."""
         return self.out / FOLDER
 
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The settings as ``ssmkernels train`` takes them."""
+        pairs = (setting.partition("=")[::2] for setting in self.settings)
+        return tuple(itertools.chain(*((f"--{key}", value) for key, value in pairs)))
+
     def command(self, name: str) -> str:
-        pairs = zip(self.settings[::2], self.settings[1::2], strict=True)
         options = [("--data", self.source.label), ("--budget", self.budget)]
-        options += [("--rows", row) for row in self.rows]
-        options += [("--columns", column) for column in self.columns]
+        options += [("--rows", row) for row in self.rows] + [("--columns", column) for column in self.columns]
         options += [("--seeds", ",".join(map(str, self.seeds)))] if self.seeds else []
-        options += [("--set", f"{key[2:]}={value}") for key, value in pairs]
+        options += [("--set", setting) for setting in self.settings]
         return shlex.join(["ssmkernels", "reproduce", name, *itertools.chain(*options)])
 
     def place(self, name: str) -> Path:
         """The folder of a table's record: settings make another table of it."""
-        pairs = zip(self.settings[::2], self.settings[1::2], strict=True)
-        changed = re.sub(r"[^\w.,=+-]+", "_", "".join(f"-{key[2:]}={value}" for key, value in pairs))
+        changed = re.sub(r"[^\w.,=+-]+", "_", "".join(f"-{setting}" for setting in self.settings))
         if len(changed) > 100:  # names of folders are limited
             changed = f"-{hashlib.sha256(changed.encode()).hexdigest()[:12]}"
         return self.out / f"{name}-{self.budget}{changed}"
@@ -107,7 +97,6 @@ class Result(NamedTuple):
 
     entries: tuple[Entry, ...] = ()
     plots: tuple[Plot, ...] = ()
-    notes: str = ""
 
 
 class Plan(NamedTuple):
@@ -155,7 +144,9 @@ def find_cells(table: Table, request: Request) -> Cells:
     Raises:
         FileNotFoundError, ValueError, ImportError: none of the images can be had, or a setting is wrong.
     """
-    kind = request.source.kind
+    kind, path = request.source.kind, Path(request.source.path or "")
+    if kind == "folder" and request.check and not path.is_dir():
+        raise FileNotFoundError(f"--data is {str(path)!r}, which is no folder")
     if kind == EMBEDDED and table.embedded:
         table = table.variant("embedded")
     elif kind == "file" and table.classes:
@@ -212,7 +203,8 @@ def training_cells(table: Table, request: Request) -> Cells:
         config, _ = configure(table, request, column, arguments)
         if request.source.kind != "file":
             return request.source.problem(table.method, config.data.name, config.data)
-        papers, _ = configure(table, replace(request, source=Source(None)), column, arguments, placed=False)
+        as_in_paper = replace(table, offline="", start="")
+        papers, _ = configure(as_in_paper, replace(request, source=Source(None)), column, arguments)
         return request.source.problem(table.method, papers.data.name, config.data)
 
     def cells_of(column: str) -> Iterator[Cell]:
@@ -245,21 +237,16 @@ def numbers(table: Table, request: Request, row: str, column: str, count: int = 
     return tuple(texts) if texts else ("-",) * count
 
 
-def configure(
-    table: Table, request: Request, column: str, arguments: Arguments, *, placed: bool = True
-) -> tuple[Any, tuple[Job, ...]]:
+def configure(table: Table, request: Request, column: str, arguments: Arguments) -> tuple[Any, tuple[Job, ...]]:
     """The configuration of a row in a column with the first seed, and the jobs that it needs.
-
-    Args:
-        placed: whether the images are those of ``request``, and not those that the table names.
 
     Raises:
         FileNotFoundError: it starts from SwAV's weights, which are not there.
     """
     source, budget = request.source, table.budget(request.budget)
-    start = "" if placed and "{swav" in table.start and source.swav_weights() is None else table.start
-    place = source.arguments if source.path is not None else words(table.offline) if placed else ()
-    rest = (*words(start), *words(arguments), *place, *request.settings, "--seed", "1")
+    start = "" if "{swav" in table.start and source.swav_weights() is None else table.start
+    place = words(table.offline) if source.path is None else source.arguments
+    rest = (*words(start), *words(arguments), *place, *request.arguments, "--seed", "1")
     everything = (*words(table.columns[column]), *budget.arguments, *rest)
     needs: tuple[Job, ...] = (_fine_tuning(table, request, column),) if "{swav}" in " ".join(everything) else ()
     fill = {
@@ -274,8 +261,7 @@ def configure(
 def _fine_tuning(table: Table, request: Request, column: str) -> Job:
     """SwAV on all training images of a column, without their labels."""
     smoke = words(table.swav_smoke) if request.budget == "smoke" else ()
-    place = shlex.join(request.source.arguments)
-    arguments = (*words(table.swav[column].replace("{place}", place)), *smoke, "--seed", "1")
+    arguments = (*words(table.swav[column]), *request.source.arguments, *smoke, "--seed", "1")
     config, _ = parse_config("swav", _filled(arguments, _places(request)))
     return training_job("swav", config, train_swav, f"{table.title}: fine-tuning by SwAV, {column}")
 
@@ -311,9 +297,9 @@ def _count_images(table: Table, request: Request, column: str) -> int:
     return len(data.load_dataset(config.data.name, config.data.root).train) if request.check else config.data.labels
 
 
-def run_table(table: Table, request: Request) -> tuple[Record, bool]:
+def run_table(table: Table, request: Request) -> bool:
     """Runs what ``request`` chooses, from what earlier calls left, leaves record.json and report.md in its place, and
-    returns the record and whether all that was chosen came to an end.
+    returns whether all that was chosen came to an end.
 
     Raises:
         KeyboardInterrupt: a run was stopped; its checkpoint is kept.
@@ -325,22 +311,25 @@ def run_table(table: Table, request: Request) -> tuple[Record, bool]:
     values = {place: outcomes[job.name] for place, job in planned.jobs.items()}
     complete = all(outcomes[name].finished for name in planned.chosen)
     if this_rank()[0] > 0:  # the first one writes for all
-        return _record(planned, request, outcomes, entries_of_cells(planned, values), Result()), complete
+        return complete
     out = request.place(table.name)
     out.mkdir(parents=True, exist_ok=True)
     with alone():
         after = planned.table.hook("after")
         result = after(planned.table, request, planned.cells, values) if after else Result()
-        entries = entries_of_cells(planned, values)
+        entries: list[Entry] = []
+        for cell in planned.cells:
+            entries += entries_of(cell, {seed: values[cell, seed] for seed in planned.seeds})
         plots = draw(planned.table, out, entries, _histories(planned, values))
-    record = _record(planned, request, outcomes, entries, result._replace(plots=(*plots, *result.plots)))
+    entries += result.entries
+    record = _record(planned, request, outcomes, entries, (*plots, *result.plots))
     write_record(out, record)
     write_atomically(out / "report.md", record_page(record))
-    return record, complete
+    return complete
 
 
 def _record(
-    planned: Plan, request: Request, outcomes: Mapping[str, Outcome], entries: Sequence[Entry], result: Result
+    planned: Plan, request: Request, outcomes: Mapping[str, Outcome], entries: Sequence[Entry], plots: tuple[Plot, ...]
 ) -> Record:
     table = planned.table
     return Record(
@@ -351,23 +340,15 @@ def _record(
         data=_data_in_words(request, planned.cells),
         seeds=planned.seeds,
         command=request.command(table.name),
-        entries=(*entries, *result.entries, *quoted_entries(table, request, planned.cells)),
-        plots=result.plots,
+        entries=(*entries, *quoted_entries(table, request, entries)),
+        plots=plots,
         deviations=(*_deviations(planned, request), *(f"Left out: {missing}" for missing in planned.left_out)),
-        notes="\n\n".join(text for text in (table.notes, result.notes) if text),
+        notes=table.notes,
         seconds=sum(outcome.seconds for outcome in outcomes.values()),
-        machine=machine(),
-        versions=versions(),
+        machine=machine_in_words(),
+        versions=versions(PACKAGES),
         claims=table.read_claims(),
     )
-
-
-def entries_of_cells(planned: Plan, values: Values) -> list[Entry]:
-    return [
-        entry
-        for cell in planned.cells
-        for entry in entries_of(cell, {seed: values[cell, seed] for seed in planned.seeds})
-    ]
 
 
 def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:
@@ -382,14 +363,15 @@ def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:
     return entries
 
 
-def quoted_entries(table: Table, request: Request, cells: Sequence[Cell]) -> list[Entry]:
-    """The paper's rows that are not run, in the columns of ``cells``, where the images are the paper's."""
-    entries = []
-    for column in dict.fromkeys(cell.column for cell in cells) if request.source.kind == "folder" else ():
+def quoted_entries(table: Table, request: Request, entries: Sequence[Entry]) -> list[Entry]:
+    """The paper's rows that are not run, in the columns of ``entries``, where the images are the paper's."""
+    quoted = []
+    for column in dict.fromkeys(entry.column for entry in entries) if request.source.kind == "folder" else ():
+        figures = dict.fromkeys((entry.figure, entry.unit) for entry in entries if entry.column == column)
         for row, texts in table.quoted.get(column, {}).items():
-            for figure, text in zip(table.read_figures(), texts, strict=True):
-                entries.append(Entry(row, column, figure.title, figure.unit, text, (), run=False))
-    return entries
+            for (figure, unit), text in zip(figures, texts, strict=True):
+                quoted.append(Entry(row, column, figure, unit, text, (), run=False))
+    return quoted
 
 
 def _histories(planned: Plan, values: Values) -> dict[str, list[Any]]:
@@ -399,55 +381,6 @@ def _histories(planned: Plan, values: Values) -> dict[str, list[Any]]:
         if isinstance(outcome.value, Mapping) and "history" in outcome.value:
             histories.setdefault(f"{cell.row}, {cell.column}", []).append(outcome.value["history"])
     return histories
-
-
-class Cost(NamedTuple):
-    """Of a job, as far as is known."""
-
-    title: str
-    state: str
-    batch: str = "-"
-    """Images of a step, in how many pieces, and the arithmetic."""
-    steps: int | None = None
-    images: int | None = None
-    """That pass through the network, over all steps."""
-    seconds_per_step: float | None = None
-    """Of finished jobs of the same network, data and batches in the same folder."""
-
-    @property
-    def seconds(self) -> float | None:
-        return None if self.steps is None or self.seconds_per_step is None else self.steps * self.seconds_per_step
-
-
-def costs(table: Table, request: Request) -> list[Cost]:
-    """What the jobs that ``request`` chooses, and those that they need, cost."""
-    planned = plan(table, request)
-    measured = _measured(request.jobs)
-    jobs = with_needs(job for job in planned.jobs.values() if job.name in planned.chosen)
-    return [_cost(job, request, measured) for job in jobs.values()]
-
-
-def _cost(job: Job, request: Request, measured: Mapping[str, float]) -> Cost:
-    outcome, config = outcome_of(request.jobs, job), job.config
-    state = "finished" if outcome.finished else "failed" if outcome.error else "to run"
-    if config is None:
-        return Cost(job.title, state)
-    steps = outcome.value["steps"] if outcome.finished else getattr(config, "steps", None)
-    unlabeled = config.batch_size * getattr(config, "mu", 1 if hasattr(config.data, "unlabeled_name") else 0)
-    pieces = pieces_of(config, job.devices) * this_rank()[1]
-    batch = f"{pieces} x ({config.batch_size // pieces} + {unlabeled // pieces}), {config.precision}"
-    images = None if steps is None else steps * (config.batch_size + unlabeled)
-    return Cost(job.title, state, batch, steps, images, measured.get(job.like or ""))
-
-
-def _measured(folder: Path) -> dict[str, float]:
-    """Seconds a step by what jobs are alike in, from the finished jobs in ``folder``."""
-    seconds: dict[str, list[float]] = {}
-    for path in folder.glob(f"*/{FILE}"):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["status"] == "finished" and state.get("like") and state["value"]["steps"]:
-            seconds.setdefault(state["like"], []).append(state["seconds"] / state["value"]["steps"])
-    return {like: statistics.median(values) for like, values in seconds.items()}
 
 
 def _data_in_words(request: Request, cells: Sequence[Cell]) -> str:
@@ -467,31 +400,10 @@ def _deviations(planned: Plan, request: Request) -> Iterator[str]:
     if kind == "file":
         yield "The images are the arrays of a file, for which nothing says that they are those of the published set."
     offline = words(table.offline) if kind == EMBEDDED else ()
-    arguments = (*table.budget(request.budget).arguments, *offline, *request.settings)
+    arguments = (*table.budget(request.budget).arguments, *offline, *request.arguments)
     if arguments:
         purpose = "; this shows that it runs, not what it reaches" if request.budget == "smoke" else ""
         pairs = dict(zip(arguments[::2], arguments[1::2], strict=True))
         settings = " ".join(f"{setting} {value}" for setting, value in pairs.items())
         yield f"Budget {request.budget}: {len(planned.seeds)} seed(s), {settings}{purpose}."
     yield from flat(table.deviations)
-
-
-@functools.cache
-def machine() -> str:
-    """The processors and devices here, in words."""
-    here = info.collect()
-    devices = (here["torch"] or {}).get("devices") or here["cuda"]["devices"]
-    names = [device["name"] for device in devices]
-    gpus = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    return f"{os.cpu_count()} x {here['cpu']['model']}, {gpus or 'no GPU'}"
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that results may depend on."""
-    installed = {"ssmkernels": __version__}
-    for name in ("torch", "torchvision", "numpy", "scikit-learn", "lightning-fabric", "faiss-cpu"):
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed

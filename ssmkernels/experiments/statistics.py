@@ -18,12 +18,6 @@ def mean_and_std(values: Sequence[float], *, digits: int = 2) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def mean_and_interval(values: Sequence[float], *, digits: int = 3) -> str:
-    """``mean ± half-width`` of the 95 % confidence interval (Student's t); the value alone where there is one."""
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {half_width(values):.{digits}f}"
-
-
 def half_width(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean (Student's t); 0 for one value."""
     if len(values) == 1:

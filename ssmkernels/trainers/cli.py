@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
@@ -23,6 +22,7 @@ from ssmkernels.trainers.classifier import DataConfig
 from ssmkernels.trainers.loop import RunResult
 from ssmkernels.trainers.mixed_lp import SELECTED_BY, MixedLPConfig, train_mixed_lp
 from ssmkernels.trainers.mlsn import MLSNConfig, train_mlsn
+from ssmkernels.trainers.ranks import this_rank
 from ssmkernels.trainers.simmatch import SimMatchConfig, train_simmatch
 from ssmkernels.trainers.slade import SELECTED_BY as SLADE_SELECTED_BY
 from ssmkernels.trainers.slade import train_slade
@@ -128,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
+    if this_rank()[0] > 0:  # torchrun's first rank speaks for all
         return 0
     if not result.finished:
         again = shlex.join(

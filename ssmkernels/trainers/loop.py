@@ -44,8 +44,10 @@ except ImportError:  # the same code inside the one big package
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
-MAY_DIFFER = ("run", "data.root", "data.unlabeled_root", "data.labels_file")
-"""Settings in which a resumed run may differ from its checkpoint; the labelled images are compared by labels.txt."""
+MAY_DIFFER = ("run", "accumulate", "data.root", "data.unlabeled_root", "data.labels_file")
+"""Settings in which a resumed run may differ from its checkpoint, as it may in the number of ranks; the labelled images
+are compared by labels.txt.
+"""
 EPOCH = 1024  # steps, as FixMatch counts them, where a method has no epochs of its own
 
 

@@ -27,7 +27,6 @@ the last classes to test on, the others in class-disjoint folds, one to validate
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Iterator
 from copy import deepcopy
@@ -56,6 +55,7 @@ from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.evaluation import embed, retrieval
 from ssmkernels.trainers.loop import Fabric, RunResult, make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
+from ssmkernels.trainers.ranks import this_rank
 from ssmkernels.trainers.slade_config import SladeConfig
 from ssmkernels.trainers.slade_data import SladeImages, load_images
 
@@ -434,7 +434,7 @@ def train_folds(
         names = (SELECTED_BY, *(f"validation_{name}" for name in FIGURES))
         validation = {name: statistics.fmean(record[name] for record in records) for name in names}
         done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images, model)})
-        if int(os.environ.get("RANK", 0)) == 0:
+        if this_rank()[0] == 0:
             line = json.dumps({"step": done.step, "group": "test", **done.history[0]})
             write_atomically(Path(config.run.out, "metrics.jsonl"), line + "\n")
     return done

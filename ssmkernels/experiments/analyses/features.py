@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import data as images
-from ssmkernels._plots import PALETTE, new_figure, save, shared_legend
+from ssmkernels._plots import PALETTE, draw_panels
 from ssmkernels.experiments.record import Entry, Plot
 from ssmkernels.experiments.run import Request, Result, Values
 from ssmkernels.experiments.spec import Cell, Table
@@ -23,6 +23,9 @@ from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import make_fabric
 from ssmkernels.trainers.mlsn import MLSNNetwork
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Cloud = tuple[np.ndarray, Any, float, str]  # places [N, 2], a colour or classes [N], size of the points, what they are
 Panels = dict[str, list[Cloud]]
@@ -34,23 +37,15 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 
 def pseudo_labels(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
     """Figure 2: where labelled images lie, and where those with the most confident pseudo-labels of either kind do."""
-    entries, plots, notes = [], [], []
+    entries, plots = [], []
     for cell, trainer in finished(request, cells, values).items():
         panels, figures = confident(trainer)
         for (kind, share), (accuracy, distance) in figures.items():
             row = f"{kind}, most confident {100 * share:.0f} %"
             entries.append(Entry(row, cell.column, "accuracy of the pseudo-labels", "%", "-", (accuracy,), (), (1,)))
             entries.append(Entry(row, cell.column, "distance", "", "-", (distance,), (), (1,)))
-        alt = plot_clouds(request.place(table.name) / "figure2.png", panels)
-        words = "Confident pseudo-labels of either kind beside the labelled images, by t-SNE."
-        plots.append(Plot("MLSN, Figure 2", "figure2.png", words, alt))
-        notes.append(
-            "Averaged weights. Unlabelled images get pseudo-labels from the classifier (self-training) and from the"
-            f" similarity network (y_sc, the mean of {CENTER_DRAWS} draws of centers). The paper says that those of the"
-            " similarity network lie further from the labelled images; the mean cosine distance to the nearest"
-            " labelled image measures that for equally many of both, as the two confidences have different scales."
-        )
-    return Result(tuple(entries), tuple(plots), "\n\n".join(notes))
+        plots.append(plot_clouds(table, request, panels))
+    return Result(tuple(entries), tuple(plots))
 
 
 def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[float, float]]]:
@@ -102,14 +97,7 @@ def separation(table: Table, request: Request, cells: Sequence[Cell], values: Va
         panels[cell.row] = [(tsne(features), labels.cpu().numpy(), 4.0, "test images, by class")]
     if not panels:
         return Result()
-    alt = plot_clouds(request.place(table.name) / "figure3.png", panels)
-    words = "All labels beside 1000 labels with all weak labels, by t-SNE: the latter is said to be more separable."
-    notes = (
-        "Averaged weights. The silhouette is that of the true classes by cosine distance: 1 for tight classes far"
-        " apart, 0 for touching ones. The paper shows all labels beside 1000 labels with all weak labels, and gives an"
-        " error of 5.3 % for the latter."
-    )
-    return Result(tuple(entries), (Plot("MLSN, Figure 3", "figure3.png", words, alt),), notes)
+    return Result(tuple(entries), (plot_clouds(table, request, panels),))
 
 
 def finished(request: Request, cells: Sequence[Cell], values: Values) -> dict[Cell, MLSN]:
@@ -160,17 +148,16 @@ def tsne(features: Tensor) -> np.ndarray:
     )
 
 
-def plot_clouds(path: Path, panels: Panels) -> str:
-    """One panel per entry, its clouds over one another. Returns what is seen, in words."""
-    figure, axes_of = new_figure(len(panels))
-    sentences = []
-    for axes, (title, clouds) in zip(axes_of, panels.items(), strict=True):
+def plot_clouds(table: Table, request: Request, panels: Panels) -> Plot:
+    """One panel per entry, its clouds over one another."""
+
+    def draw_clouds(axes: Axes, title: str, clouds: Sequence[Cloud]) -> str:
         for places, shade, size, label in clouds:
             cmap = None if isinstance(shade, str) else "tab10"
             axes.scatter(places[:, 0], places[:, 1], c=shade, s=size, cmap=cmap, linewidths=0, label=label)
         axes.set(title=title, xticks=[], yticks=[], xlabel="t-SNE, 1st dimension", ylabel="2nd dimension")
-        shown = ", ".join(f"{len(places)} points ({label})" for places, _, _, label in clouds)
-        sentences.append(f"{title}: {shown}.")
-    shared_legend(figure)
-    save(figure, path)
-    return " ".join(sentences)
+        return ", ".join(f"{len(places)} points ({label})" for places, _, _, label in clouds)
+
+    plot = table.plot
+    alt = draw_panels(request.place(table.name) / plot["file"], panels, draw_clouds)
+    return Plot(plot["title"], plot["file"], plot["paper"], alt)

@@ -3,12 +3,14 @@
 (36).
 
 Without --data these are images inside packages; with a folder, also those of the paper's ten sets, of 17-flowers and of
-CIFAR-10 in it. A row's argument is the key of its accuracy in what a job leaves; a job has all rows of a column.
+CIFAR-10 in it. A table's columns name the sets; a row's argument is the key of its accuracy in what a job leaves, which
+has all rows of a column.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,9 +21,10 @@ from torch import Tensor
 
 from ssmkernels import graph
 from ssmkernels.experiments.analyses import feature_sets
-from ssmkernels.experiments.analyses.feature_sets import BN_INCEPTION, PAPER_SETS, SMALL_SETS, SOURCES
+from ssmkernels.experiments.analyses.feature_sets import ARCHIVES, BN_INCEPTION
 from ssmkernels.experiments.jobs import Job
 from ssmkernels.experiments.run import Cells, Request, numbers
+from ssmkernels.experiments.sources import INSIDE_PACKAGES
 from ssmkernels.experiments.spec import Cell, Figure, Table
 from ssmkernels.graph import comparisons
 
@@ -31,47 +34,40 @@ Predict = Callable[[graph.Graph, Tensor, Tensor, Sequence[str]], Mapping[str, Te
 
 
 def table3(table: Table, request: Request) -> Cells:
-    return _cells(table, request, predict_table3, tuple(SOURCES), labelings=LABELINGS)
+    return _cells(table, request, predict_table3, LABELINGS)
 
 
 def figure4(table: Table, request: Request) -> Cells:
-    return _cells(table, request, predict_figure4, ("digits", *(name for name in SOURCES if name != "mnist5k")))
+    return _cells(table, request, predict_figure4, ["5 per class"])
 
 
 def figure5(table: Table, request: Request) -> Cells:
-    """The paper has three of its sets there."""
-    return _cells(table, request, predict_figure5, (*SMALL_SETS, "cub200", "cars196", "dogs"))
+    return _cells(table, request, predict_figure5, ["5 per class"])
 
 
-def _cells(
-    table: Table,
-    request: Request,
-    predict: Predict,
-    sets: Sequence[str],
-    *,
-    labelings: Iterable[str] = ("5 per class",),
-) -> Cells:
+def _cells(table: Table, request: Request, predict: Predict, labelings: Iterable[str]) -> Cells:
     """A cell for each row, set that can be had, and labelling; those of a column are one job a seed."""
     folder = request.source.path
-    names = [name for name in feature_sets.available(folder) if name in sets]
+    sets = {name: title for title, name in table.columns.items()}
+    names = feature_sets.available(sets, folder)
     keys = tuple(map(str, table.rows.values()))
     cells = []
-    for name in names:
-        for labeling in labelings:
-            column = f"{SOURCES[name].title}, {labeling}"
-            run = functools.partial(_accuracies, name, request, predict, keys, labeling)
-            job_name = f"{table.name}-{name}-{labeling.replace(' ', '_')}"
-            job = functools.partial(_job, job_name, f"{table.title}; {column}", run)
-            for row, key in table.rows.items():
-                figures = (Figure("accuracy", str(key), unit=""),)
-                cells.append(Cell(row, column, figures, numbers(table, request, row, column), job))
+    for name, labeling in itertools.product(names, labelings):
+        column = f"{sets[name]}, {labeling}"
+        run = functools.partial(_accuracies, name, request, predict, keys, labeling)
+        job_name = f"{table.name}-{name}-{labeling.replace(' ', '_')}"
+        job = functools.partial(_job, job_name, f"{table.title}; {column}", run)
+        for row, key in table.rows.items():
+            figures = (Figure("accuracy", str(key), unit=""),)
+            cells.append(Cell(row, column, figures, numbers(table, request, row, column), job))
     deviations = [*table.deviations]
-    if any(name in SMALL_SETS for name in names):
+    small = {*INSIDE_PACKAGES, *ARCHIVES}
+    if small & {*names}:
         deviations.append(
             "Small sets stand in for the paper's, or beside them: pixels of digits, EfficientNet-Lite0 features of"
             " photographs."
         )
-    if any(name in PAPER_SETS for name in names) and feature_sets.network_of(folder) != "bn-inception":
+    if {*names} - small and feature_sets.network_of(folder) != "bn-inception":
         deviations.append(f"EfficientNet-Lite0 in place of BN-Inception, as {BN_INCEPTION} is not in --data.")
     return Cells(replace(table, deviations=deviations), tuple(cells))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ssmkernels import data as images
 from ssmkernels import metrics
 from ssmkernels._files import checksummed_archive, is_whole, set_aside, verify_checksum
-from ssmkernels._plots import colour, label_axes, new_figure, save, shared_legend
+from ssmkernels._plots import colour, draw_panels, label_axes
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.record import Plot
 from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, training_cells
@@ -30,6 +30,9 @@ from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import fit, make_fabric
 from ssmkernels.trainers.slade import build_network
 from ssmkernels.trainers.slade_data import SladeImages, load_images
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 POINTS = 2000  # images at most whose pairs are looked at
 BINS = 50
@@ -42,9 +45,9 @@ def on_unlabeled_classes(table: Table, request: Request) -> Cells:
     """
     trained = training_cells(table, request)
     figures = (Figure("MAP@R, unlabelled classes", "MAP@R", unit=""),)
-    jobs = [functools.partial(_unlabeled_job, cell, request) for cell in trained.cells]
     more = [
-        replace(cell, figures=figures, paper=("-",), job=job) for cell, job in zip(trained.cells, jobs, strict=True)
+        replace(cell, figures=figures, paper=("-",), job=functools.partial(_unlabeled_job, cell, request))
+        for cell in trained.cells
     ]
     return trained._replace(cells=(*trained.cells, *more))
 
@@ -88,24 +91,18 @@ class Similarities(NamedTuple):
         below = np.searchsorted(order, self.positives, "left") + np.searchsorted(order, self.positives, "right")
         return float(below.mean() / 2 / len(order))
 
-    def figures(self) -> tuple[float, ...]:
-        """As in ``FIGURES``."""
-        positives, negatives = self.positives, self.negatives
-        moments = (positives.mean(), negatives.mean(), positives.var(), negatives.var())
-        return (*moments, self.ranking, *self.mined, *self.clustered)
 
-
-FIGURES = (
-    "mean of positives",
-    "mean of negatives",
-    "variance of positives",
-    "variance of negatives",
-    "P",
-    "right positives",
-    "right negatives",
-    "right positives by clusters",
-    "right negatives by clusters",
-)
+FIGURES: dict[str, Callable[[Similarities], float]] = {
+    "mean of positives": lambda pairs: pairs.positives.mean(),
+    "mean of negatives": lambda pairs: pairs.negatives.mean(),
+    "variance of positives": lambda pairs: pairs.positives.var(),
+    "variance of negatives": lambda pairs: pairs.negatives.var(),
+    "P": lambda pairs: pairs.ranking,
+    "right positives": lambda pairs: pairs.mined[0],
+    "right negatives": lambda pairs: pairs.mined[1],
+    "right positives by clusters": lambda pairs: pairs.clustered[0],
+    "right negatives by clusters": lambda pairs: pairs.clustered[1],
+}
 
 
 def before_and_after(table: Table, request: Request) -> Cells:
@@ -152,9 +149,9 @@ def look_before_and_after(config: SladeConfig, folder: Path) -> dict[str, float]
             with checksummed_archive(kept) as file:
                 np.savez(file, **pair_similarities(trainer)._asdict())
     return {
-        f"{stage}, {name}": float(value)
+        f"{stage}, {name}": float(figure(pairs))
         for stage, pairs in read_stages(folder).items()
-        for name, value in zip(FIGURES, pairs.figures(), strict=True)
+        for name, figure in FIGURES.items()
     }
 
 
@@ -213,17 +210,14 @@ def pair_similarities(trainer: Slade) -> Similarities:
 
 def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: str) -> str:
     """A panel for each stage with two histograms, their means as dashed lines. Returns what is seen, in words."""
-    figure, axes_of = new_figure(len(stages), title=title, sharey=True)
-    sentences = []
-    for axes, (stage, pairs) in zip(axes_of, stages.items(), strict=True):
-        for number, (name, values) in enumerate(
-            (("positive pairs", pairs.positives), ("negative pairs", pairs.negatives))
-        ):
-            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=colour(number), label=name)
-            axes.axvline(values.mean(), color=colour(number), linestyle="--", linewidth=1.2)
+
+    def draw_histograms(axes: Axes, stage: str, pairs: Similarities) -> str:
+        for number, (name, values) in enumerate((("positive", pairs.positives), ("negative", pairs.negatives))):
+            label, color = f"{name} pairs", colour(number)
+            axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=color, label=label)
+            axes.axvline(values.mean(), color=color, linestyle="--", linewidth=1.2)
         label_axes(axes, title=stage, xlabel="$s_{ij}$", ylabel="density", xticks=(-1, -0.5, 0, 0.5, 1))
         means = f"{pairs.positives.mean():.2f} and {pairs.negatives.mean():.2f}"
-        sentences.append(f"{stage}: the means of positive and negative pairs are {means}.")
-    shared_legend(figure)
-    save(figure, path)
-    return " ".join(sentences)
+        return f"the means of positive and negative pairs are {means}"
+
+    return draw_panels(path, stages, draw_histograms, title=title, sharey=True)
