@@ -150,8 +150,16 @@ def pieces_of(config: Any, devices: int) -> int:
     return max(getattr(config, "accumulate", 1), devices // this_rank()[1])
 
 
-LATER = {"labels_file": None, "split_memory_above": 2**30}
-"""Settings that came after the first records, with their defaults: names of jobs have them only where they differ."""
+LATER: dict[str, dict[str, Any]] = {
+    "data": {"labels_file": None, "held_out": 0, "classes_file": None},
+    "mixed-lp": {"learn_bn_affine": False, "warm_up_images": "labeled"},
+    "mlsn": {"weights": None, "self_pairs": True},
+    "simmatch": {"weights": None, "split_memory_above": 2**30},
+    "slade": {"patience": None},
+}
+"""Settings of a method, and of its data, that came after the first records, with what they were before: names of jobs
+have them only where they differ.
+"""
 
 
 def training_name(method: str, config: Any) -> str:
@@ -163,9 +171,12 @@ def training_name(method: str, config: Any) -> str:
     settings["run"] = {"eval_every": settings["run"]["eval_every"]}
     for place in ("root", "unlabeled_root"):
         settings["data"].pop(place, None)
-    for group in (settings, settings["data"]):
-        for name in [name for name, value in group.items() if name in LATER and value == LATER[name]]:
-            del group[name]
+    for group, later in ((settings, LATER.get(method, {})), (settings["data"], LATER["data"])):
+        for name, before in later.items():
+            if name in group and group[name] == before:
+                del group[name]
+    if method in ("mixed-lp", "slade", "swav"):
+        settings["backbone"] = settings.pop("model")  # as the first records have it
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     labels = f"-{config.data.labels}" if hasattr(config.data, "labels") else ""
     return f"{method}-{config.data.name}{labels}-seed{config.seed}-{digest}"
