@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssmkernels import bench, ops
-from ssmkernels.bench import case, growth, measure, memory, overhead, plots, report
+from ssmkernels.bench import case, growth, measure, memory, neighbours, overhead, plots, report
 
 
 def small_case(**changes):
@@ -96,6 +96,25 @@ def test_cases_agree_with_their_peers():
         if op_case.op in ("instance_matching", "aggregate") and op_case.size["K"] == 250:
             ours, eager = op_case.ours()[0], op_case.peers["eager"]()[0]
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_searches_find_the_neighbours_that_ours_finds():
+    """Each row itself among them; exact searches find all, but for cosines that differ by their rounding, and
+    approximate ones nearly all of a small set.
+    """
+    features = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    peers = {name: peer for name, peer in neighbours.libraries().items() if name != "pynndescent"}  # it is compiled
+    op_case = neighbours.search_case(features, 10, peers)
+    op_case.ours()
+    for name, search in op_case.peers.items():
+        search()
+        exact = name in ("torch.mm, topk", "faiss IndexFlatIP", "scikit-learn")
+        assert op_case.recall[name]() >= (0.999 if exact else 0.9), name
+
+
+def test_recall_is_reported_beside_the_time():
+    result = run(small_case(recall={"eager": lambda: 0.98765}))
+    assert "(recall 0.9877)" in report.table([result]) and case.Result.from_json(dataclasses.asdict(result)) == result
 
 
 def test_one_op_of_a_family(tmp_path, monkeypatch, capsys):

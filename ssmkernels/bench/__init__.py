@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
 
-FAMILIES = ("memory", "graph", "pairs", "ranking", "overhead", "growth")
+FAMILIES = ("memory", "graph", "neighbours", "pairs", "ranking", "overhead", "growth")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,11 +106,12 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
     """One family in this process."""
     import torch
 
-    from ssmkernels.bench import case, graph, growth, measure, memory, overhead, pairs, ranking
+    from ssmkernels.bench import case, graph, growth, measure, memory, neighbours, overhead, pairs, ranking
 
     modules = {
         "memory": memory,
         "graph": graph,
+        "neighbours": neighbours,
         "pairs": pairs,
         "ranking": ranking,
         "overhead": overhead,

@@ -35,6 +35,8 @@ class Case:
     """Bytes that must move: each input read once per pass the algorithm needs, each output written once."""
     peer_scale: Mapping[str, float] = field(default_factory=dict)
     """By how much the time of a peer is multiplied that does a part of the work, such as some columns of many."""
+    recall: Mapping[str, Callable[[], float]] = field(default_factory=dict)
+    """For peers that search approximately: the share of the exact results in what their last call gave."""
 
     def label(self) -> str:
         return _label(self.op, self.phase, self.size, str(self.dtype).removeprefix("torch."))
@@ -56,6 +58,7 @@ class Result:
     extra_bytes: Mapping[str, int | None] = field(default_factory=dict)
     flops: int = 0
     bytes: int = 0
+    recall: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:
@@ -71,11 +74,22 @@ class Result:
         """How many times longer the peer takes."""
         return self.peers[peer].median / self.ours.median
 
+    def recall_of(self, peer: str) -> str:
+        return f" (recall {self.recall[peer]:.4f})" if peer in self.recall else ""
+
     def share_of_floor(self) -> float:
         return self.floor / self.ours.median
 
 
-def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[[str], Any]) -> Result:
+def run(
+    case: Case,
+    *,
+    device: str,
+    rates: Rates,
+    seconds: float,
+    say: Callable[[str], Any],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Result:
     """Measures a case: peers in turn with ours, products in turn with ours, then memory."""
     begin = time.perf_counter()
     functions = {
@@ -83,7 +97,7 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
         **case.peers,
         **{f"product {name}": product for name, product in case.products.items()},
     }
-    timings = time_alternating(functions, device=device, seconds=seconds)
+    timings = time_alternating(functions, device=device, seconds=seconds, clock=clock)
     products = None
     if case.products:
         parts = [(timings[f"product {name}"], count) for name, count in case.product_counts.items()]
@@ -110,9 +124,10 @@ def run(case: Case, *, device: str, rates: Rates, seconds: float, say: Callable[
         extra_bytes=extra,
         flops=case.flops,
         bytes=case.bytes,
+        recall={name: share() for name, share in case.recall.items()},
     )
     label = " ".join(f"{key}={value:,}" for key, value in case.size.items())
-    ratios = ", ".join(f"{result.ratio(peer):.1f}x {peer}" for peer in case.peers)
+    ratios = ", ".join(f"{result.ratio(peer):.1f}x {peer}{result.recall_of(peer)}" for peer in case.peers)
     say(
         f"{case.op:18} {label:34} {1e3 * result.ours.median:9.3f} ms   {ratios}   [{time.perf_counter() - begin:.0f} s]"
     )

@@ -30,7 +30,7 @@ class Timing:
         return Timing(factor * self.median, factor * self.low, factor * self.high)
 
 
-def _clock(function: Function, calls: int, device: str) -> float:
+def _clock(function: Function, calls: int, device: str, clock: Callable[[], float]) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -39,26 +39,32 @@ def _clock(function: Function, calls: int, device: str) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(calls):
         function()
-    return (time.perf_counter() - begin) / calls
+    return (clock() - begin) / calls
 
 
 def time_alternating(
-    functions: Mapping[str, Function], *, device: str = "cpu", seconds: float = 4.0, rounds: int = 15
+    functions: Mapping[str, Function],
+    *,
+    device: str = "cpu",
+    seconds: float = 4.0,
+    rounds: int = 15,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Medians over rounds in which every function runs in turn, so that a drift of the machine meets all of them.
 
     A short function is called several times per round (a millisecond's worth). Rounds stop at ``seconds``, but not
-    before three, or two where they take more than ten seconds each.
+    before three, or two where they take more than ten seconds each. ``clock`` may be ``time.process_time``, the time
+    of all threads of the process, which other processes disturb less.
     """
     calls = {}
     for name, function in functions.items():
         function()  # compilation, allocator
-        took = _clock(function, 1, device)
+        took = _clock(function, 1, device, clock)
         if took < 1:  # caches
-            took = _clock(function, 1, device)
+            took = _clock(function, 1, device, clock)
         calls[name] = max(1, int(1e-3 / max(took, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     begin = time.perf_counter()
@@ -67,7 +73,7 @@ def time_alternating(
         if elapsed > seconds and (done >= 3 or (done >= 2 and elapsed > 20)):
             break
         for name, function in functions.items():
-            samples[name].append(_clock(function, calls[name], device))
+            samples[name].append(_clock(function, calls[name], device, clock))
 
     def summary(values: list[float]) -> Timing:
         values = sorted(values)

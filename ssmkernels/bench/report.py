@@ -13,7 +13,7 @@ def _memory(size: int | None) -> str:
 
 
 def _ratio(result: Result, peer: str) -> str:
-    return f"{result.ratio(peer):.1f}x" if peer in result.peers else ""
+    return f"{result.ratio(peer):.1f}x{result.recall_of(peer)}" if peer in result.peers else ""
 
 
 def table(results: Sequence[Result]) -> str:
