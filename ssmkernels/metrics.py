@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmkernels.distributed import Group, all_gather_rows, all_reduce_sum, gather_sizes, is_split, rank_of
+
 __all__ = ["nmi", "nmi_of_clusters", "retrieval"]
 
 # Distances in memory at a time; 64 MiB of float64.
@@ -31,6 +33,7 @@ def retrieval(
     ref_includes_query: bool = False,
     recall_at: int | Iterable[int] = (1, 2, 4, 8),
     precision_at: int | Iterable[int] = (1, 2, 4, 8),
+    group: Group = "local",
 ) -> dict[str, float]:
     """Ranks the references of every query by distance, and tells how many of its own class come first.
 
@@ -64,20 +67,29 @@ def retrieval(
             pytorch-metric-learning's ``get_accuracy`` has it.
         recall_at: the k of ``R@k``, each ≥ 1; one k or several.
         precision_at: the k of ``P@k``, likewise.
+        group: the ranks whose rows are the embeddings: a process group, or None for the default group. Each rank gives
+            some, also none, and ranks the references of those, which are the rows of all; every rank gets the figures
+            of all queries. Not with ``references``.
 
     Raises:
         TypeError: a dtype is wrong, or a k is not an integer.
         ValueError: a shape, device or value is wrong; the message names it.
     """
-    queries, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels)
+    split = is_split(group)
+    queries, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels, least=0 if split else 1)
     if (references is None) != (reference_labels is None):
         raise ValueError("references and reference_labels should be given together")
+    if split and references is not None:
+        raise ValueError("references should be None with a group: they are the rows of all ranks")
+    before = 0  # rows of the ranks before this one
     if references is None or reference_labels is None:
-        if len(queries) < 2:
-            raise ValueError(
-                f"embeddings should have at least 2 rows, or references should be given; got {len(queries)}"
-            )
         keys, key_labels = queries, labels
+        if split:
+            counts = gather_sizes([len(queries)], queries.device, group=group)
+            before = sum(count for (count,) in counts[: rank_of(group)])
+            keys, key_labels = all_gather_rows(queries, group=group), all_gather_rows(labels, group=group)
+        if len(keys) < 2:
+            raise ValueError(f"embeddings should have at least 2 rows, or references should be given; got {len(keys)}")
     else:
         keys, key_labels = _embeddings_and_labels("references", references, "reference_labels", reference_labels)
         if keys.shape[1] != queries.shape[1]:
@@ -107,10 +119,10 @@ def retrieval(
     figures |= {f"P@{k}": queries.new_empty(len(queries)) for k in precision_at}
     figures |= {name: queries.new_empty(len(queries)) for name in ("P@1", "RP", "MAP@R")}
     # Queries of classes of similar size go together, so that one large class does not lengthen every list.
-    for rows in relevant.argsort(stable=True).split(max(1, _CHUNK_ENTRIES // len(keys))):
+    for rows in relevant.argsort(stable=True).split(max(1, _CHUNK_ENTRIES // len(keys))) if len(queries) else ():
         chunk = distances.of(queries[rows])
         if within:
-            chunk.scatter_(1, rows[:, None], torch.inf)
+            chunk.scatter_(1, before + rows[:, None], torch.inf)
         longest = max(1, *recall_at, *precision_at, int(relevant[rows].max()))
         nearest = smallest(chunk, min(longest, len(keys) - within))
         same = key_labels[nearest] == labels[rows, None]
@@ -129,7 +141,11 @@ def retrieval(
         name: values[answered] if name in ("P@1", "RP", "MAP@R") else values for name, values in figures.items()
     }
     names = ["P@1", *(f"R@{k}" for k in recall_at), *(f"P@{k}" for k in precision_at), "RP", "MAP@R"]
-    return {name: float(selected[name].mean()) for name in names}
+    sums = torch.stack([selected[name].sum() for name in names])
+    counts = torch.tensor([len(selected[name]) for name in names]).to(sums)
+    if split:
+        sums, counts = all_reduce_sum(torch.stack([sums, counts]), group=group)
+    return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
 class _Distances:
@@ -166,7 +182,12 @@ def smallest(values: Tensor, k: int) -> Tensor:
 
 
 def nmi(
-    embeddings: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, num_clusters: int | None = None, seed: int = 0
+    embeddings: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    *,
+    num_clusters: int | None = None,
+    seed: int = 0,
+    group: Group = "local",
 ) -> float:
     """Normalised mutual information 2 I/(H + H) between the classes and a k-means clustering of the embeddings:
     equations (30)-(33).
@@ -179,6 +200,7 @@ def nmi(
         labels: [N] integers.
         num_clusters: from 1 to N; by default the number of classes.
         seed: of k-means, from 0 to 2³² − 1.
+        group: the ranks whose rows are the embeddings, as in :func:`retrieval`; each clusters them all.
 
     Returns:
         A number in [0, 1].
@@ -191,7 +213,10 @@ def nmi(
         from sklearn.cluster import KMeans
     except ImportError:
         raise ImportError("this needs scikit-learn: pip install scikit-learn, or 'ssmkernels[train]'") from None
-    points, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels)
+    split = is_split(group)
+    points, labels = _embeddings_and_labels("embeddings", embeddings, "labels", labels, least=0 if split else 1)
+    if split:
+        points, labels = all_gather_rows(points, group=group), all_gather_rows(labels, group=group)
     if num_clusters is None:
         num_clusters = len(labels.unique())
     num_clusters, seed = _integer("num_clusters", num_clusters), _integer("seed", seed)
@@ -238,7 +263,7 @@ def _entropy(groups: Tensor) -> float:
 
 
 def _embeddings_and_labels(
-    name: str, embeddings: Tensor | np.ndarray, labels_name: str, labels: Tensor | np.ndarray
+    name: str, embeddings: Tensor | np.ndarray, labels_name: str, labels: Tensor | np.ndarray, *, least: int = 1
 ) -> tuple[Tensor, Tensor]:
     """embeddings in float64, labels in int64, both checked."""
     embeddings = _tensor(name, embeddings)
@@ -246,7 +271,7 @@ def _embeddings_and_labels(
         raise TypeError(f"{name} should be floating point, got {embeddings.dtype}")
     if embeddings.ndim != 2:
         raise ValueError(f"{name} should be [N, d], got shape {list(embeddings.shape)}")
-    if len(embeddings) == 0:
+    if len(embeddings) < least:
         raise ValueError(f"{name} should have at least 1 row, got none")
     if embeddings.shape[1] == 0:
         raise ValueError(f"{name} should be [N, d] with d ≥ 1, got shape {list(embeddings.shape)}")

@@ -15,10 +15,11 @@ from datetime import timedelta
 import gather_checks
 import loss_checks
 import memory_checks
+import metric_checks
 import ranking_checks
 import torch.distributed as dist
 
-MODULES = (gather_checks, loss_checks, memory_checks, ranking_checks)
+MODULES = (gather_checks, loss_checks, memory_checks, metric_checks, ranking_checks)
 SIZES = (2, 4)
 TIMEOUT = timedelta(seconds=60)
 
