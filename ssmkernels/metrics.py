@@ -85,8 +85,8 @@ def retrieval(
     if references is None or reference_labels is None:
         keys, key_labels = queries, labels
         if split:
-            counts = gather_sizes([len(queries)], queries.device, group=group)
-            before = sum(count for (count,) in counts[: rank_of(group)])
+            rows_of_ranks = gather_sizes([len(queries)], queries.device, group=group)
+            before = sum(count for (count,) in rows_of_ranks[: rank_of(group)])
             keys, key_labels = all_gather_rows(queries, group=group), all_gather_rows(labels, group=group)
         if len(keys) < 2:
             raise ValueError(f"embeddings should have at least 2 rows, or references should be given; got {len(keys)}")
