@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from ssmkernels._files import DamagedFile, set_aside, write_atomically
 from ssmkernels._locks import FolderInUse, folder_lock
-from ssmkernels.trainers import RunResult
+from ssmkernels.trainers.cli import METHODS
 from ssmkernels.trainers.loop import StopSignals
 from ssmkernels.trainers.ranks import alone, this_launch, this_rank
 
@@ -114,30 +114,16 @@ def outcome_of(folder: Path, job: Job) -> Outcome:
     return Outcome(state.get("value"), state.get("error"), state["seconds"])
 
 
-def training_job(
-    method: str,
-    config: Any,
-    train: Callable[..., RunResult],
-    title: str,
-    needs: tuple[Job, ...] = (),
-    *,
-    devices: int = 1,
-) -> Job:
-    """The job that trains as ``config`` says.
-
-    What determines the run is in its name, so that experiments share their jobs.
-
-    Args:
-        method: of ``ssmkernels train``.
-        train: called as ``train(config, resume=True)``, ``config.run.out`` being the folder of the job.
-        devices: see :class:`Job`.
+def training_job(method: str, config: Any, title: str, needs: tuple[Job, ...] = (), *, devices: int = 1) -> Job:
+    """The job that trains by a ``method`` of ``ssmkernels train`` as ``config`` says. What determines the run is in its
+    name, so that experiments share their jobs.
     """
 
     def run(folder: Path) -> dict[str, Any]:
         config.run.out = str(folder)
         if devices > 1:
             config.accumulate = pieces_of(config, devices)
-        result = train(config, resume=True)
+        result = METHODS[method].train(config, resume=True)
         if not result.finished:
             raise KeyboardInterrupt
         return asdict(result)

@@ -26,8 +26,7 @@ from ssmkernels.experiments.report import record_page
 from ssmkernels.experiments.sources import EMBEDDED, SWAV_FILE, Source
 from ssmkernels.experiments.spec import Arguments, Cell, Table, flat, words
 from ssmkernels.info import machine_in_words, versions
-from ssmkernels.trainers import train_swav
-from ssmkernels.trainers.cli import METHODS, parse_config
+from ssmkernels.trainers.cli import parse_config
 from ssmkernels.trainers.ranks import alone, this_rank
 
 PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "lightning-fabric", "faiss-cpu")
@@ -65,8 +64,11 @@ class Request:
     @property
     def arguments(self) -> tuple[str, ...]:
         """The settings as ``ssmkernels train`` takes them."""
-        pairs = (setting.partition("=")[::2] for setting in self.settings)
-        return tuple(itertools.chain(*((f"--{key}", value) for key, value in pairs)))
+        arguments: list[str] = []
+        for setting in self.settings:
+            key, _, value = setting.partition("=")
+            arguments += [f"--{key}", value]
+        return tuple(arguments)
 
     def command(self, name: str) -> str:
         options = [("--data", self.source.label), ("--budget", self.budget)]
@@ -226,9 +228,7 @@ def _training(table: Table, request: Request, config: Any, needs: tuple[Job, ...
     config = copy.deepcopy(config)
     config.seed = seed
     devices = table.budget(request.budget).devices
-    return training_job(
-        table.method, config, METHODS[table.method].train, f"{title}, seed {seed}", needs, devices=devices
-    )
+    return training_job(table.method, config, f"{title}, seed {seed}", needs, devices=devices)
 
 
 def numbers(table: Table, request: Request, row: str, column: str, count: int = 1) -> tuple[str, ...]:
@@ -263,7 +263,7 @@ def _fine_tuning(table: Table, request: Request, column: str) -> Job:
     smoke = words(table.swav_smoke) if request.budget == "smoke" else ()
     arguments = (*words(table.swav[column]), *request.source.arguments, *smoke, "--seed", "1")
     config, _ = parse_config("swav", _filled(arguments, _places(request)))
-    return training_job("swav", config, train_swav, f"{table.title}: fine-tuning by SwAV, {column}")
+    return training_job("swav", config, f"{table.title}: fine-tuning by SwAV, {column}")
 
 
 def _places(request: Request) -> dict[str, Callable[[], str]]:
@@ -279,17 +279,15 @@ def _places(request: Request) -> dict[str, Callable[[], str]]:
 
 
 def _filled(arguments: Iterable[str], fill: Mapping[str, Callable[[], str]]) -> list[str]:
-    def value(match: re.Match[str]) -> str:
-        return fill[match[1]]()
-
-    return [re.sub(r"\{(\w+)\}", value, argument) for argument in arguments]
+    return [re.sub(r"\{(\w+)\}", lambda match: fill[match[1]](), argument) for argument in arguments]
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
     """The last --config before everything else, which it would replace."""
     pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
-    configs = [pair for pair in pairs if pair[0] == "--config"][-1:]
-    return [text for pair in (*configs, *(pair for pair in pairs if pair[0] != "--config")) for text in pair]
+    configs = [pair for pair in pairs if pair[0] == "--config"]
+    others = [pair for pair in pairs if pair[0] != "--config"]
+    return list(itertools.chain(*configs[-1:], *others))
 
 
 def _count_images(table: Table, request: Request, column: str) -> int:

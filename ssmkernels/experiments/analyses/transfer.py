@@ -23,7 +23,6 @@ from ssmkernels.experiments.record import Entry
 from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, entries_of, numbers
 from ssmkernels.experiments.sources import EMBEDDED, INSIDE_PACKAGES
 from ssmkernels.experiments.spec import Cell, Figure, Table
-from ssmkernels.trainers import train_simmatch
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.linear_evaluation import PENALTIES, transfer
 from ssmkernels.trainers.loop import make_fabric
@@ -50,7 +49,7 @@ def cells(table: Table, request: Request) -> Cells:
     if problem is not None and request.check and not embedded:
         raise problem
     devices = table.budget(request.budget).devices
-    training = training_job("simmatch", config, train_simmatch, f"{table.title}: training", devices=devices)
+    training = training_job("simmatch", config, f"{table.title}: training", devices=devices)
     checkpoint = request.jobs / training.name / "checkpoint.pt"
     networks[SIMMATCH] = (training.name, functools.partial(trained_backbone, config, checkpoint), (training,))
 
