@@ -1,32 +1,50 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Checks README.md and docs/**/*.md: ```python blocks run (one namespace a page), links lead somewhere, every op has
-its entry.
+"""Checks README.md and docs/**/*.md: ```python blocks and the commands "$ ssmkernels …" of ```console blocks run (one
+namespace and one empty folder a page), links lead somewhere, every op has its entry.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
-from ssmkernels import ops
+from ssmkernels import cli, ops
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\$ ssmkernels ((?:.*\\\n)*.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
 def run_blocks(page: Path, text: str) -> list[str]:
     namespace: dict[str, object] = {"__name__": "__docs__"}
-    for block in BLOCK.finditer(text):
-        line = text[: block.start()].count("\n") + 1
-        code = "\n" * line + block[1]  # so that a traceback shows the line of the page
-        try:
-            exec(compile(code, str(page), "exec"), namespace)
-        except Exception:
-            return [f"{page.name}:{line}: the example fails\n{traceback.format_exc()}"]
+    with tempfile.TemporaryDirectory() as folder:
+        for block in BLOCK.finditer(text):
+            line = text[: block.start()].count("\n") + 1
+            code = "\n" * line + block[2]  # so that a traceback shows the line of the page
+            os.chdir(folder)
+            try:
+                if block[1] == "console":
+                    run_commands(block[2])
+                else:
+                    exec(compile(code, str(page), "exec"), namespace)
+            except Exception:
+                return [f"{page.name}:{line}: the example fails\n{traceback.format_exc()}"]
+            finally:
+                os.chdir(ROOT)
     return []
+
+
+def run_commands(text: str) -> None:
+    for command in COMMAND.findall(text):
+        status = cli.main(shlex.split(command.replace("\\\n", " ")))
+        if status:
+            raise RuntimeError(f"ssmkernels {command} ends with {status}")
 
 
 def broken_links(page: Path, text: str) -> list[str]:

@@ -9,9 +9,11 @@ import os
 import pickle
 import re
 import resource
+import signal
 import stat
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -200,6 +202,14 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path, holder):
         assert os.listdir(folder) == ["lock"]
         assert f"process {os.getpid()} on" in (folder / "lock").read_text()
     assert not os.listdir(folder)
+
+
+def test_a_lock_that_waits_is_had_when_the_other_process_ends(tmp_path, holder):
+    ending = threading.Timer(0.3, holder.kill)
+    ending.start()
+    with folder_lock(tmp_path / "run", wait=True):
+        assert holder.wait() == -signal.SIGKILL
+    assert not os.listdir(tmp_path / "run")
 
 
 def test_a_lock_on_what_is_no_folder(tmp_path):

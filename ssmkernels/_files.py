@@ -136,14 +136,12 @@ def verify_checksum(path: Path) -> None:
         DamagedFile: it is not; the message names the file.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - _COMMENT_BYTES))
-        comment = file.read()
-        if comment.startswith(_PREFIX):
-            if _digest(file, size - len(comment)) != comment[len(_PREFIX) :].decode(errors="replace"):
+    if has_checksum(path):
+        with open(path, "rb") as file:
+            digest = _digest(file, path.stat().st_size - _COMMENT_BYTES)
+            if file.read() != _PREFIX + digest.encode():
                 raise DamagedFile(path, "its SHA-256 is not that of what was written")
-            return
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -151,8 +149,19 @@ def verify_checksum(path: Path) -> None:
         raise DamagedFile(path, str(error) or type(error).__name__) from error
     if broken is not None:
         raise DamagedFile(path, f"the checksum of {broken} in it is wrong")
-    if not comment.endswith(_COMMENT_LENGTH.pack(0)):  # nor has it a comment of its own
+    if _last_bytes(path, _COMMENT_LENGTH.size) != _COMMENT_LENGTH.pack(0):  # nor has it a comment of its own
         raise DamagedFile(path, "its SHA-256 is cut off")
+
+
+def has_checksum(path: Path) -> bool:
+    """Whether the file ends as :func:`checksummed_archive` makes it end."""
+    return _last_bytes(path, _COMMENT_BYTES).startswith(_PREFIX)
+
+
+def _last_bytes(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - count))
+        return file.read()
 
 
 def is_whole(path: Path) -> bool:

@@ -25,13 +25,16 @@ class FolderInUse(ValueError):
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Within it no other process has this lock on ``folder``, which is made if need be, on this machine and, where the
     file system has locks, on others. What a killed writer left there is removed.
 
     The file ``lock`` in the folder names the process. It is the system's lock on that file that counts, which ends with
     the process however that ends: a file that a killed process left locks nothing, and neither do processes that were
     forked. Within one process it may be taken several times. On file systems without locks there is none.
+
+    Args:
+        wait: until no other process has it.
 
     Raises:
         FolderInUse: another process has it; the message names that one.
@@ -45,7 +48,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         finally:
             _held[folder] -= 1
         return
-    descriptor = _lock(folder)
+    descriptor = _lock(folder, wait)
     _held[folder] = 1
     try:
         remove_temporary_files(folder)
@@ -56,7 +59,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, wait: bool) -> int:
     """Takes the lock and returns the descriptor of its file, which holds it until it is closed."""
     path = folder / FILE
     try:
@@ -64,7 +67,7 @@ def _lock(folder: Path) -> int:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                _lock_file(descriptor, path)
+                _lock_file(descriptor, path, wait)
                 if _is_at(descriptor, path):  # its last owner may have removed it in between
                     with contextlib.suppress(OSError):  # of a full disk: then the owner has no name
                         os.ftruncate(descriptor, 0)
@@ -78,10 +81,10 @@ def _lock(folder: Path) -> int:
         raise WriteError(error.errno, error.strerror, str(folder)) from error
 
 
-def _lock_file(descriptor: int, path: Path) -> None:
+def _lock_file(descriptor: int, path: Path, wait: bool) -> None:
     # Not flock, whose lock a forked process that loads data keeps for some seconds when its parent was killed
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"

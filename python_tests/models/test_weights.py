@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ssmkernels.models import build_embedding_model, build_model, load_weights
+from ssmkernels.trainers.checkpoint import save_checkpoint
 
 torchvision_models = pytest.importorskip("torchvision.models")
 
@@ -353,6 +354,16 @@ def test_files_that_are_no_weights(tmp_path):
         load_weights(small(), tmp_path / "none.pth")
     with pytest.raises(ValueError, match="wrn-10-1 has none that can be fetched"):
         build_model("wrn-10-1", 3, weights="imagenet")
+
+
+def test_a_flipped_bit_in_weights_of_a_run_is_noticed(tmp_path):
+    path = tmp_path / "backbone.pt"
+    save_checkpoint(path, small().state_dict())
+    whole = path.read_bytes()
+    for position in range(0, len(whole) - 80, 97):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        with pytest.raises(ValueError, match=r"backbone\.pt, are no file that torch\.save wrote, or a damaged one"):
+            load_weights(small(), path)
 
 
 def test_files_run_no_code(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ssmkernels import data
 from ssmkernels._files import write_atomically
+from ssmkernels._locks import folder_lock
 from ssmkernels._names import unknown
 from ssmkernels.experiments.jobs import EXPECTED, FOLDER, Job, Outcome, run_jobs, training_job, with_needs
 from ssmkernels.experiments.plots import draw
@@ -311,18 +312,17 @@ def run_table(table: Table, request: Request) -> bool:
     if this_rank()[0] > 0:  # the first one writes for all
         return complete
     out = request.place(table.name)
-    out.mkdir(parents=True, exist_ok=True)
-    with alone():
+    with alone(), folder_lock(out, wait=True):
         after = planned.table.hook("after")
         result = after(planned.table, request, planned.cells, values) if after else Result()
         entries: list[Entry] = []
         for cell in planned.cells:
             entries += entries_of(cell, {seed: values[cell, seed] for seed in planned.seeds})
         plots = draw(planned.table, out, entries, _histories(planned, values))
-    entries += result.entries
-    record = _record(planned, request, outcomes, entries, (*plots, *result.plots))
-    write_record(out, record)
-    write_atomically(out / "report.md", record_page(record))
+        entries += result.entries
+        record = _record(planned, request, outcomes, entries, (*plots, *result.plots))
+        write_record(out, record)
+        write_atomically(out / "report.md", record_page(record))
     return complete
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ssmkernels._files import has_checksum, verify_checksum
 from ssmkernels.models.packages import require
 from ssmkernels.models.timm_models import TIMM, timm_weights
 
@@ -193,6 +194,8 @@ def _safetensors(path: Path) -> Any:
 
 def _pickled(path: Path) -> Any:
     try:
+        if has_checksum(path):  # it is ours; PyTorch verifies nothing
+            verify_checksum(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # scripts keep their command line in the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.save did not write fails in many ways
