@@ -97,6 +97,21 @@ def make_folder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Makes ``folder``, writes a file there and removes it: before hours of work that would have to be kept there.
+
+    Raises:
+        ValueError: it cannot be written; the message names ``option``, which gave it.
+    """
+    probe = folder / f".ssmkernels-{secrets.token_hex(8)}.tmp"
+    try:
+        make_folder(folder)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); give another folder with {option}") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames within ``folder`` last through a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ssmkernels import __version__
+from ssmkernels._files import WriteError
 from ssmkernels._names import unknown
 
 
@@ -46,8 +47,8 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status: 1 where a package or folder is missing, 2 for an unknown one, 130
-    when interrupted.
+    """Runs a subcommand and returns its exit status: 1 where a package or folder is missing or cannot be written, 2 for
+    an unknown one, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         needed = "torch" if error.name.partition(".")[0] == "torch" else f'"ssmkernels[{command.extra}]"'
         print(f"ssmkernels {name}: {error.name} is not installed; pip install {needed}", file=sys.stderr)
+        return 1
+    except WriteError as error:  # the disk is full, say
+        print(f"ssmkernels {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nssmkernels: interrupted", file=sys.stderr)

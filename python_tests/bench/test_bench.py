@@ -87,7 +87,7 @@ def test_unknown_family(capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["graphs"])
     assert stop.value.code == 2
-    assert "unknown family 'graphs'" in capsys.readouterr().err
+    assert "there is no family 'graphs'; did you mean graph" in capsys.readouterr().err
 
 
 def test_cases_agree_with_their_peers():

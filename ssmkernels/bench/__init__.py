@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmkernels._files import write_atomically
+from ssmkernels import _names
+from ssmkernels._files import check_folder, write_atomically
 
 if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:
-        parser.error(f"unknown family {unknown[0]!r}; there is {', '.join(FAMILIES)}")
+        parser.error(_names.unknown(f"there is no family {unknown[0]!r}", unknown[0], FAMILIES))
     if args.fail_if_slower is not None and (args.compare is None or not args.fail_if_slower > 0):
         parser.error("--fail-if-slower is a positive ratio and needs --compare")
     if args.compare is not None and not args.compare.is_file():
@@ -68,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     out = args.out or Path(f"runs/bench/{args.device}.json")
+    try:
+        check_folder(out.parent, "--out")
+    except ValueError as error:
+        print(f"ssmkernels bench: {error}", file=sys.stderr)
+        return 1
     before = None if args.compare is None else _read(args.compare)[1]  # it may be the file that is written
     if len(args.families) == 1:
         rates, results = _measure(args, argv, out)

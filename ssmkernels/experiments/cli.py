@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssmkernels._files import DamagedFile
+from ssmkernels._files import DamagedFile, check_folder
 from ssmkernels._names import unknown
 from ssmkernels._text import markdown_table
 from ssmkernels.experiments.costs import estimate
@@ -47,6 +47,13 @@ def main(argv: Sequence[str]) -> int:
         return 0 if options.list else 2
     if options.name != ALL and options.name not in tables:
         parser.error(unknown(f"there is no experiment {options.name!r}", options.name, [*tables, ALL]))
+    runs_something = not (options.list_cells or options.dry_run)
+    if runs_something:
+        try:
+            check_folder(options.out, "--out")
+        except ValueError as error:
+            print(f"ssmkernels reproduce: {error}", file=sys.stderr)
+            return 1
     request = Request(
         budget=options.budget,
         source=Source(None if options.data == EMBEDDED else options.data),
@@ -56,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         seeds=options.seeds,
         settings=tuple(options.set or ()),
         shard=options.shard,
-        check=not (options.list_cells or options.dry_run),
+        check=runs_something,
     )
     act = _list_cells if options.list_cells else _estimate if options.dry_run else _reproduce
     names = list(tables) if options.name == ALL else [options.name]

@@ -10,6 +10,7 @@ network, and SLADE's student learns from a teacher's clusters. Last, fused ops a
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ssmkernels._files import write_atomically
+from ssmkernels._files import check_folder, write_atomically
 from ssmkernels.bench import memory
 from ssmkernels.bench.case import run
 from ssmkernels.bench.measure import Rates
@@ -48,6 +49,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not 0 < options.share < float("inf"):
         parser.error(f"--share is {options.share}; it should be positive and finite")
+    try:
+        check_folder(options.out, "--out")
+    except ValueError as error:
+        print(f"ssmkernels demo: {error}", file=sys.stderr)
+        return 1
     begin = time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are too small for more; a second process loads and augments

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 import jinja2
 
-from ssmkernels._files import write_atomically
+from ssmkernels._files import check_folder, write_atomically
 from ssmkernels._text import duration, markdown_table
 from ssmkernels.experiments.record import FILE, Entry, Plot, Record, read_record
 from ssmkernels.experiments.statistics import mean_and_std, verdicts
@@ -335,6 +335,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if out.suffix != ".html":
             raise ValueError(f"--out is {str(out)!r}; it should end in .html")
+        if options.folder.is_dir():  # or write_report says that it is not
+            check_folder(out.parent, "--out")
         write_report(options.folder, out, load_tables())
     except (ValueError, OSError) as error:
         print(f"ssmkernels report: {error}", file=sys.stderr)
