@@ -126,15 +126,33 @@ def test_chunks_change_nothing(monkeypatch):
     assert metrics.retrieval(embeddings, labels) == whole
 
 
-def test_no_full_matrix_is_made(monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 1003)
+def test_lists_are_made_of_few_queries_at_a_time(monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 4 * 7 * (120 + 8))
     sizes = []
-    smallest = metrics.smallest
-    monkeypatch.setattr(
-        metrics, "smallest", lambda distances, k: sizes.append(distances.shape) or smallest(distances, k)
-    )
-    metrics.retrieval(*random_set(1003, 4, 10, seed=0))
-    assert set(sizes) == {(7, 1003), (2, 1003)}
+    search = metrics._FusedSearch.nearest
+
+    def counted(self, queries, k, itself):
+        sizes.append((len(queries), k))
+        return search(self, queries, k, itself)
+
+    monkeypatch.setattr(metrics._FusedSearch, "nearest", counted)
+    embeddings, _ = random_set(1003, 4, 10, seed=0)
+    metrics.retrieval(embeddings, torch.arange(1003) % 10, recall_at=120)
+    assert set(sizes) == {(7, 120), (2, 120)}
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_other_devices_search_by_stored_distances(within, monkeypatch):
+    """Of some queries at a time, with the lists of the kernel of the CPU: copies and equal distances too."""
+    draw = torch.Generator().manual_seed(3)
+    references = torch.randint(0, 3, (203, 4), generator=draw).double()
+    queries = references if within else torch.randint(0, 3, (61, 4), generator=draw).double()
+    itself = torch.arange(203) if within else None
+    stored, fused = metrics._Distances(references), metrics._FusedSearch(references)
+    for k in (1, 50, 203 - within):
+        assert stored.nearest(queries, k, itself).equal(fused.nearest(queries, k, itself))
+    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 203)
+    assert stored.rows_at_once(50) == 7
 
 
 def test_order_of_distances_and_scale_of_embeddings():

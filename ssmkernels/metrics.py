@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ssmkernels.distributed import Group, all_gather_rows, all_reduce_sum, gather_sizes, is_split, rank_of
+from ssmkernels.ops import _neighbours as kernels
 
 __all__ = ["nmi", "nmi_of_clusters", "retrieval"]
 
-# Distances in memory at a time; 64 MiB of float64.
+# Distances or candidates in memory at a time; 64 MiB of float64.
 _CHUNK_ENTRIES = 2**23
 
 
@@ -53,8 +54,8 @@ def retrieval(
 
     Distances are Euclidean between the embeddings as given (for unit vectors, the order of the cosine), in float64,
     exact, over all references; equal distances rank by index, and equal references have equal distances. Queries are
-    taken some at a time: the memory is O((N + M)·d) and a bounded share of the N·M distances. Runs on the device of
-    ``embeddings``.
+    taken some at a time: the memory is O((N + M)·d) and a bounded share of the lists of the nearest, or on other
+    devices than the CPU of the N·M distances. Runs on the device of ``embeddings``.
 
     Every label is a class here, −1 too: leave out what is unlabelled.
 
@@ -112,20 +113,19 @@ def retrieval(
 
     classes, codes = torch.unique(torch.cat([labels, key_labels]), return_inverse=True)
     labels, key_labels = codes[: len(labels)], codes[len(labels) :]
-    relevant = torch.bincount(key_labels, minlength=len(classes))[labels] - int(within)  # R of each query
-    distances = _Distances(keys)
+    class_sizes = torch.bincount(key_labels, minlength=len(classes))
+    relevant = class_sizes[labels] - int(within)  # R of each query
+    longest_list = max(1, *recall_at, *precision_at, int(class_sizes.max()))
+    search = _FusedSearch(keys) if keys.device.type == "cpu" else _Distances(keys)
 
     figures = {f"R@{k}": queries.new_empty(len(queries)) for k in recall_at}
     figures |= {f"P@{k}": queries.new_empty(len(queries)) for k in precision_at}
     figures |= {name: queries.new_empty(len(queries)) for name in ("P@1", "RP", "MAP@R")}
     # Queries of classes of similar size go together, so that one large class does not lengthen every list.
-    for rows in relevant.argsort(stable=True).split(max(1, _CHUNK_ENTRIES // len(keys))) if len(queries) else ():
-        chunk = distances.of(queries[rows])
-        if within:
-            chunk.scatter_(1, before + rows[:, None], torch.inf)
+    for rows in relevant.argsort(stable=True).split(search.rows_at_once(longest_list)) if len(queries) else ():
         longest = max(1, *recall_at, *precision_at, int(relevant[rows].max()))
-        nearest = smallest(chunk, min(longest, len(keys) - within))
-        same = key_labels[nearest] == labels[rows, None]
+        nearest = search.nearest(queries[rows], min(longest, len(keys) - within), before + rows if within else None)
+        same = (key_labels[nearest] == labels[rows, None]) & (nearest >= 0)  # −1: a distance that overflows
         hits = same.cumsum(dim=1, dtype=torch.float64)
         for k in recall_at:
             figures[f"R@{k}"][rows] = (hits[:, :k][:, -1] > 0).double()
@@ -148,9 +148,28 @@ def retrieval(
     return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
+class _FusedSearch:
+    """Searches ``references`` [M, d] on the CPU by the kernel of ``knn_graph``: the largest q·r − ‖r‖²/2."""
+
+    def __init__(self, references: Tensor) -> None:
+        self._references = references
+        self._offsets = references.square().sum(dim=1).div_(-2)
+
+    def rows_at_once(self, longest: int) -> int:
+        return max(1, _CHUNK_ENTRIES // (4 * (longest + 8)))  # candidates, twice as many as are kept, of two numbers
+
+    def nearest(self, queries: Tensor, k: int, itself: Tensor | None) -> Tensor:
+        """[B, k] references nearest to each of ``queries`` [B, d], without reference ``itself`` [B]."""
+        if itself is None:
+            return kernels.nearest(queries, k, columns=self._references, offsets=self._offsets)[0].long()
+        ids = kernels.nearest(queries, k + 1, columns=self._references, offsets=self._offsets)[0].long()
+        itself_last = (ids == itself[:, None]).int().argsort(dim=1, stable=True)
+        return ids.gather(1, itself_last[:, :k])
+
+
 class _Distances:
-    """Squared Euclidean distances to ``references`` [M, d], but for the squared norm of the query, which changes no
-    order.
+    """Searches ``references`` [M, d] by squared Euclidean distances, but for the squared norm of the query, which
+    changes no order.
     """
 
     def __init__(self, references: Tensor) -> None:
@@ -161,10 +180,17 @@ class _Distances:
         rows = distinct if self._repeated else references
         self._rows = torch.cat([-2 * rows, rows.square().sum(dim=1, keepdim=True)], dim=1)  # [M, d + 1]
 
-    def of(self, queries: Tensor) -> Tensor:
-        """[B, M]: ‖r‖² − 2 q·r as the one product of (q, 1) and (−2 r, ‖r‖²)."""
+    def rows_at_once(self, longest: int) -> int:
+        return max(1, _CHUNK_ENTRIES // len(self._position))
+
+    def nearest(self, queries: Tensor, k: int, itself: Tensor | None) -> Tensor:
+        """As :meth:`_FusedSearch.nearest`: ‖r‖² − 2 q·r is the one product of (q, 1) and (−2 r, ‖r‖²)."""
         distances = torch.cat([queries, queries.new_ones(len(queries), 1)], dim=1) @ self._rows.t()
-        return distances[:, self._position] if self._repeated else distances
+        if self._repeated:
+            distances = distances[:, self._position]
+        if itself is not None:
+            distances.scatter_(1, itself[:, None], torch.inf)
+        return smallest(distances, k)
 
 
 def smallest(values: Tensor, k: int) -> Tensor:
