@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +39,7 @@ def evaluate(run: FinishedRun, *, root: str | None = None, accelerator: Accelera
     config.run.accelerator = accelerator
     fabric = make_fabric(config.run, precision=config.precision)
     trainer = _trainer(run.method, config, fabric)
-    if trainer.seen != run.images:
+    if not trainer.seen.is_like(run.images):
         raise ValueError(
             f"the images of data.root, {config.data.root}, are others than those of the run in {run.folder}"
         )
@@ -71,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
 def _evaluate(options: Any) -> None:
     run = load_run(options.run)
     figures = evaluate(run, root=options.data, accelerator=options.accelerator)
+    if int(os.environ.get("RANK", 0)) > 0:  # torchrun's first rank speaks for all
+        return
     print(f"after step {run.step}:")
     for name, value in figures.items():
         print(f"{name}: {value}")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from tqdm import tqdm
 
 from ssmkernels import data
 from ssmkernels._files import atomic_file, write_atomically
@@ -53,7 +54,8 @@ def predict(run: FinishedRun, folder: str | Path, *, accelerator: Accelerator = 
     name = "logits" if "logits" in run.outputs else "embeddings"
     rows = []
     with torch.inference_mode():
-        for images in _batches(run.images, folder, paths):
+        batches = _batches(run.images, folder, paths)
+        for images in tqdm(batches, total=-(-len(paths) // BATCH), unit="batch", leave=False, disable=None):
             outputs = dict(zip(run.outputs, network(images.to(device)), strict=True))
             rows.append(outputs[name].float().cpu())
     values = torch.cat(rows)
@@ -66,8 +68,8 @@ def image_files(folder: Path) -> tuple[str, ...]:
     """The paths of all images below ``folder``, from there, sorted; those that begin with a dot are left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"--data is {folder}, which is no folder; it should be one of images")
-    known = Image.registered_extensions()
-    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in known)
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in suffixes)
     names = sorted(path.as_posix() for path in paths if not path.name.startswith("."))
     if not names:
         raise FileNotFoundError(f"--data is {folder}, which has no images")
@@ -90,22 +92,17 @@ def _read(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not readable as an image ({error}); repair it, or take it away") from error
 
 
-def write_predictions(predictions: Predictions, out: Path, class_names: Sequence[str]) -> list[Path]:
-    """Writes predictions.csv, and embeddings.npy where there are embeddings, into the folder ``out``.
+def new_files(run: FinishedRun, out: Path) -> list[Path]:
+    """The files of predictions by ``run`` in the folder ``out``.
 
     Raises:
         FileExistsError: one of them is there.
     """
-    table, array = out / "predictions.csv", out / "embeddings.npy"
-    files = [table] if predictions.embeddings is None else [table, array]
-    for path in files:
-        if path.exists():
-            raise FileExistsError(f"{path} exists; give another folder with --out")
-    if predictions.embeddings is not None:
-        with atomic_file(array) as file:
-            np.save(file, predictions.embeddings.numpy())
-    write_atomically(table, _csv(predictions, class_names))
-    return files
+    names = ["predictions.csv"] if "logits" in run.outputs else ["predictions.csv", "embeddings.npy"]
+    for name in names:
+        if (out / name).exists():
+            raise FileExistsError(f"{out / name} exists; give another folder with --out")
+    return [out / name for name in names]
 
 
 def _csv(predictions: Predictions, class_names: Sequence[str]) -> str:
@@ -133,6 +130,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _predict(options: Any) -> None:
     run = load_run(options.run, best=options.best)
+    files = new_files(run, Path(options.out))
     predictions = predict(run, options.data, accelerator=options.accelerator)
-    files = write_predictions(predictions, Path(options.out), run.images.class_names)
+    if predictions.embeddings is not None:
+        with atomic_file(files[1]) as file:
+            np.save(file, predictions.embeddings.numpy())
+    write_atomically(files[0], _csv(predictions, run.images.class_names))
     print(f"{len(predictions.paths)} images: wrote {' and '.join(map(str, files))}")
