@@ -21,7 +21,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_dataset(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageSplits:
-    """The data set ``name``.
+    r"""The data set ``name``.
 
     ========== =======================================================================================================
     digits     1,797 grey digits of 8x8 inside scikit-learn, 599 of them to test on (a fixed draw, in proportion to
@@ -31,7 +31,7 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     cifar100   torchvision's CIFAR-100
     svhn       torchvision's SVHN, splits train and test, not extra
     svhn-extra the same with the split extra after the images to train on, 604,388 in all
-    stl10      STL-10: root/stl10_binary/*.bin; 5,000 images to train on, then the 100,000 without a class
+    stl10      STL-10: root/stl10_binary/\*.bin; 5,000 images to train on, then the 100,000 without a class
     imagenet   files root/train/<class>/*; root/val/<class>/*, or root/val/* with a list: val.txt of lines "file class",
                Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat, in root, in
                root/val or in the development kit as root/ILSVRC2012_devkit_t12
