@@ -44,7 +44,10 @@ def test_checking_a_folder_leaves_nothing(tmp_path):
     from ssmkernels._files import check_folder
 
     check_folder(tmp_path / "runs" / "new", "--out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["runs", "new"]
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "runs").mkdir()
+    check_folder(tmp_path / "runs" / "new", "--out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["runs"]
 
 
 def test_a_disk_that_is_full_is_one_line(monkeypatch, capsys):

@@ -98,16 +98,20 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Makes ``folder``, writes a file there and removes it: before hours of work that would have to be kept there.
+    """Makes ``folder``, writes a file there and removes both: before hours of work that would have to be kept there.
 
     Raises:
         ValueError: it cannot be written; the message names ``option``, which gave it.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".ssmkernels-{secrets.token_hex(8)}.tmp"
     try:
         make_folder(folder)
         probe.touch()
         probe.unlink()
+        for path in made:
+            with contextlib.suppress(OSError):  # something else has put a file there meanwhile
+                path.rmdir()
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}); give another folder with {option}") from None
 
