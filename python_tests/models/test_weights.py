@@ -16,7 +16,7 @@ torchvision_models = pytest.importorskip("torchvision.models")
 
 
 def state_of(network, start=1):
-    """A state with the names and shapes of the network, each tensor of a value of its own. They take no room: each has
+    """A state with the names and shapes of the network, each tensor of a value of its own. They take no memory: each has
     one number, repeated by strides of 0.
     """
     names = network.state_dict().items()

@@ -31,11 +31,11 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
     cifar100   torchvision's CIFAR-100
     svhn       torchvision's SVHN, splits train and test, not extra
     svhn-extra the same with the split extra after the images to train on, 604,388 in all
-    stl10      STL-10: root/stl10_binary/\*.bin; 5,000 images to train on, then the 100,000 without a class
-    imagenet   files root/train/<class>/*; root/val/<class>/*, or root/val/* with a list: val.txt of lines "file class",
-               Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat, in root, in
-               root/val or in the development kit as root/ILSVRC2012_devkit_t12
-    folder     files root/train/<class>/* and root/val/<class>/* or root/test/<class>/*
+    stl10      STL-10: ``root/stl10_binary/*.bin``; 5,000 images to train on, then the 100,000 without a class
+    imagenet   files ``root/train/<class>/*``; ``root/val/<class>/*``, or ``root/val/*`` with a list: val.txt of lines
+               "file class", Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat,
+               in root, in root/val or in the development kit as root/ILSVRC2012_devkit_t12
+    folder     files ``root/train/<class>/*`` and ``root/val/<class>/*`` or ``root/test/<class>/*``
     npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y
                (integers [N]); or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and
                n_train
