@@ -16,8 +16,8 @@ torchvision_models = pytest.importorskip("torchvision.models")
 
 
 def state_of(network, start=1):
-    """A state with the names and shapes of the network, each tensor of a value of its own. They take no memory: each has
-    one number, repeated by strides of 0.
+    """A state with the names and shapes of the network, each tensor of a value of its own. They take no memory: each
+    has one number, repeated by strides of 0.
     """
     names = network.state_dict().items()
     return OrderedDict(
