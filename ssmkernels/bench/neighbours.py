@@ -84,9 +84,14 @@ def search_case(features: Tensor, k: int, peers: dict[str, Callable[[Tensor, int
 
 
 def upper_products(features: Tensor) -> None:
-    """The products of each pair of rows once, and of some twice: rows with the columns from the first of them on."""
+    """The products of each pair of rows once, and of some twice: rows with the columns from the first of them on, in
+    tiles that stay in the cache. The whole product would be memory's time, not the processor's.
+    """
+    tile = features.new_empty(ROWS * ROWS)
     for begin in range(0, len(features), ROWS):
-        torch.mm(features[begin : begin + ROWS], features[begin:].t())
+        rows = features[begin : begin + ROWS]
+        for columns in features[begin:].split(ROWS):
+            torch.mm(rows, columns.t(), out=tile[: len(rows) * len(columns)].view(len(rows), len(columns)))
 
 
 def top_k(features: Tensor, count: int) -> Tensor:
