@@ -93,7 +93,7 @@ def packed(folder, count=6):
     )
 
 
-def test_features_of_a_folder_are_made_once(tmp_path, monkeypatch):
+def test_features_of_a_folder_are_made_once_unless_they_are_damaged(tmp_path, monkeypatch, capsys):
     packed(tmp_path)
     names = ["digits", "flowers17", "cifar10-test"]
     assert feature_sets.available(names, str(tmp_path)) == ["digits", "flowers17"]
@@ -112,6 +112,13 @@ def test_features_of_a_folder_are_made_once(tmp_path, monkeypatch):
         and points.labels.tolist() == [0, 1, 0, 1, 0, 1]
     )
     torch.testing.assert_close(points.features[:, 0], (20 * torch.arange(6.0) - 127) / 128)
+    kept = tmp_path / "cache" / "flowers17-224px.npz"
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-1], whole[:200] + b"?" + whole[201:]):
+        kept.write_bytes(damaged)
+        feature_sets.load("flowers17", str(tmp_path), tmp_path / "cache")
+        assert f"{kept} is damaged" in capsys.readouterr().err
+        assert kept.read_bytes() == whole
 
 
 def test_a_folder_without_the_files_is_an_error(tmp_path, capsys):
