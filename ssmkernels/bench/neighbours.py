@@ -38,6 +38,8 @@ def cases(*, device: str = "cpu", dtype: torch.dtype = torch.float32, quick: boo
         draw = torch.Generator().manual_seed(0)
         features = F.normalize(torch.randn(nodes, dim, generator=draw), dim=1)
         peers = libraries() if device == "cpu" else {}
+        if quick:
+            peers.pop("pynndescent", None)  # it is compiled at its first call, for a minute
         if nodes > ALL_PEERS_UP_TO:
             peers = {name: peer for name, peer in peers.items() if name.startswith("faiss")}
         yield search_case(features.to(device), NEIGHBOURS, peers)
