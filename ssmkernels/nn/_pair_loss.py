@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from ssmkernels.distributed import Group, check_group, is_split
 from ssmkernels.nn import _metric_learning as package
 from ssmkernels.nn import _pair_arguments as pair
 from ssmkernels.ops import _checks as check
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class PairLoss(nn.Module):
@@ -34,9 +37,10 @@ class PairLoss(nn.Module):
 
     _package_loss: nn.Module | None
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> PairLoss:
+    # Self, or pyright would take the result for a PairLoss and not look at __init__.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         theirs = package.get("losses.BaseMetricLossFunction")
-        made = cls if theirs is None or issubclass(cls, theirs) else _subclass_of_both(cls, theirs)
+        made: Any = cls if theirs is None or issubclass(cls, theirs) else _subclass_of_both(cls, theirs)
         return super().__new__(made)
 
     def __init__(
