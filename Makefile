@@ -34,7 +34,7 @@ END_OF_HANGS = -o faulthandler_exit_on_timeout=true
 test:  ## C++ tests of the kernels, then the Python tests
 	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/packages cpptest
 	@$(MAKE) --no-print-directory setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(END_OF_HANGS) --numprocesses auto --maxprocesses 4 --dist worksteal \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(END_OF_HANGS) --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20 \
 	  python_tests
 
 cpptest: $(VENV)/kernels  ## C++ tests of the kernels
@@ -46,6 +46,7 @@ bench: setup  ## time every op beside its peers
 fuzz: setup  ## 50,000 random calls of everything public, right and wrong ones (an hour; FUZZ="--examples N --seed S")
 	PYTHONPATH=python_tests:python_tests/ops OMP_NUM_THREADS=1 $(BIN)/python -m fuzz $(FUZZ)
 
+docs examples: $(VENV)/lightning
 docs: setup  ## build the site in build/docs, run the examples of README.md and docs/, check figures and links
 	$(BIN)/python docs/readme.py --check
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -b html docs build/docs
@@ -79,14 +80,23 @@ $(VENV)/tools: constraints.txt
 	$(PIP) cmake ninja pybind11 setuptools wheel
 	@touch $@
 
+# Extras that are not here from the start. Lightning brings torchmetrics, which Fabric then imports with all of
+# torchvision: three seconds at every start of a trainer. pynndescent, the peer, brings a compiler.
+LATER = lightning peers
+
 # Modules are compiled when they are first imported: most of what lies in torch never is.
 $(VENV)/packages: pyproject.toml $(VENV)/tools
 	@echo "== torch, torchvision and what trainers, benchmarks and checks need (about 3 minutes, 6 GB)"
 	$(BIN)/python -c "from setuptools.config.pyprojecttoml import read_configuration as read; \
 	  project = read('pyproject.toml', expand=False)['project']; \
-	  print(*project['dependencies'], *sum(project['optional-dependencies'].values(), []), sep='\n')" \
+	  extras = project['optional-dependencies']; [extras.pop(name) for name in '$(LATER)'.split()]; \
+	  print(*project['dependencies'], *sum(extras.values(), []), sep='\n')" \
 	  >$(VENV)/requirements.txt
 	$(PIP) --no-compile -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/lightning: $(VENV)/packages
+	$(PIP) --no-compile pytorch-lightning
 	@touch $@
 
 $(VENV)/kernels: $(VENV)/tools $(SOURCES)

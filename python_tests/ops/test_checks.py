@@ -319,6 +319,15 @@ def test_importing_the_ops_loads_no_compiler():
     assert run_python(code) == "[]\n"
 
 
+def test_importing_what_stands_on_the_ops_loads_no_compiler():
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import ssmkernels.nn, ssmkernels.graph, ssmkernels.metrics, ssmkernels.distributed\n"
+        "print(sorted(name for name in set(sys.modules) - before if name in ('torch._dynamo', 'torch._inductor')))"
+    )
+    assert run_python(code) == "[]\n"
+
+
 def test_importing_the_package_registers_the_operators():
     code = (
         "import ssmkernels, torch\n"

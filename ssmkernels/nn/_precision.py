@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
+from ssmkernels.ops import _checks as check
+
 LEAST_FACTOR, LARGEST_FACTOR = 1e-18, 1e18  # of logits and losses: float32 holds what two of them make
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 does not trace it
+@check.read_while_traced  # torch 2.11 does not trace it
 def _has_autocast(device: str) -> bool:
     return is_autocast_available(device)
 

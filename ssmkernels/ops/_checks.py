@@ -362,13 +362,17 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor if tensor.dtype == torch.float64 else cast(tensor, dtype) for tensor in tensors)
 
 
+def read_while_traced(function: Callable[..., bool]) -> Callable[..., bool]:
+    """What torch.compiler.assume_constant_result does: ``function`` is called while a graph is traced, since dynamo
+    cannot look into it. By hand, because that decorator imports dynamo, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@read_while_traced
 def _tf32_setting() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# What torch.compiler.assume_constant_result does: the setting is read while a graph is traced, since dynamo cannot look
-# into it. By hand, because that function imports dynamo, which takes seconds.
-_tf32_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allow_tf32(tensor: Tensor) -> bool:
