@@ -291,7 +291,7 @@ def test_unknown_command(capsys):
     assert cli.main(["trian"]) == 2
     assert capsys.readouterr().err == "ssmkernels: there is no command 'trian'; did you mean train?\n"
     assert cli.main(["xyz"]) == 2
-    commands = "train, reproduce, report, demo, bench, info"
+    commands = "train, evaluate, predict, export, reproduce, report, demo, bench, info"
     assert capsys.readouterr().err == f"ssmkernels: there is no command 'xyz'; it should be one of {commands}\n"
 
 

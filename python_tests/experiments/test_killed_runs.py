@@ -68,10 +68,13 @@ def whole(server, tmp_path_factory):
 
 
 def contents(folder):
-    """What a command left, by file, without the times in it; the names of TensorBoard's files have times too."""
+    """What a command left, by file, without the times in it; the names of TensorBoard's files have times too. A
+    killed process leaves the file of its lock, which nobody holds any more.
+    """
     left = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "tfevents" not in path.name and path.suffix != ".md":  # report.md shows record.json
+        is_compared = "tfevents" not in path.name and path.suffix != ".md" and path.name != "lock"
+        if path.is_file() and is_compared:  # report.md shows record.json
             left[path.relative_to(folder).as_posix()] = content(path)
     return left
 

@@ -95,7 +95,10 @@ class Frame {
     for (int64_t k = 0; k < parts * pairs.dim; ++k) sums.data()[k] = 0;
     for_each_row(pairs, parallel_for, [&](int64_t p, const Real* row) {
       double* sum = sums.data() + p * pairs.dim;
-      for (int64_t c = 0; c < pairs.dim; ++c) sum[c] += row[c] * scale;
+      for (int64_t c = 0; c < pairs.dim; ++c) {
+        const double entry = row[c] * scale;
+        sum[c] += entry - entry == 0 ? entry : 0;  // a NaN or infinity is of its own row alone
+      }
     });
     for (int64_t c = 0; c < pairs.dim; ++c) {
       double sum = 0;
