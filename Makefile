@@ -34,8 +34,8 @@ END_OF_HANGS = -o faulthandler_exit_on_timeout=true
 test:  ## C++ tests of the kernels, then the Python tests
 	@$(MAKE) --no-print-directory --jobs=2 $(VENV)/packages cpptest
 	@$(MAKE) --no-print-directory setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(END_OF_HANGS) --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20 \
-	  python_tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(END_OF_HANGS) --numprocesses auto --maxprocesses 4 --dist worksteal \
+	  --durations 20 python_tests
 
 cpptest: $(VENV)/kernels  ## C++ tests of the kernels
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --workflow --preset kernels
