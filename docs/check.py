@@ -17,6 +17,7 @@ from ssmkernels import cli, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"^```\w+\n.*?^```", re.MULTILINE | re.DOTALL)  # where [](int64_t n) is no link
 COMMAND = re.compile(r"^\$ ssmkernels ((?:.*\\\n)*.*)$", re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
@@ -50,7 +51,7 @@ def run_commands(text: str) -> None:
 def broken_links(page: Path, text: str) -> list[str]:
     return [
         f"{page.name}: the link to {target} leads nowhere"
-        for target in LINK.findall(text)
+        for target in LINK.findall(CODE.sub("", text))
         if not (page.parent / target).exists()
     ]
 
