@@ -224,7 +224,7 @@ def test_sparse_features(dtype, make, monkeypatch):
     features = getattr(sparse, make)(dense)
     before = features.data.copy()
     expected = knn_graph(dense, 9)
-    monkeypatch.setattr(knn, "CHUNK_BYTES", 8 * 123 * 50)  # 50 rows at a time
+    monkeypatch.setattr(candidates, "CHUNK_BYTES", 8 * 123 * 50)  # 50 rows at a time
     graph = knn_graph(features, 9)
     assert graph.dtype == expected.dtype and np.array_equal(features.data, before)
     torch.testing.assert_close(

@@ -102,7 +102,7 @@ torch.save({
 
 
 STEPS_OF_LOST = [
-    *["simmatch", "--data.name", "digits", "--data.labels", "20", "--model", "wrn-10-1", "--batch_size", "8"],
+    *["simmatch", "--data.name", "digits", "--data.labels", "20", "--model", "convnet-small", "--batch_size", "8"],
     *["--mu", "2", "--steps", "9", "--run.eval_every", "9", "--run.checkpoint_every", "3", "--run.accelerator", "cpu"],
     *["--run.bar", "false"],
 ]

@@ -445,6 +445,20 @@ def test_the_teacher_alone_can_be_trained_for_as_long(make_config, collection):
     assert result.history[-1]["final_MAP@R"] == result.history[-1]["validation_MAP@R"] > 0
 
 
+def train_and_stop(config, collection, step, monkeypatch):
+    """Trains until SIGTERM comes in a step; the number of steps that were done."""
+    original = Slade.step
+
+    def interrupted(self, batch, number):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slade, "step", interrupted)
+        return train_slade(config, images=collection).step
+
+
 @pytest.mark.parametrize(
     ("step", "settings"),
     [
@@ -461,16 +475,7 @@ def test_stop_in_any_stage_and_resume_gives_the_same_bits(
 ):
     whole = train_slade(make_config(**settings, run={"out": str(tmp_path / "whole")}), images=collection)
     stopped = make_config(**settings, run={"out": str(tmp_path / "stopped")})
-    original = Slade.step
-
-    def interrupted(self, batch, number):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Slade, "step", interrupted)
-        assert train_slade(stopped, images=collection).step == step + 1
+    assert train_and_stop(stopped, collection, step, monkeypatch) == step + 1
     resumed = train_slade(stopped, images=collection, resume=True)
     assert resumed.finished
     assert resumed.history == whole.history
@@ -759,16 +764,7 @@ def test_a_run_that_ends_early_resumes_on_the_same_bits(make_config, collection,
     )
     stopped = make_config(**settings, run={"out": str(tmp_path / "stopped"), "eval_every": 2})
     assert whole.step < 62
-    original = Slade.step
-
-    def interrupted(self, batch, number):
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Slade, "step", interrupted)
-        train_slade(stopped, images=collection)
+    train_and_stop(stopped, collection, step, monkeypatch)
     resumed = train_slade(stopped, images=collection, resume=True)
     assert resumed.history == whole.history
     states = [load_checkpoint(tmp_path / name / "checkpoint.pt")["trainer"]["model"] for name in ("whole", "stopped")]

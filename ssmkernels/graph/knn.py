@@ -17,7 +17,6 @@ from ssmkernels.ops import _neighbours as kernels
 
 Backend = Literal["auto", "native", "faiss", "torch", "ivf"]
 OF_THE_CPU = ("native", "faiss", "ivf")
-CHUNK_BYTES = 2**27
 
 
 def knn_graph(
@@ -137,7 +136,7 @@ def _sparse_neighbours(features: Any, k: int) -> tuple[Tensor, Tensor]:
         features.data /= np.repeat(np.where(length > 0, length, 1), entries)
     # A product adds the terms of a pair in the order of the columns, whichever of the two comes first.
     columns = features.T.tocsr()
-    parts, size = [], max(1, min(4096, CHUNK_BYTES // (8 * nodes)))
+    parts, size = [], max(1, min(4096, candidates.CHUNK_BYTES // (8 * nodes)))
     for begin in range(0, nodes, size):
         distances = torch.from_numpy(-(features[begin : begin + size] @ columns).toarray())
         rows = torch.arange(len(distances))
