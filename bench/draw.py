@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Draws the plots of committed results anew, without measuring.
 
-python bench/draw.py [bench/results/cpu-memory.json ...]    all of bench/results by default
+python bench/draw.py [bench/results/cpu-amd-avx512-memory.json ...]    all of bench/results by default
 """
 
 from __future__ import annotations

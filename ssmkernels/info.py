@@ -29,6 +29,8 @@ from ssmkernels import __version__
 PACKAGE = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
 ENVIRONMENT = ("SSMKERNELS_ISA", "SSMKERNELS_CHECK", "CUDA_VISIBLE_DEVICES", "CUDA_HOME")
+VECTORS = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
+"""Flags of a processor, the best first, and what they are called in its kind."""
 
 Report = dict[str, Any]
 
@@ -61,7 +63,7 @@ def collect() -> Report:
         "torch": _probe(_PROBE_TORCH) if importlib.util.find_spec("torch") else None,
         "library": _probe(_PROBE_LIBRARY) if importlib.util.find_spec("ssmkernels._C") else None,
         "build": _build_info(),
-        "cpu": {"model": _cpu_model(), "processors": os.cpu_count(), "flags": _cpu_flags()},
+        "cpu": {"model": _cpu_model(), "kind": cpu_kind(), "processors": os.cpu_count(), "flags": _cpu_flags()},
         "cuda": {"nvcc": _nvcc_version(), "driver": _driver_version(), "devices": _nvidia_devices()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
@@ -197,7 +199,7 @@ def _sections(report: Report) -> Iterable[tuple[str, list[tuple[str, str]]]]:
         ]
     yield "build", built
     processor = [
-        ("model", f"{cpu['model']}, {cpu['processors']} processors"),
+        ("model", f"{cpu['model']} ({cpu['kind']}), {cpu['processors']} processors"),
         ("flags", " ".join(cpu["flags"]) or "unknown"),
         ("chosen", library.get("instruction_set", "unknown")),
         ("torch threads", str(torch.get("threads", "unknown"))),
@@ -376,8 +378,16 @@ def _cpu_model() -> str:
     return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
+def cpu_kind() -> str:
+    """Maker and widest vectors of the processor, such as "amd-avx512": what kernels' times are compared within."""
+    makers = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+    present = set(_cpu_field("flags").split())
+    widest = [name for flag, name in VECTORS.items() if flag in present]
+    return "-".join([makers.get(_cpu_field("vendor_id"), platform.machine().lower()), *widest[:1]])
+
+
 def _cpu_flags() -> list[str]:
-    wanted = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq")
+    wanted = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "amx_tile")
     present = set(_cpu_field("flags").split())
     return [flag for flag in wanted if flag in present]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from ssmkernels import bench, ops
-from ssmkernels.bench import case, growth, measure, memory, neighbours, overhead, plots, report
+from ssmkernels import bench, info, ops
+from ssmkernels.bench import case, graph, growth, measure, memory, neighbours, overhead, plots, ranking, report
 
 
 def small_case(**changes):
@@ -94,8 +95,26 @@ def test_cases_agree_with_their_peers():
     """What is timed is the same computation: each peer's gradient is ours."""
     for op_case in memory.cases(quick=True):
         if op_case.op in ("instance_matching", "aggregate") and op_case.size["K"] == 250:
-            ours, eager = op_case.ours()[0], op_case.peers["eager"]()[0]
-            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-6)
+            for name in op_case.peers.keys() & {"eager", "attention"}:
+                torch.testing.assert_close(op_case.ours()[0], op_case.peers[name]()[0], rtol=1e-4, atol=1e-6)
+
+
+def test_losses_of_other_forms_agree():
+    rows, labels = ranking._rows(1100, 16, "cpu", torch.float64)  # two blocks, and a part of one
+    blocked = ranking.in_blocks(rows, labels, negative_margin=0.5)
+    torch.testing.assert_close(blocked, ops.pair_ranking_loss(rows, labels), rtol=1e-9, atol=0)
+    op_case = ranking.references_case(8, 40, 16, "cpu", torch.float32)
+    for name in ("CrossBatchMemory", "eager"):
+        torch.testing.assert_close(op_case.ours()[0], op_case.peers[name]()[0], rtol=1e-4, atol=1e-6)
+
+
+def test_solvers_agree():
+    op_case = graph.solve_case(graph.clustered(300, 3), torch.float64, "cpu")
+    solution = op_case.ours()[0]
+    for name in op_case.peers.keys() & {"scipy, all columns", "pyamg", "GraphLearning"}:
+        theirs = torch.as_tensor(np.asarray(op_case.peers[name]()))
+        theirs = theirs.t() if name == "pyamg" else theirs  # a column each
+        assert (theirs - solution).norm() <= 1e-4 * solution.norm(), name
 
 
 def test_searches_find_the_neighbours_that_ours_finds():
@@ -144,9 +163,39 @@ def test_comparison_with_earlier_results(tmp_path, monkeypatch, capsys):
     assert bench.main([*arguments, "--compare", str(tmp_path / "old.json"), "--fail-if-slower", "1.5"]) == 3
     assert "1 of 1 cases got slower by more than 1.5" in capsys.readouterr().err
     assert bench.main([*arguments, "--compare", str(out), "--fail-if-slower", "1e6"]) == 0
-    for wrong in (["--fail-if-slower", "1.5"], ["--compare", str(tmp_path / "none.json")]):
+    for wrong in (["--fail-if-slower", "0"], ["--compare", str(tmp_path / "none.json")]):
         with pytest.raises(SystemExit):
             bench.main([*arguments, *wrong])
+
+
+def test_each_kind_of_processor_has_a_table_to_compare_with(tmp_path, monkeypatch, capsys):
+    """A table that is not there is made, and a case that it lacks is added; what it has stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "device_rates", lambda device, dtypes: measure.Rates(1e9, {"float32": 1e9}))
+    cases = [small_case()]
+    monkeypatch.setattr(memory, "cases", lambda **options: iter(cases))
+    arguments = ["memory", "--seconds", "0.05", "--out", "out.json", "--fail-if-slower", "1e6"]
+    table = tmp_path / "bench" / "results" / f"cpu-{info.cpu_kind()}-memory.json"
+    assert bench.main(arguments) == 0 and "added 1 cases" in capsys.readouterr().out
+    stored = json.loads(table.read_text())
+    assert stored["machine"]["cpu"]["kind"] == info.cpu_kind()
+
+    cases.append(small_case(op="unfold"))
+    stored["results"][0]["ours"]["median"] /= 1e9
+    table.write_text(json.dumps(stored))
+    assert bench.main(arguments) == 3
+    after = json.loads(table.read_text())["results"]
+    assert after[:1] == stored["results"] and [result["op"] for result in after[1:]] == ["unfold"]
+
+
+def test_tables_of_processors_are_named_after_them(source_tree):
+    tables = sorted((source_tree / "bench" / "results").glob("cpu-*.json"))
+    assert tables
+    for path in tables:
+        cpu = json.loads(path.read_text())["machine"]["cpu"]
+        maker, widest = path.stem.split("-")[1:3]
+        assert maker in cpu["model"].lower()
+        assert widest == next(name for flag, name in info.VECTORS.items() if flag in cpu["flags"])
 
 
 def test_comparison_without_a_floor_is_by_the_last_peer():

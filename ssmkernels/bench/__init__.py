@@ -9,15 +9,21 @@ import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssmkernels import _names
+from ssmkernels import _names, info
 from ssmkernels._files import check_folder, write_atomically
 
 if TYPE_CHECKING:
     from ssmkernels.bench.case import Result
     from ssmkernels.bench.measure import Rates
+
+    Measured = tuple[Rates, dict[str, list[Result]]]
+
+STORED = Path("bench/results")
+"""Where each kind of processor has its table of each family."""
 
 FAMILIES = ("memory", "graph", "neighbours", "pairs", "ranking", "overhead", "growth")
 
@@ -47,14 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         "--fail-if-slower",
         type=float,
         metavar="RATIO",
-        help="with --compare: exit with 3 if a time over its floor grew by more than this",
+        help="exit with 3 if a time over its floor grew by more than this; without --compare since the tables of this"
+        f" kind of processor in {STORED}, and one that is not there is made",
     )
     args = parser.parse_args(argv)
     unknown = [family for family in args.families if family not in FAMILIES]
     if unknown:
         parser.error(_names.unknown(f"there is no family {unknown[0]!r}", unknown[0], FAMILIES))
-    if args.fail_if_slower is not None and (args.compare is None or not args.fail_if_slower > 0):
-        parser.error("--fail-if-slower is a positive ratio and needs --compare")
+    if args.fail_if_slower is not None and not args.fail_if_slower > 0:
+        parser.error(f"--fail-if-slower has to be a positive ratio, not {args.fail_if_slower}")
+    guarded = args.fail_if_slower is not None and args.compare is None
+    if guarded and args.device != "cpu":
+        parser.error("--fail-if-slower needs --compare on cuda: tables are kept of processors only")
     if args.compare is not None and not args.compare.is_file():
         parser.error(f"--compare: there is no file {args.compare}")
 
@@ -74,11 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"ssmkernels bench: {error}", file=sys.stderr)
         return 1
-    before = None if args.compare is None else _read(args.compare)[1]  # it may be the file that is written
+    stored = {}
+    if guarded:
+        stored = {family: STORED / f"cpu-{info.cpu_kind()}-{family}.json" for family in args.families or FAMILIES}
+    tables = [args.compare] if args.compare else [table for table in stored.values() if table.is_file()]
+    before = [result for table in tables for result in _read(table)[1]]  # it may be the file that is written
     if len(args.families) == 1:
-        rates, results = _measure(args, argv, out)
+        rates, measured = _measure(args, argv, out)
     else:
-        rates, results = _measure_apart(args, argv, out)
+        rates, measured = _measure_apart(args, argv, out)
+    results = _all(measured)
     if not results:
         print(
             "ssmkernels bench: nothing was measured"
@@ -86,14 +101,14 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    tables = report.table(results)
-    if any(result.phase.endswith("growth") for result in results):
-        tables += "\n\n" + report.growth_table(results)
-    print("\n" + tables)
-    write_atomically(out.with_suffix(".md"), tables + "\n")
+    text = report.text(results)
+    print("\n" + text)
+    write_atomically(out.with_suffix(".md"), text + "\n")
     names = plots.plot(results, out, rates)
     print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *names])}")
-    if before is None:
+    for family, table in stored.items():
+        _add_missing(table, _document(args, argv, rates, measured.get(family, [])))
+    if not before:
         return 0
     changes = report.compare(results, before)
     print("\n" + report.comparison_table(changes))
@@ -108,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     return 3 if slower else 0
 
 
-def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tuple[Rates, list[Result]]:
+def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> Measured:
     """One family in this process."""
     import torch
 
@@ -150,14 +165,14 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tup
             _write(out, _document(args, argv, rates, results))
     except KeyboardInterrupt:
         print("stopped; what was measured so far:", file=sys.stderr)
-    return rates, results
+    return rates, {family: results}
 
 
-def _measure_apart(args: argparse.Namespace, argv: list[str] | None, out: Path) -> tuple[Rates, list[Result]]:
+def _measure_apart(args: argparse.Namespace, argv: list[str] | None, out: Path) -> Measured:
     """Each family in a process of its own, so that none inherits another's memory, threads or compiled code."""
     from ssmkernels.bench.measure import Rates
 
-    rates, results = Rates(0.0, {}), []
+    rates, measured = Rates(0.0, {}), {}
     for family in args.families or FAMILIES:
         part = out.with_name(f"{out.stem}-{family}.part.json")
         command = [sys.executable, "-m", "ssmkernels", "bench", family, "--device", args.device, "--dtype", args.dtype]
@@ -171,14 +186,32 @@ def _measure_apart(args: argparse.Namespace, argv: list[str] | None, out: Path) 
             process.wait()
             stopped = True
         if part.exists():
-            rates, measured = _read(part)
-            results += measured
-            _write(out, _document(args, argv, rates, results))
+            rates, measured[family] = _read(part)
+            _write(out, _document(args, argv, rates, _all(measured)))
             for made in out.parent.glob(f"{part.stem}*"):
                 made.unlink()
         if stopped:
             break
-    return rates, results
+    return rates, measured
+
+
+def _all(measured: Mapping[str, list[Result]]) -> list[Result]:
+    return [result for of_family in measured.values() for result in of_family]
+
+
+def _add_missing(table: Path, document: dict[str, Any]) -> None:
+    """Writes to a stored table what was measured now of the cases that it lacks; what it has stays what is compared
+    with.
+    """
+    from ssmkernels.bench.case import Result
+
+    kept = json.loads(table.read_text())["results"] if table.is_file() else []
+    known = {Result.from_json(result).label() for result in kept}
+    added = [result for result in document["results"] if Result.from_json(result).label() not in known]
+    if added:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        _write(table, document | {"results": kept + added})
+        print(f"{table}: added {len(added)} cases that it had not")
 
 
 def _read(path: Path) -> tuple[Rates, list[Result]]:
@@ -197,8 +230,6 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 @functools.cache
 def _here() -> tuple[str | None, dict[str, Any]]:
     """The commit and the machine, which do not change during a run."""
-    from ssmkernels import info
-
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return commit or None, info.collect()
 

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,6 +61,53 @@ def random_graph(entries: int) -> Graph:
     return Graph(torch.arange(nodes + 1) * 50, col, torch.ones(nodes * 50))
 
 
+def pyamg_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function | None:
+    """CG with pyamg's smoothed aggregation as preconditioner, column by column in float64, where it is installed; the
+    time holds the set-up of the hierarchy, once for all columns.
+    """
+    if importlib.util.find_spec("pyamg") is None:
+        return None
+    aggregation = importlib.import_module("pyamg").smoothed_aggregation_solver
+    matrix, columns = _system(graph, diagonal), rhs.double().cpu().numpy()
+
+    def solve() -> list[Any]:
+        hierarchy = aggregation(matrix, symmetry="symmetric")
+        return [hierarchy.solve(column, tol=RTOL, accel="cg") for column in columns.T]
+
+    return solve
+
+
+def scipy_all_columns(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function:
+    """The same conjugate gradients in float64 by scipy's sparse product with all columns at once."""
+    matrix, right = _system(graph, diagonal), rhs.double().cpu().numpy()
+    whole = matrix.diagonal()[:, None]
+
+    def solve() -> Any:
+        x, r = np.zeros_like(right), right.copy()
+        z = r / whole
+        p, rz, limit = z.copy(), (r * z).sum(0), RTOL * np.linalg.norm(right, axis=0)
+        while (active := np.linalg.norm(r, axis=0) > limit).any():
+            product = matrix @ p
+            alpha = np.where(active, rz / (p * product).sum(0), 0)
+            x += alpha * p
+            r -= alpha * product
+            z = r / whole
+            following = (r * z).sum(0)
+            p = z + np.where(active, following / rz, 0) * p
+            rz = following
+        return x
+
+    return solve
+
+
+def _system(graph: Graph, diagonal: Tensor) -> Any:
+    """L + diag(diagonal) as scipy's CSR matrix in float64."""
+    from scipy import sparse
+
+    whole = (graph.degree.double() + diagonal.double()).cpu().numpy()
+    return (sparse.diags_array(whole) - graph.to(torch.float64).to_scipy()).tocsr()
+
+
 def torch_sparse_cg(
     crow: Tensor, col: Tensor, weight: Tensor, diagonal: Tensor, rhs: Tensor, rtol: float = RTOL, max_iter: int = 1000
 ) -> Tensor:
@@ -95,9 +143,8 @@ def scipy_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function:
     from scipy import sparse
     from scipy.sparse.linalg import cg
 
-    whole = (graph.degree.double() + diagonal.double()).cpu().numpy()
-    matrix = sparse.diags_array(whole).tocsr() - graph.to(torch.float64).to_scipy()
-    inverse = sparse.diags_array(1 / whole)
+    matrix = _system(graph, diagonal)
+    inverse = sparse.diags_array(1 / matrix.diagonal())
     columns = rhs.double().cpu().numpy()[:, :SCIPY_COLUMNS]
     return lambda: [cg(matrix, columns[:, c], rtol=RTOL, atol=0, M=inverse)[0] for c in range(columns.shape[1])]
 
@@ -106,14 +153,8 @@ def graphlearning_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function | 
     """GraphLearning's conjgrad (no preconditioner, absolute tolerance over all columns), where it is installed."""
     if importlib.util.find_spec("graphlearning") is None:
         return None
-    from scipy import sparse
-
     conjgrad = importlib.import_module("graphlearning.utils").conjgrad
-    matrix = (
-        sparse.diags_array((graph.degree.double() + diagonal.double()).numpy()).tocsr()
-        - graph.to(torch.float64).to_scipy()
-    )
-    columns = rhs.double().numpy()
+    matrix, columns = _system(graph, diagonal), rhs.double().numpy()
     return lambda: conjgrad(matrix, columns, tol=RTOL * float(rhs.double().norm()))
 
 
@@ -188,9 +229,11 @@ def solve_case(points: Points, dtype: torch.dtype, device: str) -> Case:
     constant = (system.rhs.sum(dim=0) / system.diagonal.sum())[None]  # of one component, as these graphs nearly are
     rhs, diagonal = (system.rhs - system.diagonal[:, None] * constant).to(dtype), system.diagonal.to(dtype)
     peers: dict[str, Function] = {"scipy cg": scipy_cg(graph, diagonal, rhs)}
-    other = graphlearning_cg(graph, diagonal, rhs) if graph.num_nodes <= 10_000 and device == "cpu" else None
-    if other is not None:
-        peers["GraphLearning"] = other
+    if graph.num_nodes <= 10_000 and device == "cpu":
+        peers["scipy, all columns"] = scipy_all_columns(graph, diagonal, rhs)
+        for name, peer in {"GraphLearning": graphlearning_cg, "pyamg": pyamg_cg}.items():
+            if (solve := peer(graph, diagonal, rhs)) is not None:
+                peers[name] = solve
     graph, rhs, diagonal = graph.to(device), rhs.to(device), diagonal.to(device)
     arguments = (graph.crow, graph.col, graph.weight, None, diagonal, rhs)
     if dtype == torch.float32:

@@ -48,6 +48,12 @@ def official_block(
     return pseudo_probs, -(target * strong.log()).sum(dim=1)
 
 
+def attention(query: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int) -> Tensor:
+    """`aggregate` as torch's attention, with the classes of the slots, one-hot, as values."""
+    values = F.one_hot(bank_labels, num_classes).to(query.dtype)
+    return F.scaled_dot_product_attention(query[None, None], bank[None, None], values[None, None], scale=10.0)[0, 0]
+
+
 Op = Callable[..., Any]  # an op, or what stands in its place
 
 
@@ -110,6 +116,7 @@ def cases_of_size(rows: int, slots: int, classes: int, device: str, dtype: torch
         peers={
             "eager": aggregate(reference.aggregate),
             "torch.compile": aggregate(torch.compile(reference.aggregate, dynamic=False)),
+            "attention": aggregate(attention, grad=grad_classes.to(dtype)),
         },
         products=products,
         product_counts={"score": 2, "mean": 1},

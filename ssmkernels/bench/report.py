@@ -40,6 +40,14 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def text(results: Sequence[Result]) -> str:
+    """The table of all results, and where growth was measured that of what a unit of work takes."""
+    tables = [table(results)]
+    if growth_of(results):
+        tables.append(growth_table(results))
+    return "\n\n".join(tables)
+
+
 def growth_table(results: Sequence[Result]) -> str:
     """What each op takes per unit of its work at growing sizes, and its peak extra memory."""
     lines = ["| op | unit | ns per unit, from the smallest size on | units | extra MiB |", "|---|---|---|---|---|"]
