@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +42,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         except RuntimeError:
             os._exit(1)
     return result
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Generator[Ranks, None, None]:
+    """A function: ranks(2, script, *arguments) runs a script in two Gloo ranks; see ranks.py."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
 
 
 @pytest.fixture(scope="session")

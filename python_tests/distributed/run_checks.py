@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs the checks of this folder on 2 and on 4 of four Gloo ranks, and writes what went wrong; see test_over_ranks.py.
 
-Under ``torchrun --nproc-per-node 4``, with the file to write as its argument.
+In each rank of torchrun, or of ranks.py, with the file to write as its argument.
 """
 
 from __future__ import annotations

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,18 +13,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(ranks, tmp_path_factory):
     """What each rank says of each check: None, or a traceback."""
-    path = tmp_path_factory.mktemp("ranks") / "results"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    finished = subprocess.run(
-        [*command, str(HERE / "run_checks.py"), str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    path = tmp_path_factory.mktemp("checks") / "results"
+    statuses, output = ranks(4, HERE / "run_checks.py", path)
+    assert statuses == [0] * 4, output[-4000:]
     return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(4)]
 
 

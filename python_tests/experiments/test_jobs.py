@@ -212,34 +212,26 @@ except KeyboardInterrupt:
 """
 
 
-def torchrun(*arguments):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *map(str, arguments),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-
-
-def test_the_first_rank_does_what_is_no_training(tmp_path):
+def test_the_first_rank_does_what_is_no_training(ranks, tmp_path):
     """And Ctrl-C there stops the others."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = torchrun(tmp_path / "script.py", tmp_path / "jobs")
-    assert done.returncode == 0, done.stderr
+    statuses, output = ranks(2, tmp_path / "script.py", tmp_path / "jobs")
+    assert statuses == [0, 0], output
     everything = "[[0, 0], [1, 0], [2, 0], 'ValueError: three', [4, 0]]"
     for rank in range(2):
-        assert f"rank {rank}: {everything}" in done.stdout
-        assert f"rank {rank} stopped" in done.stdout
+        assert f"rank {rank}: {everything}" in output
+        assert f"rank {rank} stopped" in output
+
+
+SMALL = ["--set", "model=convnet-small", "--set", "batch_size=8", "--set", "mu=1", "--set", "steps=4"]
 
 
 def test_all_ranks_train_a_cell_together(tmp_path):
-    command = ["-m", "ssmkernels.cli", "reproduce", "simmatch-table5", "--set", "steps=4", "--out", tmp_path]
-    done = torchrun(*command)
+    """The one test in which torchrun itself starts the ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "ssmkernels.cli", "reproduce", "simmatch-table5", *SMALL, "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     states = [json.loads(path.read_text()) for path in tmp_path.glob("jobs/*/job.json")]
     assert len(states) == 3 and all(state["status"] == "finished" for state in states)

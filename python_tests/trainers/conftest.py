@@ -1,11 +1,4 @@
 # SPDX-License-Identifier: BSD-3-Clause
-import json
-import os
-import select
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -59,74 +52,17 @@ def make_config(make_run):
     return make
 
 
-RANK = """
-import json, runpy, sys, traceback
-import torch.distributed as dist
-
-dist.init_process_group("gloo")
-folder, rank = sys.argv[1], dist.get_rank()
-with open(f"{folder}/scripts{rank}") as scripts, open(f"{folder}/results{rank}", "w") as results:
-    for line in scripts:
-        sys.argv = json.loads(line)
-        error = None
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except BaseException:
-            error = traceback.format_exc()
-        print(json.dumps(error), file=results, flush=True)
-"""
-
-
-class TwoRanks:
-    """Two Gloo ranks under one torchrun, which run one script after another: starting them takes longer than most
-    scripts do.
+@pytest.fixture
+def two_ranks(ranks):
+    """A function: two_ranks(script, folder, *arguments) runs a script in two Gloo ranks, with the folder and the
+    arguments as sys.argv[1:]; it gives what each left in ``folder``/rank{r}.pt.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "rank.py").write_text(RANK)
-        for name in ("scripts", "results"):
-            for rank in range(2):
-                os.mkfifo(folder / f"{name}{rank}")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([*torchrun, str(folder / "rank.py"), str(folder)], env=environment)
-        # Opened for both directions, because opening a pipe in one waits for the other end.
-        self.scripts = [os.open(folder / f"scripts{rank}", os.O_RDWR) for rank in range(2)]
-        self.results = [os.open(folder / f"results{rank}", os.O_RDWR) for rank in range(2)]
-
-    def __call__(self, script: str, folder: Path, *arguments: str) -> list:
-        """What each rank left in ``folder``/rank{r}.pt, after it ran the script with the folder and the arguments as
-        sys.argv[1:].
-        """
-        assert self.process.poll() is None, "the ranks ended in an earlier test"
+    def run(script, folder, *arguments):
         path = folder / "script.py"
         path.write_text(script)
-        for pipe in self.scripts:
-            os.write(pipe, json.dumps([str(path), str(folder), *arguments]).encode() + b"\n")
-        waiting = list(self.results)
-        while waiting:
-            ready, _, _ = select.select(waiting, [], [], 300)
-            errors = [self.read(pipe) for pipe in ready]
-            if not ready or any(errors):
-                self.stop()  # the other rank may wait for this one for ever
-                pytest.fail("\n".join(filter(None, errors)) or "no result in 300 s")
-            waiting = [pipe for pipe in waiting if pipe not in ready]
+        statuses, output = ranks(2, path, folder, *arguments)
+        assert statuses == [0, 0], output
         return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
-    @staticmethod
-    def read(pipe: int) -> str | None:
-        with os.fdopen(os.dup(pipe)) as results:
-            return json.loads(results.readline())
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-
-
-@pytest.fixture(scope="session")
-def two_ranks(tmp_path_factory):
-    """A function: two_ranks(script, folder, *arguments) runs a script in both ranks; see :class:`TwoRanks`."""
-    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
-    yield ranks
-    ranks.stop()
+    return run

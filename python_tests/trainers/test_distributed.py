@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Two Gloo ranks under torchrun."""
+"""Two Gloo ranks; test_jobs.py has torchrun start them."""
 
-import os
 import runpy
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 
+from ssmkernels.distributed.collectives import is_of_lost_rank
 from ssmkernels.nn import sinkhorn_codes
 from ssmkernels.trainers.checkpoint import load_checkpoint
 
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean, all_reduce_sum
 
+dist.init_process_group("gloo")
 rank = dist.get_rank()
 rows = torch.arange(3 * rank, dtype=torch.float32).reshape(-1, 3) + 1  # none on rank 0
 torch.save({
@@ -108,13 +108,12 @@ STEPS_OF_LOST = [
 ]
 
 COMMAND = """
-import sys
+import os, sys
 import torch
-import torch.distributed as dist
 from ssmkernels.trainers.cli import main
 
 folder, *arguments = sys.argv[1:]
-torch.save(main(arguments), f"{folder}/rank{dist.get_rank()}.pt")
+torch.save(main(arguments), f"{folder}/rank{os.environ['RANK']}.pt")
 """
 
 STOPS_ITSELF = """
@@ -126,7 +125,6 @@ step = SimMatch.step
 
 def stops(self, batch, number):
     if number == 5 and self.fabric.global_rank == 1:
-        print("stopped", os.getpid(), flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     return step(self, batch, number)
 
@@ -135,25 +133,13 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(two_ranks, tmp_path):
+def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(ranks, two_ranks, tmp_path):
     whole, lost = tmp_path / "whole", tmp_path / "lost"
     assert two_ranks(COMMAND, tmp_path, *STEPS_OF_LOST, "--run.out", str(whole)) == [0, 0]
 
     (tmp_path / "stops.py").write_text(STOPS_ITSELF)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [str(tmp_path / "stops.py"), *STEPS_OF_LOST, "--run.out", str(lost), "--run.timeout", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*torchrun, *arguments], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as run:
-        output, stopped = "", None
-        for line in run.stdout:
-            output += line
-            if line.startswith("stopped"):
-                stopped = int(line.split()[1])
-            if "ssmkernels train:" in line:
-                os.kill(stopped, signal.SIGKILL)  # torchrun would wait for half a minute
-    assert run.returncode != 0, output
+    statuses, output = ranks(2, tmp_path / "stops.py", *STEPS_OF_LOST, "--run.out", lost, "--run.timeout", "3")
+    assert statuses == [1, -signal.SIGKILL], output  # the second only when the first had ended
     assert "another rank ended, or did not answer for 3 s (--run.timeout); --resume goes on" in output, output
 
     assert load_checkpoint(lost / "checkpoint.pt")["step"] == 3
@@ -161,6 +147,18 @@ def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(two_ranks, tmp_
     assert resumed == [0, 0]
     first, second = (load_checkpoint(folder / "checkpoint.pt")["trainer"] for folder in (whole, lost))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242", True),
+        ("Application timeout caused pair closure", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_errors_of_a_lost_rank(message, lost):
+    assert is_of_lost_rank(RuntimeError(message)) is lost
 
 
 def test_collectives(two_ranks, tmp_path):

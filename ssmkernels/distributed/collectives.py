@@ -56,8 +56,12 @@ def rank_of(group: Group = None) -> int:
 
 
 def is_of_lost_rank(error: RuntimeError) -> bool:
-    """Whether ``error`` says that a collective ended without another rank: NCCL has a class for it, Gloo words."""
-    return isinstance(error, dist.DistError) or ("gloo" in str(error) and "/transport/" in str(error))
+    """Whether ``error`` says that a collective ended without another rank: NCCL has a class for it, Gloo words. The
+    collective that waited too long names a file of Gloo, others that were under way do not.
+    """
+    message = str(error)
+    of_gloo = ("gloo" in message and "/transport/" in message) or "Application timeout caused pair closure" in message
+    return isinstance(error, dist.DistError) or of_gloo
 
 
 def split_rows(count: int, rank: int, ranks: int) -> slice:
