@@ -234,6 +234,18 @@ def test_what_is_no_finished_run_is_one_line(run_of, pictures, command, tmp_path
         assert "has no best.pt; only mixed-lp and slade keep one" in error_of(run_of("simmatch"), "--best")
 
 
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_an_unusable_folder_is_named_before_the_work(run_of, pictures, command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Image, "open", None)  # no image is read
+    needed = ["--data", str(pictures)] if command == "predict" else []
+    out = tmp_path / "file" / "out"
+    assert cli.main([command, str(run_of("simmatch")), *needed, "--out", str(out)]) == 1
+    assert capsys.readouterr().err == (
+        f"ssmkernels {command}: {out} cannot be written (Not a directory); give another folder with --out\n"
+    )
+
+
 def test_files_that_are_no_images_are_named(run_of, tmp_path, capsys):
     command = ["predict", str(run_of("simmatch")), "--data", str(tmp_path / "pictures"), "--out", str(tmp_path)]
     assert cli.main(command) == 1

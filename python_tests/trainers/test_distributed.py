@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ssmkernels import cli, data
 from ssmkernels.distributed.collectives import is_of_lost_rank
 from ssmkernels.nn import sinkhorn_codes
 from ssmkernels.trainers.checkpoint import load_checkpoint
@@ -131,6 +132,58 @@ def stops(self, batch, number):
 SimMatch.step = stops
 sys.exit(main(sys.argv[1:]))
 """
+
+
+FINISHED = """
+import contextlib, io, os, sys
+import torch
+from ssmkernels import cli
+
+folder, *arguments = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()) as output:
+    code = cli.main(arguments)
+torch.save([code, output.getvalue()], f"{folder}/rank{os.environ['RANK']}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    steps = ["--model", "wrn-10-1", "--data.labels", "20", "--batch_size", "8", "--mu", "1", "--steps", "2"]
+    assert cli.main(["train", "simmatch", *steps, "--run.accelerator", "cpu", "--run.out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("count", [3, 600])  # one batch of 256 for both ranks, three
+def test_ranks_share_predictions_out(two_ranks, finished_run, tmp_path, count, monkeypatch):
+    (tmp_path / "images").mkdir()
+    test = data.load_dataset("digits").train
+    for number in range(count):
+        test.image(number).save(tmp_path / "images" / f"{number:03}.png")
+    command = ["predict", str(finished_run), "--data", str(tmp_path / "images"), "--accelerator", "cpu"]
+    assert cli.main([*command, "--out", str(tmp_path / "alone")]) == 0
+    files = f"{count} images: wrote {tmp_path / 'ranks' / 'predictions.csv'}\n"
+    assert two_ranks(FINISHED, tmp_path, *command, "--out", str(tmp_path / "ranks")) == [[0, files], [0, ""]]
+    alone, ranks = ((tmp_path / name / "predictions.csv").read_text() for name in ("alone", "ranks"))
+    assert ranks == alone and ranks.count("\n") == count + 1
+    before = (tmp_path / "ranks" / "predictions.csv").stat()
+    assert two_ranks(FINISHED, tmp_path, *command, "--out", str(tmp_path / "ranks")) == [[1, ""], [1, ""]]
+    assert (tmp_path / "ranks" / "predictions.csv").stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_ranks_evaluate_and_export_together(two_ranks, finished_run, tmp_path, capsys):
+    capsys.readouterr()
+    command = ["evaluate", str(finished_run), "--accelerator", "cpu"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) > 2
+    assert two_ranks(FINISHED, tmp_path, *command) == [[0, shown], [0, ""]]  # shares of hits of the same images
+    export = ["export", str(finished_run), "--out", str(tmp_path / "ranks")]
+    files = f"wrote weights.pt, program.pt2, README.md in {tmp_path / 'ranks'}\n"
+    assert two_ranks(FINISHED, tmp_path, *export) == [[0, files], [0, ""]]
+    assert cli.main(["export", str(finished_run), "--out", str(tmp_path / "alone")]) == 0
+    first, second = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("alone", "ranks"))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(ranks, two_ranks, tmp_path):

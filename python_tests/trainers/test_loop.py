@@ -41,6 +41,9 @@ class Countdown:
     def labels_text(self):
         return None
 
+    def keep_inputs(self, folder):
+        pass
+
     def evaluate(self):
         return {"value": float(self.value)}
 

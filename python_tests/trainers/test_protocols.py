@@ -12,7 +12,7 @@ from ssmkernels import data
 from ssmkernels.trainers import MLSN, DataConfig, MLSNConfig, RunConfig
 from ssmkernels.trainers.cli import main, parse_config
 from ssmkernels.trainers.loop import make_fabric
-from ssmkernels.trainers.swav import SwAVDataConfig, load_images
+from ssmkernels.trainers.swav import SwAVConfig, SwAVDataConfig, load_images
 
 CPU = ["--run.accelerator", "cpu", "--run.bar", "false"]
 MIXED_LP = ["--model", "convnet-small", "--freeze_bn", "false", "--data.images_per_class", "6", "--k", "4"]
@@ -51,7 +51,7 @@ def test_classes_of_a_list(tmp_path, capsys):
 
 def test_swav_learns_from_the_classes_of_a_list(tmp_path):
     (tmp_path / "classes.txt").write_text("7 test\n1 train\n0 validation\n4 test\n")
-    learnt, tested = load_images(SwAVDataConfig(classes_file=str(tmp_path / "classes.txt")))
+    learnt, tested = load_images(SwAVConfig(SwAVDataConfig(classes_file=str(tmp_path / "classes.txt"))))
     assert (learnt.class_names, tested.class_names) == (("0", "1"), ("4", "7"))
 
 

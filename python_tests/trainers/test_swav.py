@@ -274,16 +274,15 @@ def test_stop_and_resume_gives_the_same_bits(make_config, collection, tmp_path, 
 
 
 def test_images_of_a_run(tmp_path):
-    learnt, measured = load_images(SwAVDataConfig(name="digits", test_fraction=0.3))
+    learnt, measured = load_images(SwAVConfig(SwAVDataConfig(name="digits", test_fraction=0.3)))
     assert learnt.class_names == tuple("0123456") and measured.class_names == tuple("789")
     for root, names in (("first", "abcde"), ("second", "ac")):
         for value, name in enumerate(names, start=1):
             (tmp_path / root / name).mkdir(parents=True)
             Image.new("RGB", (9, 9), (40 * value, 0, 0)).save(tmp_path / root / name / "1.png")
     first, second = (str(tmp_path / name) for name in ("first", "second"))
-    learnt, measured = load_images(
-        SwAVDataConfig(name="folder", root=first, unlabeled_name="folder", unlabeled_root=second)
-    )
+    chosen = SwAVDataConfig(name="folder", root=first, unlabeled_name="folder", unlabeled_root=second)
+    learnt, measured = load_images(SwAVConfig(chosen))
     assert (learnt.class_names, measured.class_names) == (("a", "b", "a", "c"), ("c", "d", "e"))
     assert [learnt.images.image(i).getpixel((0, 0))[0] for i in range(4)] == [40, 80, 40, 80]
 
@@ -292,7 +291,7 @@ def test_bad_images(make_config, collection):
     with pytest.raises(ValueError, match="evaluation_images are given without images"):
         train_swav(make_config(), evaluation_images=collection)
     with pytest.raises(ValueError, match=r"data.test_fraction is 0\.99; of 10 classes it should leave one"):
-        load_images(SwAVDataConfig(name="digits", test_fraction=0.99))
+        load_images(SwAVConfig(SwAVDataConfig(name="digits", test_fraction=0.99)))
 
 
 @pytest.mark.parametrize(

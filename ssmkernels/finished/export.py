@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkernels._files import atomic_file, checksummed_archive, write_atomically
+from ssmkernels._files import atomic_file, check_folder, checksummed_archive, write_atomically
 from ssmkernels.finished.arguments import add_best, parser_of, run_command
 from ssmkernels.finished.card import model_card
 from ssmkernels.finished.run import FinishedRun, load_run
+from ssmkernels.trainers.ranks import this_rank
 from ssmkernels.trainers.swav import UnitFeatures
 
 FILES = ("weights.pt", "program.pt2", "README.md")
@@ -29,7 +30,9 @@ def export(run: FinishedRun, out: Path) -> None:
 
     Raises:
         FileExistsError: one of them is there.
+        ValueError: the folder cannot be written.
     """
+    check_folder(out, "--out")
     for name in FILES:
         if (out / name).exists():
             raise FileExistsError(f"{out / name} exists; give another folder with --out")
@@ -65,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _export(options: Any) -> None:
+    if this_rank()[0] > 0:  # torchrun's first rank writes for all
+        return
     run = load_run(options.run, best=options.best)
     out = Path(options.run, "export") if options.out is None else Path(options.out)
     export(run, out)

@@ -22,10 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ssmkernels import data
-from ssmkernels._files import atomic_file, write_atomically
+from ssmkernels._files import atomic_file, check_folder, write_atomically
+from ssmkernels.distributed import all_gather_rows, split_rows
 from ssmkernels.finished.arguments import add_best, add_run, parser_of, run_command
 from ssmkernels.finished.run import FinishedRun, load_run
 from ssmkernels.trainers.loop import Accelerator, RunConfig, make_fabric
+from ssmkernels.trainers.ranks import this_rank
 
 BATCH = 256
 
@@ -41,7 +43,8 @@ class Predictions(NamedTuple):
 
 
 def predict(run: FinishedRun, folder: str | Path, *, accelerator: Accelerator = "auto") -> Predictions:
-    """What the network of ``run`` says of every image in ``folder`` and the folders in it.
+    """What the network of ``run`` says of every image in ``folder`` and the folders in it. Under ``torchrun`` the ranks
+    share the images out, and each gets all predictions.
 
     Raises:
         FileNotFoundError: there is no folder, or no image in it.
@@ -52,13 +55,21 @@ def predict(run: FinishedRun, folder: str | Path, *, accelerator: Accelerator = 
     device = make_fabric(RunConfig(accelerator=accelerator)).device
     network = run.network.to(device)
     name = "logits" if "logits" in run.outputs else "embeddings"
-    rows = []
+    own = split_rows(-(-len(paths) // BATCH), *this_rank())  # whole batches, which have the bits of a process alone
+    own_paths = paths[own.start * BATCH : own.stop * BATCH]
+
+    def of_network(images: Tensor) -> Tensor:
+        outputs = dict(zip(run.outputs, network(images.to(device)), strict=True))
+        return outputs[name].float()
+
     with torch.inference_mode():
-        batches = _batches(run.images, folder, paths)
-        for images in tqdm(batches, total=-(-len(paths) // BATCH), unit="batch", leave=False, disable=None):
-            outputs = dict(zip(run.outputs, network(images.to(device)), strict=True))
-            rows.append(outputs[name].float().cpu())
-    values = torch.cat(rows)
+        batches = tqdm(
+            _batches(run.images, folder, own_paths), total=own.stop - own.start, unit="batch", leave=False, disable=None
+        )
+        rows = [of_network(images).cpu() for images in batches]
+        if not rows:  # of no batch, but as wide as the others'
+            rows = [of_network(torch.zeros(1, run.images.channels, *[run.images.image_size] * 2))[:0].cpu()]
+        values = all_gather_rows(torch.cat(rows).to(device)).cpu()
     if name == "logits":
         return Predictions(paths, values.softmax(dim=1), None)
     return Predictions(paths, None, values)
@@ -97,7 +108,9 @@ def new_files(run: FinishedRun, out: Path) -> list[Path]:
 
     Raises:
         FileExistsError: one of them is there.
+        ValueError: the folder cannot be written.
     """
+    check_folder(out, "--out")
     names = ["predictions.csv"] if "logits" in run.outputs else ["predictions.csv", "embeddings.npy"]
     for name in names:
         if (out / name).exists():
@@ -132,6 +145,8 @@ def _predict(options: Any) -> None:
     run = load_run(options.run, best=options.best)
     files = new_files(run, Path(options.out))
     predictions = predict(run, options.data, accelerator=options.accelerator)
+    if this_rank()[0] > 0:  # torchrun's first rank writes for all
+        return
     if predictions.embeddings is not None:
         with atomic_file(files[1]) as file:
             np.save(file, predictions.embeddings.numpy())

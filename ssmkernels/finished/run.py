@@ -86,7 +86,7 @@ def load_run(folder: str | Path, *, best: bool = False) -> FinishedRun:
     folder = Path(folder)
     path = folder / "checkpoint.pt"
     if not path.is_file():
-        raise FileNotFoundError(_no_checkpoint(folder))
+        raise FileNotFoundError(no_checkpoint(folder))
     state = load_checkpoint(path)
     missing = [name for name in NEEDED if name not in state]
     if missing:
@@ -106,8 +106,15 @@ def load_run(folder: str | Path, *, best: bool = False) -> FinishedRun:
     return FinishedRun(folder, method, config, state["step"], state["history"], images, network, state["trainer"])
 
 
-def _no_checkpoint(folder: Path) -> str:
-    folds = sorted(path.parent.name for path in folder.glob("fold*/checkpoint.pt"))
+def fold_names(folder: Path) -> list[str]:
+    """The folders of the folds of a run, where it has a network for each."""
+    if (folder / "checkpoint.pt").exists():
+        return []
+    return sorted(path.parent.name for path in folder.glob("fold*/checkpoint.pt"))
+
+
+def no_checkpoint(folder: Path) -> str:
+    folds = fold_names(folder)
     if folds:
         return f"{folder} has a network for each of its folds; give one of {', '.join(folds)} in it"
     return f"{folder} has no checkpoint.pt; it should be the folder of a run, --run.out of ssmkernels train"

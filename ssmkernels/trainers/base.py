@@ -7,6 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ssmkernels import data, models
+from ssmkernels._files import write_atomically
 from ssmkernels.distributed import broadcast_buffers
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.evaluation import embed
 from ssmkernels.trainers.loop import Fabric, RunConfig, RunResult, fit, ignore_stop_signals
 
@@ -49,6 +52,8 @@ class Trainer(ABC):
     """The scalars that fit into the progress bar."""
     saved: tuple[str, ...] = ()
     """Attributes, plain values or tensors, that a checkpoint keeps beside the parts."""
+    kept_before: Path | None = None
+    """The folder of another run whose lists and weights this one begins with, see :mod:`ssmkernels.trainers.kept`."""
 
     def __init__(self, config: Any, fabric: Fabric) -> None:
         self.config, self.fabric = config, fabric
@@ -77,6 +82,13 @@ class Trainer(ABC):
     def labels_text(self) -> str | None:
         """The labelled images as ``labels.txt`` has them, see :func:`ssmkernels.data.labels_text`; None for none."""
         return None
+
+    def keep_inputs(self, folder: Path) -> None:
+        """Writes the lists of labelled images and of classes into the folder of the run."""
+        lists = {kept.LABELS: self.labels_text(), kept.CLASSES: kept.classes_text(self.config, self.kept_before)}
+        for name, text in lists.items():
+            if text is not None:
+                write_atomically(folder / name, text)
 
     def run(
         self, *, resume: bool = False, epoch_ends: Container[int] | None = None, best: str | None = None
@@ -123,10 +135,14 @@ class Trainer(ABC):
             setattr(self, name, self.fabric.to_device(state[name]))
 
     def load_weights(self, model: nn.Module) -> None:
-        """Fills the backbone of ``model`` with ``config.weights``, where there are any, and says what was taken."""
-        if self.config.weights is not None:
-            loaded = models.load_weights(model, self.config.weights, name=self.config.model)
-            self.fabric.print(loaded, file=sys.stderr)
+        """Fills the backbone of ``model`` with ``config.weights``, where there are any and no checkpoint has later
+        ones, and says what was taken.
+        """
+        if self.config.weights is not None and not kept.has_begun(self.config):
+            self.take_weights(model, self.config.weights)
+
+    def take_weights(self, model: nn.Module, weights: str | Path) -> None:
+        self.fabric.print(models.load_weights(model, weights, name=self.config.model), file=sys.stderr)
 
     def loader(self, batches: Dataset[Any]) -> DataLoader[Any]:
         return training_loader(batches, self.fabric, self.config.run)

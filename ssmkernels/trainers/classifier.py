@@ -14,6 +14,7 @@ from torch import nn
 from ssmkernels import data, models
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.nn import EMATeacher
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import Trainer, channels_last, evaluation_loader
 from ssmkernels.trainers.evaluation import top_k_accuracy
 from ssmkernels.trainers.loop import Fabric
@@ -72,7 +73,7 @@ class ClassifierTrainer(Trainer):
             self.transforms.evaluation, splits.mean, splits.std, size=splits.image_size, class_names=splits.class_names
         )
         if config.data.labels_file is not None:
-            self.labeled_index = data.read_labels(config.data.labels_file, splits.train, splits.class_names)
+            self.labeled_index = kept.read_labels(config, splits.train, splits.class_names)
         else:
             self.labeled_index = data.split_labels(
                 splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional

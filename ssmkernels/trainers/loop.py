@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from ssmkernels._files import WriteError, write_atomically
+from ssmkernels._files import WriteError
 from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.distributed import all_reduce_sum
 from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, one_line, save_checkpoint
@@ -60,7 +60,9 @@ class RunConfig(Settings):
     section: ClassVar[str] = "run."
 
     out: str | None = None
-    """Folder of checkpoint.pt, labels.txt, metrics.jsonl and what the logger writes; without one nothing is written."""
+    """Folder of checkpoint.pt, labels.txt, classes.txt (where there is a list of them), metrics.jsonl and what the
+    logger writes; without one nothing is written.
+    """
     log_every: Count = 10
     """Steps between reads of the losses."""
     eval_every: Count | None = None
@@ -212,8 +214,8 @@ def _fit(
         done.finished |= ended(done.step)
     if done.finished:
         return done
-    if path is not None and fabric.is_global_zero and (labels := trainer.labels_text()) is not None:
-        write_atomically(path.with_name("labels.txt"), labels)
+    if path is not None and fabric.is_global_zero:
+        trainer.keep_inputs(path.parent)
     fabric.barrier()
 
     def due(every: int | None) -> bool:

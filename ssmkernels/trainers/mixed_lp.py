@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ssmkernels import data, graph, models
 from ssmkernels.nn import ProxyLoss
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.evaluation import retrieval_figures
 from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
@@ -188,14 +189,14 @@ class MixedLP(Trainer):
         if config.data.classes_file is None:
             splits = data.split_classes(images.num_classes, fractions=config.data.fractions, seed=config.seed)
         else:
-            splits = data.read_classes(config.data.classes_file, images.class_names)
+            splits = kept.read_classes(config, images.class_names)
         self.train, self.test = data.class_subset(images, splits[0]), data.class_subset(images, splits[2])
         self.validation = data.class_subset(images, splits[1]) if len(splits[1]) else None
         count, classes = len(self.train), self.train.num_classes
         if config.pseudo_labels != "none" and config.k >= count:
             raise ValueError(f"k is {config.k}; it should be below {count}, the number of training images")
         if config.data.labels_file is not None:
-            self.labeled_index = data.read_labels(config.data.labels_file, self.train.images, self.train.class_names)
+            self.labeled_index = kept.read_labels(config, self.train.images, self.train.class_names)
         else:
             self.labeled_index = data.split_labels(
                 self.train.labels, config.data.labels_per_class * classes, seed=config.seed

@@ -50,8 +50,9 @@ from ssmkernels.nn import (
     SimilarityDistributionLoss,
 )
 from ssmkernels.nn.similarity_distribution import MOMENTS, RunningSimilarityMoments
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import Trainer, channels_last
-from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.checkpoint import load_checkpoint, save_checkpoint
 from ssmkernels.trainers.evaluation import embed, retrieval
 from ssmkernels.trainers.loop import Fabric, RunResult, make_fabric
 from ssmkernels.trainers.pseudo_labels import cluster
@@ -88,6 +89,7 @@ class Slade(Trainer):
         unlabeled_images: the unlabelled collection where there is one; none is needed for the teacher alone.
         model: x [N, C, H, W] -> (anything, unit embeddings f [N, embedding_dim]), which sees images by their
             collection's mean and deviation; ``config.model`` is built if none is given.
+        kept_before: the folder of another run whose list of classes and weights this one begins with.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Slade(Trainer):
         *,
         unlabeled_images: data.ImageCollection | None = None,
         model: nn.Module | None = None,
+        kept_before: Path | None = None,
     ) -> None:
         ranks = fabric.world_size
         config.check_multiple(
@@ -113,9 +116,9 @@ class Slade(Trainer):
         """Of the network that learns: its first step, its best figure, when that was, and what the network was."""
         early = () if config.patience is None else ("skipped", "best")
         self.saved = ("pseudo_labels", "clustering", *early)
-        self.images = SladeImages(config, images, unlabeled_images, native=model is not None)
-        size = config.data.image_size or images.image_size
-        self.seen = data.SeenImages.of(*self.images.views(images)[1:], size=size)
+        self.kept_before = kept_before
+        self.images = SladeImages(config, images, unlabeled_images, native=model is not None, kept_before=kept_before)
+        self.seen = self.images.seen(images)
         if config.uses_unlabeled and config.k > len(self.unlabeled):
             raise ValueError(
                 f"k is {config.k}; it should be at most {len(self.unlabeled)}, the number of unlabelled images"
@@ -152,6 +155,17 @@ class Slade(Trainer):
     def labels_text(self) -> str:
         labeled = self.images.labeled
         return data.labels_text(np.arange(len(labeled)), labeled.images, labeled.class_names)
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Those of a checkpoint are not enough: every student starts from the weights that the run began with."""
+        if self.config.weights is not None:
+            own = kept.kept_file(kept.START, self.config, self.kept_before)
+            self.take_weights(model, own or self.config.weights)
+
+    def keep_inputs(self, folder: Path) -> None:
+        super().keep_inputs(folder)
+        if self.config.weights is not None and not kept.has_begun(self.config):
+            save_checkpoint(folder / kept.START, models.backbone_state(getattr(self.model, "backbone", self.model)))
 
     @property
     def unlabeled(self) -> data.ImageCollection:
@@ -385,8 +399,19 @@ def train_slade(
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     if config.data.fold is None:
         return train_folds(config, resume=resume, images=images, unlabeled_images=unlabeled_images, model=model)
+    return _train_network(config, images, unlabeled_images, model, resume)
+
+
+def _train_network(
+    config: SladeConfig,
+    images: data.ImageCollection,
+    unlabeled_images: data.ImageCollection | None,
+    model: nn.Module | None,
+    resume: bool,
+    kept_before: Path | None = None,
+) -> RunResult:
     fabric = make_fabric(config.run, precision=config.precision)
-    trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images, model=model)
+    trainer = Slade(config, images, fabric, unlabeled_images=unlabeled_images, model=model, kept_before=kept_before)
     return trainer.run(resume=resume, epoch_ends=_EpochEnds(trainer), best=SELECTED_BY)
 
 
@@ -417,27 +442,41 @@ def train_folds(
     if images is None:
         images, unlabeled_images = load_images(config.data, unlabeled=config.uses_unlabeled)
     results: list[RunResult] = []
+    kept_before = None
     for of_fold in _of_folds(config):
-        results.append(
-            train_slade(of_fold, resume=resume, images=images, unlabeled_images=unlabeled_images, model=deepcopy(model))
-        )
+        results.append(_train_network(of_fold, images, unlabeled_images, deepcopy(model), resume, kept_before))
+        kept_before = Path(config.run.out, "fold0")
         if not results[-1].finished:
             break
     done = RunResult(
         finished=results[-1].finished,
         step=sum(result.step for result in results),
         steps=config.data.folds * config.steps,
-        history=[],
+        stopped_by=results[-1].stopped_by,
     )
     if done.finished:
-        records = [result.best(SELECTED_BY) for result in results]
-        names = (SELECTED_BY, *(f"validation_{name}" for name in FIGURES))
-        validation = {name: statistics.fmean(record[name] for record in records) for name in names}
-        done.history.append({"step": done.step, **validation, **concatenated_retrieval(config, images, model)})
+        done.history.append({"step": done.step, **evaluate_folds(config, images, model)})
         if this_rank()[0] == 0:
             line = json.dumps({"step": done.step, "group": "test", **done.history[0]})
             write_atomically(Path(config.run.out, "metrics.jsonl"), line + "\n")
     return done
+
+
+def evaluate_folds(
+    config: SladeConfig, images: data.ImageCollection, model: nn.Module | None = None
+) -> dict[str, float]:
+    """The record of :func:`train_folds` again, from the best.pt of every fold; arguments as of
+    :func:`concatenated_retrieval`.
+    """
+    fabric = make_fabric(config.run, precision=config.precision)
+    figures = []
+    for of_fold, network in _best_networks(config, images, model):
+        parts = SladeImages(of_fold, images, native=model is not None)
+        batches = parts.evaluation_batches(parts.validation, fabric)
+        _, embeddings, labels = embed(network.to(fabric.device), batches, device=fabric.device)
+        figures.append(_retrieval("validation", embeddings, labels, parts.validation.queries))
+    means = {name: statistics.fmean(of_fold[name] for of_fold in figures) for name in figures[0]}
+    return {SELECTED_BY: means["validation_MAP@R"], **means, **concatenated_retrieval(config, images, model)}
 
 
 def concatenated_retrieval(
@@ -456,9 +495,7 @@ def concatenated_retrieval(
     """
     fabric = make_fabric(config.run, precision=config.precision)
     embeddings, apart = [], []
-    for of_fold in _of_folds(config):
-        network = build_network(of_fold, images) if model is None else deepcopy(model)
-        network.load_state_dict(load_checkpoint(Path(str(of_fold.run.out), "best.pt"))["model"])
+    for of_fold, network in _best_networks(config, images, model):
         parts = SladeImages(of_fold, images, native=model is not None)
         batches = parts.evaluation_batches(parts.test, fabric)
         _, of_network, labels = embed(network.to(fabric.device), batches, device=fabric.device)
@@ -478,6 +515,16 @@ def build_network(config: SladeConfig, images: data.ImageCollection | data.SeenI
         in_channels=images.channels if models.preprocessing(config.model) == "native" else 3,
         image_size=config.data.image_size or images.image_size,
     )
+
+
+def _best_networks(
+    config: SladeConfig, images: data.ImageCollection, model: nn.Module | None
+) -> Iterator[tuple[SladeConfig, nn.Module]]:
+    """The settings of every fold, and its network."""
+    for of_fold in _of_folds(config):
+        network = build_network(of_fold, images) if model is None else deepcopy(model)
+        network.load_state_dict(load_checkpoint(Path(str(of_fold.run.out), "best.pt"))["model"])
+        yield of_fold, channels_last(network)
 
 
 def _of_folds(config: SladeConfig) -> Iterator[SladeConfig]:

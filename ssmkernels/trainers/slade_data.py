@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssmkernels import data, models
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import evaluation_loader, training_loader
 from ssmkernels.trainers.loop import Fabric
 from ssmkernels.trainers.slade_config import SladeConfig, SladeDataConfig
@@ -34,6 +36,7 @@ class SladeImages:
         unlabeled_images: the collection ``config.data.unlabeled_name``. Where there is no such name,
             ``config.data.unlabeled_classes`` says which of ``images`` are taken instead.
         native: whether views have a collection's own mean and deviation instead of those of ``config.model``.
+        kept_before: the folder of another run whose list of classes this one begins with.
 
     Attributes:
         labeled, unlabeled, validation, test: collections; ``unlabeled`` is None where it was not given and is not a
@@ -47,10 +50,11 @@ class SladeImages:
         unlabeled_images: data.ImageCollection | None = None,
         *,
         native: bool = False,
+        kept_before: Path | None = None,
     ) -> None:
         self.config, chosen = config, config.data
         self.normalization = "native" if native else models.preprocessing(config.model)
-        labeled, validation, tested = _split(chosen, images)
+        labeled, validation, tested = _split(config, images, kept_before)
         self.test = data.class_subset(images, tested)
         self.unlabeled = unlabeled_images
         if chosen.unlabeled_name is None and chosen.unlabeled_classes == "test":
@@ -72,6 +76,11 @@ class SladeImages:
             resize=round(size * EVALUATION_SCALE),
             crop_scale=CROP_SCALE,
         )
+
+    def seen(self, images: data.ImageCollection) -> data.SeenImages:
+        """How the network sees them when it is evaluated."""
+        size = self.config.data.image_size or images.image_size
+        return data.SeenImages.of(*self.views(images)[1:], size=size)
 
     def training_batches(
         self, images: data.ImageCollection, labels: Tensor, fabric: Fabric, *, start_step: int, end: int, stream: int
@@ -114,23 +123,26 @@ def load_images(
     return images, data.load_collection(config.unlabeled_name, config.unlabeled_root)
 
 
-def _split(config: SladeDataConfig, images: data.ImageCollection) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(
+    config: SladeConfig, images: data.ImageCollection, kept_before: Path | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The classes to train, validate and test on: of a list, or the last ones to test on; and of the others a fold."""
-    if config.fold is None:
+    chosen = config.data
+    if chosen.fold is None:
         raise ValueError("data.fold is None; it should be the number of a fold")
-    if config.classes_file is None:
-        others = np.arange(_classes_to_train(config, images.num_classes))
+    if chosen.classes_file is None:
+        others = np.arange(_classes_to_train(chosen, images.num_classes))
         tested = np.arange(len(others), images.num_classes)
     else:
-        others, validation, tested = data.read_classes(config.classes_file, images.class_names)
+        others, validation, tested = kept.read_classes(config, images.class_names, kept_before)
         if len(validation):
             return others, validation, tested
-        if len(others) <= config.folds:
+        if len(others) <= chosen.folds:
             raise ValueError(
-                f"{config.classes_file} has {len(others)} classes to train on; without any to validate on it should"
-                f" have more than {config.folds}, data.folds"
+                f"{chosen.classes_file} has {len(others)} classes to train on; without any to validate on it should"
+                f" have more than {chosen.folds}, data.folds"
             )
-    validation = others[data.split_folds(len(others), config.folds)[config.fold]]
+    validation = others[data.split_folds(len(others), chosen.folds)[chosen.fold]]
     return np.setdiff1d(others, validation), validation, tested
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ssmkernels import data, models
 from ssmkernels.distributed import all_gather_rows, all_reduce_mean
 from ssmkernels.nn import PrototypeHead, sinkhorn_codes
+from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import Trainer, channels_last
 from ssmkernels.trainers.checkpoint import save_checkpoint
 from ssmkernels.trainers.evaluation import retrieval
@@ -330,23 +331,24 @@ def larc_(parameters: Iterable[nn.Parameter], weight_decay: float, *, trust: flo
         parameter.grad.copy_(torch.where(moving, rate * (parameter.grad + weight_decay * parameter), parameter.grad))
 
 
-def load_images(config: SwAVDataConfig) -> tuple[data.ImageCollection, data.ImageCollection]:
+def load_images(config: SwAVConfig) -> tuple[data.ImageCollection, data.ImageCollection]:
     """The images to learn from, and those to measure retrieval on."""
-    images = data.load_collection(config.name, config.root)
-    if config.classes_file is None:
-        count = images.num_classes - math.ceil(images.num_classes * config.test_fraction - 1e-9)
+    chosen = config.data
+    images = data.load_collection(chosen.name, chosen.root)
+    if chosen.classes_file is None:
+        count = images.num_classes - math.ceil(images.num_classes * chosen.test_fraction - 1e-9)
         if count < 1:
             raise ValueError(
-                f"data.test_fraction is {config.test_fraction}; of {images.num_classes} classes it should leave one to"
+                f"data.test_fraction is {chosen.test_fraction}; of {images.num_classes} classes it should leave one to"
                 " learn from"
             )
         classes, tested = np.split(np.arange(images.num_classes), [count])
     else:
-        train, validation, tested = data.read_classes(config.classes_file, images.class_names)
+        train, validation, tested = kept.read_classes(config, images.class_names)
         classes = np.sort(np.concatenate([train, validation]))
     learnt = data.class_subset(images, classes)
-    if config.unlabeled_name is not None:
-        learnt = data.unite(learnt, data.load_collection(config.unlabeled_name, config.unlabeled_root))
+    if chosen.unlabeled_name is not None:
+        learnt = data.unite(learnt, data.load_collection(chosen.unlabeled_name, chosen.unlabeled_root))
     return learnt, data.class_subset(images, tested)
 
 
@@ -373,7 +375,7 @@ def train_swav(
     if images is None:
         if evaluation_images is not None:
             raise ValueError("evaluation_images are given without images; it should be both, or images alone")
-        images, evaluation_images = load_images(config.data)
+        images, evaluation_images = load_images(config)
     fabric = make_fabric(config.run, precision=config.precision)
     trainer = SwAV(config, images, images if evaluation_images is None else evaluation_images, fabric, model=model)
     epoch_ends = range(trainer.epoch_steps, trainer.steps + 1, trainer.epoch_steps)
