@@ -22,9 +22,16 @@ struct Rounding {
                                   : std::is_same_v<Storage, float16> ? 1.0 / 2048
                                                                      : 0;  // of operands of the tensor cores
 
+  // What a half type may lose of a number below its range.
+  static constexpr double kHalfTiny = std::is_same_v<Storage, float16> ? 1.0 / (1 << 25) : 0;
+
   // Largest relative error of a sum of `terms` in any order, in units of the sum of their magnitudes.
   static double gamma(double terms) {
     return terms * kUnit / (1 - terms * kUnit);
+  }
+  // The same of a product of matrices. Tensor cores round sums toward zero, twice as far as to the nearest.
+  static double product_gamma(double terms) {
+    return gamma(kHalf > 0 ? 2 * terms : terms);
   }
 };
 

@@ -9,17 +9,12 @@
 #include "../pairs/pair_focal_loss.h"
 #include "../pairs/pair_logits.h"
 #include "cuda_harness.h"
+#include "rounding.h"
 
 namespace {
 
 using namespace ssmkernels;
 using namespace ssmkernels::test;
-
-struct Setup {
-  const char* name;
-  double logits;     // relative error of logits, in the norm
-  double gradients;  // and of gradients
-};
 
 struct Shape {
   Interaction interaction;
@@ -116,58 +111,120 @@ struct Problem {
   }
 };
 
-struct Gradients {
-  Values x, y, w1, b1, w2, b2;
+// FL and |∂FL/∂logit| of a signed logit with an error, but for their weight, and their errors: FL moves by no more than
+// its values at both ends, its derivative by the largest second derivative between them.
+struct Focal {
+  double loss, slope, loss_error, slope_error;
+
+  // Roundings on a path: an exponential, a logarithm and a power of 2 ulp each, what is added to and divided by them,
+  // and those of 1 − p_t once more for its power.
+  static double units(double gamma) {
+    return 3 * kExpUnits + 12 + gamma * (kExpUnits + 4);
+  }
+
+  Focal(double s, double error, double gamma, double unit) {
+    const double q = 1 / (1 + std::exp(s)), p = 1 / (1 + std::exp(-s)), log = loss_at(s, 0);
+    const double power = std::pow(q, gamma);
+    loss = loss_at(s, gamma);
+    slope = power * (gamma * p * log + q);
+    const double moved = std::max(loss_at(s - error, gamma) - loss, loss - loss_at(s + error, gamma));
+    loss_error = moved + units(gamma) * unit * (loss + moved);
+    const double bend = power * (gamma * gamma * p * p * log + gamma * q * p * log + (2 * gamma + 1) * q * p);
+    slope_error = bend * error * std::exp((gamma + 3) * error) + units(gamma) * unit * slope;
+  }
+
+ private:
+  static double loss_at(double s, double gamma) {
+    const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0);
+    return std::pow(1 / (1 + std::exp(s)), gamma) * surprise;
+  }
 };
 
+struct Gradients {
+  Bounded x, y, w1, b1, w2, b2;
+};
+
+// The equations pair by pair, and what rounding may do to them, cf. python_tests/ops/bounds/pairs.py: a unit within its
+// error of 0 may be on or off, and what comes of it is in doubt.
 template <class Storage>
 class Reference {
+  using R = Rounding<Storage>;
+  using Real = Compute<Storage>;
+
  public:
   explicit Reference(const Problem<Storage>& problem)
-      : in(problem), logits(in.count), losses(in.count), grad_logits(in.count) {
+      : in(problem), logits(in.count), losses(in.count), grad_logits(in.count), total(1) {
+    const FocalLoss focal = in.focal();
     for (int64_t k = 0; k < in.count; ++k) {
       int64_t i, j;
       if (!in.pair(k, i, j)) continue;
-      logits[k] = in.b2[0];
-      for (int64_t h = 0; h < in.shape.hidden; ++h) logits[k] += in.w2[h] * std::max(unit(i, j, h), 0.0);
+      double sum = in.b2[0], sizes = std::fabs(in.b2[0]), moved = 0;
+      for (int64_t h = 0; h < in.shape.hidden; ++h) {
+        const Unit unit = unit_of(i, j, h);
+        if (!unit.possible()) continue;
+        const double weight = in.w2[h];
+        sum += weight * std::max(unit.value, 0.0);
+        moved += std::fabs(weight) * unit.error;
+        sizes += std::fabs(weight) * (std::fabs(unit.value) + unit.error);
+      }
+      logits.set(k, sum, moved + R::gamma(static_cast<double>(in.shape.hidden) + 3) * sizes);
       if (in.x_labels[i] == in.kIgnored || in.y_labels[j] == in.kIgnored) continue;
       ++counted;
       const bool same = in.x_labels[i] == in.y_labels[j];
-      const FocalLoss focal = in.focal();
-      const double s = same ? logits[k] : -logits[k], weight = same ? focal.alpha_same : focal.alpha_other;
-      const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0), right = 1 / (1 + std::exp(-s));
-      const double wrong = 1 / (1 + std::exp(s)), power = std::pow(wrong, focal.gamma);
-      losses[k] = weight * power * surprise;
-      grad_logits[k] = -weight * power * (focal.gamma * right * surprise + wrong) * (same ? 1 : -1);
-      total += losses[k];
+      const double weight = same ? focal.alpha_same : focal.alpha_other;
+      const Focal focal_loss(same ? sum : -sum, logits.error[k], focal.gamma, R::kUnit);
+      losses.set(k, weight * focal_loss.loss, weight * focal_loss.loss_error);
+      grad_logits.set(k, (same ? -weight : weight) * focal_loss.slope, weight * focal_loss.slope_error);
+      total.add(0, losses.value[k], losses.error[k]);
     }
+    // Summed in double, and rounded; here too.
+    total.error[0] += (R::kUnit + 2 * Rounding<double>::gamma(static_cast<double>(in.count))) * total.value[0];
   }
 
-  Gradients gradients(const Values& g) const {
+  // Of all six arguments, from ∂L/∂logit of each pair. Sums over pairs are taken in blocks.
+  Gradients gradients(const Bounded& g) const {
     const int64_t d = in.width, hidden = in.shape.hidden, n = in.shape.x_rows, m = in.shape.y_rows;
-    Gradients out{Values(n * d), Values(m * d), Values(in.w1.size()), Values(in.b1.size()), Values(hidden), Values(1)};
+    const bool product = in.shape.interaction == Interaction::product;
+    Gradients out{Bounded(n * d),        Bounded(m * d),  Bounded(in.w1.size()),
+                  Bounded(in.b1.size()), Bounded(hidden), Bounded(1)};
+    double largest_g = 0, largest_w2 = 0;  // what operands of half types are first divided by
+    for (const double each : g.value) largest_g = std::max(largest_g, std::fabs(each));
+    for (int64_t h = 0; h < hidden; ++h) largest_w2 = std::max(largest_w2, std::fabs(double{in.w2[h]}));
+    // φ g and w1 w2 are rounded to half types, below whose range they lose everything.
+    const double tiny = R::kHalfTiny, all = static_cast<double>(in.count),
+                 of_row = in.shape.listed < 0 ? static_cast<double>(std::max(n, m)) : all, half = 4 * R::kHalf,
+                 rows = gamma_of_sum(of_row, static_cast<double>(hidden) + 6) + half, pairs = gamma_of_sum(all, 6),
+                 along = R::gamma(static_cast<double>(d) + 4);
     for (int64_t k = 0; k < in.count; ++k) {
       int64_t i, j;
       if (!in.pair(k, i, j)) continue;
-      out.b2[0] += g[k];
+      const double g_error = g.error[k], g_size = std::fabs(g.value[k]) + g_error;
+      out.b2.add(0, g.value[k], g_error + pairs * g_size);
       for (int64_t h = 0; h < hidden; ++h) {
-        const double z = unit(i, j, h);
-        if (!(z > 0)) continue;
-        out.w2[h] += g[k] * z;
-        const double u = g[k] * in.w2[h];
+        const Unit unit = unit_of(i, j, h);
+        if (!unit.possible()) continue;
+        const double weight = in.w2[h], size = g_size * std::fabs(weight), u = unit.on() ? g.value[k] * weight : 0;
+        const double doubt = (unit.maybe() ? g_size : g_error) * std::fabs(weight);
+        const double magnitude = std::fabs(unit.value) + unit.size;
+        out.w2.add(h, unit.on() ? g.value[k] * unit.value : 0,
+                   (unit.maybe() ? g_size : g_error) * magnitude + (pairs + half + along) * g_size * magnitude);
         if (in.is_concat()) {
-          out.x[i * d + h] += u;
-          out.y[j * d + h] += u;
+          out.x.add(i * d + h, u, doubt + rows * size);
+          out.y.add(j * d + h, u, doubt + rows * size);
           continue;
         }
-        out.b1[h] += u;
+        out.b1.add(h, u, doubt + pairs * size);
         for (int64_t c = 0; c < d; ++c) {
           const double a = host::to_real(in.x[i * d + c]), b = host::to_real(in.y[j * d + c]),
-                       w = host::to_real(in.w1[h * d + c]);
-          const bool product = in.shape.interaction == Interaction::product;
-          out.w1[h * d + c] += u * phi(a, b);
-          out.x[i * d + c] += u * w * (product ? b : a > b ? 1 : a < b ? -1 : 0);
-          out.y[j * d + c] += u * w * (product ? a : a > b ? -1 : a < b ? 1 : 0);
+                       w = host::to_real(in.w1[h * d + c]), along_phi = phi(a, b);
+          const double lost = largest_g * tiny;
+          out.w1.add(h * d + c, u * along_phi,
+                     (doubt + (pairs + half) * size) * std::fabs(along_phi) + lost * std::fabs(weight));
+          out.w2.error[h] += std::fabs(w) * lost;
+          const double of_x = product ? b : a > b ? 1 : a < b ? -1 : 0, of_y = product ? a : -of_x;
+          const double w_error = (doubt + rows * size) * std::fabs(w) + g_size * largest_w2 * tiny;
+          out.x.add(i * d + c, u * w * of_x, w_error * std::fabs(of_x));
+          out.y.add(j * d + c, u * w * of_y, w_error * std::fabs(of_y));
         }
       }
     }
@@ -175,23 +232,48 @@ class Reference {
   }
 
   const Problem<Storage>& in;
-  Values logits, losses, grad_logits;
-  double total = 0;
+  Bounded logits, losses, grad_logits, total;
   int64_t counted = 0;
 
  private:
+  struct Unit {
+    double value, size, error;  // size: Σ |w1 φ| + |b1|, or |A| + |B|, which ∂w2 sums apart
+
+    bool on() const {
+      return value > 0;
+    }
+    bool maybe() const {
+      return std::fabs(value) <= error;
+    }
+    bool possible() const {
+      return on() || maybe();
+    }
+  };
+
+  // Of a sum over pairs: a kernel adds at most 1024 terms before it adds sums of them, here they are added one by one,
+  // in double. `more` roundings of each term.
+  static double gamma_of_sum(double terms, double more) {
+    return R::product_gamma(std::min(terms, 1024 + terms / 1024) + more) + Rounding<double>::gamma(terms);
+  }
   // Half types: rounded, as what decides which units are active.
   double phi(double a, double b) const {
     const double exact = in.shape.interaction == Interaction::product ? a * b : std::fabs(a - b);
-    return host::to_real(host::from_real<Storage>(static_cast<Compute<Storage>>(exact)));
+    return host::to_real(host::from_real<Storage>(static_cast<Real>(exact)));
   }
-  double unit(int64_t i, int64_t j, int64_t h) const {
+  Unit unit_of(int64_t i, int64_t j, int64_t h) const {
     const int64_t d = in.width;
-    if (in.is_concat()) return double{host::to_real(in.x[i * d + h])} + host::to_real(in.y[j * d + h]);
-    double z = in.b1[h];
-    for (int64_t c = 0; c < d; ++c)
-      z += host::to_real(in.w1[h * d + c]) * phi(host::to_real(in.x[i * d + c]), host::to_real(in.y[j * d + c]));
-    return z;
+    if (in.is_concat()) {  // a sum of two numbers has the right sign
+      const double a = host::to_real(in.x[i * d + h]), b = host::to_real(in.y[j * d + h]), z = a + b;
+      return {z, std::fabs(a) + std::fabs(b), z > 0 ? R::kUnit * z : 0};
+    }
+    double z = in.b1[h], size = std::fabs(in.b1[h]);
+    for (int64_t c = 0; c < d; ++c) {
+      const double term =
+          host::to_real(in.w1[h * d + c]) * phi(host::to_real(in.x[i * d + c]), host::to_real(in.y[j * d + c]));
+      z += term;
+      size += std::fabs(term);
+    }
+    return {z, size, R::product_gamma(static_cast<double>(d) + 4) * size};
   }
 };
 
@@ -206,15 +288,14 @@ struct Output {
   PairGradients<Real> view() const {
     return {x.data(), y.data(), w1.data(), b1.data(), w2.data(), b2.data()};
   }
-  // Sums that cancel are compared with what they sum.
-  void check_against(const Gradients& expected, const Values& g, double tolerance, const char* what) const {
+  void check_against(const Gradients& expected, const char* what) const {
     const auto name = [&](const char* of) { return std::string(what) + " " + of; };
-    compare_norms(x, expected.x, tolerance, name("∂x").c_str());
-    compare_norms(y, expected.y, tolerance, name("∂y").c_str());
-    compare_norms(w1, expected.w1, tolerance, name("∂w1").c_str());
-    compare_norms(b1, expected.b1, tolerance, name("∂b1").c_str());
-    compare_norms(w2, expected.w2, tolerance, name("∂w2").c_str(), norm(expected.w1));
-    compare_norms(b2, expected.b2, tolerance, name("∂b2").c_str(), norm(g));
+    compare_within(x, expected.x, name("∂x").c_str());
+    compare_within(y, expected.y, name("∂y").c_str());
+    compare_within(w1, expected.w1, name("∂w1").c_str());
+    compare_within(b1, expected.b1, name("∂b1").c_str());
+    compare_within(w2, expected.w2, name("∂w2").c_str());
+    compare_within(b2, expected.b2, name("∂b2").c_str());
   }
   bool same_bits(const Output& other) const {
     return x.same_bits(other.x) && y.same_bits(other.y) && w1.same_bits(other.w1) && b1.same_bits(other.b1) &&
@@ -223,10 +304,10 @@ struct Output {
 };
 
 template <class Storage>
-void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) {
+void test_problem(const char* name, const Shape& shape, std::mt19937& random) {
   using Real = Compute<Storage>;
   const char* interactions[] = {"concat", "absdiff", "product"};
-  context = std::string(setup.name) + " " + interactions[static_cast<int>(shape.interaction)] + " n " +
+  context = std::string(name) + " " + interactions[static_cast<int>(shape.interaction)] + " n " +
             std::to_string(shape.x_rows) + " m " + std::to_string(shape.y_rows) + " d " +
             std::to_string(shape.features) + " h " + std::to_string(shape.hidden) + " listed " +
             std::to_string(shape.listed) + " γ " + std::to_string(shape.gamma);
@@ -238,8 +319,7 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
 
   {
     const double scale = reference.counted > 0 ? 1.0 / reference.counted : 0;
-    Values g = reference.grad_logits;
-    for (double& grad_logit : g) grad_logit *= scale;
+    const Bounded g = reference.grad_logits.times(scale, 3 * Rounding<Storage>::kUnit);
     const Output<Storage> out(problem), again(problem);
     for (const Output<Storage>* each : {&out, &again}) {
       const Workspace workspace(workspace_bytes(true));
@@ -247,11 +327,11 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
       const PairGradients<Real> gradients = each->view();
       succeeds(cuda::pair_focal_loss_sum(network, focal, {true, loss.data(), &gradients}, workspace.data(), nullptr),
                "pair_focal_loss_sum");
-      compare_norms(loss, Values{reference.total * scale}, setup.logits, "mean loss");
+      compare_within(loss, reference.total.times(scale, Rounding<Storage>::kUnit), "mean loss");
       set_seed(1);
     }
     set_seed(0);
-    out.check_against(reference.gradients(g), g, setup.gradients, "mean loss");
+    out.check_against(reference.gradients(g), "mean loss");
     check(out.same_bits(again), "the same bits in another order of warps");
   }
   if (shape.brief) return;
@@ -260,44 +340,49 @@ void test_problem(const Setup& setup, const Shape& shape, std::mt19937& random) 
     Guarded<Real> loss(1);
     succeeds(cuda::pair_focal_loss_sum(network, focal, {mean, loss.data(), nullptr}, workspace.data(), nullptr),
              "pair_focal_loss_sum");
-    compare_norms(loss, Values{mean ? reference.total / std::max<int64_t>(reference.counted, 1) : reference.total},
-                  setup.logits, "loss alone");
+    const double scale = mean ? 1.0 / static_cast<double>(std::max<int64_t>(reference.counted, 1)) : 1;
+    compare_within(loss, reference.total.times(scale, Rounding<Storage>::kUnit), "loss alone");
   }
   {
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> logits(problem.count);
     succeeds(cuda::pair_logits(network, logits.data(), workspace.data(), nullptr), "pair_logits");
-    compare_norms(logits, reference.logits, setup.logits, "logits");
+    compare_within(logits, reference.logits, "logits");
   }
   {
     const Workspace workspace(workspace_bytes(false));
     Guarded<Real> losses(problem.count);
     succeeds(cuda::pair_focal_loss(network, focal, losses.data(), workspace.data(), nullptr), "pair_focal_loss");
-    compare_norms(losses, reference.losses, setup.logits, "losses");
+    compare_within(losses, reference.losses, "losses");
   }
-  Values g(problem.grad.data(), problem.grad.data() + problem.count);
+  Bounded g(problem.count);
+  g.value.assign(problem.grad.data(), problem.grad.data() + problem.count);
   {
     const Workspace workspace(workspace_bytes(true));
     const Output<Storage> out(problem);
     succeeds(cuda::pair_logits_backward(network, problem.grad.data(), out.view(), workspace.data(), nullptr),
              "pair_logits_backward");
     for (int64_t k = 0, i, j; k < problem.count; ++k)
-      if (!problem.pair(k, i, j)) g[k] = 0;
-    out.check_against(reference.gradients(g), g, setup.gradients, "logits");
+      if (!problem.pair(k, i, j)) g.value[k] = 0;
+    out.check_against(reference.gradients(g), "logits");
   }
   {
     const Workspace workspace(workspace_bytes(true));
     const Output<Storage> out(problem);
     succeeds(cuda::pair_focal_loss_backward(network, focal, problem.grad.data(), out.view(), workspace.data(), nullptr),
              "pair_focal_loss_backward");
-    for (int64_t k = 0; k < problem.count; ++k) g[k] *= reference.grad_logits[k];
-    out.check_against(reference.gradients(g), g, setup.gradients, "losses");
+    for (int64_t k = 0; k < problem.count; ++k) {
+      const double given = std::fabs(g.value[k]), slope = reference.grad_logits.value[k];
+      g.error[k] = given * (reference.grad_logits.error[k] + Rounding<Storage>::kUnit * std::fabs(slope));
+      g.value[k] *= slope;
+    }
+    out.check_against(reference.gradients(g), "losses");
   }
 }
 
 // Logits to ±1e4, exact in every type: each loss and derivative to its own size, down to what the type holds.
 template <class Real>
-void test_saturated(const char* name, double tolerance) {
+void test_saturated(const char* name) {
   for (const double gamma : {0.0, 0.5, 2.0, 3.5}) {
     context = std::string(name) + " saturated γ " + std::to_string(gamma);
     const int64_t n = 3, m = 70;
@@ -332,13 +417,12 @@ void test_saturated(const char* name, double tolerance) {
       for (int64_t i = 0; i < n; ++i)
         for (int64_t j = 0; j < m; ++j) {
           const bool same = x_labels[i] == y_labels[j];
-          const double logit = std::max(double{a[i]} + b[j], 0.0) - 10000, s = same ? logit : -logit;
-          const double surprise = std::log1p(std::exp(-std::fabs(s))) + std::max(-s, 0.0),
-                       wrong = 1 / (1 + std::exp(s));
-          const double loss = (same ? 0.25 : 0.75) * std::pow(wrong, gamma) * surprise;
-          const double grad_logit =
-              -(same ? 0.25 : -0.75) * std::pow(wrong, gamma) * (gamma / (1 + std::exp(-s)) * surprise + wrong);
-          const double least = sizeof(Real) == 4 ? 1e-36 : 1e-300;
+          const double logit = std::max(double{a[i]} + b[j], 0.0) - 10000, weight = same ? 0.25 : 0.75;
+          const Focal focal_loss(same ? logit : -logit, 0, gamma, Rounding<Real>::kUnit);
+          const double loss = weight * focal_loss.loss, grad_logit = (same ? -weight : weight) * focal_loss.slope;
+          const double tolerance = Focal::units(gamma) * Rounding<Real>::kUnit;
+          // An exponential below the range may be 0, and what it is multiplied with is at most 1 + γ.
+          const double least = 4 * (1 + gamma) * std::numeric_limits<Real>::min();
           check(std::fabs(losses[i * m + j] - loss) <= tolerance * loss + least, "loss", losses[i * m + j] / loss);
           // ∂FL/∂logit alone, as ∂b2.
           for (int64_t k = 0; k < n * m; ++k) grad[k] = k == i * m + j;
@@ -357,12 +441,12 @@ void test_saturated(const char* name, double tolerance) {
 
 // Half types: features whose product passes the largest float16, and gradients that float16 cannot hold.
 template <class Storage>
-void test_range(const Setup& setup) {
-  context = std::string(setup.name) + " range";
+void test_range(const char* name) {
+  context = std::string(name) + " range";
   Shape shape{Interaction::product, 9, 17, 5, 3};
   shape.grad_scale = 1e-12;
   std::mt19937 random(5);
-  test_problem<Storage>(setup, shape, random);
+  test_problem<Storage>(name, shape, random);
   Problem<Storage> problem(shape, random);
   for (size_t i = 0; i < problem.x.size(); ++i) problem.x[i] = host::from_real<Storage>(i % 2 ? 300.0f : -300.0f);
   for (size_t i = 0; i < problem.y.size(); ++i) problem.y[i] = host::from_real<Storage>(300.0f);
@@ -381,10 +465,10 @@ void test_range(const Setup& setup) {
 
 // A row of NaN makes NaN of its own logits and of no gradient of another row.
 template <class Storage>
-void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed) {
+void test_not_finite(const char* name, Interaction interaction, int64_t listed) {
   using Real = Compute<Storage>;
-  context = std::string(setup.name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) +
-            " listed " + std::to_string(listed);
+  context = std::string(name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) + " listed " +
+            std::to_string(listed);
   Shape shape{interaction, 9, 17, 5, 6};
   shape.listed = listed;
   std::mt19937 random(11);
@@ -412,11 +496,11 @@ void test_not_finite(const Setup& setup, Interaction interaction, int64_t listed
 }
 
 template <class Storage>
-void test_concat(const Setup& setup) {
-  for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(setup, Interaction::concat, listed);
+void test_concat(const char* name) {
+  for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(name, Interaction::concat, listed);
   constexpr Interaction kind = Interaction::concat;
   std::mt19937 random(1234);
-  const auto test = [&](const Shape& shape) { test_problem<Storage>(setup, shape, random); };
+  const auto test = [&](const Shape& shape) { test_problem<Storage>(name, shape, random); };
   test({kind, 1, 1, 0, 1});
   test({kind, 3, 17, 0, 3, -1, 0});
   test({kind, 33, 65, 0, 130, -1, 0.5});
@@ -440,14 +524,14 @@ void test_concat(const Setup& setup) {
 }
 
 template <class Storage>
-void test_interactions(const Setup& setup) {
+void test_interactions(const char* name) {
   for (const Interaction interaction : {Interaction::absdiff, Interaction::product})
-    for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(setup, interaction, listed);
+    for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(name, interaction, listed);
   std::mt19937 random(1234);
   const bool half = sizeof(Storage) == 2;
   for (const Interaction kind : {Interaction::absdiff, Interaction::product}) {
     const bool absdiff = kind == Interaction::absdiff;
-    const auto test = [&](const Shape& shape) { test_problem<Storage>(setup, shape, random); };
+    const auto test = [&](const Shape& shape) { test_problem<Storage>(name, shape, random); };
     test({kind, 1, 1, 1, 1});
     test({kind, 3, 17, 3, 3, -1, 0});
     test({kind, 9, 33, 17, 70, -1, 0.5});
@@ -475,16 +559,15 @@ void test_interactions(const Setup& setup) {
 int main() {
   return run_tests([] {
     set_shared_limit(99 * 1024);  // sm_86, sm_89
-    test_concat<float>({"float32", 1e-5, 2e-5});
-    test_concat<double>({"float64", 1e-12, 1e-11});
-    test_saturated<float>("float32", 2e-5);
-    test_saturated<double>("float64", 1e-12);
-    test_interactions<float>({"float32", 1e-5, 2e-5});
-    test_interactions<double>({"float64", 1e-12, 1e-11});
-    const Setup bfloat{"bfloat16", 1e-2, 2e-2}, half{"float16", 2e-3, 3e-3};
-    test_interactions<bfloat16>(bfloat);
-    test_interactions<float16>(half);
-    test_range<bfloat16>(bfloat);
-    test_range<float16>(half);
+    test_concat<float>("float32");
+    test_concat<double>("float64");
+    test_saturated<float>("float32");
+    test_saturated<double>("float64");
+    test_interactions<float>("float32");
+    test_interactions<double>("float64");
+    test_interactions<bfloat16>("bfloat16");
+    test_interactions<float16>("float16");
+    test_range<bfloat16>("bfloat16");
+    test_range<float16>("float16");
   });
 }
