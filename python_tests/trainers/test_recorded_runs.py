@@ -38,18 +38,18 @@ from ssmkernels.trainers.loop import make_fabric
 
 RECORDS = Path(__file__).with_name("recorded_runs.json")
 RUN = {"accelerator": "cpu", "bar": False}
-DIGITS = {"labels": 20}
+DIGITS = {"labels": 20, "augment": "pil"}
 
 
-def simmatch(**settings):
+def simmatch(images=DIGITS, **settings):
     small = {"model": "wrn-10-1", "batch_size": 8, "mu": 2, "steps": 3, "first_epoch_steps": 1, "projection_dim": 16}
-    config = SimMatchConfig(data=DataConfig(**DIGITS), run=RunConfig(**RUN), **{**small, **settings})
+    config = SimMatchConfig(data=DataConfig(**images), run=RunConfig(**RUN), **{**small, **settings})
     return SimMatch(config, data.load_dataset("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
-def mlsn(**settings):
+def mlsn(images=DIGITS, **settings):
     small = {"model": "wrn-10-1", "batch_size": 8, "pairs": 32, "hidden_features": 12, "steps": 3}
-    config = MLSNConfig(data=DataConfig(**DIGITS), run=RunConfig(**RUN), **{**small, **settings})
+    config = MLSNConfig(data=DataConfig(**images), run=RunConfig(**RUN), **{**small, **settings})
     return MLSN(config, data.load_dataset("digits"), make_fabric(RunConfig(accelerator="cpu")))
 
 
@@ -108,7 +108,9 @@ def swav():
 TRAINERS = {
     "simmatch": simmatch,
     "simmatch-teacher": lambda: simmatch(memory="teacher", ema_buffers="own", schedule="half-cosine", warm_up_steps=2),
+    "simmatch-batched": lambda: simmatch({"labels": 20}),
     "mlsn": mlsn,
+    "mlsn-batched": lambda: mlsn({"labels": 20}),
     "mlsn-sgd": lambda: mlsn(optimizer="sgd", schedule="cosine-7/16"),
     "mixed-lp": mixed_lp,
     "slade": slade,

@@ -309,3 +309,18 @@ def test_pieces_must_be_whole(make_trainer):
         ValueError, match=r"batch_size is 8; it should be a multiple of 1 rank\(s\) times accumulate, 3"
     ):
         make_trainer(accumulate=3)
+
+
+@pytest.mark.parametrize("augment", ["batched", "pil"])
+def test_settings_of_short_runs(make_config, digits, augment):
+    """AdamW in one cycle on views that are shifted and not mirrored."""
+    config = make_config(
+        optimizer="adamw", schedule="one-cycle", steps=10, data={"augment": augment, "flip": False, "shift": 2}
+    )
+    trainer = SimMatch(config, digits, make_fabric(config.run))
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
+    weak = trainer.batches(0).dataset.weak if augment == "pil" else trainer.batches(0).weak.settings
+    assert (weak.padding, weak.flip) == (2, False)
+    batch = next(iter(trainer.batches(0)))
+    assert torch.isfinite(trainer.step(batch, 2)["loss"])
+    assert trainer.learning_rate == config.learning_rate  # the top of the cycle is after 30 % of the steps

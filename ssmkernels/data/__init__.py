@@ -10,6 +10,7 @@ from ssmkernels.data.augment import default_transforms, to_tensor
 from ssmkernels.data.batched_augment import batch_transforms
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
 from ssmkernels.data.class_lists import read_classes
+from ssmkernels.data.device_batches import DevicePixels, DeviceTrainBatches
 from ssmkernels.data.folds import halves, split_folds
 from ssmkernels.data.images import ArrayImages, FileImages, ImageDataset, ImageSplits
 from ssmkernels.data.label_lists import labels_text, read_labels
@@ -43,6 +44,8 @@ __all__ = [
     "CollectionBatch",
     "CollectionBatches",
     "CropViews",
+    "DevicePixels",
+    "DeviceTrainBatches",
     "FileImages",
     "ImageCollection",
     "ImageDataset",

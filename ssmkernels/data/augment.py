@@ -49,7 +49,9 @@ class Transforms(NamedTuple):
     evaluation: EvaluationTransform | None
 
 
-def default_transforms(splits: ImageSplits, *, variant: str = "fixmatch") -> Transforms:
+def default_transforms(
+    splits: ImageSplits, *, variant: str = "fixmatch", flip: bool | None = None, shift: int | None = None
+) -> Transforms:
     """The weak, strong and evaluation transform for a data set, by its ``augmentation``.
 
     "crop-flip" is :class:`Weak` and :class:`Strong`; "crop" is the same without the flip, for digits; "imagenet" is
@@ -57,13 +59,27 @@ def default_transforms(splits: ImageSplits, *, variant: str = "fixmatch") -> Tra
 
     Args:
         variant: of RandAugment and cutout, "fixmatch" or "torchssl".
+        flip: whether images are mirrored, instead of what the data set says.
+        shift: largest shift in pixels, instead of an eighth of the side; not of photographs, which are cut otherwise.
     """
     size = splits.image_size
     if splits.augmentation == "imagenet":
-        return Transforms(ImageNetWeak(size), MoCoV2(size), ResizeCenterCrop(round(size * 256 / 224), size))
-    flip = splits.augmentation == "crop-flip"
-    weak = Weak(size, size // 8, flip)
-    return Transforms(weak, Strong(size, size // 8, flip, variant=variant), None)
+        if shift is not None:
+            raise ValueError(f"shift is {shift}; it should be none for photographs, whose crops are of random areas")
+        flip = flip is not False
+        return Transforms(
+            ImageNetWeak(size, flip=flip), MoCoV2(size, flip=flip), ResizeCenterCrop(round(size * 256 / 224), size)
+        )
+    padding, flip = shift_and_flip(splits, shift, flip)
+    return Transforms(Weak(size, padding, flip), Strong(size, padding, flip, variant=variant), None)
+
+
+def shift_and_flip(splits: ImageSplits, shift: int | None, flip: bool | None) -> tuple[int, bool]:
+    """Those given, or those of the data set."""
+    return (
+        splits.image_size // 8 if shift is None else shift,
+        splits.augmentation == "crop-flip" if flip is None else flip,
+    )
 
 
 class Weak:

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from ssmkernels.data import batched_ops
-from ssmkernels.data.augment import Cutout, Weak, scale_and_shift
+from ssmkernels.data.augment import Cutout, Weak, scale_and_shift, shift_and_flip
 from ssmkernels.data.batched_ops import to_device
 from ssmkernels.data.images import ImageSplits
 from ssmkernels.data.philox import uniforms
@@ -41,13 +41,15 @@ class BatchTransforms(NamedTuple):
     """Test images are taken as they are."""
 
 
-def batch_transforms(splits: ImageSplits, *, variant: str = "fixmatch") -> BatchTransforms:
+def batch_transforms(
+    splits: ImageSplits, *, variant: str = "fixmatch", flip: bool | None = None, shift: int | None = None
+) -> BatchTransforms:
     """The batched counterparts of :func:`ssmkernels.data.default_transforms`, for "crop-flip" and "crop"."""
     if splits.augmentation == "imagenet":
         raise ValueError("augmentation is 'imagenet'; images of many sizes are augmented one at a time")
     size = splits.image_size
-    flip = splits.augmentation == "crop-flip"
-    return BatchTransforms(BatchWeak(size, size // 8, flip), BatchStrong(size, size // 8, flip, variant=variant))
+    padding, flip = shift_and_flip(splits, shift, flip)
+    return BatchTransforms(BatchWeak(size, padding, flip), BatchStrong(size, padding, flip, variant=variant))
 
 
 def augment(

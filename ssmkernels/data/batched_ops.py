@@ -84,7 +84,7 @@ def blend(start: Tensor, end: Tensor, factor: np.ndarray) -> Tensor:
     per_image = to_device(factor.astype(np.float32), end).view(-1, *[1] * (end.ndim - 1))
     base = start.float()
     # Not torch.lerp or addcmul, which may round once instead of twice.
-    return ((end.float() - base) * per_image + base).clamp_(0, LEVELS - 1).to(torch.uint8)
+    return ((end.float() - base) * per_image).add_(base).clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -135,21 +135,31 @@ def affine(images: Tensor, matrix: np.ndarray, fill: Colour) -> Tensor:
     a, b, c, d, e, f = to_device(fixed, images)[:, :, None, None]
     x = torch.arange(width, dtype=torch.int32, device=images.device)
     y = torch.arange(height, dtype=torch.int32, device=images.device)[:, None]
-    source_x, source_y = (a * x + (b * y + c)) >> 16, (d * x + (e * y + f)) >> 16
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = (source_y * width + source_x).mul_(inside).long().view(count, 1, -1)
-    moved = images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
-    return paint(moved, ~inside[:, None], fill)
+    # What is outside comes from a frame of one pixel around the image.
+    source_x = (a * x + (b * y + c)).bitwise_right_shift_(16).clamp_(-1, width)
+    source_y = (d * x + (e * y + f)).bitwise_right_shift_(16).clamp_(-1, height)
+    framed = images.new_empty(count, channels, height + 2, width + 2)
+    for channel, level in enumerate(colour_of(images, fill)):
+        framed[:, channel].fill_(level)
+    framed[:, :, 1:-1, 1:-1] = images
+    index = source_y.add_(1).mul_(width + 2).add_(source_x).add_(1).long().view(count, 1, -1)
+    return framed.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
+
+
+def colour_of(images: Tensor, fill: Colour) -> tuple[int, ...]:
+    """``fill`` by channel: its luminance on grey images."""
+    return fill if images.shape[1] == 3 else (grey_level(fill),)
 
 
 def paint(images: Tensor, where: Tensor, fill: Colour) -> Tensor:
     """``fill``, or its luminance on grey images [n, C, H, W], where ``where`` [n, 1, H, W] is true."""
-    colour = fill if images.shape[1] == 3 else (grey_level(fill),)
-    mask = where.to(
-        torch.uint8
-    ).neg_()  # 255 where true: bitwise selection takes a tenth of torch.where's time on a CPU
-    painted = [mask & level for level in colour]
-    return (images & ~mask) | torch.cat(painted, dim=1)
+    # 255 where true: bitwise selection takes a tenth of torch.where's time on a CPU.
+    mask = where[:, 0].to(torch.uint8).neg_()
+    painted = images & ~mask[:, None]
+    for channel, level in enumerate(colour_of(images, fill)):
+        if level:
+            painted[:, channel] |= mask & level
+    return painted
 
 
 def look_up(images: Tensor, table: Tensor) -> Tensor:
@@ -164,17 +174,29 @@ def tables(images: Tensor, kinds: np.ndarray, magnitudes: np.ndarray) -> Tensor:
         rows = np.flatnonzero(kinds == KINDS[name])
         if len(rows):
             of_kind = slice(rows[0], rows[-1] + 1)
-            result[of_kind] = _TABLES[name](images[of_kind], magnitudes[of_kind])
+            if name in _FIXED_TABLES:
+                result[of_kind] = to_device(_fixed_table(name, magnitudes[of_kind]), images)
+            else:
+                result[of_kind] = _TABLES[name](images[of_kind], magnitudes[of_kind])
     return result
+
+
+# Those that do not depend on the image, made on the host: magnitudes [n, 1] -> [n, 256].
+_LEVELS = np.arange(LEVELS, dtype=np.float32)
+_FIXED_TABLES = {
+    "Brightness": lambda factor: (_LEVELS * factor.astype(np.float32)).clip(0, LEVELS - 1),
+    "Posterize": lambda bits: _LEVELS - _LEVELS % 2 ** (8 - np.rint(bits)),
+    "Solarize": lambda threshold: np.where(np.rint(threshold) > _LEVELS, _LEVELS, LEVELS - 1 - _LEVELS),
+}
+
+
+def _fixed_table(name: str, magnitudes: np.ndarray) -> np.ndarray:
+    """[n, 1, 256] uint8."""
+    return _FIXED_TABLES[name](magnitudes[:, None]).astype(np.uint8)[:, None]
 
 
 def _levels(images: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     return torch.arange(LEVELS, dtype=dtype, device=images.device).view(1, 1, -1)
-
-
-def _brightness(images: Tensor, factor: np.ndarray) -> Tensor:
-    black = torch.zeros(1, 1, 1, dtype=torch.uint8, device=images.device)
-    return blend(black, _levels(images), factor)
 
 
 def _contrast(images: Tensor, factor: np.ndarray) -> Tensor:
@@ -183,17 +205,6 @@ def _contrast(images: Tensor, factor: np.ndarray) -> Tensor:
     pixels = images.shape[2] * images.shape[3]
     mean = (2 * luminance.sum((2, 3), dtype=torch.int64) + pixels) // (2 * pixels)
     return blend(mean.to(torch.uint8)[:, :, None], _levels(images), factor)
-
-
-def _posterize(images: Tensor, bits: np.ndarray) -> Tensor:
-    mask = (LEVELS - 2.0 ** (8 - np.rint(bits))).astype(np.uint8)
-    return _levels(images) & to_device(mask, images).view(-1, 1, 1)
-
-
-def _solarize(images: Tensor, threshold: np.ndarray) -> Tensor:
-    levels = _levels(images, torch.int16)
-    kept = levels < to_device(np.rint(threshold).astype(np.int16), images).view(-1, 1, 1)
-    return levels.where(kept, LEVELS - 1 - levels).to(torch.uint8)
 
 
 def _autocontrast(images: Tensor, unused: np.ndarray) -> Tensor:
@@ -220,10 +231,7 @@ def _equalize(images: Tensor, unused: np.ndarray) -> Tensor:
 
 
 _TABLES = {
-    "Brightness": _brightness,
     "Contrast": _contrast,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
 }

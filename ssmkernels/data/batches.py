@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssmkernels.data.augment import EvaluationTransform, Transform, to_tensors
+from ssmkernels.data.batched_augment import BatchTransform
 from ssmkernels.data.images import ImageDataset
 from ssmkernels.data.streams import IndexStream, Stream, generator, remaining
 
@@ -74,8 +74,8 @@ class TrainBatches(Dataset[Batch]):
         labeled_index: np.ndarray,
         unlabeled: ImageDataset,
         *,
-        weak: Transform,
-        strong: Transform,
+        weak: Transform | BatchTransform,
+        strong: Transform | BatchTransform,
         batch_size: int,
         mu: int,
         seed: int,
@@ -128,7 +128,7 @@ class TrainBatches(Dataset[Batch]):
         mine = self._slice(self.batch_size)
         slots = self._labeled_order.batch(step, self.batch_size)[mine]
         index = self.labeled_index[slots]
-        images = [self.labeled.image(i) for i in index]
+        images = self._images(self.labeled, index)
         labeled_weak = self._views(images, self.weak, Stream.LABELED_WEAK, step, mine.start)
         labels, slots_tensor = torch.from_numpy(self.labeled.labels[index]), torch.from_numpy(slots)
         if self.mu == 0:
@@ -137,7 +137,7 @@ class TrainBatches(Dataset[Batch]):
 
         mine = self._slice(self.mu * self.batch_size)
         index = remaining(self._unlabeled_order.batch(step, self.mu * self.batch_size)[mine], self._left_out)
-        images = [self.unlabeled.image(i) for i in index]
+        images = self._images(self.unlabeled, index)
         return Batch(
             labeled_weak,
             labels,
@@ -151,7 +151,10 @@ class TrainBatches(Dataset[Batch]):
         share = rows // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def _views(self, images: list[Image.Image], transform: Transform, stream: Stream, step: int, first: int) -> Tensor:
+    def _images(self, dataset: ImageDataset, index: np.ndarray) -> Any:
+        return [dataset.image(i) for i in index]
+
+    def _views(self, images: Any, transform: Any, stream: Stream, step: int, first: int) -> Tensor:
         views = [
             transform(image, generator(self.seed, stream, step, position))
             for position, image in enumerate(images, start=first)

@@ -36,6 +36,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
                "file class", Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat,
                in root, in root/val or in the development kit as root/ILSVRC2012_devkit_t12
     folder     files ``root/train/<class>/*`` and ``root/val/<class>/*`` or ``root/test/<class>/*``
+    glyphs     a file ``root/glyphs.npz`` of arrays images (uint8 [N, S, S]), labels and faces (integers [N]):
+               characters, not flipped; the typefaces whose number is a multiple of 5 are to test on
     npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y
                (integers [N]); or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and
                n_train
@@ -172,6 +174,21 @@ def _npz(root: Path, download: bool) -> ImageSplits:
     )
 
 
+def _glyphs(root: Path, download: bool) -> ImageSplits:
+    file = root if root.is_file() else root / "glyphs.npz"
+    if not file.is_file():
+        raise FileNotFoundError(f"glyphs: looked for {file.resolve()} and found none; give its folder as root")
+    with np.load(file, allow_pickle=False) as archive:
+        missing = {"images", "labels", "faces"} - set(archive)
+        if missing:
+            raise ValueError(f"{file} lacks the arrays {', '.join(sorted(missing))}")
+        images, labels, faces = (archive[name] for name in ("images", "labels", "faces"))
+    tested = faces % 5 == 0
+    classes = int(labels.max()) + 1
+    train, test = (ArrayImages(images[part], labels[part], classes) for part in (~tested, tested))
+    return _arrays(train, test, augmentation="crop")
+
+
 DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {
     "digits": _digits,
     "mnist5k": _mnist5k,
@@ -182,6 +199,7 @@ DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {
     "stl10": _stl10,
     "imagenet": _imagenet,
     "folder": _folder,
+    "glyphs": _glyphs,
     "npz": _npz,
 }
 

@@ -38,6 +38,7 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     gtsrb                 torchvision's GTSRB, both splits; signs are not flipped
     flowers102            torchvision's Flowers102, three splits
     folder                files root/<class>/*
+    glyphs                those of ``load_dataset``, all typefaces; characters are not flipped
     npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or
                           of data (the bytes of N image files of one size, one after another), offsets [N + 1] and
                           labels [N]; or of JPEG files with a common header, as ``load_dataset`` takes them
@@ -331,6 +332,7 @@ COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "gtsrb": _gtsrb,
     "flowers102": _flowers102,
     "folder": _folder,
+    "glyphs": _merged,
     "npz": _npz,
     "digits": _merged,
     "mnist5k": _merged,

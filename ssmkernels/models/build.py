@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ssmkernels.models.convnet import SmallConvNet
+from ssmkernels.models.convnet import PlainConvNet, SmallConvNet
 from ssmkernels.models.packages import require
 from ssmkernels.models.projection import ProjectionModel
 from ssmkernels.models.timm_models import TIMM, TimmFeatures
@@ -31,7 +31,8 @@ def build_model(
 
     Args:
         name: "wrn-28-2", "wrn-28-8" or any other "wrn-depth-width" with depth = 6n + 4; "resnet50" (torchvision's);
-            "convnet-small", about 100,000 parameters, for images from 8x8 up; or "timm/NAME", any network of timm (the
+            "convnet-small", about 100,000 parameters, for images from 8x8 up; "convnet-32-64-128-256" or other widths
+            (:class:`PlainConvNet`); or "timm/NAME", any network of timm (the
             extra ``timm``), such as "timm/resnet18" or "timm/vit_small_patch16_224".
         num_classes: number of classes L.
         in_channels: channels of the images: 1 or 3; "resnet50" takes 3.
@@ -73,6 +74,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def _backbone(name: str, in_channels: int, image_size: int | None) -> nn.Module:
     if name == "convnet-small":
         return SmallConvNet(in_channels)
+    plain = re.fullmatch(r"convnet((-[1-9]\d*)+)", name)
+    if plain is not None:
+        return PlainConvNet(in_channels, [int(width) for width in plain[1][1:].split("-")])
     if name == "resnet50":
         return _resnet50(in_channels)
     if name.startswith(TIMM):
@@ -80,8 +84,8 @@ def _backbone(name: str, in_channels: int, image_size: int | None) -> nn.Module:
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide is None:
         raise ValueError(
-            f"name is {name!r}; it should be wrn-<depth>-<width>, such as wrn-28-2, or resnet50, convnet-small or"
-            " timm/NAME"
+            f"name is {name!r}; it should be wrn-<depth>-<width>, such as wrn-28-2, or resnet50, convnet-small,"
+            " convnet-<width>-<width>-... or timm/NAME"
         )
     return WideResNet(int(wide[1]), int(wide[2]), in_channels)
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ssmkernels.models.wide_resnet import LEAKY_SLOPE, conv
@@ -30,6 +33,30 @@ class SmallConvNet(nn.Module):
                 nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum),
                 nn.LeakyReLU(LEAKY_SLOPE),
             ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).mean(dim=(2, 3))
+
+
+class PlainConvNet(nn.Module):
+    """3x3 convolutions with batch norm and ReLU, of stride 1 in the first and of stride 2 in every other, and the mean
+    over the image.
+
+    Args:
+        in_channels: channels C of the images.
+        widths: channels of the convolutions, such as (32, 64, 128, 256); the last one is ``feature_dim``.
+
+    Shape: images [N, C, H, W] -> features [N, feature_dim].
+    """
+
+    def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.feature_dim = widths[-1]
+        layers: list[nn.Module] = []
+        for channels, out_channels in itertools.pairwise((in_channels, *widths)):
+            stride = 2 if layers else 1
+            layers += [conv(channels, out_channels, 3, stride), nn.BatchNorm2d(out_channels), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ class DataConfig(Settings):
     """
     labels_in_unlabeled: bool = True
     """Whether the labelled images are also among the unlabelled ones."""
+    augment: Literal["batched", "pil"] = "batched"
+    """Views of whole batches on the device of training, which holds all images, or image by image by Pillow in loading
+    processes. The distribution is the same, the draws are not. Photographs of many sizes are always seen by Pillow.
+    """
+    flip: bool | None = None
+    """Whether images are mirrored; none for what is natural for the data set."""
+    shift: CountOrZero | None = None
+    """Largest shift of an image in pixels; none for an eighth of its side."""
 
 
 class ClassifierTrainer(Trainer):
@@ -68,7 +76,11 @@ class ClassifierTrainer(Trainer):
         splits, self.held_out = _hold_out(splits, config.data.held_out, config.seed)
         self.splits, self.steps = splits, config.steps
         self.measures_pseudo_labels = bool((splits.train.labels >= 0).all())
-        self.transforms = data.default_transforms(splits)
+        self.batched = config.data.augment == "batched" and splits.augmentation != "imagenet"
+        chosen = {"flip": config.data.flip, "shift": config.data.shift}
+        self.transforms: Any = data.default_transforms(splits, **chosen)
+        if self.batched:
+            self.transforms = data.batch_transforms(splits, **chosen)
         self.seen = data.SeenImages.of(
             self.transforms.evaluation, splits.mean, splits.std, size=splits.image_size, class_names=splits.class_names
         )
@@ -79,33 +91,47 @@ class ClassifierTrainer(Trainer):
                 splits.train.labels, config.data.labels, seed=config.seed, proportional=config.data.proportional
             )
 
-    def set_up(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def set_up(self, model: nn.Module, *, momentum: float, decay_all: bool) -> None:
+        """Student, optimiser and average.
+
+        Args:
+            momentum: Nesterov's, of SGD.
+            decay_all: decay biases and normalisation too.
+        """
         config = self.config
+        groups = model.parameters() if decay_all else models.parameter_groups(model, config.weight_decay)
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(groups, **rates)
+        else:
+            optimizer = torch.optim.SGD(groups, **rates, momentum=momentum, nesterov=momentum > 0)
         self.load_weights(model)
         self.model = channels_last(model)
         self.student, self.optimizer = self.fabric.setup(self.model, optimizer)
         self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
 
-    def training_batches(self, start_step: int, *, mu: int, strong: data.augment.Transform) -> Iterable[data.Batch]:
+    def training_batches(self, start_step: int, *, mu: int, strong: Any) -> Iterable[data.Batch]:
         """B labelled images of every step, and ``mu`` times as many unlabelled ones in a weak and a ``strong`` view."""
         config, splits = self.config, self.splits
-        batches = data.TrainBatches(
-            splits.train,
-            self.labeled_index,
-            splits.train,
-            weak=self.transforms.weak,
-            strong=strong,
-            batch_size=config.batch_size,
-            mu=mu,
-            seed=config.seed,
-            start_step=start_step,
-            num_steps=config.steps,
-            mean=splits.mean,
-            std=splits.std,
-            exclude_labeled=not config.data.labels_in_unlabeled,
+        settings = {
+            "weak": self.transforms.weak,
+            "strong": strong,
+            "batch_size": config.batch_size,
+            "mu": mu,
+            "seed": config.seed,
+            "start_step": start_step,
+            "num_steps": config.steps,
+            "mean": splits.mean,
+            "std": splits.std,
+            "exclude_labeled": not config.data.labels_in_unlabeled,
             **self.ranks,
-        )
-        return self.loader(batches)
+        }
+        images = splits.train, self.labeled_index, splits.train
+        if self.batched:
+            batches: Any = data.DeviceTrainBatches(*images, **settings, device=self.fabric.device)
+            return batches
+        return self.loader(data.TrainBatches(*images, **settings))
 
     def labels_text(self) -> str:
         return data.labels_text(self.labeled_index, self.splits.train, self.splits.class_names)

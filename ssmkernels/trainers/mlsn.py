@@ -31,7 +31,7 @@ from ssmkernels.nn import ClassCenters, SimilarityNetwork, draw_class_centers, s
 from ssmkernels.nn.similarity_network import Interaction
 from ssmkernels.trainers.classifier import ClassifierTrainer, DataConfig
 from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
-from ssmkernels.trainers.schedules import cosine_7_16, gaussian_ramp_up, linear_ramp_up
+from ssmkernels.trainers.schedules import Schedule, gaussian_ramp_up, linear_ramp_up, schedule_factor
 from ssmkernels.trainers.settings import Count, NonNegative, Settings, Share
 
 
@@ -116,8 +116,8 @@ class MLSNConfig(Settings):
     """
     learning_rate: NonNegative = 0.002
     weight_decay: NonNegative = 0.02
-    schedule: Literal["constant", "cosine-7/16"] = "constant"
-    """Learning rate: as it is, or times cos(7πk/16K)."""
+    schedule: Schedule = "constant"
+    """Factor of the learning rate, see :mod:`ssmkernels.trainers.schedules`."""
     ema_decay: float = 0.999
     """Decay of the averaged model, the teacher and the one that is evaluated."""
     ema_buffers: Literal["average", "copy", "own"] = "copy"
@@ -211,7 +211,7 @@ class MLSN(ClassifierTrainer):
         similarity = ("loss_similarity", "loss_cotraining") if config.uses_similarity else ()
         self.shown = ("loss", "loss_labeled", *consistency, *similarity)
         model = build_network(config, splits) if model is None else model
-        self.set_up(model, _optimizer(model, config))
+        self.set_up(model, momentum=0.9, decay_all=config.optimizer == "adamw")
         self.centers: ClassCenters | None = None
 
     def parts(self) -> dict[str, Any]:
@@ -223,8 +223,8 @@ class MLSN(ClassifierTrainer):
 
     def step(self, batch: data.Batch, step: int) -> dict[str, Tensor]:
         """One pass through the body of Algorithm 2.1's inner loop."""
-        if self.config.schedule == "cosine-7/16":
-            self.set_learning_rate(self.config.learning_rate, cosine_7_16(step, self.config.steps))
+        config = self.config
+        self.set_learning_rate(config.learning_rate, schedule_factor(config.schedule, step, config.steps))
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad()
@@ -348,10 +348,3 @@ def train_mlsn(
         splits = data.load_dataset(config.data.name, config.data.root)
     fabric = make_fabric(config.run, precision=config.precision)
     return MLSN(config, splits, fabric, model=model).run(resume=resume)
-
-
-def _optimizer(model: nn.Module, config: MLSNConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    groups = models.parameter_groups(model, config.weight_decay)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)

@@ -26,7 +26,7 @@ from ssmkernels import data, models
 from ssmkernels.nn import DistributionAlignment, LabeledMemory
 from ssmkernels.trainers.classifier import ClassifierTrainer, DataConfig
 from ssmkernels.trainers.loop import Fabric, Precision, RunConfig, RunResult, make_fabric
-from ssmkernels.trainers.schedules import cosine_7_16, warm_up_half_cosine
+from ssmkernels.trainers.schedules import Schedule, schedule_factor
 from ssmkernels.trainers.settings import Count, CountOrZero, NonNegative, Positive, Settings, Share
 
 
@@ -79,14 +79,16 @@ class SimMatchConfig(Settings):
 
     steps: Count = 2**20
     """K, optimiser steps of the run."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: NonNegative = 0.03
+    """At its highest."""
     momentum: float = 0.9
     """Nesterov momentum of SGD."""
     weight_decay: NonNegative = 5e-4
     decay_all: bool = False
     """Decay biases and normalisation too."""
-    schedule: Literal["cosine-7/16", "half-cosine"] = "cosine-7/16"
-    """Learning rate: cos(7πk/16K), or a linear warm-up and then half a cosine to 0."""
+    schedule: Schedule = "cosine-7/16"
+    """Factor of the learning rate, see :mod:`ssmkernels.trainers.schedules`."""
     warm_up_steps: CountOrZero = 0
     """Steps of the linear warm-up of half-cosine."""
     accumulate: Count = 1
@@ -169,14 +171,7 @@ class SimMatch(ClassifierTrainer):
         self.images_per_step = config.batch_size * (1 + (2 * config.mu if unlabeled else 0))
         self.shown = ("loss", "loss_labeled", *(("loss_unlabeled", "loss_instance", "mask_rate") if unlabeled else ()))
         model = build_network(config, splits) if model is None else model
-        optimizer = torch.optim.SGD(
-            model.parameters() if config.decay_all else models.parameter_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
-        self.set_up(model, optimizer)
+        self.set_up(model, momentum=config.momentum, decay_all=config.decay_all)
         self.align = DistributionAlignment(classes, config.alignment_queue) if config.alignment_queue else nn.Identity()
         self.align.to(fabric.device)
         self.memory = None
@@ -208,11 +203,9 @@ class SimMatch(ClassifierTrainer):
     def step(self, batch: data.Batch, step: int) -> dict[str, Tensor]:
         """One pass through the body of Algorithm 1's inner loop."""
         config = self.config
-        if config.schedule == "cosine-7/16":
-            factor = cosine_7_16(step, config.steps)
-        else:
-            factor = warm_up_half_cosine(step, config.steps, config.warm_up_steps)
-        self.set_learning_rate(config.learning_rate, factor)
+        self.set_learning_rate(
+            config.learning_rate, schedule_factor(config.schedule, step, config.steps, config.warm_up_steps)
+        )
         self.student.train()
         self.teacher.train()
         self.optimizer.zero_grad()
