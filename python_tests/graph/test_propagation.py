@@ -447,7 +447,7 @@ BAD = [
     ({"dissimilarity": torch.ones(3)}, ValueError, r"dissimilarity must be \[E\]"),
     ({"dissimilarity": "negative"}, ValueError, r"dissimilarity must be finite and >= 0"),
     ({"dissimilarity": "one way"}, ValueError, r"dissimilarity must be symmetric"),
-    ({"graph": None}, TypeError, r"graph must be a ssmkernels.graph.Graph, got NoneType"),
+    ({"graph": None}, TypeError, r"graph must be a ssmkernels.graph.Graph or SplitGraph, got NoneType"),
 ]
 
 

@@ -23,8 +23,15 @@ EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 REAL = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
 
-# Behind functions of ssmkernels.graph and ssmkernels.metrics; see test_neighbours.py.
-WITHOUT_PUBLIC_OP = {"nearest_neighbours", "pair_products", "symmetric_graph"}
+# Behind functions of ssmkernels.graph and ssmkernels.metrics; see test_neighbours.py and test_laplacian_rows.py.
+WITHOUT_PUBLIC_OP = {
+    "laplacian_residual",
+    "laplacian_rows_",
+    "laplacian_step_",
+    "nearest_neighbours",
+    "pair_products",
+    "symmetric_graph",
+}
 
 
 def everything(case: Case, device="cpu"):

@@ -20,6 +20,7 @@ from torch import Tensor
 import ssmkernels
 
 EXAMPLES = int(os.environ.get("SSMKERNELS_RAW_EXAMPLES", "40"))
+SPLIT_ROWS = ("laplacian_rows_", "laplacian_step_", "laplacian_residual")
 TILE = 32  # rows by columns of a tile of pairs of the ranking losses
 DTYPES = (
     torch.float32,
@@ -64,6 +65,18 @@ class Arguments:
         rows, self.col = dense.nonzero(as_tuple=True)
         self.crow = torch.cat([torch.zeros(1), rows.bincount(minlength=self.n).cumsum(0)])
         self.edges = len(self.col)
+
+    def split_rows(self, operator: str) -> dict[str, Callable[[], Any]]:
+        """What the operators of a split graph take under names that others have too."""
+        n, c = self.n, self.classes
+        wide = torch.float64 if operator != "laplacian_rows_" else self.real
+        return {
+            **{name: lambda: self.real_tensor(n, c, dtype=self.real) for name in ("out", "residual", *"rpsuw")},
+            **{name: lambda: self.real_tensor(n, dtype=self.real) for name in ("excess", "inverse", "step")},
+            **{name: lambda: self.real_tensor(c, dtype=self.real) for name in ("fresh", "beta", "alpha")},
+            "value": lambda: self.real_tensor(self.edges, dtype=self.real),
+            "x": lambda: self.real_tensor(n, c, dtype=wide),
+        }
 
     def real_tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=self.torch_rng, dtype=torch.float64).to(dtype)
@@ -112,7 +125,10 @@ class Arguments:
                 if operator == "symmetric_graph"
                 else self.real_tensor(2, dtype=high)
             ),
-            "rows": lambda: self.real_tensor(n, d, dtype=self.real),
+            "rows": lambda: (
+                self.permutation(n) if operator == "laplacian_rows_" else self.real_tensor(n, d, dtype=self.real)
+            ),
+            **(self.split_rows(operator) if operator in SPLIT_ROWS else {}),
             "columns": lambda: self.real_tensor(m, d, dtype=self.real) if self.referenced else None,
             "offsets": lambda: self.real_tensor(columns, dtype=self.real),
             "neighbours": lambda: max(1, min(columns - 1, 5)),

@@ -155,6 +155,36 @@ def exchange_rows(tensor: Tensor, counts: Sequence[int], *, group: Group = None)
 
 
 @torch.no_grad()
+def send_rows(tensor: Tensor, counts: Sequence[int], *, group: Group = None) -> tuple[Tensor, list[int]]:
+    """Rows to every rank, where no rank knows how many it gets: of ``tensor`` [Σ counts, ...], the first counts[0] go
+    to rank 0, and so on. One all_to_all of 8 bytes a rank, and one of the rows.
+
+    Returns:
+        The rows that came, in rank order, and how many came from each rank.
+    """
+    if not is_distributed(group):
+        return tensor, list(counts)
+    ones = [1] * len(counts)
+    given = torch.tensor(counts, dtype=torch.int64, device=tensor.device)
+    taken = torch.empty_like(given)
+    dist.all_to_all_single(taken, given, ones, ones, group=process_group(group))
+    received = tensor.new_empty(int(taken.sum()), *tensor.shape[1:])
+    sizes = taken.tolist()
+    dist.all_to_all_single(received, tensor.contiguous(), sizes, list(counts), group=process_group(group))
+    return received, sizes
+
+
+@torch.no_grad()
+def all_reduce_max(tensor: Tensor, *, group: Group = None) -> Tensor:
+    """The largest over ranks of a tensor of the same shape on each, element by element. No gradient flows."""
+    if not is_distributed(group):
+        return tensor
+    largest = tensor.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=process_group(group))
+    return largest
+
+
+@torch.no_grad()
 def all_reduce_sum(tensor: Tensor, *, group: Group = None) -> Tensor:
     """The sum over ranks of a tensor of the same shape on each. No gradient flows."""
     if not is_distributed(group):

@@ -9,15 +9,19 @@ from ssmkernels.graph.propagation import (
     label_propagation,
     mixed_label_propagation,
 )
+from ssmkernels.graph.split import SplitGraph, laplacian_solve, leave_one_edge_out
 from ssmkernels.graph.structure import Graph
 
 __all__ = [
     "Graph",
     "MixedLabelPropagation",
+    "SplitGraph",
     "comparisons",
     "confidence_of",
     "knn_graph",
     "label_propagation",
+    "laplacian_solve",
+    "leave_one_edge_out",
     "mixed_label_propagation",
     "nearest_neighbours",
 ]

@@ -13,18 +13,22 @@ They are solved for directly:
 3. What is left of the component's own constant, (1ᵀ A X)/(1ᵀ A 1), is taken off.
 
 No sum that has to cancel is taken over strong edges: A P Y has differences along weak ones only.
+
+Of a graph that is split over ranks, N below is the number of this rank's rows; what is of components and groups is the
+same on every rank.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ssmkernels import ops
-from ssmkernels.graph.structure import Graph
+from ssmkernels.graph.parts import AnyGraph, extended, is_any, largest, linked_components, total
+from ssmkernels.graph.split import SplitGraph
+from ssmkernels.graph.split.solve import conjugate_gradients
 
 WEAK = (1e-3, 1e-6, 1e-9, 1e-12)  # an edge is weak that is less than this share of the strongest edge of either end
 MOST_GROUPS = 512  # beyond the components; their matrix is dense
@@ -52,14 +56,14 @@ class NearlySingular:
         dissimilarity: [E] W_dis, or None for 0.
     """
 
-    def __init__(self, graph: Graph, diagonal: Tensor, dissimilarity: Tensor | None) -> None:
+    def __init__(self, graph: AnyGraph, diagonal: Tensor, dissimilarity: Tensor | None) -> None:
         self.graph, self.diagonal = graph, diagonal
         self.weight = graph.weight.double()
         self.dissimilarity = None if dissimilarity is None else dissimilarity.double()
         self.row_sums = diagonal  # A 1
         if self.dissimilarity is not None:
             self.row_sums = diagonal + 2 * graph.sum_rows(self.dissimilarity)
-        whole = sum_by(*graph.components, self.row_sums[:, None])
+        whole = total(graph, sum_by(*graph.components, self.row_sums[:, None]))
         self.per_whole = torch.where(whole > 0, 1 / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0)
         self.groups = Groups(graph, dissimilarity, self.row_sums)
 
@@ -80,7 +84,7 @@ class NearlySingular:
         rest -= groups.product(coarse)
         # What rounding left of terms that cancel: nothing else may be there in a row, and no row would be solved for
         # it.
-        terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * coarse.abs().amax(dim=0)
+        terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * groups.largest(coarse)
         rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
         del of_constant, terms
         values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
@@ -92,13 +96,16 @@ class NearlySingular:
             if len(groups.joined):
                 values += groups.solve(rest - groups.product(values))
         values += coarse
-        left = self.per_whole * sum_by(component, count, self.row_sums[:, None] * values)
+        left = self.per_whole * total(self.graph, sum_by(component, count, self.row_sums[:, None] * values))
         return Deviation(constant, values - left[component], iterations, residual)
 
     def _conjugate_gradients(
         self, rhs: Tensor, start: Tensor, rtol: float, max_iter: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Solution [N, C], iterations [C] and residual [C], in float64."""
+        if isinstance(self.graph, SplitGraph):
+            system = self.graph, self.weight, self.dissimilarity, self.diagonal, rhs
+            return conjugate_gradients(*system, initial=start, rtol=rtol, max_iter=max_iter)[:3]
         solution, iterations, residual, _ = ops.graph.solve_with_curvature(
             self.graph.crow,
             self.graph.col,
@@ -116,14 +123,15 @@ class NearlySingular:
 class Groups:
     """Groups of nodes that strong edges join, and what A is between them."""
 
-    def __init__(self, graph: Graph, dissimilarity: Tensor | None, row_sums: Tensor) -> None:
-        self.row_sums = row_sums
+    def __init__(self, graph: AnyGraph, dissimilarity: Tensor | None, row_sums: Tensor) -> None:
+        self.graph, self.row_sums = graph, row_sums
         self.group, self.count = strong_groups(graph)
         rows, col = graph.rows, graph.col.long()
         linked = graph.weight > 0  # a stored zero joins nothing
         if dissimilarity is not None:
             linked = linked | (dissimilarity > 0)
-        weak = (linked & (self.group[rows] != self.group[col])).nonzero()[:, 0]
+        group = extended(graph, self.group)
+        weak = (linked & (group[rows] != group[col])).nonzero()[:, 0]
         self.rows, self.col, self.value = rows[weak], col[weak], -graph.weight[weak].double()
         if dissimilarity is not None:
             self.value += dissimilarity[weak].double()
@@ -131,25 +139,31 @@ class Groups:
         self.row_terms = row_sums.clone()  # a bound on the terms of a row of A P
         if len(weak):
             self.row_terms[self.nodes] += torch.segment_reduce(2 * self.value.abs(), "sum", lengths=self.lengths)
-        self.joined = self.group[self.nodes].unique()  # all groups of the components that have several
-        if len(weak):
-            self.scale, self.matrix = self._matrix(graph.components[0])
+        is_joined = torch.zeros(self.count, dtype=torch.int64, device=graph.device)
+        is_joined[self.group[self.nodes]] = 1
+        self.joined = largest(graph, is_joined).nonzero()[:, 0]  # all groups of the components that have several
+        if len(self.joined):
+            self.scale, self.matrix = self._matrix(graph.components[0], group)
+            most = int(largest(graph, torch.tensor(len(self.col))))
+            self._columns_at_once = max(1, ENTRIES_AT_ONCE // most)
 
-    def _matrix(self, component: Tensor) -> tuple[Tensor, Tensor]:
+    def _matrix(self, component: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """S [K] and S (Pᵀ A P) S [K, K] of the joined groups, S = diag(Pᵀ A P)^−½, on the CPU.
 
         Pᵀ A P is all but singular on the constants of a component, which p = Pᵀ A 1 tells. With a multiple of p pᵀ
         added, a right side that sums to 0 there has the same solution, for which p·y = 0.
         """
         count = len(self.joined)
-        place = torch.searchsorted(self.joined, self.group)
+        place = torch.searchsorted(self.joined, group)
         pairs = place[self.rows] * count + place[self.col]
-        matrix = torch.bincount(pairs.cpu(), self.value.cpu(), minlength=count * count).view(count, count)
-        sums = sum_by(self.group, self.count, self.row_sums[:, None])[self.joined, 0].cpu()
+        matrix = torch.bincount(pairs.cpu(), self.value.cpu(), minlength=count * count).double().view(count, count)
+        matrix = total(self.graph, matrix)
+        sums = total(self.graph, sum_by(self.group, self.count, self.row_sums[:, None]))[self.joined, 0].cpu()
         matrix.diagonal().copy_(sums - matrix.sum(dim=1))
         scale = matrix.diagonal().rsqrt()
         matrix = scale[:, None] * matrix * scale
-        owner = component.new_empty(self.count).scatter_(0, self.group, component)[self.joined].cpu()
+        owners = component.new_full((self.count,), -1).scatter_(0, self.group, component)
+        owner = largest(self.graph, owners)[self.joined].cpu()
         for owning in owner.unique():
             inside = (owner == owning).nonzero()[:, 0]
             along = sums[inside] if bool(sums[inside].any()) else torch.ones_like(sums[inside])
@@ -157,13 +171,21 @@ class Groups:
             matrix[inside[:, None], inside] += along[:, None] * along
         return scale, matrix
 
+    def largest(self, constants: Tensor) -> Tensor:
+        """[C] the largest magnitude of constants [N, C] of the groups; 0 without groups."""
+        if len(self.joined) == 0:
+            return constants.new_zeros(constants.shape[1])
+        return largest(self.graph, torch.cat([constants.abs(), constants.new_zeros(1, constants.shape[1])]).amax(dim=0))
+
     def product(self, x: Tensor) -> Tensor:
         """A x [N, C] for an x that is constant on groups; for any other, what has the sums of A x over groups."""
         out = self.row_sums[:, None] * x
         if len(self.joined) == 0:
             return out
-        for columns in torch.arange(x.shape[1], device=x.device).split(max(1, ENTRIES_AT_ONCE // len(self.col))):
-            some = x[:, columns]
+        for columns in torch.arange(x.shape[1], device=x.device).split(self._columns_at_once):
+            some = extended(self.graph, x[:, columns])
+            if len(self.col) == 0:
+                continue
             flow = self.value[:, None] * (some[self.col] - some[self.rows])
             out[self.nodes[:, None], columns] += torch.segment_reduce(flow, "sum", lengths=self.lengths, axis=0)
         return out
@@ -173,31 +195,25 @@ class Groups:
         out = torch.zeros_like(residual)
         if len(self.joined) == 0:
             return out
-        sums = sum_by(self.group, self.count, residual)[self.joined].cpu()
+        sums = total(self.graph, sum_by(self.group, self.count, residual))[self.joined].cpu()
         shift = self.scale[:, None] * torch.linalg.solve(self.matrix, self.scale[:, None] * sums)
         constants = residual.new_zeros(self.count, residual.shape[1])
         constants[self.joined] = shift.to(residual.device)
         return constants[self.group]
 
 
-def strong_groups(graph: Graph) -> tuple[Tensor, int]:
+def strong_groups(graph: AnyGraph) -> tuple[Tensor, int]:
     """[N] int64, the group of every node, and their number; at most MOST_GROUPS more than there are components."""
-    from scipy.sparse.csgraph import connected_components
-
-    most = torch.segment_reduce(graph.weight, "max", offsets=graph.crow, initial=0)
+    most = extended(graph, torch.segment_reduce(graph.weight, "max", offsets=graph.crow, initial=0))
     strength = graph.weight / torch.minimum(most[graph.rows], most[graph.col.long()])
     component, count = graph.components
-    linked = graph.to_scipy()
     for least in WEAK:
         strong = strength >= least
-        if bool(strong[graph.weight > 0].all()):
+        if not is_any(graph, ~strong & (graph.weight > 0)):
             break
-        linked.data = strong.cpu().numpy().astype(np.float32)
-        kept = linked.copy()
-        kept.eliminate_zeros()
-        groups, labels = connected_components(kept, directed=False)
+        group, groups = linked_components(graph, strong)
         if groups <= count + MOST_GROUPS:
-            return torch.from_numpy(labels).long().to(graph.device), int(groups)
+            return group, groups
     return component, count
 
 

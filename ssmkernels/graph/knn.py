@@ -3,25 +3,56 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ssmkernels.distributed import Group, agree_on, check_group, gather_sizes
 from ssmkernels.graph import candidates, ivf
+from ssmkernels.graph.split import SplitGraph, assemble, search
+from ssmkernels.graph.split.structure import starts_of
 from ssmkernels.graph.structure import Graph
 from ssmkernels.metrics import smallest
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _neighbours as kernels
 
-Backend = Literal["auto", "native", "faiss", "torch", "ivf"]
-OF_THE_CPU = ("native", "faiss", "ivf")
+Backend = Literal["auto", "native", "faiss", "torch", "ivf", "ring"]
+OF_THE_CPU = ("native", "faiss", "ivf", "ring")
+OF_A_GROUP = ("auto", "ring")
+
+
+@overload
+def knn_graph(
+    features: Tensor | np.ndarray | Any,
+    k: int = ...,
+    *,
+    gamma: float = ...,
+    backend: Backend = ...,
+    group: Literal["local"] = ...,
+) -> Graph: ...
+
+
+@overload
+def knn_graph(
+    features: Tensor | np.ndarray | Any,
+    k: int = ...,
+    *,
+    gamma: float = ...,
+    backend: Backend = ...,
+    group: torch.distributed.ProcessGroup | None,
+) -> SplitGraph: ...
 
 
 def knn_graph(
-    features: Tensor | np.ndarray | Any, k: int = 50, *, gamma: float = 3.0, backend: Backend = "auto"
-) -> Graph:
+    features: Tensor | np.ndarray | Any,
+    k: int = 50,
+    *,
+    gamma: float = 3.0,
+    backend: Backend = "auto",
+    group: Group = "local",
+) -> Graph | SplitGraph:
     """The affinity graph of mixed label propagation (Zhuang and Moulin, CVPR 2023), equation (15), exact: W = A + Aᵀ.
 
     A_ij = max(v_i·v_j, 0)^gamma where v_i is among the k nearest neighbours of v_j; features are L2-normalised first.
@@ -39,20 +70,49 @@ def knn_graph(
         backend: ``"native"``, a kernel of this library for the CPU, which computes each product once for both of its
             points; ``"faiss"``, a flat index on the CPU; ``"torch"``, products in chunks and top-k; or ``"auto"``:
             native on the CPU, torch elsewhere. These find the same neighbours. ``"ivf"`` is approximate: an inverted
-            file of faiss, see :mod:`ssmkernels.graph.ivf`. Sparse features are searched by scipy's products.
+            file of faiss, see :mod:`ssmkernels.graph.ivf`. Sparse features are searched by scipy's products. With a
+            group ``"ring"``, which ``"auto"`` stands for: the native search, of the rows of a rank against those of one
+            rank after the other, as they come round.
+        group: whose features they are: of this process alone ("local"), or this rank's rows, also none, of those of a
+            process group (None: the default group), in rank order. Dense features on the CPU, the same d and dtype on
+            every rank.
 
     Returns:
-        :class:`Graph` of N nodes on the device of the features.
+        :class:`Graph` of N nodes on the device of the features. With a group this rank's part of the same graph, bit
+        for bit, as a :class:`SplitGraph`.
 
     Raises:
         TypeError, ValueError: naming the argument. ImportError: backend "faiss" or "ivf" without faiss.
     """
     gamma = check.check_positive("gamma", gamma)
+    check_group(group)
+    if group != "local":
+        return _split_graph(features, k, gamma, backend, group)
     ids, similarities = _nearest(features, k, backend)
-    # 0 ** gamma is 1 where gamma vanishes in the dtype of the similarities.
-    weights = torch.where(similarities > 0, similarities**gamma, 0)
-    graph = Graph._trusted(*kernels.symmetric_graph(ids, weights))
+    graph = Graph._trusted(*kernels.symmetric_graph(ids, _affinity(similarities, gamma)))
     return graph.to(features.device) if isinstance(features, Tensor) else graph
+
+
+def _affinity(similarities: Tensor, gamma: float) -> Tensor:
+    # 0 ** gamma is 1 where gamma vanishes in the dtype of the similarities.
+    return torch.where(similarities > 0, similarities**gamma, 0)
+
+
+def _split_graph(
+    features: Tensor | np.ndarray | Any, k: int, gamma: float, backend: Backend, group: Group
+) -> SplitGraph:
+    if _is_sparse(features):
+        raise TypeError("features must be dense with a group, got a sparse array; take its .toarray()")
+    check.check_choice("backend", backend, OF_A_GROUP)
+    features = _checked(features, "ring")
+    k = check.check_integer("k", k)
+    shared = {"d of features": features.shape[1], "the bytes of a number": features.element_size(), "k": k}
+    sizes = list(shared.values())
+    agree_on(list(shared), sizes, gather_sizes(sizes, features.device, group=group))
+    starts = starts_of(len(features), group, features.device)
+    _check_neighbours(k, starts[-1])
+    nodes, similarities = search.nearest(_normalized(features), k, starts, group)
+    return assemble.symmetric(nodes, _affinity(similarities, gamma), starts, group)
 
 
 def nearest_neighbours(
@@ -71,8 +131,9 @@ def _nearest(features: Tensor | np.ndarray | Any, k: int, backend: Backend) -> t
     """:func:`nearest_neighbours`, with ids in int32."""
     features = _checked(features, backend)
     k = check.check_integer("k", k)
-    if not 1 <= k < features.shape[0]:
-        raise ValueError(f"k must be in [1, N), N = {features.shape[0]} being the number of features; got {k}")
+    _check_neighbours(k, features.shape[0])
+    if backend == "ring":
+        raise ValueError("backend is 'ring', which is for the ranks of a group; knn_graph takes one")
     if not isinstance(features, Tensor):
         return _sparse_neighbours(features, k)
     unit = _normalized(features)
@@ -81,6 +142,11 @@ def _nearest(features: Tensor | np.ndarray | Any, k: int, backend: Backend) -> t
     if backend == "native" or (backend == "auto" and unit.device.type == "cpu"):
         return kernels.nearest(unit, k)
     return candidates.nearest(unit, k, backend)
+
+
+def _check_neighbours(k: int, nodes: int) -> None:
+    if not 1 <= k < nodes:
+        raise ValueError(f"k must be in [1, N), N = {nodes} being the number of features; got {k}")
 
 
 def _checked(features: Tensor | np.ndarray | Any, backend: str) -> Tensor | Any:

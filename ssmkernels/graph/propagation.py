@@ -14,6 +14,9 @@ The reading of the paper that is computed here:
   − c_K is what :func:`label_propagation` returns, and what is solved for (:mod:`ssmkernels.graph.deviation`). Neither
   the largest class, (13), nor the softmax of (20) sees the constant.
 - **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
+
+Of a :class:`~ssmkernels.graph.SplitGraph` every rank gives the labels of its rows and gets what is of its rows: N is
+then their number, E that of their entries. The classes, components and iterations are those of all ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ import torch
 from torch import Tensor
 
 from ssmkernels import ops
+from ssmkernels.distributed import all_gather_rows
 from ssmkernels.graph.deviation import Deviation, NearlySingular
+from ssmkernels.graph.parts import AnyGraph, is_any, largest, num_rows
+from ssmkernels.graph.split import SplitGraph
+from ssmkernels.graph.split.dissimilarity import leave_one_edge_out, mirrored
 from ssmkernels.graph.structure import Graph
 from ssmkernels.ops import _checks as check
 
@@ -76,7 +83,7 @@ class Scores(NamedTuple):
 
 
 def label_propagation(
-    graph: Graph,
+    graph: AnyGraph,
     labels: Tensor | np.ndarray,
     *,
     num_classes: int | None = None,
@@ -96,7 +103,8 @@ def label_propagation(
     at most 1e12 times the smallest.
 
     Args:
-        graph: N nodes; F̃ comes in the dtype of its weights, and what depends on it has the accuracy of float64.
+        graph: N nodes, or this rank's rows of a split graph; F̃ comes in the dtype of its weights, and what depends on
+            it has the accuracy of float64.
         labels: [N] int64 in [0, C), −1 where unlabelled; at least one label.
         num_classes: C; the largest label and one if not given.
         mu: μ > 0, weight of a label, in the unit of W.
@@ -125,7 +133,7 @@ def label_propagation(
 
 
 def mixed_label_propagation(
-    graph: Graph,
+    graph: AnyGraph,
     labels: Tensor | np.ndarray,
     *,
     num_classes: int | None = None,
@@ -157,7 +165,7 @@ def mixed_label_propagation(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    graph = check_graph(graph).normalized()
+    graph = check_any_graph(graph).normalized()
     system = LabelSystem(
         graph,
         labels,
@@ -170,8 +178,9 @@ def mixed_label_propagation(
     result = mix(system, dissimilarity, beta=beta, logit_scale=logit_scale, rtol=rtol, max_iter=max_iter)
     system.warn("mixed_label_propagation")
     if normalize_confidence:
+        tiny = torch.finfo(graph.dtype).tiny
         result = result._replace(
-            confidence=result.confidence / result.confidence.max().clamp_min(torch.finfo(graph.dtype).tiny)
+            confidence=result.confidence / _largest_of_all(graph, result.confidence).clamp_min(tiny)
         )
     return result
 
@@ -197,13 +206,18 @@ def mix(
     return MixedLabelPropagation(propagated=propagated, dissimilarity=dissimilarity, **result._asdict())
 
 
-def dissimilarity_of(graph: Graph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
+def dissimilarity_of(graph: AnyGraph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
     """[E] W_dis of (22); 0 on a stored edge of weight 0, and where there is a single class."""
     if propagated.shape[1] == 1:
         return torch.zeros_like(graph.weight)
-    dissimilarity = ops.leave_one_edge_out(
-        graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale
-    )
+    if isinstance(graph, SplitGraph):
+        dissimilarity = leave_one_edge_out(graph, propagated, logit_scale=logit_scale)
+        # The two ranks of an edge rounded it for themselves.
+        dissimilarity = torch.maximum(dissimilarity, mirrored(graph, dissimilarity))
+    else:
+        dissimilarity = ops.leave_one_edge_out(
+            graph.crow, graph.col, graph.reverse, graph.weight, propagated, logit_scale=logit_scale
+        )
     return torch.where(graph.weight > 0, dissimilarity, 0)
 
 
@@ -224,7 +238,7 @@ class LabelSystem:
 
     def __init__(
         self,
-        graph: Graph,
+        graph: AnyGraph,
         labels: Tensor | np.ndarray,
         *,
         num_classes: int | None = None,
@@ -233,7 +247,7 @@ class LabelSystem:
         balance: bool = True,
         class_block: int | None = None,
     ) -> None:
-        check_graph(graph)
+        check_any_graph(graph)
         mu = check.check_positive("mu", mu)
         if 1 / mu > torch.finfo(graph.dtype).max:
             raise ValueError(f"mu is too small: 1/mu must be finite in {graph.dtype}, the dtype of graph; got {mu}")
@@ -248,21 +262,19 @@ class LabelSystem:
         self.which = labels[self.rows]
         # What a component has of a class, for the pairs of them that there are. The sums over components are of a few
         # numbers each, and their order is fixed on the CPU.
-        pairs, place, per_pair = torch.unique(
-            (self.component[self.rows] * self.num_classes + self.which).cpu(), return_inverse=True, return_counts=True
-        )
+        pairs, place, per_pair = _counted(graph, (self.component[self.rows] * self.num_classes + self.which).cpu())
         self.pair_component, self.pair_class = pairs // self.num_classes, pairs % self.num_classes
-        in_component = torch.bincount(self.pair_component[place], minlength=count)[self.pair_component]  # N_K
+        in_component = torch.bincount(self.pair_component, per_pair, minlength=count)[self.pair_component]  # N_K
         of_classes = torch.bincount(self.pair_component, minlength=count)  # m_K
         share = torch.ones(len(pairs), dtype=torch.float64)
         # Sums of the right side over components, in one division each: the constants of two classes differ by no
         # rounding.
         self.per_pair = per_pair.double()
         if balance:
-            share = in_component.double() / (of_classes[self.pair_component] * per_pair)
-            self.per_pair = in_component.double() / of_classes[self.pair_component]
+            share = in_component / (of_classes[self.pair_component] * per_pair)
+            self.per_pair = in_component / of_classes[self.pair_component]
         self.share = share[place].to(graph.device)
-        self.diagonal = torch.full((graph.num_nodes,), mu_unlabeled, dtype=torch.float64, device=graph.device)
+        self.diagonal = torch.full((num_rows(graph),), mu_unlabeled, dtype=torch.float64, device=graph.device)
         self.diagonal[self.rows] = mu * self.share
         self.shortfall = ""  # what a solve did not reach, in words
         of_classes = of_classes.to(graph.device)
@@ -275,7 +287,7 @@ class LabelSystem:
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""
-        out = self.graph.weight.new_empty(self.graph.num_nodes, self.num_classes)
+        out = self.graph.weight.new_empty(num_rows(self.graph), self.num_classes)
         largest = Largest(self.component)
         for classes, solution in self._solutions(NearlySingular(self.graph, self.diagonal, None), rtol, max_iter):
             deviation = solution.values + (solution.constant - self.offset[:, None])[self.component]
@@ -297,7 +309,7 @@ class LabelSystem:
         most = system.per_whole[:, 0] * self._largest_total()
         dtype, at_once = self.graph.dtype, self.class_block >= self.num_classes
         scores = self.diagonal.new_empty(
-            self.graph.num_nodes, self.num_classes, dtype=torch.float64 if at_once else dtype
+            num_rows(self.graph), self.num_classes, dtype=torch.float64 if at_once else dtype
         )
         largest, iterations, residual = Largest(self.component), [], []
         for classes, solution in self._solutions(system, rtol, max_iter):
@@ -345,7 +357,7 @@ class LabelSystem:
 
     def _rhs_of(self, classes: range) -> Tensor:
         """[N, classes] float64."""
-        rhs = self.diagonal.new_zeros(self.graph.num_nodes, len(classes))
+        rhs = self.diagonal.new_zeros(num_rows(self.graph), len(classes))
         inside = (self.which >= classes.start) & (self.which < classes.stop)
         rhs[self.rows[inside], self.which[inside] - classes.start] = self.share[inside]
         return rhs
@@ -418,7 +430,13 @@ def check_graph(graph: Graph) -> Graph:
     return graph
 
 
-def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
+def check_any_graph(graph: AnyGraph) -> AnyGraph:
+    if not isinstance(graph, (Graph, SplitGraph)):
+        raise TypeError(f"graph must be a ssmkernels.graph.Graph or SplitGraph, got {type(graph).__name__}")
+    return graph
+
+
+def check_dissimilarity(graph: AnyGraph, dissimilarity: Tensor) -> Tensor:
     """[E] finite, ≥ 0 and symmetric, in the dtype of the graph."""
     if not isinstance(dissimilarity, Tensor):
         raise TypeError(f"dissimilarity must be a tensor [E], got {type(dissimilarity).__name__}")
@@ -427,14 +445,15 @@ def check_dissimilarity(graph: Graph, dissimilarity: Tensor) -> Tensor:
     if dissimilarity.device != graph.device:
         raise ValueError(f"dissimilarity is on {dissimilarity.device} but the graph is on {graph.device}")
     dissimilarity = dissimilarity.detach().to(graph.dtype)
-    if not bool(((dissimilarity >= 0) & (dissimilarity < torch.inf)).all()):
+    if is_any(graph, ~((dissimilarity >= 0) & (dissimilarity < torch.inf))):
         raise ValueError("dissimilarity must be finite and >= 0")
-    if not torch.allclose(dissimilarity, dissimilarity[graph.reverse], rtol=1e-5, atol=0):
+    mirror = mirrored(graph, dissimilarity) if isinstance(graph, SplitGraph) else dissimilarity[graph.reverse]
+    if is_any(graph, ~torch.isclose(dissimilarity, mirror, rtol=1e-5, atol=0)):
         raise ValueError("dissimilarity must be symmetric: the same for both directions of an edge")
     return dissimilarity
 
 
-def node_labels(name: str, graph: Graph, labels: Tensor | np.ndarray) -> Tensor:
+def node_labels(name: str, graph: AnyGraph, labels: Tensor | np.ndarray) -> Tensor:
     """Labels [N] int64 on the device of the graph; an array is put there."""
     if isinstance(labels, np.ndarray):
         labels = torch.from_numpy(np.require(labels, requirements=["C", "W"])).to(graph.device)
@@ -442,8 +461,8 @@ def node_labels(name: str, graph: Graph, labels: Tensor | np.ndarray) -> Tensor:
         raise TypeError(f"{name} must be a tensor or an array [N], got {type(labels).__name__}")
     if labels.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {labels.dtype}")
-    if labels.shape != (graph.num_nodes,):
-        raise ValueError(f"{name} must be [N] = [{graph.num_nodes}], got shape {list(labels.shape)}")
+    if labels.shape != (num_rows(graph),):
+        raise ValueError(f"{name} must be [N] = [{num_rows(graph)}], got shape {list(labels.shape)}")
     if labels.device != graph.device:
         raise ValueError(
             f"{name} are on {labels.device} but the graph is on {graph.device}; they must be on one device"
@@ -451,9 +470,28 @@ def node_labels(name: str, graph: Graph, labels: Tensor | np.ndarray) -> Tensor:
     return labels
 
 
-def _checked_labels(graph: Graph, labels: Tensor | np.ndarray, num_classes: int | None) -> tuple[Tensor, int]:
+def _counted(graph: AnyGraph, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The different ones of ``values``, on all ranks, ascending; the place there of each value that is here; and how
+    often each is, in float64, on all ranks.
+    """
+    different, place, times = torch.unique(values, return_inverse=True, return_counts=True)
+    if not isinstance(graph, SplitGraph):
+        return different, place, times.double()
+    everyone = all_gather_rows(torch.stack([different, times], dim=1).to(graph.device), group=graph.group).cpu()
+    of_all, where = everyone[:, 0].unique(return_inverse=True)
+    return of_all, torch.searchsorted(of_all, values), torch.bincount(where, everyone[:, 1].double())
+
+
+def _largest_of_all(graph: AnyGraph, values: Tensor) -> Tensor:
+    """The largest of some numbers ≥ 0, on all ranks; 0 where there are none."""
+    return largest(graph, values.max() if len(values) else values.new_zeros(()))
+
+
+def _checked_labels(graph: AnyGraph, labels: Tensor | np.ndarray, num_classes: int | None) -> tuple[Tensor, int]:
     labels = node_labels("labels", graph, labels)
-    low, high = (int(bound) for bound in torch.aminmax(labels)) if len(labels) else (-1, -1)
+    bounds = torch.stack(torch.aminmax(labels)) if len(labels) else labels.new_tensor([-1, -1])
+    low, high = largest(graph, bounds * bounds.new_tensor([-1, 1])).tolist()
+    low = -low
     if low < -1:
         raise ValueError(f"labels must be -1 (unlabelled) or a class from 0 on, got {low}")
     if high < 0:

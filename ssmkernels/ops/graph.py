@@ -139,7 +139,7 @@ def laplacian_solve(
         preconditioner=preconditioner,
     )
     if check.values_are_checked(residual) and not check.is_batched(residual):
-        _warn_of_failures(residual, curvature, rtol, max_iter)
+        warn_of_failures(residual, curvature, rtol, max_iter)
     return LaplacianSolution(solution, iterations, residual)
 
 
@@ -182,7 +182,7 @@ def _laplacian_solve_backward(ctx: Any, grad_solution: Tensor, *rest: Tensor) ->
         ctx.jacobi,
     )
     if check.values_are_checked(residual) and not check.is_batched(residual):
-        _warn_of_failures(residual, curvature, ctx.rtol, ctx.max_iter, "laplacian_solve, gradient of rhs")
+        warn_of_failures(residual, curvature, ctx.rtol, ctx.max_iter, "laplacian_solve, gradient of rhs")
     grads: tuple[Tensor | None, ...] = (None, None, None)
     if any(ctx.needs_input_grad[2:5]):
         grads = autograd.call("laplacian_solve_backward", crow, col, grad_rhs, solution)
@@ -382,7 +382,7 @@ def _same_dtype(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
     return given
 
 
-def _warn_of_failures(
+def warn_of_failures(
     residual: Tensor, curvature: Tensor, rtol: float, max_iter: int, solve: str = "laplacian_solve"
 ) -> None:
     failed = ~(residual <= rtol * (1 + torch.finfo(residual.dtype).eps))  # it was rounded to its dtype

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A graph whose rows are split over ranks, against the one of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from shards import normal, shard
+from torch import Tensor
+from traffic import counted
+
+from ssmkernels import graph
+from ssmkernels.graph import Graph, SplitGraph
+
+N, D, K = 90, 5, 7
+DTYPES = (torch.float32, torch.float64)
+
+
+def points(dtype: torch.dtype) -> Tensor:
+    """Three clusters; 12 equal rows in two places, so that ties reach over ranks, and a row of zeros."""
+    rows = normal(N, D, seed=0, dtype=dtype) + 2 * normal(3, D, seed=1, dtype=dtype)[torch.arange(N) // 30]
+    rows[20:26] = rows[70:76] = rows[3]
+    rows[50] = 0
+    return rows
+
+
+def assert_same_graph(actual: Graph, expected: Graph) -> None:
+    for name in ("crow", "col", "weight", "reverse", "mutual"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+def check_ring_graph_has_the_bits_of_one_process(group: dist.ProcessGroup) -> None:
+    for dtype in DTYPES:
+        rows = points(dtype)
+        expected = graph.knn_graph(rows, K)
+        for even in (True, False):
+            own = shard(N, group, even=even)
+            split = graph.knn_graph(rows[own], K, group=group, backend="ring")
+            assert split.nodes == own
+            assert split.dtype == dtype
+            assert_same_graph(split.gather(), expected)
+
+
+def check_ring_graph_where_ranks_have_fewer_rows_than_neighbours(group: dist.ProcessGroup) -> None:
+    rows = points(torch.float32)[:9]
+    rows[4:7] = rows[0]
+    for count in (3, 9):
+        expected = graph.knn_graph(rows[:count], count - 1)
+        split = graph.knn_graph(rows[:count][shard(count, group)], count - 1, group=group)
+        assert_same_graph(split.gather(), expected)
+
+
+def check_bytes_of_the_ring_graph(group: dist.ProcessGroup) -> None:
+    ranks, own = dist.get_world_size(group), shard(N, group)
+    for dtype, size in ((torch.float32, 4), (torch.float64, 8)):
+        rows = points(dtype)
+        with counted() as (calls, received):
+            graph.knn_graph(rows[own], K, group=group)
+        nodes, similarities = graph.nearest_neighbours(rows, K)
+        inside = (nodes >= own.start) & (nodes < own.stop) & (similarities > 0)
+        inside[own] = False  # entries of other ranks' lists that are of rows here
+        others = sum(1 for rank in range(ranks) if rank not in (dist.get_rank(group), 1))
+        assert calls["receive"] == others
+        assert received["receive"] == (N - (own.stop - own.start)) * D * size
+        assert calls["all_to_all"] == 2
+        assert received["all_to_all"] == 8 * (ranks - 1) + (8 + size) * int(inside.sum())
+        assert received["all_gather"] == (ranks - 1) * 8 * (3 + 1 + 2)
+
+
+def check_split_of_a_whole_graph(group: dist.ProcessGroup) -> None:
+    whole = graph.knn_graph(points(torch.float64), K)
+    with counted() as (calls, _):
+        split = SplitGraph.from_graph(whole, group)
+    assert not calls
+    assert_same_graph(split.gather(), whole)
+    own = split.nodes
+    values = normal(N, 3, seed=2)
+    with counted() as (calls, received):
+        extended = split.extend(values[own])
+    assert torch.equal(extended, torch.cat([values[own], values[split.ghosts]]))
+    assert calls == {"all_to_all": 1}
+    assert received["all_to_all"] == split.num_ghosts * 3 * 8
+    assert torch.equal(split.degree, whole.degree[own])
+
+
+def check_ring_graph_refuses(group: dist.ProcessGroup) -> None:
+    rows = points(torch.float32)[shard(N, group)]
+    with pytest.raises(ValueError, match=r"k must be in \[1, N\), N = 90"):
+        graph.knn_graph(rows, N, group=group)
+    with pytest.raises(ValueError, match="k must be the same on every rank"):
+        graph.knn_graph(rows, 3 + dist.get_rank(group), group=group)
+    with pytest.raises(ValueError, match="backend must be 'auto' or 'ring'"):
+        graph.knn_graph(rows, 3, group=group, backend="faiss")
+    with pytest.raises(ValueError, match="which is for the ranks of a group"):
+        graph.knn_graph(points(torch.float32), 3, backend="ring")

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A symmetric, weighted graph whose rows are split over ranks."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ssmkernels.distributed import (
+    Group,
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    check_group,
+    gather_sizes,
+    rank_of,
+    split_rows,
+    world_size,
+)
+from ssmkernels.graph.split.components import components
+from ssmkernels.graph.split.halo import Halo, plan
+from ssmkernels.graph.structure import Graph
+from ssmkernels.ops import _checks as check
+
+Partition = Literal["contiguous"]
+
+
+class SplitGraph:
+    """This rank's part of a :class:`Graph` whose rows are split over the ranks of a group. It does not change.
+
+    Rank r has the rows of ``starts[r] … starts[r + 1] − 1``: the nodes of the ranks follow each other in rank order. A
+    column is a local id: 0 … n − 1 are this rank's rows, what follows are its ghosts, nodes of other ranks that its
+    rows have entries for. Entries of a row ascend by their node. :func:`ssmkernels.graph.knn_graph` makes one from the
+    features of every rank, :meth:`from_graph` from a graph that every rank has.
+
+    Every rank of the group calls what communicates, also without rows: the methods :meth:`extend`, :meth:`gather`,
+    :meth:`total`, :meth:`largest` and :meth:`normalized`, and the property ``components``.
+    """
+
+    group: Group
+    """The ranks."""
+    starts: list[int]
+    """R + 1 numbers: the first node of every rank, and N."""
+    crow: Tensor
+    """[n + 1] int64, where the entries of each of this rank's rows begin."""
+    col: Tensor
+    """[E_r] int32, local ids."""
+    weight: Tensor
+    """[E_r] float32 or float64."""
+    mutual: Tensor | None
+    """[E_r] bool, or None."""
+    ghosts: Tensor
+    """[g] int64, the nodes that the local ids from n on stand for; they ascend."""
+    _components: tuple[Tensor, int] | None
+    halo: Halo
+    """Which rows are exchanged with which ranks."""
+
+    def __init__(self) -> None:
+        raise TypeError("a SplitGraph is made by knn_graph(..., group=...) or SplitGraph.from_graph")
+
+    @classmethod
+    def _trusted(
+        cls,
+        group: Group,
+        starts: list[int],
+        crow: Tensor,
+        col: Tensor,
+        weight: Tensor,
+        mutual: Tensor | None,
+        ghosts: Tensor,
+        halo: Halo,
+    ) -> SplitGraph:
+        graph = cls.__new__(cls)
+        graph.group, graph.starts, graph.crow, graph.col = group, starts, crow, col
+        graph.weight, graph.mutual, graph.ghosts, graph.halo = weight, mutual, ghosts, halo
+        graph._components = None
+        return graph
+
+    @classmethod
+    def _from_rows(
+        cls, group: Group, starts: list[int], crow: Tensor, nodes: Tensor, weight: Tensor, mutual: Tensor | None
+    ) -> SplitGraph:
+        """From this rank's rows with the node of every entry, ``nodes`` [E_r] int64."""
+        first, last = starts[rank_of(group)], starts[rank_of(group) + 1]
+        own = (nodes >= first) & (nodes < last)
+        ghosts = torch.unique(nodes[~own])
+        col = torch.where(own, nodes - first, last - first + torch.searchsorted(ghosts, nodes)).int()
+        inner = torch.tensor(starts[1:-1], dtype=torch.int64, device=nodes.device)
+        rows = torch.repeat_interleave(torch.arange(len(crow) - 1, device=crow.device), crow.diff())[~own]
+        owners, ghost_owners = (torch.bucketize(of, inner, right=True) for of in (nodes[~own], ghosts))
+        halo = plan(group, rows, owners, ghost_owners, len(starts) - 1)
+        return cls._trusted(group, starts, crow, col, weight, mutual, ghosts, halo)
+
+    @classmethod
+    def from_graph(cls, graph: Graph, group: Group = None, *, partition: Partition = "contiguous") -> SplitGraph:
+        """This rank's part of a graph that every rank has; nothing is sent.
+
+        Args:
+            graph: the same on every rank.
+            group: the ranks; by default the default group, and this process alone without one.
+            partition: ``"contiguous"``: runs of nodes as equal as can be.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
+        check_group(group)
+        check.check_choice("partition", partition, get_args(Partition))
+        ranks = world_size(group)
+        own = split_rows(graph.num_nodes, rank_of(group), ranks)
+        starts = [split_rows(graph.num_nodes, rank, ranks).start for rank in range(ranks)] + [graph.num_nodes]
+        entries = slice(int(graph.crow[own.start]), int(graph.crow[own.stop]))
+        mutual = None if graph.mutual is None else graph.mutual[entries]
+        crow = graph.crow[own.start : own.stop + 1] - graph.crow[own.start]
+        return cls._from_rows(group, starts, crow, graph.col[entries].long(), graph.weight[entries], mutual)
+
+    @property
+    def num_nodes(self) -> int:
+        """N, of all ranks."""
+        return self.starts[-1]
+
+    @property
+    def num_rows(self) -> int:
+        """n, of this rank."""
+        return len(self.crow) - 1
+
+    @property
+    def num_ghosts(self) -> int:
+        """g, of this rank."""
+        return len(self.ghosts)
+
+    @property
+    def num_edges(self) -> int:
+        """E_r, the entries of this rank's rows."""
+        return len(self.col)
+
+    @property
+    def nodes(self) -> slice:
+        """This rank's nodes among all."""
+        rank = rank_of(self.group)
+        return slice(self.starts[rank], self.starts[rank + 1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.weight.dtype
+
+    @property
+    def rows(self) -> Tensor:
+        """[E_r] int64, the own row of every entry."""
+        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.device), self.crow.diff())
+
+    @property
+    def degree(self) -> Tensor:
+        """[n] the sum of the weights of each of this rank's rows."""
+        return self.sum_rows(self.weight)
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """[n] the sums of ``values`` [E_r] over the entries of each row, in their order."""
+        return torch.segment_reduce(values, "sum", offsets=self.crow, initial=0)
+
+    def extend(self, values: Tensor) -> Tensor:
+        """``values`` [n, …] of own rows and behind them those of the ghosts, [n + g, …]: by one all_to_all."""
+        return self.halo.extend(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, by one all_reduce."""
+        return all_reduce_sum(values, group=self.group)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over ranks, by one all_reduce."""
+        return all_reduce_max(values, group=self.group)
+
+    @property
+    def components(self) -> tuple[Tensor, int]:
+        """[n] int64, the connected component of each of this rank's rows over edges of positive weight, and the number
+        of components on all ranks. Found once, by four collectives.
+        """
+        if self._components is None:
+            self._components = components(self, self.weight > 0)
+        return self._components
+
+    def with_weight(self, weight: Tensor) -> SplitGraph:
+        """The same edges with other weights [E_r], finite, ≥ 0 and, over ranks too, symmetric."""
+        check.check_tensor("weight", weight, "[E_r]", 1)
+        check.check_size("weight", weight, 0, self.num_edges, "E_r of the graph")
+        check.check_weights("weight", weight)
+        return SplitGraph._trusted(
+            self.group, self.starts, self.crow, self.col, weight.detach(), self.mutual, self.ghosts, self.halo
+        )
+
+    def normalized(self) -> SplitGraph:
+        """The same edges with the weights W/w̄, w̄ being the mean of the positive ones of all ranks; the same graph
+        where there are none.
+        """
+        weight = self.weight.double()
+        most = float(self.largest(weight.max() if self.num_edges else weight.new_zeros(())))
+        if most == 0:
+            return self
+        weight = weight / most  # so that the sum is finite
+        positive = weight[weight > 0]
+        whole, count = self.total(torch.stack([positive.sum(), positive.new_tensor(len(positive))]))
+        return self.with_weight((weight / (whole / count)).to(self.dtype))
+
+    def gather(self) -> Graph:
+        """The whole graph, on every rank."""
+        local = torch.cat([torch.arange(self.nodes.start, self.nodes.stop, device=self.device), self.ghosts])
+        entries = all_gather_rows(self.crow.diff(), group=self.group)
+        crow = torch.nn.functional.pad(entries.cumsum(0), (1, 0))
+        col, weight = (all_gather_rows(x, group=self.group) for x in (local[self.col.long()].int(), self.weight))
+        mutual = self.mutual
+        if mutual is not None:
+            mutual = all_gather_rows(mutual.to(torch.uint8), group=self.group).bool()
+        return Graph(crow, col, weight, mutual=mutual)
+
+    def __repr__(self) -> str:
+        return (
+            f"SplitGraph(rank {rank_of(self.group)} of {world_size(self.group)}, num_rows={self.num_rows},"
+            f" num_ghosts={self.num_ghosts}, num_edges={self.num_edges}, dtype={self.dtype}, device='{self.device}')"
+        )
+
+
+def starts_of(count: int, group: Group, device: torch.device) -> list[int]:
+    """The first row of every rank and the number of all, where this rank has ``count``."""
+    counts = [of_rank for (of_rank,) in gather_sizes([count], device, group=group)]
+    return list(accumulate(counts, initial=0))
