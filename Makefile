@@ -20,7 +20,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu gpu-bundle wheel registers asan docs examples fuzz format lint setup clean
+.PHONY: help demo test cpptest bench gpu gpu-bundle wheel registers asan docs examples fuzz new-user format lint \
+  setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -61,6 +62,11 @@ examples: setup  ## run examples/ as a user does; stops at the first that fails
 	@for example in examples/*.py; do \
 	  echo "== $$example"; $(BIN)/python "$$example" || { echo "make examples: $$example failed" >&2; exit 1; }; \
 	done
+
+new-user: setup  ## do what README says as new users do: a fresh environment, an empty home, no network
+	rm -rf build/new-user
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/new-user .
+	$(BIN)/python .ci/new_user.py build/new-user/ssmkernels-*.whl
 
 format: setup  ## format C++ and Python
 	$(BIN)/clang-format -i $(CLANG_FORMAT_FILES)
@@ -136,10 +142,8 @@ gpu-bundle:  ## build/gpu-bundle/: _C for the GPU machine (GPU_PYTHON, GPU_TORCH
 	.venv-gpu/bin/python -m pip download -q --no-deps -c constraints.txt --dest build/gpu-bundle/wheels $(GPU_WHEELS)
 	.venv-gpu/bin/python -m bench.gpu.bundle
 
-wheel:  ## dist/: manylinux_2_28 wheels of the CPU kernels for each Python (needs docker)
-	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install -q cibuildwheel
-	.venv-wheel/bin/python -m cibuildwheel --platform linux --output-dir dist
+wheel: setup  ## dist/: a manylinux_2_28 wheel for each Python that is here (WHEEL_PYTHONS="PATH ..." for those)
+	.ci/wheels
 
 # All of it anew: ptxas reports what it compiles. Instructions are counted where there is cuobjdump.
 registers: $(VENV)/tools  ## registers, spills and instructions of the CUDA kernels on sm_90; fails where one spills

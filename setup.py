@@ -7,6 +7,7 @@ CMAKE_ARGS (more options of CMake, such as -DSSM_AVX512_LANES=ON).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -201,6 +202,12 @@ def cmake_build(options: list[str], folder: Path, target: str) -> None:
             raise BuildError("the first error is above", f"rm -rf {folder} && {INSTALL}   # after fixing what it says")
 
 
+def module_folder(environment: Mapping[str, str]) -> str:
+    """A folder for each Python and each CMAKE_ARGS: CMake keeps the options that it was given once."""
+    tag, options = sys.implementation.cache_tag, environment.get("CMAKE_ARGS", "")
+    return f"{tag}-{hashlib.sha256(options.encode()).hexdigest()[:8]}" if options else tag
+
+
 class BuildKernels(build_clib):
     """The kernels, which need neither torch nor Python: one folder for every version of them, and for the C++ tests."""
 
@@ -222,7 +229,7 @@ class BuildModule(build_ext):
         output = Path(self.get_ext_fullpath("ssmkernels._C")).resolve().parent
         options = ["-DSSM_PYTHON=ON", f"-Dssmkernels_DIR={KERNELS_FOLDER}", f"-DSSM_OUTPUT={output}"]
         options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
-        cmake_build(options, ROOT / "build" / sys.implementation.cache_tag, "_C")
+        cmake_build(options, ROOT / "build" / module_folder(os.environ), "_C")
         install = [require_tool("cmake"), "--install", str(KERNELS_FOLDER), "--component", "cpp"]
         subprocess.run([*install, "--prefix", str(output / "cpp")], check=True, stdout=subprocess.DEVNULL)
 

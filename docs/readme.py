@@ -250,8 +250,7 @@ def draw(results: Sequence[Result], digest: str) -> None:
     time_axes.set_yticks(range(len(PLOTTED)), [bars.label for bars in PLOTTED], fontsize="small")
     time_axes.invert_yaxis()
     _plots.shared_legend(figure, columns=4)
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, dpi=_plots.DPI, metadata={"Description": digest})
+    _plots.save(figure, PLOT, description=digest)
 
 
 def digest_of(results: Sequence[Result]) -> str:

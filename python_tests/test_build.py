@@ -129,6 +129,13 @@ def test_force_cuda_must_be_0_or_1(build):
         build.find_nvcc({"FORCE_CUDA": "yes"})
 
 
+def test_options_of_cmake_have_a_folder_of_their_own(build):
+    plain = build.module_folder({})
+    assert plain == build.module_folder({"CMAKE_ARGS": ""}) == sys.implementation.cache_tag
+    folders = {plain, *(build.module_folder({"CMAKE_ARGS": options}) for options in ("-DA=1", "-DA=2"))}
+    assert len(folders) == 3 and all(folder.startswith(plain) for folder in folders)
+
+
 def test_missing_torch_is_said_with_the_command(build, monkeypatch):
     def missing(name):
         raise build.metadata.PackageNotFoundError(name)

@@ -73,6 +73,20 @@ def test_modules_import_only_from_lower_layers(source_tree):
     assert not wrong
 
 
+def test_figures_are_drawn_by_one_helper(source_tree):
+    """pyplot keeps figures and changes settings for all; a figure's size, resolution and palette are _plots.py's."""
+    own = re.compile(r"\bpyplot\b|\bmatplotlib\.(?:use|style|rcParams)|\bfrom matplotlib\.figure import|\bsavefig\b")
+    for_types = re.compile(r"^if TYPE_CHECKING:\n(?:    .*\n|\n(?=    ))+", re.MULTILINE)
+    wrong = [
+        str(path.relative_to(source_tree))
+        for folder in ("ssmkernels", "bench", "docs", "examples")
+        for path in (source_tree / folder).rglob("*.py")
+        if path.name != "_plots.py" and own.search(for_types.sub("", path.read_text()))
+    ]
+    assert not wrong
+    assert own.search("figure.savefig(path)") and own.search("import matplotlib.pyplot as plt")
+
+
 def test_every_source_is_where_the_build_looks_and_has_a_licence(source_tree):
     sources = [path for path in (source_tree / "csrc").rglob("*") if path.suffix in SOURCE_SUFFIXES]
     compiled = [path.relative_to(source_tree) for path in sources if path.suffix in {".cpp", ".cu"}]

@@ -80,7 +80,9 @@ def draw_panels(
     return " ".join(f"{name}: {what}." for name, what in zip(panels, seen, strict=True) if what)
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Writes the figure to ``path`` at :data:`DPI`, and its folder if it is not there."""
+def save(figure: Figure, path: Path, *, description: str = "") -> None:
+    """Writes the figure to ``path`` at :data:`DPI`, and its folder if it is not there; the description stands in the
+    file.
+    """
     with atomic_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=DPI)
+        figure.savefig(file, format=path.suffix[1:], dpi=DPI, metadata={"Description": description or None})
