@@ -27,6 +27,13 @@ def pytest_report_header() -> list[str]:
     return [f"left out without {', '.join(missing)}: {', '.join(collect_ignore)} (pip install 'ssmkernels[train]')"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first, so that no process of pytest-xdist runs one when the others have ended; those of ranks
+    stand together, because a process that runs one loads everything for them.
+    """
+    items.sort(key=lambda item: "ranks" not in item.fixturenames and item.get_closest_marker("long") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

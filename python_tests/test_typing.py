@@ -21,6 +21,7 @@ def run(*command, root):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment).stdout
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="needs the extra dev")
 def test_mypy(source_tree, tmp_path):
     options = ["--strict", "--ignore-missing-imports", "--follow-imports=silent", f"--cache-dir={tmp_path}"]
@@ -29,6 +30,7 @@ def test_mypy(source_tree, tmp_path):
     assert {int(line.split(":")[1]) for line in errors} == WRONG, output
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("basedpyright") is None, reason="needs the extra dev")
 def test_pyright(source_tree, tmp_path):
     """basedpyright: pyright as a wheel that brings its Node; pyright's own fetches it when it is run."""

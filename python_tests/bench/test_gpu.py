@@ -229,6 +229,7 @@ def test_dry_run_of_speed(few, tmp_path, monkeypatch):
     assert failed == {"unfold"} and {"instance_matching", "aggregate", "leave_one_edge_out", "laplacian_solve"} <= timed
 
 
+@pytest.mark.long
 def test_dry_run_of_peers(few, tmp_path):
     code, rows = dry_run(few.peers, tmp_path / "rows.json")
     peers = [(label.split()[0], label.split(": ")[-1]) for label in rows if ": " in label]
@@ -434,6 +435,7 @@ sys.modules.update(dict.fromkeys({NOT_THERE!r}))
 """
 
 
+@pytest.mark.long
 def test_nothing_that_make_gpu_calls_needs_what_is_missing(source_tree):
     packages = [source_tree / "ssmkernels" / name for name in ("ops", "nn", "graph", "bench", "reference")]
     files = [path.relative_to(source_tree) for package in packages for path in sorted(package.glob("*.py"))]

@@ -10,6 +10,7 @@ from ssmkernels.experiments.spec import read_tables
 TABLES = read_tables("Demo", "demo")
 
 
+@pytest.mark.long
 def test_demo_leaves_records_and_their_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "SEEDS", {"demo-simmatch": 1})
     monkeypatch.setattr(demo, "OP_SECONDS", 0.1)

@@ -227,6 +227,7 @@ def test_the_first_rank_does_what_is_no_training(ranks, tmp_path):
 SMALL = ["--set", "model=convnet-small", "--set", "batch_size=8", "--set", "mu=1", "--set", "steps=4"]
 
 
+@pytest.mark.long
 def test_all_ranks_train_a_cell_together(tmp_path):
     """The one test in which torchrun itself starts the ranks."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

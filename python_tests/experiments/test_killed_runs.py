@@ -18,6 +18,8 @@ import torch
 
 from ssmkernels.trainers.checkpoint import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.long  # they share a process and whole runs
+
 TRAIN = [
     *("train", "simmatch", "--model", "convnet-small", "--data.labels", "20", "--batch_size", "8", "--mu", "1"),
     *("--steps", "6", "--first_epoch_steps", "1", "--projection_dim", "8", "--run.eval_every", "3"),

@@ -121,6 +121,7 @@ def test_ablation_1_fine_tunes_first(tmp_path):
     assert ran == {"random, then SwAV"} and backbone.stat().st_size > 0
 
 
+@pytest.mark.long
 def test_similarities_are_looked_at_before_and_after(tmp_path, monkeypatch, capsys):
     fitted = []
     fit = similarities.fit

@@ -9,8 +9,8 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
-import pair_batches
 import pytest
 import torch
 from largest_tensor import LargestTensor
@@ -147,11 +147,25 @@ def test_inside_their_self_supervised_loss(losses, ours, symmetric):
     assert_same(*(loss(embeddings, view) for loss in wrapped), embeddings, view)
 
 
-def test_inside_their_distributed_loss_wrapper(losses, tmp_path):
-    with torch.multiprocessing.Manager() as manager:
-        shared, ours = manager.dict(), (ContrastiveLoss, MultiSimilarityLoss)
-        torch.multiprocessing.spawn(pair_batches.on_one_rank, (ours, tmp_path / "store", shared), nprocs=2)
-        results = dict(shared)
+WRAPPED = """
+import os, sys
+import torch
+from pair_batches import results_of_this_rank
+from ssmkernels.nn import ContrastiveLoss, MultiSimilarityLoss
+
+torch.distributed.init_process_group("gloo")
+torch.save(results_of_this_rank((ContrastiveLoss, MultiSimilarityLoss)), f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
+"""
+
+
+def test_inside_their_distributed_loss_wrapper(losses, ranks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{WRAPPED}")
+    statuses, output = ranks(2, script, tmp_path)
+    assert statuses == [0, 0], output
+    results = {}
+    for rank in range(2):
+        results |= torch.load(tmp_path / f"rank{rank}.pt")
     assert len(results) == 2 * 2 * 2 * 2  # ranks, losses, efficient or not, ours or theirs
     for (*place, _), (value, gradient) in results.items():
         expected, expected_gradient = results[(*place, False)]

@@ -176,6 +176,7 @@ class _All(torch.nn.Module):
         return {name: program(inputs[name]) for name, program in self.programs.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["compiled", "packaged"])
 def test_inductor(how, device, tmp_path):
     """All ops in one program, by torch.compile and by AOTInductor."""

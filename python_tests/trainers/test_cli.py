@@ -235,50 +235,41 @@ def test_a_mixed_lp_run_without_a_configuration_is_named_after_its_images(tmp_pa
     assert (tmp_path / "runs" / "mixed-lp" / "digits-none-seed1" / "best.pt").exists()
 
 
+STEPS = 30
+STEADY = [*SMALL, "--steps", str(STEPS), "--first_epoch_steps", "5", "--run.log_every", "1", "--run.eval_every", "15"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The checkpoint of a run that nothing stops."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["simmatch", *STEADY, "--run.out", str(folder)]) == 0
+    return load_checkpoint(folder / "checkpoint.pt")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_then_resume_gives_the_same_bits(tmp_path, number):
-    steps = 60
-    arguments = [
-        *SMALL,
-        "--steps",
-        str(steps),
-        "--first_epoch_steps",
-        "5",
-        "--run.log_every",
-        "1",
-        "--run.eval_every",
-        "30",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "ssmkernels",
-        "train",
-        "simmatch",
-        *arguments,
-        "--run.out",
-        str(tmp_path / "stopped"),
-    ]
+def test_stop_then_resume_gives_the_same_bits(whole, tmp_path, number):
+    command = [sys.executable, "-m", "ssmkernels", "train", "simmatch", *STEADY, "--run.out", str(tmp_path)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    log = tmp_path / "stopped" / "metrics.jsonl"
+    log = tmp_path / "metrics.jsonl"
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.005)
     os.killpg(process.pid, number)  # the whole group, as a terminal or a scheduler does: data-loading processes too
     out, error = process.communicate(timeout=120)
     assert process.returncode == 128 + number, error
-    stopped_at = load_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"]
-    assert 3 <= stopped_at < steps
-    assert f"Stopped after step {stopped_at} of {steps}" in out
+    stopped_at = load_checkpoint(tmp_path / "checkpoint.pt")["step"]
+    assert 3 <= stopped_at < STEPS
+    assert f"Stopped after step {stopped_at} of {STEPS}" in out
     assert out.strip().endswith("--resume")
     assert "Traceback" not in error
 
-    assert main(["simmatch", *arguments, "--run.out", str(tmp_path / "stopped"), "--resume"]) == 0
-    assert main(["simmatch", *arguments, "--run.out", str(tmp_path / "whole")]) == 0
-    first, second = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("stopped", "whole"))
-    assert first["step"] == second["step"] == steps
-    assert first["history"] == second["history"]
-    torch.testing.assert_close(first["trainer"], second["trainer"], rtol=0, atol=0)
+    assert main(["simmatch", *STEADY, "--run.out", str(tmp_path), "--resume"]) == 0
+    resumed = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert resumed["step"] == whole["step"] == STEPS
+    assert resumed["history"] == whole["history"]
+    torch.testing.assert_close(resumed["trainer"], whole["trainer"], rtol=0, atol=0)
     logged = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
-    assert logged == list(range(1, steps + 1))
+    assert logged == list(range(1, STEPS + 1))
