@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import torch.distributed as dist
-from shards import normal, shard
+from shards import assert_close, normal, shard
 from torch import Tensor
 from traffic import counted
 
 from ssmkernels import graph
-from ssmkernels.graph import Graph, SplitGraph
+from ssmkernels.graph import Graph, SplitGraph, knn
+from ssmkernels.graph.split import cells
+from ssmkernels.graph.split.structure import starts_of
 
 N, D, K = 90, 5, 7
 DTYPES = (torch.float32, torch.float64)
@@ -90,7 +94,35 @@ def check_ring_graph_refuses(group: dist.ProcessGroup) -> None:
         graph.knn_graph(rows, N, group=group)
     with pytest.raises(ValueError, match="k must be the same on every rank"):
         graph.knn_graph(rows, 3 + dist.get_rank(group), group=group)
-    with pytest.raises(ValueError, match="backend must be 'auto' or 'ring'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'ring' or 'ivf'"):
         graph.knn_graph(rows, 3, group=group, backend="faiss")
     with pytest.raises(ValueError, match="which is for the ranks of a group"):
         graph.knn_graph(points(torch.float32), 3, backend="ring")
+
+
+def check_search_in_cells_over_ranks(group: dist.ProcessGroup) -> None:
+    if importlib.util.find_spec("faiss") is None:
+        return
+    for dtype in DTYPES:
+        rows, own = points(dtype), shard(N, group)
+        expected, similarities = graph.nearest_neighbours(rows, K)
+        unit = knn._normalized(rows)[own]
+        search = cells.Search(unit, K, starts_of(len(unit), group, unit.device), group)
+        assert search.cells == 9
+        everything = torch.arange(len(unit))
+        nodes, exact = search.exactly(everything)
+        assert torch.equal(nodes, expected[own])
+        assert torch.equal(exact, similarities[own])
+        # Where all cells are searched nothing is missed, but for which of equal rows are taken.
+        nodes, actual = search.approximately(everything, search.cells)
+        assert_close(actual, exact)
+        assert not (nodes == everything[:, None] + own.start).any()
+
+
+def check_graph_of_a_search_in_cells(group: dist.ProcessGroup) -> None:
+    if importlib.util.find_spec("faiss") is None:
+        return
+    rows, own = points(torch.float32), shard(N, group)
+    exact, whole = graph.knn_graph(rows, K), graph.knn_graph(rows[own], K, group=group, backend="ivf").gather()
+    same = (exact.to_scipy() - whole.to_scipy()).count_nonzero() / exact.num_edges
+    assert same < 0.1  # 0.01 of the neighbours are missed, and others of equal rows taken

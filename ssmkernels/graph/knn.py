@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssmkernels.distributed import Group, agree_on, check_group, gather_sizes
 from ssmkernels.graph import candidates, ivf
-from ssmkernels.graph.split import SplitGraph, assemble, search
+from ssmkernels.graph.split import SplitGraph, assemble, cells, search
 from ssmkernels.graph.split.structure import starts_of
 from ssmkernels.graph.structure import Graph
 from ssmkernels.metrics import smallest
@@ -20,7 +20,7 @@ from ssmkernels.ops import _neighbours as kernels
 
 Backend = Literal["auto", "native", "faiss", "torch", "ivf", "ring"]
 OF_THE_CPU = ("native", "faiss", "ivf", "ring")
-OF_A_GROUP = ("auto", "ring")
+OF_A_GROUP = ("auto", "ring", "ivf")
 
 
 @overload
@@ -72,14 +72,15 @@ def knn_graph(
             native on the CPU, torch elsewhere. These find the same neighbours. ``"ivf"`` is approximate: an inverted
             file of faiss, see :mod:`ssmkernels.graph.ivf`. Sparse features are searched by scipy's products. With a
             group ``"ring"``, which ``"auto"`` stands for: the native search, of the rows of a rank against those of one
-            rank after the other, as they come round.
+            rank after the other, as they come round; or ``"ivf"``, whose cells are dealt to the ranks, see
+            :mod:`ssmkernels.graph.split.cells`.
         group: whose features they are: of this process alone ("local"), or this rank's rows, also none, of those of a
             process group (None: the default group), in rank order. Dense features on the CPU, the same d and dtype on
             every rank.
 
     Returns:
-        :class:`Graph` of N nodes on the device of the features. With a group this rank's part of the same graph, bit
-        for bit, as a :class:`SplitGraph`.
+        :class:`Graph` of N nodes on the device of the features. With a group this rank's part of it as a
+        :class:`SplitGraph`: with "ring" of the same graph as without, bit for bit.
 
     Raises:
         TypeError, ValueError: naming the argument. ImportError: backend "faiss" or "ivf" without faiss.
@@ -111,7 +112,8 @@ def _split_graph(
     agree_on(list(shared), sizes, gather_sizes(sizes, features.device, group=group))
     starts = starts_of(len(features), group, features.device)
     _check_neighbours(k, starts[-1])
-    nodes, similarities = search.nearest(_normalized(features), k, starts, group)
+    nearest = cells.nearest if backend == "ivf" else search.nearest
+    nodes, similarities = nearest(_normalized(features), k, starts, group)
     return assemble.symmetric(nodes, _affinity(similarities, gamma), starts, group)
 
 
