@@ -6,7 +6,7 @@
 // multiply.
 #pragma once
 
-#include "../common/mma.cuh"
+#include "../common/tile_product.cuh"
 #include "tile.cuh"
 
 namespace ssmkernels::cuda::memory {
@@ -23,25 +23,12 @@ struct HalfEngine {
   template <bool kFull, int kQueries>
   static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const Storage* query, const Storage* tile,
                                 int depth) {
-    const int lane = threadIdx.x % 32;
-    const Storage* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 8;
-    const Storage* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 8;
+    const Storage *a_row = left_operand<Held::along>(query, Shape::kPitch),
+                  *b_row = right_operand<Held::along>(tile, Shape::kPitch);
 #pragma unroll
     for (int k = 0; k < Shape::kDim; k += 16) {
       if (!kFull && k >= depth) break;
-      uint32_t a[kQueries][4];
-#pragma unroll
-      for (int q = 0; q < kQueries; ++q) load_matrices(a[q], a_row + q * kRows * Shape::kPitch + k);
-#pragma unroll
-      for (int n = 0; n < Shape::kBlocks; n += 2) {
-        uint32_t b[4];
-        load_matrices(b, b_row + n * 8 * Shape::kPitch + k);
-#pragma unroll
-        for (int q = 0; q < kQueries; ++q) {
-          multiply_add<Storage>(sum[q][n], a[q], b[0], b[1]);
-          multiply_add<Storage>(sum[q][n + 1], a[q], b[2], b[3]);
-        }
-      }
+      multiply_step<Held::along, Held::along>(sum, a_row + k, kRows * Shape::kPitch, b_row + k, 8 * Shape::kPitch);
     }
   }
 
@@ -49,28 +36,23 @@ struct HalfEngine {
   template <bool kFull, int kMeans, int kQueries>
   static __device__ void means(Real (&sum)[kMeans][Shape::kDim / 8][4],
                                const Real (&weights)[kQueries][Shape::kBlocks][4], const Storage* tile, int depth) {
-    uint32_t a[kMeans][Shape::kBlocks / 2][4];
+    uint32_t a[Shape::kBlocks / 2][kMeans][4];
 #pragma unroll
     for (int m = 0; m < kMeans; ++m)
 #pragma unroll
       for (int k = 0; k < Shape::kBlocks / 2; ++k)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          a[m][k][i] = pack<Storage>(weights[m][2 * k + i / 2][i % 2 * 2], weights[m][2 * k + i / 2][i % 2 * 2 + 1]);
-    const int lane = threadIdx.x % 32;
-    const Storage* b_row = tile + lane % 16 * Shape::kPitch + lane / 16 * 8;
+          a[k][m][i] = pack<Storage>(weights[m][2 * k + i / 2][i % 2 * 2], weights[m][2 * k + i / 2][i % 2 * 2 + 1]);
+    const Storage* b_row = right_operand<Held::across>(tile, Shape::kPitch);
 #pragma unroll
     for (int n = 0; n < Shape::kDim / 8; n += 2) {
       if (!kFull && n * 8 >= depth) break;
 #pragma unroll
       for (int k = 0; k < Shape::kBlocks / 2; ++k) {
         uint32_t b[4];
-        load_matrices_transposed(b, b_row + k * 16 * Shape::kPitch + n * 8);
-#pragma unroll
-        for (int m = 0; m < kMeans; ++m) {
-          multiply_add<Storage>(sum[m][n], a[m][k], b[0], b[1]);
-          multiply_add<Storage>(sum[m][n + 1], a[m][k], b[2], b[3]);
-        }
+        load_operand<Held::across>(b, b_row + k * 16 * Shape::kPitch + n * 8);
+        multiply_blocks<Storage>(sum, a[k], b, n);
       }
     }
   }
@@ -87,29 +69,15 @@ struct Tf32Engine {
     return __uint_as_float(to_tf32(x));
   }
 
-  // A row of an 8×8 matrix of 2-byte elements is four floats here.
   template <bool kFull, int kQueries>
   static __device__ void scores(Real (&sum)[kQueries][Shape::kBlocks][4], const float* query, const float* tile,
                                 int depth) {
-    const int lane = threadIdx.x % 32;
-    const float* a_row = query + lane % 16 * Shape::kPitch + lane / 16 * 4;
-    const float* b_row = tile + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 4;
+    const float *a_row = left_operand<Held::along>(query, Shape::kPitch),
+                *b_row = right_operand<Held::along>(tile, Shape::kPitch);
 #pragma unroll
     for (int k = 0; k < Shape::kDim; k += 8) {
       if (k >= depth) break;  // also where the chunk is full: more loads ahead would not fit the registers
-      uint32_t a[kQueries][4];
-#pragma unroll
-      for (int q = 0; q < kQueries; ++q) load_matrices(a[q], a_row + q * kRows * Shape::kPitch + k);
-#pragma unroll
-      for (int n = 0; n < Shape::kBlocks; n += 2) {
-        uint32_t b[4];
-        load_matrices(b, b_row + n * 8 * Shape::kPitch + k);
-#pragma unroll
-        for (int q = 0; q < kQueries; ++q) {
-          multiply_add<float>(sum[q][n], a[q], b[0], b[1]);
-          multiply_add<float>(sum[q][n + 1], a[q], b[2], b[3]);
-        }
-      }
+      multiply_step<Held::along, Held::along>(sum, a_row + k, kRows * Shape::kPitch, b_row + k, 8 * Shape::kPitch);
     }
   }
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../common/cuda.cuh"
-#include "../common/mma.cuh"
+#include "../common/tile_product.cuh"
 #include "parts.cuh"
 
 namespace ssmkernels::cuda::pairs {
@@ -73,7 +73,7 @@ struct TensorCoreEngine {
       for (int n = 0; n < 4; n += 2) {
         uint32_t b[4];
         load_matrices(b, b_at + n * 8 * kPitch + k);
-        multiply_by(out.sums, a, b, n);
+        multiply_blocks<Storage>(out.sums, a, b, n);
       }
     }
   }
@@ -92,7 +92,7 @@ struct TensorCoreEngine {
       for (int n = 0; n < 8; n += 2) {
         uint32_t b[4];
         load_matrices_transposed(b, b_at + k * kPitch + n * 8);
-        multiply_by(out.sums, a, b, n);
+        multiply_blocks<Storage>(out.sums, a, b, n);
       }
     }
   }
@@ -112,19 +112,8 @@ struct TensorCoreEngine {
       for (int n = 0; n < 4; n += 2) {
         uint32_t b[4];
         load_matrices_transposed(b, b_at + k * kPitch + n * 8);
-        multiply_by(out.sums, a, b, n);
+        multiply_blocks<Storage>(out.sums, a, b, n);
       }
-    }
-  }
-
- private:
-  template <int kBlocks>
-  static __device__ void multiply_by(float (&sums)[2][kBlocks][4], const uint32_t (&a)[2][4], const uint32_t (&b)[4],
-                                     int n) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      multiply_add<Storage>(sums[m][n], a[m], b[0], b[1]);
-      multiply_add<Storage>(sums[m][n + 1], a[m], b[2], b[3]);
     }
   }
 };

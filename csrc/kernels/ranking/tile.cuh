@@ -11,7 +11,7 @@
 #include <bit>
 
 #include "../common/cuda.cuh"
-#include "../common/mma.cuh"
+#include "../common/tile_product.cuh"
 #include "ranking_pairs.h"
 
 namespace ssmkernels::cuda::ranking {
@@ -103,25 +103,11 @@ struct TensorCoreEngine {
 
   // out += rows · columns over one chunk.
   static __device__ void multiply(Products& out, const Storage* rows, const Storage* columns) {
-    const int lane = threadIdx.x % 32;
-    const Storage* a_at = rows + lane % 16 * Shape::kPitch + lane / 16 * 8;
-    const Storage* b_at = columns + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 8;
+    const Storage *a_at = left_operand<Held::along>(rows, Shape::kPitch),
+                  *b_at = right_operand<Held::along>(columns, Shape::kPitch);
 #pragma unroll
-    for (int k = 0; k < Shape::kDepth; k += 16) {
-      uint32_t a[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) load_matrices(a[m], a_at + m * 16 * Shape::kPitch + k);
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) {
-        uint32_t b[4];
-        load_matrices(b, b_at + n * 8 * Shape::kPitch + k);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          multiply_add<Storage>(out.sums[m][n], a[m], b[0], b[1]);
-          multiply_add<Storage>(out.sums[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+    for (int k = 0; k < Shape::kDepth; k += 16)
+      multiply_step<Held::along, Held::along>(out.sums, a_at + k, 16 * Shape::kPitch, b_at + k, 8 * Shape::kPitch);
   }
 
   // out += K · rows. The order of the rows within a step of 8 is free as long as both operands keep it: step element t
