@@ -27,7 +27,7 @@ KERNELS = (
     "sweep",
     "sweep_concat",
     "sweep_interaction",
-    "sweep_loss",
+    "sweep_large_loss",
     "sweep_gradient",
     "solve_laplacian",
     "compute_pairs",

@@ -128,7 +128,7 @@ class GradientBlock {
   __device__ void add_tile(int64_t column) {
     SSM_SHARED(has_close, bool[kTileWarps]);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const WarpTile tile(row_, column);
+    const WarpTile tile = WarpTile::of_block(row_, column);
     Products k{};
     Real* close = reinterpret_cast<Real*>(ring_);
     const bool any_close = in_.weigh(k, tile, in_.active(tile.row / kWarpSide, tile.column / kWarpSide), row_, column,

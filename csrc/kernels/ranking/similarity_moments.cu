@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads) sweep_moments(const __grid_const
     if (!in.all && in.labels[column] > last_label) break;
     Products products;
     multiply_pairs<Engine>(products, in.rows, row, in.rows, column, ring);
-    const WarpTile tile(row, column);
+    const WarpTile tile = WarpTile::of_block(row, column);
     if (tile.row > tile.column) continue;
 #pragma unroll
     for (int c = 0; c < Products::kColumns; ++c) {
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kTileThreads, 3) multiply_gram(const __grid_co
   const int64_t tiles = gram.h.tiles(), row = blockIdx.x / tiles * kSide, column = blockIdx.x % tiles * kSide;
   Products products;
   multiply_pairs<Engine>(products, gram.rows, row, gram.h, column, reinterpret_cast<double*>(dynamic_shared()));
-  const WarpTile tile(row, column);
+  const WarpTile tile = WarpTile::of_block(row, column);
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < Products::kRows; ++r)

@@ -29,6 +29,7 @@ struct Layout {
   static constexpr int kWide = 2 * kDepth, kWidePitch = kWide + kVector;           // of a chunk of the second product
   static constexpr int kStage = 2 * kSide * kPitch;                                // elements
   static constexpr int kWeightPitch = kSide + (sizeof(Storage) == 8 ? 2 : 8);      // of a tile of K
+  static constexpr int kRowMultiple = sizeof(Storage) == 2 ? 2 * kSide : kSide;    // half types: sweep_large_loss
   static_assert(kSide * kWidePitch <= kStage);
   static_assert(kTileWarps * kWarpSide * kWarpSide * sizeof(Compute<Storage>) <= kStages * kStage * sizeof(Storage));
 };
@@ -47,7 +48,7 @@ struct PackedRows {
     return ceil_div<int64_t>(count, kSide);
   }
   __host__ __device__ int64_t padded() const {
-    return tiles() * kSide;
+    return ceil_div<int64_t>(count, Layout<Storage>::kRowMultiple) * Layout<Storage>::kRowMultiple;
   }
 };
 
@@ -257,25 +258,28 @@ struct EngineFor<double> {
   using type = PlainEngine<double>;
 };
 
-// A warp's tile, at these positions of the two sides.
+// A warp's tile, at these positions of the two sides. Warps of a block stand kAcross × kAcross.
 struct WarpTile {
   int64_t row, column;
 
-  __device__ WarpTile(int64_t block_row, int64_t block_column, unsigned thread = threadIdx.x)
-      : row(block_row + warp_row(thread)), column(block_column + warp_column(thread)) {}
-  static __device__ int warp_row(unsigned thread = threadIdx.x) {
-    return thread / 64 * kWarpSide;
+  template <int kAcross = 2>
+  static __device__ WarpTile of_block(int64_t block_row, int64_t block_column, unsigned thread = threadIdx.x) {
+    return {block_row + warp_row<kAcross>(thread), block_column + warp_column<kAcross>(thread)};
   }
+  template <int kAcross = 2>
+  static __device__ int warp_row(unsigned thread = threadIdx.x) {
+    return thread / 32 / kAcross * kWarpSide;
+  }
+  template <int kAcross = 2>
   static __device__ int warp_column(unsigned thread = threadIdx.x) {
-    return thread / 32 % 2 * kWarpSide;
+    return thread / 32 % kAcross * kWarpSide;
   }
 };
 
 // Copies steps 0, 1, … through the ring, kStages − 1 ahead of their use. `copy(step, to)` starts the copies of this
 // thread, `use(step, from)` is called when a step is there for all threads. The ring is free before and after.
-template <class Storage, class Copy, class Use>
+template <class Storage, int kStage = Layout<Storage>::kStage, class Copy, class Use>
 __device__ void stream_through(Storage* ring, int64_t steps, Copy copy, Use use) {
-  constexpr int kStage = Layout<Storage>::kStage;
   __syncthreads();
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {

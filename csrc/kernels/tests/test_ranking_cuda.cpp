@@ -34,6 +34,7 @@ struct Shape {
   int64_t basis_dim = 0;  // mined
   double positive_threshold = 0.2, negative_threshold = -0.1;
   bool brief = false;  // one reduction, once
+  bool large = false;  // one reduction, with the shared memory of sm_90
 };
 
 template <class Storage>
@@ -310,7 +311,7 @@ void test_loss(const char* name, const Shape& shape, std::mt19937& random) {
   Guarded<Real> grad(1);
   grad[0] = Real(-1.75);
   for (const Reduction reduction : {Reduction::mean_nonzero, Reduction::mean, Reduction::sum}) {
-    if (shape.brief && reduction != Reduction::mean_nonzero) break;
+    if ((shape.brief || shape.large) && reduction != Reduction::mean_nonzero) break;
     context = std::string(name) + " n " + std::to_string(shape.rows) + " m " + std::to_string(shape.references) +
               " d " + std::to_string(shape.dim) + " classes " + std::to_string(shape.classes) + " spread " +
               std::to_string(static_cast<int>(shape.spread)) + " margins " + std::to_string(shape.positive_margin) +
@@ -388,6 +389,16 @@ void test_losses(const char* name) {
       shape.brief = true;
       test(shape);
     }
+  if constexpr (sizeof(Storage) == 2) {  // tiles of 128 × 128, at least two to a block, of one and of two chunks
+    set_shared_limit(227 * 1024);
+    Shape shape{2820, -1, 20, 40, Spread::wide, 0, 0.4};
+    shape.large = true;
+    if (std::is_same_v<Storage, bfloat16>) test(shape);
+    shape = {130, 17000, 70, 40, Spread::repeated, 0, 0.4};
+    shape.large = true;
+    test(shape);
+    set_shared_limit(kSmallShared);
+  }
   if constexpr (sizeof(Storage) == 4) {  // several tiles to a block, and to a lane that looks for active ones
     Shape shape{64, 65700, 1, 0};
     shape.negative_margin = 0.001;
