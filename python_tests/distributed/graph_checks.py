@@ -88,6 +88,21 @@ def check_split_of_a_whole_graph(group: dist.ProcessGroup) -> None:
     assert torch.equal(split.degree, whole.degree[own])
 
 
+def check_split_of_a_graph_by_cells(group: dist.ProcessGroup) -> None:
+    """Clusters whose rows are shuffled come together again."""
+    ranks = dist.get_world_size(group)
+    shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(3))
+    rows = normal(400, D, seed=4, dtype=torch.float32) + 6 * normal(8, D, seed=5)[shuffled % 8].float()
+    whole = graph.knn_graph(rows, K)
+    split, runs = (SplitGraph.from_graph(whole, group, partition=kind) for kind in ("cells", "contiguous"))
+    assert_same_graph(split.gather(), whole)
+    assert split.num_rows == 400 // ranks
+    assert split.num_ghosts < runs.num_ghosts / 4
+    labels = torch.where(torch.arange(400) < 60, shuffled % 8, -1)
+    expected = graph.mixed_label_propagation(whole, labels).pseudo_labels
+    assert torch.equal(graph.mixed_label_propagation(split, labels[split.ids]).pseudo_labels, expected[split.ids])
+
+
 def check_ring_graph_refuses(group: dist.ProcessGroup) -> None:
     rows = points(torch.float32)[shard(N, group)]
     with pytest.raises(ValueError, match=r"k must be in \[1, N\), N = 90"):

@@ -200,6 +200,15 @@ def all_reduce_mean(tensor: Tensor, *, group: Group = None) -> Tensor:
 
 
 @torch.no_grad()
+def broadcast(tensor: Tensor, *, group: Group = None) -> Tensor:
+    """What rank 0 of the group has for ``tensor``, of the same shape on each. Written in place, and returned."""
+    if is_distributed(group):
+        of = process_group(group)
+        dist.broadcast(tensor, src=0 if of is None else dist.get_global_rank(of, 0), group=of)
+    return tensor
+
+
+@torch.no_grad()
 def broadcast_buffers(module: nn.Module) -> None:
     """Gives every rank the buffers of ``module`` that rank 0 has, as DDP does before each forward pass.
 

@@ -36,9 +36,6 @@ class Halo:
     send_counts: list[int]
     receive_counts: list[int]
 
-    def to(self, device: torch.device) -> Halo:
-        return Halo(self.group, self.sent.to(device), self.send_counts, self.receive_counts)
-
     def start(self, values: Tensor, ghosts: Tensor) -> Any:
         """Begins to fill ``ghosts`` [g, …] from ``values`` [n, …] of every rank, by one all_to_all; the result has a
         ``wait()``, and what is returned with it stays in memory until then.
