@@ -7,7 +7,9 @@ and where it goes.
 Each method trains on images from packages with its shipped small configuration, alternating between the two; medians of
 the steps after the first ones. The share of the ops is that of the library's operators, forward and backward, in
 torch.profiler; "waiting" is what the loop spends in getting its next batch; "reads" counts the values that the host
-reads from tensors in a step.
+reads from tensors in a step. A second table has the parts of a step: waiting for data (images that are augmented on the
+device are made then), the forward pass with the losses, backward, optimiser; and the first evaluation, which loads its
+images, and a later one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,6 +77,11 @@ class Watch:
         self.trainer, self.limit = trainer, steps
         self.step_seconds: list[float] = []
         self.wait_seconds: list[float] = []
+        self.backward_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+        self.evaluation_seconds: list[float] = []
+        trainer.fabric.backward = timed(trainer.fabric.backward, self.backward_seconds)
+        trainer.optimizer.step = timed(trainer.optimizer.step, self.optimizer_seconds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trainer, name)
@@ -97,7 +104,22 @@ class Watch:
         return metrics
 
     def evaluate(self) -> dict[str, float]:
+        if not self.evaluation_seconds:  # the first loads the images
+            for _ in range(2):
+                timed(self.trainer.evaluate, self.evaluation_seconds)()
         return dict.fromkeys(("test_MAP@R", "validation_MAP@R", "validation_P@8", "final_MAP@R"), 0.0)
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The function, which appends how long it took."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        begin = time.perf_counter()
+        result = function(*args, **options)
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    return call
 
 
 def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:
@@ -137,6 +159,27 @@ def own_seconds(profiler: Any) -> tuple[float, int]:
     return seconds, sum(event.count for event in events if event.key == "aten::_local_scalar_dense")
 
 
+PARTS = (
+    "method",
+    "data, ms",
+    "forward and losses, ms",
+    "backward, ms",
+    "optimiser, ms",
+    "first evaluation, ms",
+    "later ones, ms",
+)
+
+
+def parts_of(watch: Watch) -> list[str]:
+    """Where the time of a step went, medians, and two evaluations."""
+    step, data, backward, optimizer = (
+        statistics.median(seconds[WARM_UP:])
+        for seconds in (watch.step_seconds, watch.wait_seconds, watch.backward_seconds, watch.optimizer_seconds)
+    )
+    forward = step - backward - optimizer
+    return [f"{1e3 * part:.1f}" for part in (data, forward, backward, optimizer, *watch.evaluation_seconds)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
@@ -144,15 +187,18 @@ def main() -> None:
     parser.add_argument("--method", choices=RUNS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows, parts = [], []
     for method in [args.method] if args.method else RUNS:
         samples: dict[bool, list[float]] = {False: [], True: []}
         waits: list[float] = []
+        newest: list[str] = []
         for _ in range(args.rounds):
             for eager in (False, True):
                 watch, _ = train(method, args.steps, eager=eager)
                 samples[eager] += watch.step_seconds[WARM_UP:]
                 waits += [] if eager else watch.wait_seconds[WARM_UP:]
+                newest = parts_of(watch) if not eager else newest
+        parts.append([method, *newest])
         watch, profiler = train(method, args.steps, eager=False, profiled=True)
         own, reads = own_seconds(profiler)
         ours, eager_step = (statistics.median(samples[is_eager]) for is_eager in (False, True))
@@ -184,7 +230,8 @@ def main() -> None:
     cpu = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}"
     text = (
         f"{cpu}; `python bench/profile_steps.py --steps {args.steps} --rounds"
-        f" {args.rounds}`\n\n{markdown_table(titles, rows)}\n"
+        f" {args.rounds}`\n\n{markdown_table(titles, rows)}\n\n"
+        f"{markdown_table(PARTS, parts)}\n"
     )
     print(text)
     if args.out:

@@ -262,18 +262,23 @@ def to_tensor(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -
 
 def to_tensors(images: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """N images of one size and mode as float32 [N, C, H, W], (pixel / 255 − mean) / std per channel."""
+    pixels = to_pixels(images)
+    scale, shift = scale_and_shift(mean, std, pixels.shape[1])
+    tensors = np.empty(pixels.shape, dtype=np.float32)
+    np.multiply(pixels, scale, out=tensors)
+    tensors -= shift
+    return torch.from_numpy(tensors)
+
+
+def to_pixels(images: Sequence[Image.Image]) -> np.ndarray:
+    """N images of one size and mode as uint8 [N, C, H, W]."""
     if len({(image.size, image.mode) for image in images}) != 1:
         kinds = sorted({f"{image.mode} {image.width}x{image.height}" for image in images})
         raise ValueError(
             f"images are {', '.join(kinds) or 'none'}; they should be of one size and mode to make a batch"
         )
     pixels = np.stack([np.asarray(image) for image in images])
-    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-    scale, shift = scale_and_shift(mean, std, pixels.shape[1])
-    tensors = np.empty(pixels.shape, dtype=np.float32)
-    np.multiply(pixels, scale, out=tensors)
-    tensors -= shift
-    return torch.from_numpy(tensors)
+    return pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
 
 
 def scale_and_shift(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[np.ndarray, np.ndarray]:

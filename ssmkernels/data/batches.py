@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssmkernels.data.augment import EvaluationTransform, Transform, to_tensors
+from ssmkernels.data.augment import EvaluationTransform, Transform, to_pixels, to_tensors
 from ssmkernels.data.batched_augment import BatchTransform
 from ssmkernels.data.images import ImageDataset
 from ssmkernels.data.streams import IndexStream, Stream, generator, remaining
@@ -250,8 +250,8 @@ def evaluation_batches(
     dataset: ImageDataset,
     batch_size: int,
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     transform: EvaluationTransform | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -262,6 +262,7 @@ def evaluation_batches(
     out.
 
     Args:
+        mean, std: per channel, see :func:`ssmkernels.data.to_tensor`; without them the images are uint8.
         transform: of an image before it becomes a tensor; none if the images are all of one size already.
         rank, world_size: take every ``world_size``-th image from ``rank`` on.
         workers, worker_init_fn: loading processes, as in ``torch.utils.data.DataLoader``.
@@ -271,11 +272,22 @@ def evaluation_batches(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
     batches = _EvaluationBatches(
-        dataset, np.arange(rank, len(dataset), world_size), batch_size, transform, tuple(mean), tuple(std)
+        dataset,
+        np.arange(rank, len(dataset), world_size),
+        batch_size,
+        transform,
+        None if mean is None or std is None else (tuple(mean), tuple(std)),
     )
     # Without one, a loader draws from the global generator, and evaluating would change the training after it
     own = torch.Generator()
-    return DataLoader(batches, batch_size=None, num_workers=workers, worker_init_fn=worker_init_fn, generator=own)
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=worker_init_fn,
+        generator=own,
+        persistent_workers=workers > 0,
+    )
 
 
 class _EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -285,17 +297,10 @@ class _EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
         index: np.ndarray,
         batch_size: int,
         transform: EvaluationTransform | None,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean_and_std: tuple[tuple[float, ...], tuple[float, ...]] | None,
     ) -> None:
-        self.dataset, self.index, self.batch_size, self.transform, self.mean, self.std = (
-            dataset,
-            index,
-            batch_size,
-            transform,
-            mean,
-            std,
-        )
+        self.dataset, self.index, self.batch_size, self.transform = dataset, index, batch_size, transform
+        self.mean_and_std = mean_and_std
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.batch_size)
@@ -305,4 +310,7 @@ class _EvaluationBatches(Dataset[tuple[Tensor, Tensor]]):
         images = [self.dataset.image(i) for i in index]
         if self.transform is not None:
             images = [self.transform(image) for image in images]
-        return to_tensors(images, self.mean, self.std), torch.from_numpy(self.dataset.labels[index])
+        labels = torch.from_numpy(self.dataset.labels[index])
+        if self.mean_and_std is None:
+            return torch.from_numpy(np.ascontiguousarray(to_pixels(images))), labels
+        return to_tensors(images, *self.mean_and_std), labels

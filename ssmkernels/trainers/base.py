@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ssmkernels import data, models
 from ssmkernels._files import write_atomically
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.trainers import kept
-from ssmkernels.trainers.evaluation import embed
+from ssmkernels.trainers.evaluation import EvaluationSet, embed
 from ssmkernels.trainers.loop import Fabric, RunConfig, RunResult, fit, ignore_stop_signals
 
 
@@ -57,6 +57,7 @@ class Trainer(ABC):
 
     def __init__(self, config: Any, fabric: Fabric) -> None:
         self.config, self.fabric = config, fabric
+        self.evaluation_sets: dict[int, EvaluationSet] = {}
         self.ranks = {"rank": fabric.global_rank, "world_size": fabric.world_size}
 
     @abstractmethod
@@ -150,10 +151,27 @@ class Trainer(ABC):
     def embed(self, network: nn.Module, images: data.ImageDataset, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         """Features, embeddings and labels of all images, see :func:`ssmkernels.trainers.evaluation.embed`."""
         broadcast_buffers(network)
-        batches = evaluation_loader(
-            images, self.fabric, self.config.run, mean=views.mean, std=views.std, transform=views.evaluation
-        )
-        return embed(network, batches, device=self.fabric.device)
+        batches = self.evaluation_set(images, views)
+        return embed(network, batches, device=self.fabric.device, autocast=self.fabric.autocast)
+
+    def evaluation_set(self, images: data.ImageDataset, views: Views) -> EvaluationSet:
+        """This rank's share of the images, kept from one evaluation to the next."""
+        if id(images) not in self.evaluation_sets:
+            self.evaluation_sets[id(images)] = evaluation_loader(images, self.fabric, self.config.run, views)
+        return self.evaluation_sets[id(images)]
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network as it learns, compiled where ``run.compile`` says so; states are those of the network itself."""
+        compiled: Any = torch.compile(network) if self.config.run.compile else network
+        return cast(nn.Module, compiled)
+
+    @property
+    def fused(self) -> dict[str, Any]:
+        """Of an optimiser: on a GPU it is a few kernels for all parameters, but does not take gradients that are
+        unscaled before, as they are of 16-mixed.
+        """
+        scaled = self.config.precision == "16-mixed"
+        return {"fused": True} if self.fabric.device.type == "cuda" and not scaled else {}
 
 
 def training_loader(batches: Dataset[Any], fabric: Fabric, run: RunConfig) -> DataLoader[Any]:
@@ -167,22 +185,18 @@ def training_loader(batches: Dataset[Any], fabric: Fabric, run: RunConfig) -> Da
     )
 
 
-def evaluation_loader(
-    images: data.ImageDataset, fabric: Fabric, run: RunConfig, **view: Any
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """This rank's share of the images once, in batches of 256.
-
-    Args:
-        view: ``mean``, ``std`` and ``transform`` of :func:`ssmkernels.data.evaluation_batches`.
-    """
-    return data.evaluation_batches(
+def evaluation_loader(images: data.ImageDataset, fabric: Fabric, run: RunConfig, views: Views) -> EvaluationSet:
+    """This rank's share of the images."""
+    return EvaluationSet(
         images,
-        256,
+        fabric.device,
+        mean=views.mean,
+        std=views.std,
+        transform=views.evaluation,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
         workers=run.workers,
         worker_init_fn=ignore_stop_signals,
-        **view,
     )
 
 

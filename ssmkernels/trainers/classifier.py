@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from ssmkernels import data, models
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.nn import EMATeacher
 from ssmkernels.trainers import kept
-from ssmkernels.trainers.base import Trainer, channels_last, evaluation_loader
-from ssmkernels.trainers.evaluation import top_k_accuracy
+from ssmkernels.trainers.base import Trainer, channels_last
+from ssmkernels.trainers.evaluation import top_k_accuracies
 from ssmkernels.trainers.loop import Fabric
 from ssmkernels.trainers.settings import CountOrZero, Settings
 
@@ -55,6 +55,14 @@ class DataConfig(Settings):
     """Largest shift of an image in pixels; none for an eighth of its side."""
 
 
+class EvaluationView(NamedTuple):
+    """How test images are seen."""
+
+    evaluation: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 class ClassifierTrainer(Trainer):
     """A student that learns from labelled and unlabelled images, and an exponential moving average of it.
 
@@ -79,6 +87,7 @@ class ClassifierTrainer(Trainer):
         self.batched = config.data.augment == "batched" and splits.augmentation != "imagenet"
         chosen = {"flip": config.data.flip, "shift": config.data.shift}
         self.transforms: Any = data.default_transforms(splits, **chosen)
+        self.evaluation_view = EvaluationView(self.transforms.evaluation, splits.mean, splits.std)
         if self.batched:
             self.transforms = data.batch_transforms(splits, **chosen)
         self.seen = data.SeenImages.of(
@@ -100,7 +109,7 @@ class ClassifierTrainer(Trainer):
         """
         config = self.config
         groups = model.parameters() if decay_all else models.parameter_groups(model, config.weight_decay)
-        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        rates: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **self.fused}
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, **rates)
@@ -108,7 +117,7 @@ class ClassifierTrainer(Trainer):
             optimizer = torch.optim.SGD(groups, **rates, momentum=momentum, nesterov=momentum > 0)
         self.load_weights(model)
         self.model = channels_last(model)
-        self.student, self.optimizer = self.fabric.setup(self.model, optimizer)
+        self.student, self.optimizer = self.fabric.setup(self.compiled(self.model), optimizer)
         self.teacher = EMATeacher(self.model, config.ema_decay, buffers=config.ema_buffers, warm_up=config.ema_warm_up)
 
     def training_batches(self, start_step: int, *, mu: int, strong: Any) -> Iterable[data.Batch]:
@@ -138,15 +147,11 @@ class ClassifierTrainer(Trainer):
 
     def accuracies(self, images: data.ImageDataset, ks: tuple[int, ...] = (1,)) -> dict[str, list[float]]:
         """Top-k accuracies on some images of the student and of its average, "ema"."""
-        splits, view = self.splits, self.transforms.evaluation
-        accuracies = {}
-        for name, model in (("student", self.model), ("ema", self.teacher)):
-            broadcast_buffers(model)
-            batches = evaluation_loader(
-                images, self.fabric, self.config.run, mean=splits.mean, std=splits.std, transform=view
-            )
-            accuracies[name] = top_k_accuracy(model, batches, device=self.fabric.device, ks=ks)
-        return accuracies
+        networks = {"student": self.model, "ema": self.teacher}
+        for network in networks.values():
+            broadcast_buffers(network)
+        batches = self.evaluation_set(images, self.evaluation_view)
+        return top_k_accuracies(networks, batches, device=self.fabric.device, ks=ks, autocast=self.fabric.autocast)
 
 
 def _hold_out(splits: data.ImageSplits, count: int, seed: int) -> tuple[data.ImageSplits, data.ImageDataset | None]:

@@ -98,7 +98,9 @@ def parse_config(method: str, argv: Sequence[str]) -> tuple[Any, bool]:
     parser = _parser(method)
     values = vars(parser.instantiate(parser.parse_args(_find_configs(method, argv))))
     config_type = METHODS[method].config
-    return config_type(**{setting.name: values[setting.name] for setting in fields(config_type)}), values["resume"]
+    config = config_type(**{setting.name: values[setting.name] for setting in fields(config_type)})
+    config.run.compile |= values["compile"]
+    return config, values["resume"]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -193,6 +195,7 @@ def _parser(method: str) -> ArgumentParser:
         "--config", action=ActionConfigFile, help="one of the configurations below, or the path of a YAML file"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.out, if there is one")
+    parser.add_argument("--compile", action="store_true", help="the same as --run.compile true")
     parser.add_class_arguments(METHODS[method].config)
     return parser
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,49 +12,120 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ssmkernels import metrics
+from ssmkernels import data, metrics
+from ssmkernels.data.batched_augment import normalize
 from ssmkernels.distributed import all_gather_rows, all_reduce_sum, is_distributed
+
+KEPT_BYTES = 2**30
+"""Up to so many bytes of a rank's share of some images stay on the device between evaluations."""
+
+
+class EvaluationSet:
+    """This rank's share of some images as networks see them, in batches of 256: (images [b, C, H, W] float32, labels
+    [b]), on ``device``. Those that take up to :data:`KEPT_BYTES` are loaded once.
+
+    Args:
+        images: the images.
+        device: where they are wanted.
+        mean, std: per channel, see :func:`ssmkernels.data.to_tensor`.
+        loading: ``transform``, ``rank``, ``world_size``, ``workers`` and ``worker_init_fn`` of
+            :func:`ssmkernels.data.evaluation_batches`.
+    """
+
+    def __init__(
+        self,
+        images: data.ImageDataset,
+        device: torch.device,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **loading: Any,
+    ) -> None:
+        self.images, self.device, self.mean, self.std = images, device, mean, std
+        self.loaded: Iterable[tuple[Tensor, Tensor]] = data.evaluation_batches(images, 256, **loading)
+        self.kept = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        keeping: list[tuple[Tensor, Tensor]] = []
+        bytes_left = 0 if self.kept else KEPT_BYTES
+        for pixels, labels in self.loaded:
+            on_device = pixels.to(self.device), labels.to(self.device)
+            bytes_left -= pixels.nbytes
+            if bytes_left >= 0:
+                keeping.append(on_device)
+            else:
+                keeping.clear()
+            yield normalize(on_device[0], self.mean, self.std), on_device[1]
+        if bytes_left >= 0:
+            self.loaded, self.kept = keeping, True  # the loading processes end
 
 
 @torch.no_grad()
-def top_k_accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, ks: tuple[int, ...] = (1,)
-) -> list[float]:
-    """The share of images whose class is among the k with the highest logits, for each k, over the batches of all
-    ranks.
+def top_k_accuracies(
+    networks: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    ks: tuple[int, ...] = (1,),
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, list[float]]:
+    """The share of images whose class is among the k with the highest logits, for each network and k, over the batches
+    of all ranks, which are gone through once.
 
     Args:
-        model: images [N, C, H, W] -> (logits [N, L], anything); it is put in eval mode for the time.
+        networks: images [N, C, H, W] -> (logits [N, L], anything); they are put in eval mode for the time.
         batches: (images, labels [N]) of this rank.
+        device: of the networks and the batches.
+        autocast: the precision.
     """
-    training = model.training
-    model.eval()
-    counts = torch.zeros(len(ks) + 1, device=device, dtype=torch.float64)
-    for images, labels in batches:
-        logits, _ = model(images.to(device))
-        hits = logits.topk(max(ks), dim=1).indices == labels.to(device)[:, None]
-        counts += torch.stack([*(hits[:, :k].sum() for k in ks), torch.tensor(len(labels), device=device)])
-    model.train(training)
-    *correct, total = all_reduce_sum(counts).tolist()
-    return [count / max(total, 1) for count in correct]
+    hits: dict[str, list[Tensor]] = {name: [] for name in networks}
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(*networks.values()), autocast():
+        for images, labels in batches:
+            count += len(labels)
+            for name, network in networks.items():
+                logits, _ = network(images)
+                right = logits.topk(max(ks), dim=1).indices == labels[:, None]
+                hits[name].append(torch.stack([right[:, :k].sum() for k in ks]).double())
+    none = count.new_zeros(len(ks))
+    totals = torch.stack([count.expand(len(ks)), *(sum(of_batches, start=none) for of_batches in hits.values())])
+    images_of_all, *correct = all_reduce_sum(totals).tolist()
+    shares = [[right / max(images_of_all[0], 1) for right in of_network] for of_network in correct]
+    return dict(zip(networks, shares, strict=True))
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """The networks are in eval mode within it."""
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    yield
+    for network, was_training in zip(networks, training, strict=True):
+        network.train(was_training)
 
 
 @torch.no_grad()
 def embed(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features v [N, d], embeddings z [N, δ] and labels [N] of all images of a data set in its order, on every rank.
+    """Features v [N, d], embeddings z [N, δ], at least float32, and labels [N] of all images of a data set in its
+    order, on every rank.
 
     Args:
         model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
         batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every
             R-th image.
+        autocast: the precision.
     """
-    training = model.training
-    model.eval()
-    parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
-    model.train(training)
+    with evaluating(model), autocast():
+        parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
     features, embeddings, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    features, embeddings = (part.float() if part.dtype.itemsize < 4 else part for part in (features, embeddings))
     ranks = dist.get_world_size() if is_distributed() else 1
     count = int(all_reduce_sum(torch.tensor(len(labels), device=device)))
     order = torch.cat([torch.arange(rank, count, ranks, device=device) for rank in range(ranks)]).argsort()

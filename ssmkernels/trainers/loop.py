@@ -75,6 +75,12 @@ class RunConfig(Settings):
     """What to train on; auto takes a GPU where there is one."""
     workers: int = 0
     """Processes that load and augment images, per rank."""
+    deterministic: bool = False
+    """On a GPU: the convolutions that are the same from run to run, so that a resumed run computes the bits of an
+    uninterrupted one there too, instead of those that are measured to be fastest. On a CPU they always are.
+    """
+    compile: bool = False
+    """Let torch.compile make the network that learns faster, after minutes at the start."""
     bar: bool = True
     """Show a progress bar."""
     timeout: Positive = 1800.0
@@ -137,7 +143,7 @@ def make_fabric(
         accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
     )
     fabric.launch()
-    torch.backends.cudnn.deterministic = True  # a resumed run must choose the convolutions of the interrupted one
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = run.deterministic, not run.deterministic
     return fabric
 
 
@@ -155,7 +161,7 @@ def fit(
 ) -> RunResult:
     """Runs ``trainer`` to ``steps``, or until Ctrl-C or SIGTERM, which end it after the current step with a checkpoint.
 
-    A resumed run computes the bits of an uninterrupted one.
+    A resumed run computes the bits of an uninterrupted one, on a GPU with ``run.deterministic``.
 
     Args:
         config: everything that determines the run, as plain values; a checkpoint made with another one is refused, but

@@ -229,8 +229,8 @@ class MixedLP(Trainer):
             {"params": trained, "scale": 1.0},
             {"params": [self.proxies.proxies], "scale": config.proxy_learning_rate_scale},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.losses, self.optimizer = fabric.setup(_Losses(self.network, self.proxies), optimizer)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, **self.fused)
+        self.losses, self.optimizer = fabric.setup(_Losses(self.compiled(self.network), self.proxies), optimizer)
 
         self.true_labels = torch.as_tensor(self.train.labels)
         self.given_labels = torch.full((count,), -1)

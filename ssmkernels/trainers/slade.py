@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from ssmkernels import data, metrics, models, ops
 from ssmkernels._files import write_atomically
-from ssmkernels.distributed import all_gather_rows, all_reduce_mean, broadcast_buffers, gather_rows
+from ssmkernels.distributed import all_gather_rows, all_reduce_mean, gather_rows
 from ssmkernels.nn import (
     ContrastiveLoss,
     FeatureBasis,
@@ -136,9 +136,9 @@ class Slade(Trainer):
         self.load_weights(model)
         self.rank = _ranking_loss(config)
         self.model = channels_last(model)
-        self.network = fabric.setup_module(self.model)
+        self.network = fabric.setup_module(self.compiled(self.model))
         self.basis_parameters = [*self.basis.parameters(), *self.similarity.parameters()] if config.uses_basis else []
-        self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters))
+        self.optimizer = fabric.setup_optimizers(_optimizer(config, self.model, self.basis_parameters, **self.fused))
         self.start = deepcopy({name: part.state_dict() for name, part in self.parts().items()})
 
     def ended(self, step: int) -> bool:
@@ -359,9 +359,7 @@ class Slade(Trainer):
 
     def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
         """Embeddings and true labels of all images."""
-        broadcast_buffers(self.model)
-        batches = self.images.evaluation_batches(images, self.fabric)
-        return embed(self.model, batches, device=self.fabric.device)[1:]
+        return self.embed(self.model, images.images, self.images.views(images))[1:]
 
 
 class _EpochEnds:
@@ -473,7 +471,9 @@ def evaluate_folds(
     for of_fold, network in _best_networks(config, images, model):
         parts = SladeImages(of_fold, images, native=model is not None)
         batches = parts.evaluation_batches(parts.validation, fabric)
-        _, embeddings, labels = embed(network.to(fabric.device), batches, device=fabric.device)
+        _, embeddings, labels = embed(
+            network.to(fabric.device), batches, device=fabric.device, autocast=fabric.autocast
+        )
         figures.append(_retrieval("validation", embeddings, labels, parts.validation.queries))
     means = {name: statistics.fmean(of_fold[name] for of_fold in figures) for name in figures[0]}
     return {SELECTED_BY: means["validation_MAP@R"], **means, **concatenated_retrieval(config, images, model)}
@@ -498,7 +498,9 @@ def concatenated_retrieval(
     for of_fold, network in _best_networks(config, images, model):
         parts = SladeImages(of_fold, images, native=model is not None)
         batches = parts.evaluation_batches(parts.test, fabric)
-        _, of_network, labels = embed(network.to(fabric.device), batches, device=fabric.device)
+        _, of_network, labels = embed(
+            network.to(fabric.device), batches, device=fabric.device, autocast=fabric.autocast
+        )
         embeddings.append(of_network)
         apart.append(_retrieval("separate_test", of_network, labels, parts.test.queries))
     means = {name: statistics.fmean(figures[name] for figures in apart) for name in apart[0]}
@@ -554,11 +556,13 @@ def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMo
     )
 
 
-def _optimizer(config: SladeConfig, network: nn.Module, basis_parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    config: SladeConfig, network: nn.Module, basis_parameters: list[nn.Parameter], **fused: Any
+) -> torch.optim.Optimizer:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained, "lr": config.learning_rate}]
     if basis_parameters:
         groups.append({"params": basis_parameters, "lr": config.basis_learning_rate})
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, **fused)
     return torch.optim.RMSprop(groups, momentum=0.9, weight_decay=config.weight_decay)

@@ -107,10 +107,7 @@ class SladeImages:
 
     def evaluation_batches(self, images: data.ImageCollection, fabric: Fabric) -> Iterable[tuple[Tensor, Tensor]]:
         """This rank's share of some images once, with their labels."""
-        views = self.views(images)
-        return evaluation_loader(
-            images.images, fabric, self.config.run, mean=views.mean, std=views.std, transform=views.evaluation
-        )
+        return evaluation_loader(images.images, fabric, self.config.run, self.views(images))
 
 
 def load_images(

@@ -194,8 +194,8 @@ class SwAV(Trainer):
         if fabric.world_size > 1 and fabric.device.type == "cuda":  # as SwAV does; there is none for the CPU
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
         channels_last(self.network)
-        optimizer = torch.optim.SGD(self.network.parameters(), lr=config.learning_rate, momentum=0.9)
-        self.crops, self.optimizer = fabric.setup(self.network, optimizer)
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=config.learning_rate, momentum=0.9, **self.fused)
+        self.crops, self.optimizer = fabric.setup(self.compiled(self.network), optimizer)
         # Embeddings of earlier first and second crops, this rank's share, the latest first.
         self.queue = torch.zeros(
             2, config.queue_length // fabric.world_size, config.embedding_dim, device=fabric.device
