@@ -23,7 +23,7 @@ def main() -> None:
     for path in options.results or sorted(folder.glob("*.json")):
         document = json.loads(path.read_text())
         results = [Result.from_json(value) for value in document["results"]]
-        print(path.name, *plots.plot(results, path, Rates(**document["rates"])))
+        print(path.name, *plots.plot(results, path, Rates(**document["rates"]), plots.measured_on(document)))
 
 
 if __name__ == "__main__":

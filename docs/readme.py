@@ -244,9 +244,16 @@ def draw(results: Sequence[Result], digest: str) -> None:
             if peer != "scipy cg":  # measured on one class of a hundred
                 memory_axes.barh(y, max(result.extra_bytes[peer] or 0, 2**12) / 2**20, **style)
     _plots.label_axes(
-        time_axes, title="time of a call (bars: low to high)", xlabel="ms", ylabel="", xscale="log", xlim=(1, None)
+        time_axes,
+        title="time of a call (bars: low to high)",
+        xlabel="time (ms)",
+        ylabel="",
+        xscale="log",
+        xlim=(1, None),
     )
-    _plots.label_axes(memory_axes, title="peak extra memory", xlabel="MiB", ylabel="", xscale="log", xlim=(1, None))
+    _plots.label_axes(
+        memory_axes, title="peak extra memory", xlabel="peak (MiB)", ylabel="", xscale="log", xlim=(1, None)
+    )
     time_axes.set_yticks(range(len(PLOTTED)), [bars.label for bars in PLOTTED], fontsize="small")
     time_axes.invert_yaxis()
     _plots.shared_legend(figure, columns=4)

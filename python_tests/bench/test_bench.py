@@ -66,7 +66,8 @@ def test_table_and_plot(tmp_path):
         and "B=2 K=3" in row
         and row.count("|") == report.table([result]).splitlines()[0].count("|")
     )
-    names = plots.plot([result], tmp_path / "plot.json", measure.Rates(1e9, {"float32": 1e9}))
+    rates = measure.Rates(1e9, {"float32": 1e9})
+    names = plots.plot([result], tmp_path / "plot.json", rates, "a processor; torch 2.11.0, ssmkernels 0.1.0")
     assert names == ["plot.png", "plot-roofline.png"]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
@@ -79,6 +80,8 @@ def test_results_are_written_with_machine_and_versions(tmp_path, monkeypatch, ca
     document = json.loads(out.read_text())
     assert document["versions"]["torch"] == torch.__version__.split("+")[0]
     assert document["machine"]["cpu"]["processors"] >= 1
+    where = plots.measured_on(document)
+    assert document["machine"]["cpu"]["model"] in where and f"torch {document['versions']['torch']}" in where
     assert document["results"][0]["ours"]["median"] > 0
     assert {path.suffix for path in out.parent.iterdir()} == {".json", ".md", ".png"}
     assert "instance_matching" in capsys.readouterr().out

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     text = report.text(results)
     print("\n" + text)
     write_atomically(out.with_suffix(".md"), text + "\n")
-    names = plots.plot(results, out, rates)
+    names = plots.plot(results, out, rates, plots.measured_on(_document(args, argv, rates, results)))
     print(f"\nwrote {', '.join([str(out), out.with_suffix('.md').name, *names])}")
     for family, table in stored.items():
         _add_missing(table, _document(args, argv, rates, measured.get(family, [])))

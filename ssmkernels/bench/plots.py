@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssmkernels import _plots
 from ssmkernels.bench.case import Result
@@ -22,8 +22,20 @@ LOGARITHMIC = {"xscale": "log", "yscale": "log"}
 SPREAD = "bands and bars: lowest to highest call"
 
 
-def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
-    """A plot of each family that was measured and a roofline of all cases, beside ``out``; their names."""
+def measured_on(document: Mapping[str, Any]) -> str:
+    """The device and the versions of results, so that a plot says them by itself."""
+    machine, versions = document["machine"], document["versions"]
+    if document["device"] == "cuda":
+        device = ", ".join(device["name"] for device in machine["torch"]["devices"])
+    else:
+        device = f"{machine['cpu']['model']}, {machine['torch']['threads']} threads"
+    return f"{device}; torch {versions['torch']}, ssmkernels {versions['ssmkernels']}"
+
+
+def plot(results: Sequence[Result], out: Path, rates: Rates, where: str) -> list[str]:
+    """A plot of each family that was measured and a roofline of all cases, beside ``out``, with ``where`` they were
+    measured above; their names.
+    """
     families = [result for result in results if not result.phase.endswith(("growth", "small"))]
     figures = {
         "memory": _memory(families),
@@ -36,11 +48,14 @@ def plot(results: Sequence[Result], out: Path, rates: Rates) -> list[str]:
     names = []
     for family, figure in drawn.items():
         path = out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png")
-        _plots.save(figure, path)
-        names.append(path.name)
-    roofline = out.with_name(f"{out.stem}-roofline.png")
-    _plots.save(_roofline(results, rates), roofline)
-    return [*names, roofline.name]
+        names.append(_save(figure, path, where))
+    return [*names, _save(_roofline(results, rates), out.with_name(f"{out.stem}-roofline.png"), where)]
+
+
+def _save(figure: Figure, path: Path, where: str) -> str:
+    figure.suptitle(f"{figure.get_suptitle()}\n{where}", fontsize="medium")
+    _plots.save(figure, path)
+    return path.name
 
 
 def _line(axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str, *, joined: bool = True) -> None:
@@ -75,7 +90,8 @@ def _roofline(results: Sequence[Result], rates: Rates) -> Figure:
     A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare
     some.
     """
-    figure, (axes,) = _plots.new_figure(1, width=7.5, height=5.0)
+    title = "rate of each case below the roofline (flops of the plain algorithm)"
+    figure, (axes,) = _plots.new_figure(1, title=title, width=7.5, height=5.0)
     chosen = [result for result in results if result.flops and result.bytes]  # calls of small batches have none
     intensities = [result.flops / result.bytes for result in chosen] or [1.0]
     ends = min(intensities) / 2, max(intensities) * 2
@@ -88,9 +104,8 @@ def _roofline(results: Sequence[Result], rates: Rates) -> Figure:
     for number, (op, cases) in enumerate(by_op(chosen).items()):
         x = [result.flops / result.bytes for result in cases]
         _line(axes, number, x, [result.flops / result.ours.median / 1e9 for result in cases], op, joined=False)
-    title = "rate of each case below the roofline (flops of the plain algorithm)"
     xlabel, ylabel = "arithmetic intensity (flops per byte)", "rate (GFLOP/s)"
-    _plots.label_axes(axes, title=title, xlabel=xlabel, ylabel=ylabel, **LOGARITHMIC)
+    _plots.label_axes(axes, xlabel=xlabel, ylabel=ylabel, **LOGARITHMIC)
     _plots.shared_legend(figure, columns=2)
     return figure
 
@@ -109,8 +124,8 @@ def _growth(results: Sequence[Result]) -> Figure | None:
         _spread(time_axes, number, counts, [result.ours for result in cases], scale)
         _draw_memory(memory_axes, number, counts, cases, "ours", op)
     xlabel = "units: pairs, entries, rows × slots, rows"
-    _plots.label_axes(time_axes, title="time per unit", xlabel=xlabel, ylabel="ns", **LOGARITHMIC)
-    _plots.label_axes(memory_axes, title="peak extra memory", xlabel=xlabel, ylabel="MiB", **LOGARITHMIC)
+    _plots.label_axes(time_axes, title="time per unit", xlabel=xlabel, ylabel="time (ns)", **LOGARITHMIC)
+    _plots.label_axes(memory_axes, title="peak extra memory", xlabel=xlabel, ylabel="peak (MiB)", **LOGARITHMIC)
     _plots.shared_legend(figure, columns=4)
     return figure
 
@@ -168,8 +183,7 @@ def _against(
     if not chosen:
         return None
     figure, (time_axes, memory_axes) = _plots.new_figure(2, width=5.2, title=f"{title} ({SPREAD})")
-    names = ["ours", *dict.fromkeys(peer for result in chosen for peer in result.peers)]
-    for number, name in enumerate(names):
+    for number, name in _numbered(chosen):
         cases = sorted((result for result in chosen if name == "ours" or name in result.peers), key=size)
         timings = [result.ours if name == "ours" else result.peers[name] for result in cases]
         x = [size(result) for result in cases]
@@ -180,10 +194,20 @@ def _against(
     points = sorted((size(result), 1e3 * result.products.median) for result in chosen if products and result.products)
     if points:
         time_axes.plot([x for x, _ in points], [y for _, y in points], "k:", label=products)
-    _plots.label_axes(time_axes, title="time", xlabel=xlabel, ylabel="ms", **LOGARITHMIC)
-    _plots.label_axes(memory_axes, title="peak extra memory", xlabel=xlabel, ylabel="MiB", **LOGARITHMIC)
+    _plots.label_axes(time_axes, title="time", xlabel=xlabel, ylabel="time (ms)", **LOGARITHMIC)
+    _plots.label_axes(memory_axes, title="peak extra memory", xlabel=xlabel, ylabel="peak (MiB)", **LOGARITHMIC)
     _plots.shared_legend(figure)
     return figure
+
+
+def _numbered(results: Sequence[Result]) -> list[tuple[int, str]]:
+    """Ours and the peers with their number in the palette: the same in the plots of all families for those that every
+    family has.
+    """
+    common = ["ours", "eager", "torch.compile"]
+    peers = list(dict.fromkeys(peer for result in results for peer in result.peers))
+    names = [*common, *(peer for peer in peers if peer not in common)]
+    return [(number, name) for number, name in enumerate(names) if name == "ours" or name in peers]
 
 
 def _graph(results: Sequence[Result]) -> Figure | None:
@@ -193,7 +217,7 @@ def _graph(results: Sequence[Result]) -> Figure | None:
     if not chosen:
         return None
     figure, (cost_axes, ratio_axes) = _plots.new_figure(2, width=5.2, title=f"ops on graphs ({SPREAD})")
-    for number, op in enumerate(ops):
+    for number, op in ((0, ops[0]), (7, ops[1])):  # peers have those between
         cases = [result for result in chosen if result.op == op and result.size["C"] == 10]
         label = f"{op}, C = 10{', per iteration' if op == 'laplacian_solve' else ''}"
         for result in sorted(cases, key=lambda result: result.size["E"]):
@@ -209,12 +233,14 @@ def _graph(results: Sequence[Result]) -> Figure | None:
                 capsize=2,
                 label=label,
             )
-    for number, peer in enumerate(dict.fromkeys(peer for result in chosen for peer in result.peers), start=len(ops)):
+    for number, peer in _numbered(chosen)[1:]:
         cases = [result for result in chosen if peer in result.peers]
         x = [result.size["E"] * result.size["C"] for result in cases]
         _line(ratio_axes, number, x, [result.ratio(peer) for result in cases], f"{peer} (right)", joined=False)
     limits = {"xscale": "log", "ylim": (0, None)}
-    _plots.label_axes(cost_axes, title="time per entry", xlabel="entries of the graph (E)", ylabel="ns", **limits)
+    _plots.label_axes(
+        cost_axes, title="time per entry", xlabel="entries of the graph (E)", ylabel="time (ns)", **limits
+    )
     title, ylabel = "peers beside ours, both ops", "times longer than ours"
     _plots.label_axes(ratio_axes, title=title, xlabel="entries × classes (E·C)", ylabel=ylabel, **LOGARITHMIC)
     _plots.shared_legend(figure, columns=4)
