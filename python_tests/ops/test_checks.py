@@ -5,6 +5,7 @@ and transforms.
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -310,22 +311,26 @@ def run_python(code):
     return result.stdout
 
 
-def test_importing_the_ops_loads_no_compiler():
-    """torch._dynamo and what it brings take seconds; the ops take a tenth of one."""
+@pytest.fixture(scope="module")
+def loaded():
+    """What is loaded beside torch and this package, once the ops are imported and once what stands on them is."""
     code = (
-        "import sys, torch; before = set(sys.modules); import ssmkernels.ops; new = set(sys.modules) - before\n"
-        "print(sorted(name for name in new if not name.startswith('ssmkernels')))"
-    )
-    assert run_python(code) == "[]\n"
-
-
-def test_importing_what_stands_on_the_ops_loads_no_compiler():
-    code = (
-        "import sys, torch; before = set(sys.modules)\n"
+        "import json, sys, torch; before = set(sys.modules)\n"
+        "def new(): return [name for name in set(sys.modules) - before if not name.startswith('ssmkernels')]\n"
+        "import ssmkernels.ops; by_ops = new()\n"
         "import ssmkernels.nn, ssmkernels.graph, ssmkernels.metrics, ssmkernels.distributed\n"
-        "print(sorted(name for name in set(sys.modules) - before if name in ('torch._dynamo', 'torch._inductor')))"
+        "print(json.dumps([by_ops, new()]))"
     )
-    assert run_python(code) == "[]\n"
+    return json.loads(run_python(code))
+
+
+def test_importing_the_ops_loads_no_compiler(loaded):
+    """torch._dynamo and what it brings take seconds; the ops take a tenth of one."""
+    assert loaded[0] == []
+
+
+def test_importing_what_stands_on_the_ops_loads_no_compiler(loaded):
+    assert not {"torch._dynamo", "torch._inductor"} & set(loaded[1])
 
 
 def test_importing_the_package_registers_the_operators():
