@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from ssmkernels.graph import Graph, knn_graph, propagation
+from ssmkernels.distributed import Group, gather_objects
+from ssmkernels.graph import Graph, SplitGraph, knn_graph, propagation
+from ssmkernels.graph.parts import AnyGraph
 from ssmkernels.ops import _checks as check
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 except ImportError as error:
     raise ImportError(
         "ssmkernels.estimators needs scikit-learn 1.6 or newer: pip install scikit-learn, or 'ssmkernels[train]'"
@@ -54,8 +56,9 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         n_neighbors: k ≥ 1 of the graph, and of the training points that a new point is judged by; N − 1 where it is
             more.
         affinity: ``"cosine"``, the graph of the k nearest neighbours, or ``"precomputed"``: X is the graph, a symmetric
-            matrix [N, N] of weights ≥ 0, sparse or dense, or a :class:`~ssmkernels.graph.Graph`, and a matrix [M, N]
-            where new points are judged. Its diagonal counts nowhere; ``n_neighbors`` and ``gamma`` are not used then.
+            matrix [N, N] of weights ≥ 0, sparse or dense, a :class:`~ssmkernels.graph.Graph`, or this rank's part of
+            one, a :class:`~ssmkernels.graph.SplitGraph`; and a matrix [M, N] where new points are judged. Its diagonal
+            counts nowhere; ``n_neighbors`` and ``gamma`` are not used then.
         gamma: > 0, exponent of the affinity (15).
         mu: > 0, how strongly labelled points keep their label, in the unit of the affinities.
         mu_unlabeled: ≥ 0, how strongly unlabelled points are drawn to no label; ``mu`` for equation (12).
@@ -80,6 +83,7 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
     transduction_: np.ndarray
     confidence_: np.ndarray
     n_iter_: int
+    _is_split: bool
     _prior: np.ndarray  # [C] shares of the classes among the labels
     # [N, d] training points, of length 1: an array, a scipy.sparse one, or None where the affinity is precomputed
     _directions: Any
@@ -107,16 +111,22 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any) -> LabelPropagation:
         """Propagates the labels y [N], -1 where there is none, over the points X [N, d], dense or sparse, or the graph
-        X [N, N], a matrix or a :class:`~ssmkernels.graph.Graph`.
+        X [N, N], a matrix or a :class:`~ssmkernels.graph.Graph`. Of a :class:`~ssmkernels.graph.SplitGraph` y has the
+        labels of this rank's rows, of which are the results too; every rank calls.
 
         Raises:
             ValueError: X is not finite, has a single row or is no graph, y has labels of fewer than two classes or no
                 classes at all (numbers that are not whole), or a parameter is out of range; the message says which.
         """
         y = _with_missing_marked(y)
+        if isinstance(X, (Graph, SplitGraph)) and self.affinity != "precomputed":
+            kind = type(X).__name__
+            raise ValueError(f"X is a {kind}, which needs affinity='precomputed', got {self.affinity!r}")
+        if isinstance(X, SplitGraph):
+            classes, codes, counts = _encode_of_ranks(column_or_1d(y), X.group)
+            self.n_features_in_, self._directions = X.num_nodes, None
+            return self._fit_graph(self._of_split(X), classes, codes, counts)
         if isinstance(X, Graph):
-            if self.affinity != "precomputed":
-                raise ValueError(f"X is a Graph, which needs affinity='precomputed', got {self.affinity!r}")
             X = X.to_scipy()
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float64, ensure_min_samples=2)
         if isinstance(self.n_neighbors, bool) or not isinstance(self.n_neighbors, (int, np.integer)):
@@ -126,26 +136,36 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         if self.affinity not in ("cosine", "precomputed"):
             raise ValueError(f"affinity should be 'cosine' or 'precomputed', got {self.affinity!r}")
         check.check_positive("gamma", self.gamma)
-        self.classes_, codes = _encode(y)
-        prior = np.bincount(codes[codes >= 0]) / np.count_nonzero(codes >= 0)
+        classes, codes = _encode(y)
+        self._directions = None if self.affinity == "precomputed" else _unit_rows(X)
+        return self._fit_graph(self._graph(X), classes, codes, np.bincount(codes[codes >= 0]))
 
-        self._prior, self._directions = prior, None if self.affinity == "precomputed" else _unit_rows(X)
+    def _fit_graph(
+        self, graph: AnyGraph, classes: np.ndarray, codes: np.ndarray, counts: np.ndarray
+    ) -> LabelPropagation:
+        """``codes`` [N] are the labels of the rows that are here, ``counts`` [C] those of all."""
+        self.classes_, self._prior = classes, counts / counts.sum()
+        self._is_split = isinstance(graph, SplitGraph)
         system = propagation.LabelSystem(
-            self._graph(X),
+            graph,
             torch.from_numpy(codes),
             num_classes=len(self.classes_),
             **self._settings("mu", "mu_unlabeled", "balance"),
         )
         result = self._propagate(system)
         if system.shortfall:
-            warnings.warn(f"{type(self).__name__} {system.shortfall}", ConvergenceWarning, stacklevel=2)
+            warnings.warn(f"{type(self).__name__} {system.shortfall}", ConvergenceWarning, stacklevel=3)
         distributions = result.probs.numpy()
-        distributions[result.pseudo_labels.numpy() < 0] = prior
+        distributions[result.pseudo_labels.numpy() < 0] = self._prior
         self.label_distributions_ = distributions
         self.transduction_ = self.classes_[distributions.argmax(axis=1)]
         self.confidence_ = result.confidence.numpy()
         self.n_iter_ = int(result.iterations.max())
         return self
+
+    def _of_split(self, split: SplitGraph) -> SplitGraph:
+        """In float64; loops count nowhere."""
+        return split.with_weight(torch.where(split.col == split.rows, 0, split.weight).double())
 
     def _graph(self, X: Any) -> Graph:
         if self.affinity != "precomputed":
@@ -178,6 +198,10 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         the affinity is precomputed, X [M, N] has the weights of all training points.
         """
         check_is_fitted(self)
+        if self._is_split:
+            raise ValueError(
+                "this was fitted on a SplitGraph, whose distributions are on all ranks: it judges no new points"
+            )
         X = validate_data(self, X, accept_sparse="csr", dtype=np.float64, reset=False)
         if self._directions is None:
             _check_affinity(X)
@@ -248,6 +272,9 @@ class MixedLabelPropagation(LabelPropagation):
         self.beta = beta
         self.logit_scale = logit_scale
 
+    def _of_split(self, split: SplitGraph) -> SplitGraph:
+        return super()._of_split(split).normalized()
+
     def _graph(self, X: Any) -> Graph:
         return super()._graph(X).normalized()
 
@@ -276,17 +303,32 @@ def _is_missing(label: Any) -> bool:
     return label is None or type(label).__name__ == "NAType" or (isinstance(label, numbers.Real) and label != label)
 
 
-def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The classes [C] of y [N], and which of them each entry is: int64 [N], -1 where it is unlabelled."""
+def _unlabelled(y: np.ndarray) -> np.ndarray:
+    """[N] bool."""
     if y.dtype.kind in "UO" and any(isinstance(label, str) and label == "-1" for label in y):
         raise ValueError(
             "y is of strings and holds '-1'; y should be of dtype object, with the integer -1, None or NaN where there"
             " is no label"
         )
     if y.dtype == object:
-        unlabelled = np.array([isinstance(label, numbers.Real) and label == -1 for label in y])
-    else:
-        unlabelled = np.zeros(len(y), dtype=bool) if y.dtype.kind == "U" else y == -1
+        return np.array([isinstance(label, numbers.Real) and label == -1 for label in y], dtype=bool)
+    return np.zeros(len(y), dtype=bool) if y.dtype.kind == "U" else y == -1
+
+
+def _encode_of_ranks(y: np.ndarray, group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The classes [C] on all ranks, which of them each entry of y [n] is, and how many labels each has on all ranks."""
+    unlabelled = _unlabelled(y)
+    own = y[~unlabelled].tolist()
+    labels = [label for of_rank in gather_objects(own, group=group) for label in of_rank]
+    classes, places = _encode(np.array(labels, dtype=object))
+    codes = np.full(len(y), -1, dtype=np.int64)
+    codes[~unlabelled] = np.searchsorted(classes, np.array(own, dtype=classes.dtype))
+    return classes, codes, np.bincount(places)
+
+
+def _encode(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes [C] of y [N], and which of them each entry is: int64 [N], -1 where it is unlabelled."""
+    unlabelled = _unlabelled(y)
     labels = y[~unlabelled]
     if len(labels) == 0:
         raise ValueError("y should have labels of at least 2 classes, but all of it is -1 (unlabelled)")

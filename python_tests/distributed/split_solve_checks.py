@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -181,6 +182,26 @@ def check_mixed_label_propagation_on_a_split_graph(group: dist.ProcessGroup) -> 
         assert int((actual.iterations - expected.iterations).abs().max()) <= 1
     given = graph.mixed_label_propagation(part, labels[own], dissimilarity=actual.dissimilarity, **settings)
     assert torch.equal(given.pseudo_labels, actual.pseudo_labels)
+
+
+def check_estimators_on_a_split_graph(group: dist.ProcessGroup) -> None:
+    from ssmkernels.estimators import LabelPropagation, MixedLabelPropagation
+
+    whole = graph.knn_graph(features(torch.float64), K)
+    names = np.array(["d", "c", "b", "a", -1], dtype=object)[labelled(8).numpy()]
+    part, own = split(whole, group, even=False)
+    for estimator in (LabelPropagation, MixedLabelPropagation):
+        expected = estimator(affinity="precomputed").fit(whole, names)
+        actual = estimator(affinity="precomputed").fit(part, names[own])
+        assert np.array_equal(actual.classes_, expected.classes_)
+        assert np.array_equal(actual.transduction_, expected.transduction_[own])
+        np.testing.assert_allclose(
+            actual.label_distributions_, expected.label_distributions_[own], rtol=1e-6, atol=1e-9
+        )
+    with pytest.raises(ValueError, match="it judges no new points"):
+        actual.predict(np.zeros((1, N)))
+    with pytest.raises(ValueError, match="which needs affinity='precomputed'"):
+        LabelPropagation().fit(part, names[own])
 
 
 def check_weak_edges_and_parts_without_labels(group: dist.ProcessGroup) -> None:

@@ -154,6 +154,15 @@ def exchange_rows(tensor: Tensor, counts: Sequence[int], *, group: Group = None)
     return [received[rank * own : (rank + 1) * own] for rank in range(len(counts))]
 
 
+def gather_objects(own: Any, *, group: Group = None) -> list[Any]:
+    """What every rank has, in rank order; pickled on the way."""
+    if not is_distributed(group):
+        return [own]
+    everyone: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(everyone, own, group=process_group(group))
+    return everyone
+
+
 @torch.no_grad()
 def send_rows(tensor: Tensor, counts: Sequence[int], *, group: Group = None) -> tuple[Tensor, list[int]]:
     """Rows to every rank, where no rank knows how many it gets: of ``tensor`` [Σ counts, ...], the first counts[0] go

@@ -14,9 +14,11 @@ import math
 import torch
 from torch import Tensor
 
+from ssmkernels.distributed import is_distributed
 from ssmkernels.graph.split.convergence import Convergence, imbalance
 from ssmkernels.graph.split.structure import SplitGraph
 from ssmkernels.ops import _laplacian_rows as kernels
+from ssmkernels.ops.graph import solve_with_curvature
 
 
 def conjugate_gradients(
@@ -40,8 +42,21 @@ def conjugate_gradients(
 
     Returns:
         solution [n, C] of this rank's rows, iterations [C], residual [C] and curvature [C], the same on every rank; see
-        :func:`ssmkernels.ops.graph.solve_with_curvature`.
+        :func:`ssmkernels.ops.graph.solve_with_curvature`, which a group of one rank takes.
     """
+    if not is_distributed(graph.group):
+        return solve_with_curvature(
+            graph.crow,
+            graph.col,
+            weight,
+            dissimilarity,
+            diagonal,
+            rhs,
+            initial=initial,
+            rtol=rtol,
+            max_iter=max_iter,
+            preconditioner="jacobi" if jacobi else "none",
+        )
     matrix = SplitMatrix(graph, weight, dissimilarity, diagonal, jacobi)
     return Iteration(matrix, rhs, initial, rtol, max_iter).run()
 

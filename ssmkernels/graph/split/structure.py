@@ -112,7 +112,7 @@ class SplitGraph:
         """This rank's part of a graph that every rank has.
 
         Args:
-            graph: the same on every rank.
+            graph: the same on every rank, on the CPU.
             group: the ranks; by default the default group, and this process alone without one.
             partition: ``"contiguous"``: runs of nodes as equal as can be, without sending anything; or ``"cells"``: as
                 many nodes, in parts that fewer edges join, found by rank 0 and sent to the others (8·N bytes). ``ids``
@@ -123,6 +123,8 @@ class SplitGraph:
         """
         if not isinstance(graph, Graph):
             raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
+        if graph.device.type != "cpu":
+            raise ValueError(f"graph is on {graph.device}; a split graph is for the CPU, take graph.to('cpu')")
         check_group(group)
         check.check_choice("partition", partition, get_args(Partition))
         ranks = world_size(group)
