@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ssmkernels._text import duration, markdown_table
-from ssmkernels.experiments.jobs import FILE, Job, Outcome, outcome_of, pieces_of, read_state, with_needs
+from ssmkernels.experiments.jobs import FILE, Job, Outcome, outcome_of, pieces_of, read_outcome, with_needs
 from ssmkernels.experiments.run import Request, plan
 from ssmkernels.experiments.spec import Table
 from ssmkernels.trainers.ranks import this_rank
@@ -85,7 +85,7 @@ def _seconds_per_step(folder: Path) -> Mapping[str, float]:
     """By what jobs are alike in, from the finished jobs in ``folder``."""
     seconds: dict[str, list[float]] = {}
     for path in folder.glob(f"*/{FILE}"):
-        state = read_state(path.parent)
-        if state is not None and state["status"] == "finished" and state.get("like") and state["value"]["steps"]:
-            seconds.setdefault(state["like"], []).append(state["seconds"] / state["value"]["steps"])
+        outcome = read_outcome(path.parent)
+        if outcome.finished and outcome.like and outcome.value["steps"]:
+            seconds.setdefault(outcome.like, []).append(outcome.seconds / outcome.value["steps"])
     return {like: statistics.median(values) for like, values in seconds.items()}

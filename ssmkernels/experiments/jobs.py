@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,16 +57,29 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: with a ``value`` or with the message of an ``error``; with neither where it has not been run."""
+    """How a job ended, as ``job.json`` has it: with a ``value``, or with the message of an ``error``."""
 
-    value: Any = None
-    error: str | None = None
+    title: str = ""
+    status: str | None = None
+    """finished, failed or stopped; None where it has not been run."""
     seconds: float = 0.0
     """Wall time, over all calls."""
+    launch: str | None = None
+    """The ranks that ran it, see :func:`ssmkernels.trainers.ranks.this_launch`."""
+    like: str | None = None
+    """Of the job, see :class:`Job`."""
+    value: Any = None
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
-        return self.value is not None
+        return self.status == "finished"
+
+    @property
+    def over(self) -> bool:
+        """Whether it is finished, or failed in this very launch of ranks; one that failed before is tried again."""
+        in_this_launch = this_rank()[1] > 1 and self.launch == this_launch()
+        return self.finished or (self.status == "failed" and in_this_launch)
 
 
 def run_jobs(
@@ -82,7 +95,7 @@ def run_jobs(
     distinct = {job.name: job for job in jobs}
     work = with_needs(job for job in distinct.values() if chosen(job))
     for number, job in enumerate(work.values(), start=1):
-        if _is_over(read_state(folder / job.name)):
+        if read_outcome(folder / job.name).over:
             continue
         unfinished = [needed for needed in job.needs if not outcome_of(folder, needed).finished]
         if unfinished:
@@ -107,11 +120,11 @@ def with_needs(jobs: Iterable[Job]) -> dict[str, Job]:
 
 def outcome_of(folder: Path, job: Job) -> Outcome:
     """How a job ended, or the first that it needs and that failed."""
-    state = read_state(folder / job.name)
-    if state is None or state["status"] == "stopped":
-        errors = [outcome_of(folder, needed).error for needed in job.needs]
-        return Outcome(error=next((error for error in errors if error is not None), None))
-    return Outcome(state.get("value"), state.get("error"), state["seconds"])
+    outcome = read_outcome(folder / job.name)
+    if outcome.status in ("finished", "failed"):
+        return outcome
+    errors = [outcome_of(folder, needed).error for needed in job.needs]
+    return Outcome(error=next((error for error in errors if error is not None), None))
 
 
 def training_job(method: str, config: Any, title: str, needs: tuple[Job, ...] = (), *, devices: int = 1) -> Job:
@@ -175,7 +188,7 @@ def _run(job: Job, folder: Path) -> None:
         return
     try:
         with folder_lock(folder):
-            if this_rank()[1] > 1 or not _is_over(read_state(folder)):  # by another process, in between
+            if this_rank()[1] > 1 or not read_outcome(folder).over:  # by another process, in between
                 _run_locked(job, folder)
     except FolderInUse as error:
         if this_rank()[1] > 1:
@@ -184,22 +197,12 @@ def _run(job: Job, folder: Path) -> None:
 
 
 def _run_locked(job: Job, folder: Path) -> None:
-    earlier = (read_state(folder) or {"seconds": 0.0})["seconds"]
-    begin = time.perf_counter()
+    begin = time.perf_counter() - read_outcome(folder).seconds
 
     def leave(status: str, **rest: Any) -> None:
-        if this_rank()[0] > 0:
-            return
-        seconds = earlier + time.perf_counter() - begin
-        state = {
-            "title": job.title,
-            "status": status,
-            "seconds": seconds,
-            "launch": this_launch(),
-            "like": job.like,
-            **rest,
-        }
-        write_atomically(folder / FILE, json.dumps(state, indent=1) + "\n")
+        if this_rank()[0] == 0:
+            outcome = Outcome(job.title, status, time.perf_counter() - begin, this_launch(), job.like, **rest)
+            write_atomically(folder / FILE, json.dumps(asdict(outcome), indent=1) + "\n")
 
     try:
         with nullcontext() if job.config is not None else alone():
@@ -249,30 +252,22 @@ def _await(job: Job, folder: Path) -> None:
     if this_rank()[0] == 0:
         return
     with StopSignals() as stop:
-        while not _is_over(state := read_state(folder)):
-            stopped = state is not None and (state["status"], state["launch"]) == ("stopped", this_launch())
-            if stopped or stop.requested:
+        while not (outcome := read_outcome(folder)).over:
+            if stop.requested or (outcome.status, outcome.launch) == ("stopped", this_launch()):
                 raise KeyboardInterrupt
             time.sleep(POLL)
 
 
-def _is_over(state: Mapping[str, Any] | None) -> bool:
-    """Whether a job is finished, or failed in this very launch of ranks; one that failed before is tried again."""
-    if state is None or state["status"] == "stopped":
-        return False
-    return state["status"] == "finished" or (this_rank()[1] > 1 and state["launch"] == this_launch())
-
-
-def read_state(folder: Path) -> Any:
-    """How the job in ``folder`` ended; None where that is not known. A damaged file is named on stderr."""
+def read_outcome(folder: Path) -> Outcome:
+    """How the job in ``folder`` ended, by this version or an earlier one. A damaged file is named on stderr."""
     path = folder / FILE
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(state, dict) and {"status", "seconds", "launch"} <= state.keys()):
             raise ValueError("it is not how a job ended")
+        return Outcome(**state)
     except FileNotFoundError:
-        return None
-    except ValueError as error:
+        pass
+    except (TypeError, ValueError) as error:
         print(f"{path} is damaged ({error}); the job is run again from its checkpoint", file=sys.stderr, flush=True)
-        return None
-    return state
+    return Outcome()

@@ -65,11 +65,7 @@ class Request:
     @property
     def arguments(self) -> tuple[str, ...]:
         """The settings as ``ssmkernels train`` takes them."""
-        arguments: list[str] = []
-        for setting in self.settings:
-            key, _, value = setting.partition("=")
-            arguments += [f"--{key}", value]
-        return tuple(arguments)
+        return tuple(flat([f"--{setting}".split("=", 1) for setting in self.settings]))
 
     def command(self, name: str) -> str:
         options = [("--data", self.source.label), ("--budget", self.budget)]
@@ -150,29 +146,21 @@ def find_cells(table: Table, request: Request) -> Cells:
     kind, path = request.source.kind, Path(request.source.path or "")
     if kind == "folder" and request.check and not path.is_dir():
         raise FileNotFoundError(f"--data is {str(path)!r}, which is no folder")
-    if kind == EMBEDDED and table.embedded:
-        table = table.variant("embedded")
-    elif kind == "file" and table.classes:
-        table = table.variant("classes")
-    if kind == EMBEDDED and table.offline and request.budget != "smoke":
+    variants = {EMBEDDED: [table.variant("embedded")], "file": [table.variant("classes")], "folder": [table]}[kind]
+    if kind == "folder" and table.classes:
+        variants.append(table.variant("classes"))
+    if kind == EMBEDDED and variants[0].offline and request.budget != "smoke":
         raise ValueError(
             f"--data is missing; the {request.budget} budget needs the folder of the paper's images "
             f"(only smoke runs without, or with --data {EMBEDDED})"
         )
-    try:
-        return _cells_of(table, request)
-    except EXPECTED as error:
-        if kind != "folder" or not table.classes:
-            raise
+    errors = []
+    for variant in variants:
         try:
-            return _cells_of(table.variant("classes"), request)
-        except EXPECTED as other:
-            raise type(error)(f"{error}\n{other}") from error
-
-
-def _cells_of(table: Table, request: Request) -> Cells:
-    cells: Cells = (table.hook("cells") or training_cells)(table, request)
-    return cells
+            return (variant.hook("cells") or training_cells)(variant, request)
+        except EXPECTED as error:
+            errors.append(error)
+    raise type(errors[0])("\n".join(map(str, errors)))
 
 
 def cells_of_columns(
@@ -250,50 +238,44 @@ def configure(table: Table, request: Request, column: str, arguments: Arguments)
     rest = (*words(start), *words(arguments), *place, *request.arguments, "--seed", "1")
     everything = (*words(table.columns[column]), *budget.arguments, *rest)
     needs: tuple[Job, ...] = (_fine_tuning(table, request, column),) if "{swav}" in " ".join(everything) else ()
-    fill = {
-        **_places(request),
-        "swav": lambda: str(request.jobs / needs[0].name / "backbone.pt"),
-        "all": lambda: str(_count_images(table, request, column)),
-        "steps": lambda: str(configure(table, request, column, "--student mining")[0].steps),
-    }
-    return parse_config(table.method, _config_first(_filled(everything, fill)))[0], needs
+    filled = _filled(everything, table, request, column)
+    return parse_config(table.method, _config_first(filled))[0], needs
 
 
 def _fine_tuning(table: Table, request: Request, column: str) -> Job:
     """SwAV on all training images of a column, without their labels."""
     smoke = words(table.swav_smoke) if request.budget == "smoke" else ()
     arguments = (*words(table.swav[column]), *request.source.arguments, *smoke, "--seed", "1")
-    config, _ = parse_config("swav", _filled(arguments, _places(request)))
+    config, _ = parse_config("swav", _filled(arguments, table, request, column))
     return training_job("swav", config, f"{table.title}: fine-tuning by SwAV, {column}")
 
 
-def _places(request: Request) -> dict[str, Callable[[], str]]:
-    """What ``{data}`` and ``{swav_file}`` in arguments stand for."""
+def _filled(arguments: Iterable[str], table: Table, request: Request, column: str) -> list[str]:
+    """Arguments with what stands for the names in braces."""
+    source = request.source
 
-    def swav_file() -> str:
-        weights = request.source.swav_weights()
-        if weights is None:
+    def meaning(name: re.Match[str]) -> str:
+        if name[1] == "data":
+            return source.path or "none"
+        if name[1] == "swav":
+            return str(request.jobs / _fine_tuning(table, request, column).name / "backbone.pt")
+        if name[1] == "steps":
+            return str(configure(table, request, column, "--student mining")[0].steps)
+        if name[1] == "all":
+            images = configure(table, request, column, "")[0].data
+            return str(len(data.load_dataset(images.name, images.root).train) if request.check else images.labels)
+        if source.swav_weights() is None:
             raise FileNotFoundError(f"no {SWAV_FILE} in --data")
-        return str(weights)
+        return str(source.swav_weights())
 
-    return {"data": lambda: request.source.path or "none", "swav_file": swav_file}
-
-
-def _filled(arguments: Iterable[str], fill: Mapping[str, Callable[[], str]]) -> list[str]:
-    return [re.sub(r"\{(\w+)\}", lambda match: fill[match[1]](), argument) for argument in arguments]
+    return [re.sub(r"\{(data|swav|steps|all|swav_file)\}", meaning, argument) for argument in arguments]
 
 
 def _config_first(arguments: Sequence[str]) -> list[str]:
     """The last --config before everything else, which it would replace."""
     pairs = list(zip(arguments[::2], arguments[1::2], strict=True))
     configs = [pair for pair in pairs if pair[0] == "--config"]
-    others = [pair for pair in pairs if pair[0] != "--config"]
-    return list(itertools.chain(*configs[-1:], *others))
-
-
-def _count_images(table: Table, request: Request, column: str) -> int:
-    config, _ = configure(table, request, column, "")
-    return len(data.load_dataset(config.data.name, config.data.root).train) if request.check else config.data.labels
+    return flat([*configs[-1:], *(pair for pair in pairs if pair[0] != "--config")])
 
 
 def run_table(table: Table, request: Request) -> bool:

@@ -5,6 +5,7 @@ which cells it serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,15 @@ class Source:
             return ValueError(
                 f"--data is {self.path}, the images of {Path(self.path or '').stem} by its name; this needs {name}"
             )
-        try:
-            if method == "slade":
-                load_images(config)
-            elif method == "mixed-lp":
-                data.load_collection(config.name, config.root)
-            else:
-                data.load_dataset(config.name, config.root)
-        except EXPECTED as error:
-            return error
-        return None
+        if method == "slade":
+            return error_of(load_images, config)
+        return error_of(data.load_collection if method == "mixed-lp" else data.load_dataset, config.name, config.root)
+
+
+def error_of(load: Callable[..., Any], *arguments: Any) -> Exception | None:
+    """What keeps images from being loaded, which are not looked at here."""
+    try:
+        load(*arguments)
+    except EXPECTED as error:
+        return error
+    return None

@@ -33,19 +33,7 @@ Predict = Callable[[graph.Graph, Tensor, Tensor, Sequence[str]], Mapping[str, Te
 """(graph, labels, true classes, keys of the rows) -> predictions by key, or a number."""
 
 
-def table3(table: Table, request: Request) -> Cells:
-    return _cells(table, request, predict_table3, LABELINGS)
-
-
-def figure4(table: Table, request: Request) -> Cells:
-    return _cells(table, request, predict_figure4, ["5 per class"])
-
-
-def figure5(table: Table, request: Request) -> Cells:
-    return _cells(table, request, predict_figure5, ["5 per class"])
-
-
-def _cells(table: Table, request: Request, predict: Predict, labelings: Iterable[str]) -> Cells:
+def _cells(table: Table, request: Request, predict: Predict, labelings: Iterable[str] = ("5 per class",)) -> Cells:
     """A cell for each row, set that can be had, and labelling; those of a column are one job a seed."""
     folder = request.source.path
     sets = {name: title for title, name in table.columns.items()}
@@ -157,3 +145,8 @@ def predict_figure5(affinity: graph.Graph, labels: Tensor, classes: Tensor, keys
         mixed = graph.mixed_label_propagation(affinity, labels, beta=beta, logit_scale=scale)
         predictions[key] = mixed.pseudo_labels
     return predictions
+
+
+table3 = functools.partial(_cells, predict=predict_table3, labelings=LABELINGS)
+figure4 = functools.partial(_cells, predict=predict_figure4)
+figure5 = functools.partial(_cells, predict=predict_figure5)

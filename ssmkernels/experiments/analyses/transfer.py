@@ -18,10 +18,10 @@ from torch import nn
 from ssmkernels import data as images
 from ssmkernels import models
 from ssmkernels.data import load_transfer_images
-from ssmkernels.experiments.jobs import EXPECTED, Job, training_job
+from ssmkernels.experiments.jobs import Job, training_job
 from ssmkernels.experiments.record import Entry
 from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, entries_of, numbers
-from ssmkernels.experiments.sources import EMBEDDED, INSIDE_PACKAGES
+from ssmkernels.experiments.sources import EMBEDDED, INSIDE_PACKAGES, error_of
 from ssmkernels.experiments.spec import Cell, Figure, Table
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.linear_evaluation import PENALTIES, transfer
@@ -58,22 +58,18 @@ def cells(table: Table, request: Request) -> Cells:
         for row, (name, backbone, needs) in networks.items():
             rated = functools.partial(rate, config, backbone, sets[title], request.source.path, penalties)
             job = Job(f"linear-{sets[title]}-{len(penalties)}-{name}", f"{table.title}: {row}, {title}", rated, needs)
-            yield Cell(row, title, (figure,), numbers(table, request, row, title), functools.partial(_job, job))
+            paper = numbers(table, request, row, title)
+            yield Cell(row, title, (figure,), paper, functools.partial(_job, job))
 
-    return cells_of_columns(table, sets, request, lambda title: _problem(sets[title], request), cells_of)
+    def missing(title: str) -> Exception | None:
+        return error_of(load_transfer_images, sets[title], request.source.path)
+
+    return cells_of_columns(table, sets, request, missing, cells_of)
 
 
 def _job(job: Job, seed: int) -> Job:
     """There is one training and one evaluation, whatever the seed."""
     return job
-
-
-def _problem(name: str, request: Request) -> Exception | None:
-    try:
-        load_transfer_images(name, request.source.path)
-    except EXPECTED as error:
-        return error
-    return None
 
 
 def means(table: Table, request: Request, cells: Sequence[Cell], values: Values) -> Result:
