@@ -318,7 +318,7 @@ def test_bad_data_settings():
 
 def test_shipped_configurations():
     names = config_names("swav")
-    assert set(names) == {"digits", "flowers17", "cub200"}
+    assert set(names) == {"digits", "flowers17", "cub200", "cub200-bf16"}
     for name in names:
         config, _ = parse_config("swav", ["--config", name])
         assert (config.temperature, config.epsilon, config.sinkhorn_iterations) == (0.1, 0.05, 3)
