@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +67,8 @@ def draw_arrays(draw: Draw, nodes: int, dtype: torch.dtype, *values: str) -> dic
     return arrays
 
 
-def _draw_solve(draw: Draw) -> dict[str, Any]:
-    dtype, (nodes, columns) = v.dtype(draw), v.sizes(draw, 2)
+def draw_solve(draw: Draw, dtypes: tuple[torch.dtype, ...] = v.FLOATS) -> dict[str, Any]:
+    dtype, (nodes, columns) = v.dtype(draw, dtypes), v.sizes(draw, 2)
     nodes = min(nodes, 65)
     arrays = draw_arrays(draw, nodes, dtype, "weight", "dissimilarity")
     plain = [arrays[name].resolve_neg().contiguous() for name in ("weight", "col", "crow")]
@@ -91,24 +93,25 @@ def _draw_solve(draw: Draw) -> dict[str, Any]:
     }
 
 
-def _solve(**arguments: Any) -> Tensor:
-    solved = ops.laplacian_solve(**arguments)
-    if bool((solved.iterations > int(arguments["max_iter"])).any()):
+def solved(solve: Callable[..., Any], *system: Any, **arguments: Any) -> Tensor:
+    """The solution, if it is within its tolerance."""
+    result = solve(*system, **arguments)
+    if bool((result.iterations > int(arguments["max_iter"])).any()):
         raise AssertionError("more iterations than max_iter")
-    if not bool((solved.residual <= float(arguments["rtol"])).all()):
+    if not bool((result.residual <= float(arguments["rtol"])).all()):
         raise Undecided
-    return solved.solution
+    return result.solution
 
 
-def _exact_solve(**arguments: Any) -> Tensor:
+def exact_solve(**arguments: Any) -> Tensor:
     try:
         return reference.laplacian_solve(**arguments).solution
     except torch.linalg.LinAlgError as error:  # weights of very different size: singular in float64
         raise Undecided from error
 
 
-def _draw_leave_one_out(draw: Draw) -> dict[str, Any]:
-    dtype, (nodes, columns) = v.dtype(draw), v.sizes(draw, 2, least=2)
+def draw_leave_one_out(draw: Draw, dtypes: tuple[torch.dtype, ...] = v.FLOATS) -> dict[str, Any]:
+    dtype, (nodes, columns) = v.dtype(draw, dtypes), v.sizes(draw, 2, least=2)
     return {
         **draw_arrays(draw, min(nodes, 65), dtype, "weight"),
         "propagated": v.values(draw, (min(nodes, 65), columns), dtype),
@@ -118,9 +121,9 @@ def _draw_leave_one_out(draw: Draw) -> dict[str, Any]:
 
 TARGETS = {
     "ops.laplacian_solve": Target(
-        _draw_solve,
-        _solve,
-        _exact_solve,
+        draw_solve,
+        partial(solved, ops.laplacian_solve),
+        exact_solve,
         numbers={"rtol": RTOL, "max_iter": MAX_ITER},
         words={"preconditioner": ("jacobi", "none")},
         gradient=("rhs",),
@@ -129,7 +132,7 @@ TARGETS = {
         lists=EDGES,
     ),
     "ops.leave_one_edge_out": Target(
-        _draw_leave_one_out,
+        draw_leave_one_out,
         ops.leave_one_edge_out,
         reference.leave_one_edge_out,
         numbers={"logit_scale": SCALE},

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from fuzz import classifiers, graphs, memory, modules, pairs, propagation, ranking, retrieval, structure
+from fuzz import classifiers, graphs, memory, modules, pairs, propagation, ranking, retrieval, split, structure
 from fuzz.contents import tensors_of
 from fuzz.oracle import Target, check
 from fuzz.spoil import spoiled
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ssmkernels.graph import Graph
 
-FAMILIES = (memory, graphs, pairs, ranking, structure, propagation, retrieval, classifiers, modules)
+FAMILIES = (memory, graphs, pairs, ranking, structure, split, propagation, retrieval, classifiers, modules)
 TARGETS: dict[str, Target] = {name: target for family in FAMILIES for name, target in family.TARGETS.items()}
 
 

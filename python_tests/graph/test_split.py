@@ -45,6 +45,22 @@ def test_from_graph_refuses(arguments, error, message):
         SplitGraph.from_graph(*arguments)
 
 
+def test_solve_and_leave_one_out_refuse():
+    whole = graph.knn_graph(features(), 3)
+    split = SplitGraph.from_graph(whole)
+    with pytest.raises(TypeError, match="graph must be a ssmkernels.graph.SplitGraph, got Graph"):
+        graph.laplacian_solve(whole, None, torch.ones(150), torch.ones(150, 2))
+    with pytest.raises(TypeError, match="graph must be a ssmkernels.graph.SplitGraph, got Graph"):
+        graph.leave_one_edge_out(whole, torch.ones(150, 2))
+    for wrong, error in ((None, TypeError), (torch.ones(150), ValueError), (torch.ones(149, 2), ValueError)):
+        with pytest.raises(error, match="propagated"):
+            graph.leave_one_edge_out(split, wrong)
+        with pytest.raises(error, match="rhs"):
+            graph.laplacian_solve(split, None, torch.ones(150), wrong)
+    with pytest.raises(ValueError, match="logit_scale"):
+        graph.leave_one_edge_out(split, torch.ones(150, 2), logit_scale=0.0)
+
+
 def test_sparse_features_and_a_group():
     from scipy.sparse import csr_array
 

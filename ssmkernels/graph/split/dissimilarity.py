@@ -13,7 +13,8 @@ from torch import Tensor
 from ssmkernels import ops
 from ssmkernels.distributed import send_rows
 from ssmkernels.graph.split.halo import extend
-from ssmkernels.graph.split.structure import SplitGraph
+from ssmkernels.graph.split.structure import SplitGraph, check_split_graph
+from ssmkernels.ops import _checks as check
 
 
 def leave_one_edge_out(graph: SplitGraph, propagated: Tensor, *, logit_scale: float = 4.0) -> Tensor:
@@ -29,6 +30,11 @@ def leave_one_edge_out(graph: SplitGraph, propagated: Tensor, *, logit_scale: fl
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    check_split_graph(graph)
+    check.check_tensor("propagated", propagated, "[n, C]", 2)
+    check.check_size("propagated", propagated, 0, graph.num_rows, "n of the graph")
+    check.check_same_dtype("propagated", propagated, "graph.weight", graph.weight)
+    logit_scale = check.check_positive("logit_scale", logit_scale)
     rows, size = graph.num_rows, graph.num_rows + graph.num_ghosts
     own_row, own_col, weight = graph.rows, graph.col.long(), graph.weight
     cut = own_col >= rows

@@ -271,6 +271,11 @@ class SplitGraph:
         )
 
 
+def check_split_graph(graph: SplitGraph) -> None:
+    if not isinstance(graph, SplitGraph):
+        raise TypeError(f"graph must be a ssmkernels.graph.SplitGraph, got {type(graph).__name__}")
+
+
 def starts_of(count: int, group: Group, device: torch.device) -> list[int]:
     """The first row of every rank and the number of all, where this rank has ``count``."""
     counts = [of_rank for (of_rank,) in gather_sizes([count], device, group=group)]

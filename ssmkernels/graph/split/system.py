@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ssmkernels.graph.split.solve import conjugate_gradients
-from ssmkernels.graph.split.structure import SplitGraph
+from ssmkernels.graph.split.structure import SplitGraph, check_split_graph
 from ssmkernels.ops import LaplacianSolution
 from ssmkernels.ops import _autograd as autograd
 from ssmkernels.ops import _checks as check
@@ -48,16 +48,17 @@ def laplacian_solve(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    check_split_graph(graph)
     weight = graph.weight if weight is None else weight
     sizes = {"weight": graph.num_edges, "dissimilarity": graph.num_edges, "diagonal": graph.num_rows}
     for name, value in {"weight": weight, "dissimilarity": dissimilarity, "diagonal": diagonal}.items():
-        if value is not None:
+        if value is not None or name == "diagonal":
             check.check_tensor(name, value, f"[{'n' if name == 'diagonal' else 'E_r'}]", 1)
             check.check_size(name, value, 0, sizes[name], "this rank's part of the graph")
             check.check_same_dtype(name, value, "graph.weight", graph.weight)
             check.check_weights(name, value)
     for name, value in {"rhs": rhs, "initial": initial}.items():
-        if value is not None:
+        if value is not None or name == "rhs":
             check.check_tensor(name, value, "[n, C]", 2)
             check.check_size(name, value, 0, graph.num_rows, "n of the graph")
             check.check_size(name, value, 1, rhs.shape[1], "C of rhs")
