@@ -50,20 +50,20 @@ def laplacian_solve(
     """
     check_split_graph(graph)
     weight = graph.weight if weight is None else weight
-    sizes = {"weight": graph.num_edges, "dissimilarity": graph.num_edges, "diagonal": graph.num_rows}
-    for name, value in {"weight": weight, "dissimilarity": dissimilarity, "diagonal": diagonal}.items():
-        if value is not None or name == "diagonal":
-            check.check_tensor(name, value, f"[{'n' if name == 'diagonal' else 'E_r'}]", 1)
-            check.check_size(name, value, 0, sizes[name], "this rank's part of the graph")
-            check.check_same_dtype(name, value, "graph.weight", graph.weight)
-            check.check_weights(name, value)
-    for name, value in {"rhs": rhs, "initial": initial}.items():
-        if value is not None or name == "rhs":
-            check.check_tensor(name, value, "[n, C]", 2)
-            check.check_size(name, value, 0, graph.num_rows, "n of the graph")
-            check.check_size(name, value, 1, rhs.shape[1], "C of rhs")
-            check.check_same_dtype(name, value, "graph.weight", graph.weight)
-            check.check_finite(name, value)
+    of_entries = {"weight": weight} | ({} if dissimilarity is None else {"dissimilarity": dissimilarity})
+    of_rows = {"rhs": rhs} | ({} if initial is None else {"initial": initial})
+    for name, value in (of_entries | {"diagonal": diagonal}).items():
+        shape, size = ("[n]", graph.num_rows) if name == "diagonal" else ("[E_r]", graph.num_edges)
+        check.check_tensor(name, value, shape, 1)
+        check.check_size(name, value, 0, size, "this rank's part of the graph")
+        check.check_same_dtype(name, value, "graph.weight", graph.weight)
+        check.check_weights(name, value)
+    for name, value in of_rows.items():
+        check.check_tensor(name, value, "[n, C]", 2)
+        check.check_size(name, value, 0, graph.num_rows, "n of the graph")
+        check.check_size(name, value, 1, rhs.shape[1], "C of rhs")
+        check.check_same_dtype(name, value, "graph.weight", graph.weight)
+        check.check_finite(name, value)
     rtol, max_iter = check.check_positive("rtol", rtol), check.check_count("max_iter", max_iter)
     check.check_choice("preconditioner", preconditioner, PRECONDITIONERS)
     settings = rtol, max_iter, preconditioner == "jacobi"
