@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,25 +78,9 @@ def pyamg_cg(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function | None:
 
 def scipy_all_columns(graph: Graph, diagonal: Tensor, rhs: Tensor) -> Function:
     """The same conjugate gradients in float64 by scipy's sparse product with all columns at once."""
-    matrix, right = _system(graph, diagonal), rhs.double().cpu().numpy()
-    whole = matrix.diagonal()[:, None]
-
-    def solve() -> Any:
-        x, r = np.zeros_like(right), right.copy()
-        z = r / whole
-        p, rz, limit = z.copy(), (r * z).sum(0), RTOL * np.linalg.norm(right, axis=0)
-        while (active := np.linalg.norm(r, axis=0) > limit).any():
-            product = matrix @ p
-            alpha = np.where(active, rz / (p * product).sum(0), 0)
-            x += alpha * p
-            r -= alpha * product
-            z = r / whole
-            following = (r * z).sum(0)
-            p = z + np.where(active, following / rz, 0) * p
-            rz = following
-        return x
-
-    return solve
+    matrix, right = _system(graph, diagonal), rhs.double().cpu()
+    whole = torch.from_numpy(matrix.diagonal())[:, None]
+    return lambda: _cg(lambda p: torch.from_numpy(matrix @ p.numpy()), whole, right, RTOL, 1000)
 
 
 def _system(graph: Graph, diagonal: Tensor) -> Any:
@@ -111,13 +94,16 @@ def _system(graph: Graph, diagonal: Tensor) -> Any:
 def torch_sparse_cg(
     crow: Tensor, col: Tensor, weight: Tensor, diagonal: Tensor, rhs: Tensor, rtol: float = RTOL, max_iter: int = 1000
 ) -> Tensor:
-    """The same conjugate gradients as torch code on a sparse CSR matrix: Jacobi, all columns at once, converged
-    columns frozen.
-    """
+    """The same conjugate gradients as torch code on a sparse CSR matrix."""
     nodes = len(diagonal)
     rows = torch.repeat_interleave(torch.arange(nodes, device=crow.device), crow.diff())
     whole = diagonal.index_add(0, rows, weight)[:, None]
     adjacency = torch.sparse_csr_tensor(crow, col.long(), weight, (nodes, nodes), check_invariants=False)
+    return _cg(lambda p: whole * p - adjacency @ p, whole, rhs, rtol, max_iter)
+
+
+def _cg(multiply: Callable[[Tensor], Tensor], whole: Tensor, rhs: Tensor, rtol: float, max_iter: int) -> Tensor:
+    """Jacobi, all columns at once, converged columns frozen; ``whole`` [N, 1] is the diagonal."""
     x, r = torch.zeros_like(rhs), rhs.clone()
     z = r / whole
     p, rz, limit = z.clone(), (r * z).sum(0), rtol * rhs.norm(dim=0)
@@ -125,7 +111,7 @@ def torch_sparse_cg(
         active = r.norm(dim=0) > limit
         if not bool(active.any()):
             break
-        product = whole * p - adjacency @ p
+        product = multiply(p)
         alpha = torch.where(active, rz / (p * product).sum(0), 0)
         x += alpha * p
         r -= alpha * product
