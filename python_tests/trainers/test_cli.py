@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from ssmkernels import trainers
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import METHODS, config_names, main, parse_config
 
@@ -273,3 +276,23 @@ def test_stop_then_resume_gives_the_same_bits(whole, tmp_path, number):
     torch.testing.assert_close(resumed["trainer"], whole["trainer"], rtol=0, atol=0)
     logged = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train"' in line]
     assert logged == list(range(1, STEPS + 1))
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML takes the last of several values of a key without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key) for key, _ in node.value]
+        assert len(set(keys)) == len(keys), f"a key stands twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configurations_have_each_key_once(method):
+    """And those in bfloat16 are the others but for their precision."""
+    folder = Path(trainers.__file__).parent / "configs" / method
+    configs = {path.stem: yaml.load(path.read_text(), UniqueKeys) for path in folder.glob("*.yaml")}
+    assert configs
+    for name, config in configs.items():
+        if name.endswith("-bf16"):
+            assert config == configs[name.removesuffix("-bf16")] | {"precision": "bf16-mixed"}
