@@ -9,7 +9,7 @@ import torch
 
 from ssmkernels import data
 from ssmkernels.trainers import RunConfig, SimMatch, base, evaluation
-from ssmkernels.trainers.evaluation import EvaluationSet, top_k_accuracies
+from ssmkernels.trainers.evaluation import EvaluationSet, evaluating, top_k_accuracies
 from ssmkernels.trainers.loop import make_fabric
 
 STATISTICS = {"mean": (0.5,), "std": (0.25,)}
@@ -115,3 +115,11 @@ def test_a_compiled_network_learns_the_same(make_config, digits, monkeypatch):
     assert runs[1][0] == pytest.approx(runs[0][0], rel=2.0**-10)
     assert runs[1][1] == runs[0][1]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_networks_go_on_training_after_an_evaluation_that_fails():
+    learning, fixed = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).eval()
+    with pytest.raises(KeyboardInterrupt), evaluating(learning, fixed):
+        assert not learning.training
+        raise KeyboardInterrupt
+    assert learning.training and not fixed.training

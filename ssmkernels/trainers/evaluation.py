@@ -100,9 +100,11 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     training = [network.training for network in networks]
     for network in networks:
         network.eval()
-    yield
-    for network, was_training in zip(networks, training, strict=True):
-        network.train(was_training)
+    try:
+        yield
+    finally:
+        for network, was_training in zip(networks, training, strict=True):
+            network.train(was_training)
 
 
 @torch.no_grad()
