@@ -119,7 +119,12 @@ def test_a_compiled_network_learns_the_same(make_config, digits, monkeypatch):
 
 def test_networks_go_on_training_after_an_evaluation_that_fails():
     learning, fixed = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).eval()
-    with pytest.raises(KeyboardInterrupt), evaluating(learning, fixed):
-        assert not learning.training
-        raise KeyboardInterrupt
+
+    def stopped():
+        with evaluating(learning, fixed):
+            assert not learning.training
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert learning.training and not fixed.training
