@@ -16,7 +16,7 @@ from scipy import sparse
 
 from ssmkernels.distributed import Group, gather_objects
 from ssmkernels.graph import Graph, SplitGraph, knn_graph, propagation
-from ssmkernels.graph.parts import AnyGraph
+from ssmkernels.graph.parts import AnyGraph, all_columns
 from ssmkernels.ops import _checks as check
 
 try:
@@ -155,12 +155,12 @@ class LabelPropagation(ClassifierMixin, BaseEstimator):
         result = self._propagate(system)
         if system.shortfall:
             warnings.warn(f"{type(self).__name__} {system.shortfall}", ConvergenceWarning, stacklevel=3)
-        distributions = result.probs.numpy()
+        distributions = all_columns(graph, result.probs).contiguous().numpy()
         distributions[result.pseudo_labels.numpy() < 0] = self._prior
         self.label_distributions_ = distributions
         self.transduction_ = self.classes_[distributions.argmax(axis=1)]
         self.confidence_ = result.confidence.numpy()
-        self.n_iter_ = int(result.iterations.max())
+        self.n_iter_ = int(all_columns(graph, result.iterations[None]).max())
         return self
 
     def _of_split(self, split: SplitGraph) -> SplitGraph:

@@ -109,8 +109,13 @@ def check_ring_graph_refuses(group: dist.ProcessGroup) -> None:
         graph.knn_graph(rows, N, group=group)
     with pytest.raises(ValueError, match="k must be the same on every rank"):
         graph.knn_graph(rows, 3 + dist.get_rank(group), group=group)
-    with pytest.raises(ValueError, match="backend must be 'auto', 'ring' or 'ivf'"):
+    with pytest.raises(ValueError, match="backend must be 'auto', 'ring', 'ivf' or 'cuvs'"):
         graph.knn_graph(rows, 3, group=group, backend="faiss")
+    if importlib.util.find_spec("cuvs") is None:
+        with pytest.raises(ImportError, match="backend is 'cuvs', which needs the package cuvs"):
+            graph.knn_graph(rows, 3, group=group, backend="cuvs")
+        with pytest.raises(ImportError, match="backend is 'cuvs', which needs the package cuvs"):
+            graph.knn_graph(points(torch.float32), 3, backend="cuvs")
     with pytest.raises(ValueError, match="which is for the ranks of a group"):
         graph.knn_graph(points(torch.float32), 3, backend="ring")
 

@@ -16,12 +16,22 @@ import gather_checks
 import graph_checks
 import loss_checks
 import memory_checks
+import mesh_checks
 import metric_checks
 import ranking_checks
 import split_solve_checks
 import torch.distributed as dist
 
-MODULES = (gather_checks, graph_checks, loss_checks, memory_checks, metric_checks, ranking_checks, split_solve_checks)
+MODULES = (
+    gather_checks,
+    graph_checks,
+    loss_checks,
+    memory_checks,
+    mesh_checks,
+    metric_checks,
+    ranking_checks,
+    split_solve_checks,
+)
 SIZES = (2, 4)
 TIMEOUT = timedelta(seconds=60)
 

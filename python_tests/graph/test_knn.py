@@ -330,9 +330,13 @@ BAD = [
     (
         {"backend": "annoy"},
         ValueError,
-        r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf' or 'ring', got 'annoy'",
+        r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf', 'ring' or 'cuvs', got 'annoy'",
     ),
-    ({"backend": None}, ValueError, r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf' or 'ring', got None"),
+    (
+        {"backend": None},
+        ValueError,
+        r"backend must be 'auto', 'native', 'faiss', 'torch', 'ivf', 'ring' or 'cuvs', got None",
+    ),
     (
         {"features": sparse.eye_array(10, dtype=np.int64)},
         TypeError,

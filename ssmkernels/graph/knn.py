@@ -3,24 +3,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssmkernels.distributed import Group, agree_on, check_group, gather_sizes
+from ssmkernels.distributed import Group, agree_on, gather_sizes
 from ssmkernels.graph import candidates, ivf
 from ssmkernels.graph.split import SplitGraph, assemble, cells, search
+from ssmkernels.graph.split.mesh import Ranks, groups_of
 from ssmkernels.graph.split.structure import starts_of
 from ssmkernels.graph.structure import Graph
 from ssmkernels.metrics import smallest
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _neighbours as kernels
 
-Backend = Literal["auto", "native", "faiss", "torch", "ivf", "ring"]
+Backend = Literal["auto", "native", "faiss", "torch", "ivf", "ring", "cuvs"]
 OF_THE_CPU = ("native", "faiss", "ivf", "ring")
-OF_A_GROUP = ("auto", "ring", "ivf")
+OF_A_GROUP = ("auto", "ring", "ivf", "cuvs")
 
 
 @overload
@@ -41,7 +43,7 @@ def knn_graph(
     *,
     gamma: float = ...,
     backend: Backend = ...,
-    group: torch.distributed.ProcessGroup | None,
+    group: torch.distributed.ProcessGroup | torch.distributed.device_mesh.DeviceMesh | None,
 ) -> SplitGraph: ...
 
 
@@ -51,7 +53,7 @@ def knn_graph(
     *,
     gamma: float = 3.0,
     backend: Backend = "auto",
-    group: Group = "local",
+    group: Ranks = "local",
 ) -> Graph | SplitGraph:
     """The affinity graph of mixed label propagation (Zhuang and Moulin, CVPR 2023), equation (15), exact: W = A + Aᵀ.
 
@@ -73,22 +75,25 @@ def knn_graph(
             file of faiss, see :mod:`ssmkernels.graph.ivf`. Sparse features are searched by scipy's products. With a
             group ``"ring"``, which ``"auto"`` stands for: the native search, of the rows of a rank against those of one
             rank after the other, as they come round; or ``"ivf"``, whose cells are dealt to the ranks, see
-            :mod:`ssmkernels.graph.split.cells`.
+            :mod:`ssmkernels.graph.split.cells`. ``"cuvs"`` has not been built: it raises an error.
         group: whose features they are: of this process alone ("local"), or this rank's rows, also none, of those of a
             process group (None: the default group), in rank order. Dense features on the CPU, the same d and dtype on
-            every rank.
+            every rank. Or a torch.distributed.device_mesh.DeviceMesh with the dimensions "rows" and "classes": the
+            ranks along the first share the rows out; those along the second have the same rows, and share the classes
+            of a label propagation out (:attr:`SplitGraph.classes`).
 
     Returns:
         :class:`Graph` of N nodes on the device of the features. With a group this rank's part of it as a
         :class:`SplitGraph`: with "ring" of the same graph as without, bit for bit.
 
     Raises:
-        TypeError, ValueError: naming the argument. ImportError: backend "faiss" or "ivf" without faiss.
+        TypeError, ValueError: naming the argument. ImportError: backend "faiss" or "ivf" without faiss, "cuvs" without
+            cuvs.
     """
     gamma = check.check_positive("gamma", gamma)
-    check_group(group)
-    if group != "local":
-        return _split_graph(features, k, gamma, backend, group)
+    rows, classes = groups_of(group)
+    if rows != "local":
+        return _split_graph(features, k, gamma, backend, rows, classes)
     ids, similarities = _nearest(features, k, backend)
     graph = Graph._trusted(*kernels.symmetric_graph(ids, _affinity(similarities, gamma)))
     return graph.to(features.device) if isinstance(features, Tensor) else graph
@@ -100,11 +105,12 @@ def _affinity(similarities: Tensor, gamma: float) -> Tensor:
 
 
 def _split_graph(
-    features: Tensor | np.ndarray | Any, k: int, gamma: float, backend: Backend, group: Group
+    features: Tensor | np.ndarray | Any, k: int, gamma: float, backend: Backend, group: Group, classes: Group
 ) -> SplitGraph:
     if _is_sparse(features):
         raise TypeError("features must be dense with a group, got a sparse array; take its .toarray()")
     check.check_choice("backend", backend, OF_A_GROUP)
+    _refuse_cuvs(backend)
     features = _checked(features, "ring")
     k = check.check_integer("k", k)
     shared = {"d of features": features.shape[1], "the bytes of a number": features.element_size(), "k": k}
@@ -114,7 +120,7 @@ def _split_graph(
     _check_neighbours(k, starts[-1])
     nearest = cells.nearest if backend == "ivf" else search.nearest
     nodes, similarities = nearest(_normalized(features), k, starts, group)
-    return assemble.symmetric(nodes, _affinity(similarities, gamma), starts, group)
+    return assemble.symmetric(nodes, _affinity(similarities, gamma), starts, group, classes)
 
 
 def nearest_neighbours(
@@ -132,6 +138,7 @@ def nearest_neighbours(
 def _nearest(features: Tensor | np.ndarray | Any, k: int, backend: Backend) -> tuple[Tensor, Tensor]:
     """:func:`nearest_neighbours`, with ids in int32."""
     features = _checked(features, backend)
+    _refuse_cuvs(backend)
     k = check.check_integer("k", k)
     _check_neighbours(k, features.shape[0])
     if backend == "ring":
@@ -144,6 +151,14 @@ def _nearest(features: Tensor | np.ndarray | Any, k: int, backend: Backend) -> t
     if backend == "native" or (backend == "auto" and unit.device.type == "cpu"):
         return kernels.nearest(unit, k)
     return candidates.nearest(unit, k, backend)
+
+
+def _refuse_cuvs(backend: str) -> None:
+    if backend != "cuvs":
+        return
+    if importlib.util.find_spec("cuvs") is None:
+        raise ImportError("backend is 'cuvs', which needs the package cuvs, which is not installed: take 'auto'")
+    raise NotImplementedError("backend is 'cuvs', whose search has not been built: take 'auto'")
 
 
 def _check_neighbours(k: int, nodes: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssmkernels.distributed import Group, all_gather_rows
 from ssmkernels.graph.split import SplitGraph
 from ssmkernels.graph.split.components import components
 from ssmkernels.graph.structure import Graph
@@ -19,6 +20,16 @@ AnyGraph: TypeAlias = Graph | SplitGraph
 def num_rows(graph: AnyGraph) -> int:
     """Rows that are here."""
     return len(graph.crow) - 1
+
+
+def class_group(graph: AnyGraph) -> Group:
+    """The ranks that share the classes out."""
+    return graph.classes if isinstance(graph, SplitGraph) else "local"
+
+
+def all_columns(graph: AnyGraph, values: Tensor) -> Tensor:
+    """The columns of all classes, of ``values`` [n, c] for those of this rank."""
+    return all_gather_rows(values.t(), group=class_group(graph)).t()
 
 
 def extended(graph: AnyGraph, values: Tensor) -> Tensor:

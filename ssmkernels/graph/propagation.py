@@ -16,7 +16,9 @@ The reading of the paper that is computed here:
 - **Pairs.** The sum of (24) takes each pair once: (L + U + β(D_dis + W_dis)) G = (U/μ) Y.
 
 Of a :class:`~ssmkernels.graph.SplitGraph` every rank gives the labels of its rows and gets what is of its rows: N is
-then their number, E that of their entries. The classes, components and iterations are those of all ranks.
+then their number, E that of their entries. The classes, components and iterations are those of all ranks. On a mesh of
+rows and classes a rank solves for its share of the classes, and gets their columns of what has one for every class;
+labels and confidences are those of all classes.
 """
 
 from __future__ import annotations
@@ -31,9 +33,18 @@ import torch
 from torch import Tensor
 
 from ssmkernels import ops
-from ssmkernels.distributed import all_gather_rows
+from ssmkernels.distributed import (
+    Group,
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum,
+    is_distributed,
+    rank_of,
+    split_rows,
+    world_size,
+)
 from ssmkernels.graph.deviation import Deviation, NearlySingular
-from ssmkernels.graph.parts import AnyGraph, is_any, largest, num_rows
+from ssmkernels.graph.parts import AnyGraph, class_group, is_any, largest, num_rows
 from ssmkernels.graph.split import SplitGraph
 from ssmkernels.graph.split.dissimilarity import leave_one_edge_out, mirrored
 from ssmkernels.graph.structure import Graph
@@ -208,7 +219,7 @@ def mix(
 
 def dissimilarity_of(graph: AnyGraph, propagated: Tensor, logit_scale: float = 4.0) -> Tensor:
     """[E] W_dis of (22); 0 on a stored edge of weight 0, and where there is a single class."""
-    if propagated.shape[1] == 1:
+    if int(all_reduce_sum(torch.tensor(propagated.shape[1]), group=class_group(graph))) == 1:
         return torch.zeros_like(graph.weight)
     if isinstance(graph, SplitGraph):
         dissimilarity = leave_one_edge_out(graph, propagated, logit_scale=logit_scale)
@@ -225,12 +236,18 @@ def confidence_of(probs: Tensor) -> Tensor:
     """[N] ω = 1 − H/log C of rows [N, C] that sum to 1, equation (21); 0 for a row of zeros, and 1 or 0 where C = 1."""
     check.check_tensor("probs", probs, "[N, C]", 2)
     check.check_floating("probs", probs)
-    classes = probs.shape[1]
-    if classes == 1:
-        return probs[:, 0]
     wide = probs.to(check.compute_dtype(probs.dtype))
-    entropy = -torch.xlogy(wide, wide).sum(dim=1)
-    return torch.where(wide.any(dim=1), (1 - entropy / math.log(classes)).clamp_min(0), 0).to(probs.dtype)
+    return _confidence(wide, probs.shape[1], "local").to(probs.dtype)
+
+
+def _confidence(probs: Tensor, classes: int, group: Group) -> Tensor:
+    """:func:`confidence_of` rows of so many classes, whose columns are split over the ranks of a group."""
+    entropy, present = -torch.xlogy(probs, probs).sum(dim=1), probs.any(dim=1)
+    if is_distributed(group):
+        entropy, present = all_reduce_sum(torch.stack([entropy, present.to(entropy)]), group=group)
+    if classes == 1:
+        return all_reduce_sum(probs.sum(dim=1), group=group)
+    return torch.where(present.bool(), (1 - entropy / math.log(classes)).clamp_min(0), 0)
 
 
 class LabelSystem:
@@ -257,6 +274,9 @@ class LabelSystem:
         self.graph = graph
         labels, self.num_classes = _checked_labels(graph, labels, num_classes)
         self.class_block = self.num_classes if class_block is None else check.check_count("class_block", class_block)
+        self.classes = class_group(graph)
+        own = split_rows(self.num_classes, rank_of(self.classes), world_size(self.classes))
+        self.own = range(own.start, own.stop)  # the classes whose columns are here
         self.component, count = graph.components
         self.rows = (labels >= 0).nonzero()[:, 0]  # with labels, which are self.which
         self.which = labels[self.rows]
@@ -283,16 +303,17 @@ class LabelSystem:
     @property
     def rhs(self) -> Tensor:
         """(U/μ) Y, [N, C] float64."""
-        return self._rhs_of(range(self.num_classes))
+        return self._rhs_of(self.own)
 
     def propagate(self, *, rtol: float | None, max_iter: int) -> Tensor:
         """F̃ [N, C]."""
-        out = self.graph.weight.new_empty(num_rows(self.graph), self.num_classes)
-        largest = Largest(self.component)
+        out = self.graph.weight.new_empty(num_rows(self.graph), len(self.own))
+        largest = Largest(self.component, self.own.start)
         for classes, solution in self._solutions(NearlySingular(self.graph, self.diagonal, None), rtol, max_iter):
             deviation = solution.values + (solution.constant - self.offset[:, None])[self.component]
             largest.add(deviation, classes.start)
-            out[:, classes] = deviation.to(out.dtype)
+            out[:, self._columns(classes)] = deviation.to(out.dtype)
+        largest.merge(self.classes)
         return largest.keep(out)
 
     def solve(
@@ -308,19 +329,19 @@ class LabelSystem:
         # The largest constant of a component, that of every class present where classes are balanced
         most = system.per_whole[:, 0] * self._largest_total()
         dtype, at_once = self.graph.dtype, self.class_block >= self.num_classes
-        scores = self.diagonal.new_empty(
-            num_rows(self.graph), self.num_classes, dtype=torch.float64 if at_once else dtype
-        )
-        largest, iterations, residual = Largest(self.component), [], []
+        scores = self.diagonal.new_empty(num_rows(self.graph), len(self.own), dtype=torch.float64 if at_once else dtype)
+        largest = Largest(self.component, self.own.start)
+        iterations, residual = [self.component[:0]], [self.diagonal[:0]]
         for classes, solution in self._solutions(system, rtol, max_iter):
             deviation = solution.values + (solution.constant - most[:, None])[self.component]
             largest.add(deviation, classes.start)
-            scores[:, classes] = (deviation + most[self.component, None]).to(scores.dtype)
+            scores[:, self._columns(classes)] = (deviation + most[self.component, None]).to(scores.dtype)
             iterations.append(solution.iterations)
             residual.append(solution.residual)
+        largest.merge(self.classes)
         highest = largest.value + most[self.component]
         decided = (highest > 0) & (self.offset[self.component] > 0)
-        probs, confidence = _probabilities(scores, highest, decided, dtype, self.class_block)
+        probs, confidence = self._probabilities(scores, highest, decided)
         return Scores(
             scores=largest.keep(scores.to(dtype), most[self.component]),
             probs=probs,
@@ -337,23 +358,48 @@ class LabelSystem:
 
     def _solutions(
         self, system: NearlySingular, rtol: float | None, max_iter: int
-    ) -> Iterator[tuple[slice, Deviation]]:
-        """The columns of (U/μ) Y in blocks, solved for."""
+    ) -> Iterator[tuple[range, Deviation]]:
+        """The columns of (U/μ) Y that are here in blocks, solved for."""
         rtol = RTOL if rtol is None else check.check_positive("rtol", rtol)
         max_iter = check.check_count("max_iter", max_iter)
-        residuals = []
-        for start in range(0, self.num_classes, self.class_block):
-            classes = range(start, min(start + self.class_block, self.num_classes))
+        residuals = [self.diagonal.new_zeros(1)]
+        for start in range(self.own.start, self.own.stop, self.class_block):
+            classes = range(start, min(start + self.class_block, self.own.stop))
             solution = system.solve(self._rhs_of(classes), self._totals_of(classes), rtol=rtol, max_iter=max_iter)
             residuals.append(solution.residual)
-            yield slice(classes.start, classes.stop), solution
-        residual = float(torch.cat(residuals).max())
+            yield classes, solution
+        largest_residual = torch.cat(residuals).max()
+        if is_distributed(self.classes):
+            largest_residual = all_reduce_max(largest_residual.nan_to_num(nan=torch.inf), group=self.classes)
+        residual = float(largest_residual)
         # Conjugate gradients may drift from the residual by rounding; NaN is no convergence
         if not residual <= 10 * rtol:
             self.shortfall = (
                 f"did not converge to rtol = {rtol:g} (largest relative residual {residual:.2g}): raise max_iter"
                 f" ({max_iter}) or rtol"
             )
+
+    def _columns(self, classes: range) -> slice:
+        """Those of some classes among the columns that are here."""
+        return slice(classes.start - self.own.start, classes.stop - self.own.start)
+
+    def _probabilities(self, scores: Tensor, highest: Tensor, decided: Tensor) -> tuple[Tensor, Tensor]:
+        """G̃ [N, C] and ω [N] of scores [N, C] and the ``highest`` of each row; 0 where a row is not ``decided``. So
+        many rows at a time as [N, class_block] has entries for.
+        """
+        dtype = self.graph.dtype
+        probs = torch.empty_like(scores, dtype=dtype)
+        confidence = torch.empty_like(highest, dtype=dtype)
+        nodes = len(scores)
+        at_once = max(1, nodes * self.class_block // self.num_classes)
+        for start in range(0, nodes, at_once):
+            rows = slice(start, start + at_once)
+            share = scores[rows].double().clamp_min(0) / highest[rows, None]  # no sum of them is tiny or infinite
+            share = torch.where(decided[rows, None], share, 0)
+            share = share / all_reduce_sum(share.sum(dim=1, keepdim=True), group=self.classes).clamp_min(1)
+            probs[rows] = share.to(dtype)
+            confidence[rows] = _confidence(share, self.num_classes, self.classes).to(dtype)
+        return probs, confidence
 
     def _rhs_of(self, classes: range) -> Tensor:
         """[N, classes] float64."""
@@ -378,9 +424,14 @@ class LabelSystem:
 class Largest:
     """The largest entry of each row of scores [N, C] whose columns come in blocks, the first of equal ones, and what
     rounding leaves of it.
+
+    Args:
+        rows: [N], on the device of the scores.
+        first: the class of the first column that is here.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, first: int = 0) -> None:
+        self.first = first
         self.value = torch.full_like(rows, -torch.inf, dtype=torch.float64)
         self.second = self.value.clone()
         self.column = torch.zeros_like(rows, dtype=torch.int64)
@@ -389,39 +440,36 @@ class Largest:
         """Columns [N, some] float64, of which the first is column ``start``."""
         value, column = block.max(dim=1)
         second = block.scatter(1, column[:, None], -torch.inf).amax(dim=1)
+        self._include(value, column + start, second)
+
+    def merge(self, group: Group) -> None:
+        """With what the other ranks of a group have of other columns."""
+        if not is_distributed(group):
+            return
+        own = torch.stack([self.value, self.column.double(), self.second])
+        self.value, self.second = (torch.full_like(self.value, -torch.inf) for _ in range(2))
+        for value, column, second in all_gather_rows(own[None], group=group):
+            self._include(value, column.long(), second)
+
+    def _include(self, value: Tensor, column: Tensor, second: Tensor) -> None:
         is_larger = value > self.value
         self.second = torch.where(is_larger, torch.maximum(self.value, second), torch.maximum(self.second, value))
-        self.column = torch.where(is_larger, column + start, self.column)
+        self.column = torch.where(is_larger, column, self.column)
         self.value = torch.where(is_larger, value, self.value)
 
     def keep(self, rounded: Tensor, shift: Tensor | float = 0.0) -> Tensor:
         """``rounded`` [N, C], which is the scores with ``shift`` [N] added in some dtype, its largest entry being the
         largest still: one unit in the last place up, if need be. Written in place.
         """
-        column = self.column[:, None]
+        width = rounded.shape[1]
+        if width == 0:
+            return rounded
+        is_here = ((self.column >= self.first) & (self.column < self.first + width))[:, None]
+        column = (self.column - self.first).clamp(0, width - 1)[:, None]
         largest, rival = rounded.gather(1, column), (self.second + shift).to(rounded.dtype)[:, None]
-        is_hidden = (self.value > self.second)[:, None] & (rival >= largest)
+        is_hidden = is_here & (self.value > self.second)[:, None] & (rival >= largest)
         above = rival.nextafter(torch.full_like(rival, torch.inf))
         return rounded.scatter_(1, column, torch.where(is_hidden, above, largest))
-
-
-def _probabilities(
-    scores: Tensor, highest: Tensor, decided: Tensor, dtype: torch.dtype, class_block: int
-) -> tuple[Tensor, Tensor]:
-    """G̃ [N, C] and ω [N] of scores [N, C] and the ``highest`` of each row; 0 where a row is not ``decided``. So many
-    rows at a time as [N, class_block] has entries for.
-    """
-    probs = torch.empty_like(scores, dtype=dtype)
-    confidence = torch.empty_like(highest, dtype=dtype)
-    nodes, classes = scores.shape
-    at_once = max(1, nodes * class_block // classes)
-    for start in range(0, nodes, at_once):
-        rows = slice(start, start + at_once)
-        share = scores[rows].double().clamp_min(0) / highest[rows, None]  # no sum of them is tiny or infinite
-        share = torch.where(decided[rows, None], share, 0)
-        share = share / share.sum(dim=1, keepdim=True).clamp_min(1)
-        probs[rows], confidence[rows] = share.to(dtype), confidence_of(share).to(dtype)
-    return probs, confidence
 
 
 def check_graph(graph: Graph) -> Graph:

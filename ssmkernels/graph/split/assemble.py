@@ -10,7 +10,7 @@ from ssmkernels.distributed import Group, pack_rows, rank_of, send_rows, unpack_
 from ssmkernels.graph.split.structure import SplitGraph
 
 
-def symmetric(nodes: Tensor, weights: Tensor, starts: list[int], group: Group) -> SplitGraph:
+def symmetric(nodes: Tensor, weights: Tensor, starts: list[int], group: Group, classes: Group = "local") -> SplitGraph:
     """The split graph of lists ``nodes`` [n, k] int64 with ``weights`` [n, k], but for what is not above 0.
 
     An entry (i, j) of A is of row i and of row j. What is of another rank's row goes there by one all_to_all: its row
@@ -40,4 +40,4 @@ def symmetric(nodes: Tensor, weights: Tensor, starts: list[int], group: Group) -
     summed = both[begins]
     summed[mutual] += both[begins[mutual] + 1]
     crow = torch.searchsorted(keys, torch.arange(last - first + 1) * total)
-    return SplitGraph._from_rows(group, starts, crow, keys % max(total, 1), summed, mutual)
+    return SplitGraph._from_rows(group, starts, crow, keys % max(total, 1), summed, mutual, classes=classes)

@@ -7,11 +7,15 @@ and a loop with the rest of its degree: what is left out of it is one edge, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ssmkernels import ops
-from ssmkernels.distributed import send_rows
+from ssmkernels.distributed import all_reduce_sum, is_distributed, send_rows
+from ssmkernels.graph.split import class_blocks
 from ssmkernels.graph.split.halo import extend
 from ssmkernels.graph.split.structure import SplitGraph, check_split_graph
 from ssmkernels.ops import _checks as check
@@ -21,10 +25,13 @@ def leave_one_edge_out(graph: SplitGraph, propagated: Tensor, *, logit_scale: fl
     """[E_r] :func:`ssmkernels.ops.leave_one_edge_out` of the entries of this rank's rows.
 
     A rank receives its ghosts' rows of ``propagated`` and their degrees: g (C b + 8) bytes in two messages a rank. The
-    gradient of ``propagated`` goes back the same way.
+    gradient of ``propagated`` goes back the same way. Where the classes are split too, a rank has c of C columns, and
+    7 numbers of every edge are reduced over the ranks of ``graph.classes``: see
+    :mod:`ssmkernels.graph.split.class_blocks`.
 
     Args:
-        propagated: [n, C] of this rank's rows, in the dtype of the graph; differentiable.
+        propagated: [n, C] of this rank's rows, in the dtype of the graph; differentiable. [n, c] where the classes are
+            split.
         logit_scale: λ > 0.
 
     Raises:
@@ -35,6 +42,8 @@ def leave_one_edge_out(graph: SplitGraph, propagated: Tensor, *, logit_scale: fl
     check.check_size("propagated", propagated, 0, graph.num_rows, "n of the graph")
     check.check_same_dtype("propagated", propagated, "graph.weight", graph.weight)
     logit_scale = check.check_positive("logit_scale", logit_scale)
+    if is_distributed(graph.classes):
+        return _of_class_blocks(graph, propagated, logit_scale)
     rows, size = graph.num_rows, graph.num_rows + graph.num_ghosts
     own_row, own_col, weight = graph.rows, graph.col.long(), graph.weight
     cut = own_col >= rows
@@ -51,6 +60,38 @@ def leave_one_edge_out(graph: SplitGraph, propagated: Tensor, *, logit_scale: fl
         crow, col[order], reverse, values[order], extend(graph.halo, propagated), logit_scale=logit_scale
     )
     return dissimilarity[order.argsort()[: len(own_row)]]
+
+
+def _of_class_blocks(graph: SplitGraph, propagated: Tensor, logit_scale: float) -> Tensor:
+    """:func:`leave_one_edge_out` of the columns of this rank: each pair of nodes is computed once, at the end with the
+    smaller place.
+    """
+    classes = int(all_reduce_sum(torch.tensor(propagated.shape[1]), group=graph.classes))
+    degree = graph.extend(graph.sum_rows(graph.weight.double()))
+    ends = class_blocks.ends_of(graph)
+    of_pairs = class_blocks.LeaveOneEdgeOut.apply(
+        extend(graph.halo, propagated), degree, graph, ends, logit_scale, classes
+    )
+    return _BothDirections.apply(of_pairs, graph, ends.entry)
+
+
+class _BothDirections(torch.autograd.Function):
+    """Values [P] of some entries, one of each pair of nodes -> [E_r] of all entries of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, of_pairs: Tensor, graph: SplitGraph, entry: Tensor) -> Tensor:
+        ctx.graph, ctx.entry = graph, entry
+        values = of_pairs.new_zeros(graph.num_edges).index_copy_(0, entry, of_pairs)
+        is_known = torch.zeros(graph.num_edges, dtype=torch.bool).index_fill_(0, entry, True)
+        return torch.where(is_known, values, mirrored(graph, values))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        graph: SplitGraph = ctx.graph
+        is_loop = graph.col == graph.rows
+        both = gradient + torch.where(is_loop, 0, mirrored(graph, gradient.contiguous()))
+        return both[ctx.entry], None, None
 
 
 def mirrored(graph: SplitGraph, values: Tensor) -> Tensor:

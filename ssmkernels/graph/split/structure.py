@@ -15,7 +15,6 @@ from ssmkernels.distributed import (
     all_reduce_max,
     all_reduce_sum,
     broadcast,
-    check_group,
     gather_sizes,
     rank_of,
     split_rows,
@@ -23,6 +22,7 @@ from ssmkernels.distributed import (
 )
 from ssmkernels.graph.split.components import components
 from ssmkernels.graph.split.halo import Halo, plan
+from ssmkernels.graph.split.mesh import Ranks, groups_of
 from ssmkernels.graph.split.partition import by_cells
 from ssmkernels.graph.structure import Graph
 from ssmkernels.ops import _checks as check
@@ -43,7 +43,11 @@ class SplitGraph:
     """
 
     group: Group
-    """The ranks."""
+    """The ranks that share the rows out."""
+    classes: Group
+    """The ranks that have the same rows, and share the classes of a label propagation out: each has the columns
+    :meth:`columns` of what has a column for every class. "local" where a rank has them all.
+    """
     starts: list[int]
     """R + 1 numbers: the first place of every rank, and N."""
     crow: Tensor
@@ -77,9 +81,10 @@ class SplitGraph:
         ghosts: Tensor,
         halo: Halo,
         ids: Tensor,
+        classes: Group,
     ) -> SplitGraph:
         graph = cls.__new__(cls)
-        graph.group, graph.starts, graph.crow, graph.col = group, starts, crow, col
+        graph.group, graph.classes, graph.starts, graph.crow, graph.col = group, classes, starts, crow, col
         graph.weight, graph.mutual, graph.ghosts, graph.halo, graph.ids = weight, mutual, ghosts, halo, ids
         graph._components = None
         return graph
@@ -94,6 +99,7 @@ class SplitGraph:
         weight: Tensor,
         mutual: Tensor | None,
         ids: Tensor | None = None,
+        classes: Group = "local",
     ) -> SplitGraph:
         """From this rank's rows with the place of every entry's node, ``nodes`` [E_r] int64."""
         first, last = starts[rank_of(group)], starts[rank_of(group) + 1]
@@ -105,15 +111,16 @@ class SplitGraph:
         owners, ghost_owners = (torch.bucketize(of, inner, right=True) for of in (nodes[~own], ghosts))
         halo = plan(group, rows, owners, ghost_owners, len(starts) - 1)
         ids = torch.arange(first, last, device=nodes.device) if ids is None else ids
-        return cls._trusted(group, starts, crow, col, weight, mutual, ghosts, halo, ids)
+        return cls._trusted(group, starts, crow, col, weight, mutual, ghosts, halo, ids, classes)
 
     @classmethod
-    def from_graph(cls, graph: Graph, group: Group = None, *, partition: Partition = "contiguous") -> SplitGraph:
+    def from_graph(cls, graph: Graph, group: Ranks = None, *, partition: Partition = "contiguous") -> SplitGraph:
         """This rank's part of a graph that every rank has.
 
         Args:
             graph: the same on every rank, on the CPU.
-            group: the ranks; by default the default group, and this process alone without one.
+            group: the ranks; by default the default group, and this process alone without one. Or a
+                torch.distributed.device_mesh.DeviceMesh with the dimensions "rows" and "classes", see :attr:`classes`.
             partition: ``"contiguous"``: runs of nodes as equal as can be, without sending anything; or ``"cells"``: as
                 many nodes, in parts that fewer edges join, found by rank 0 and sent to the others (8·N bytes). ``ids``
                 tells which nodes a rank has: ``labels[split.ids]`` are its labels.
@@ -125,21 +132,22 @@ class SplitGraph:
             raise TypeError(f"graph must be a ssmkernels.graph.Graph, got {type(graph).__name__}")
         if graph.device.type != "cpu":
             raise ValueError(f"graph is on {graph.device}; a split graph is for the CPU, take graph.to('cpu')")
-        check_group(group)
+        group, classes = groups_of(group)
         check.check_choice("partition", partition, get_args(Partition))
         ranks = world_size(group)
         own = split_rows(graph.num_nodes, rank_of(group), ranks)
         starts = [split_rows(graph.num_nodes, rank, ranks).start for rank in range(ranks)] + [graph.num_nodes]
         if partition == "cells":
             order = by_cells(graph, ranks) if rank_of(group) == 0 else torch.empty(graph.num_nodes, dtype=torch.int64)
-            return cls._of_nodes(graph, group, starts, broadcast(order, group=group))
+            return cls._of_nodes(graph, group, starts, broadcast(order, group=group), classes)
         entries = slice(int(graph.crow[own.start]), int(graph.crow[own.stop]))
         mutual = None if graph.mutual is None else graph.mutual[entries]
         crow = graph.crow[own.start : own.stop + 1] - graph.crow[own.start]
-        return cls._from_rows(group, starts, crow, graph.col[entries].long(), graph.weight[entries], mutual)
+        nodes, weight = graph.col[entries].long(), graph.weight[entries]
+        return cls._from_rows(group, starts, crow, nodes, weight, mutual, classes=classes)
 
     @classmethod
-    def _of_nodes(cls, graph: Graph, group: Group, starts: list[int], order: Tensor) -> SplitGraph:
+    def _of_nodes(cls, graph: Graph, group: Group, starts: list[int], order: Tensor, classes: Group) -> SplitGraph:
         """The part of a graph whose nodes have their places in ``order`` [N]."""
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
@@ -152,7 +160,7 @@ class SplitGraph:
         by_place = (rows * len(order) + places).argsort()
         entries, places = entries[by_place], places[by_place]
         mutual = None if graph.mutual is None else graph.mutual[entries]
-        return cls._from_rows(group, starts, crow, places, graph.weight[entries], mutual, ids)
+        return cls._from_rows(group, starts, crow, places, graph.weight[entries], mutual, ids, classes)
 
     @property
     def num_nodes(self) -> int:
@@ -199,6 +207,10 @@ class SplitGraph:
         """[n] the sum of the weights of each of this rank's rows."""
         return self.sum_rows(self.weight)
 
+    def columns(self, num_classes: int) -> slice:
+        """The classes whose columns this rank has, of so many."""
+        return split_rows(num_classes, rank_of(self.classes), world_size(self.classes))
+
     def sum_rows(self, values: Tensor) -> Tensor:
         """[n] the sums of ``values`` [E_r] over the entries of each row, in their order."""
         return torch.segment_reduce(values, "sum", offsets=self.crow, initial=0)
@@ -239,6 +251,7 @@ class SplitGraph:
             self.ghosts,
             self.halo,
             self.ids,
+            self.classes,
         )
 
     def normalized(self) -> SplitGraph:
@@ -264,10 +277,16 @@ class SplitGraph:
         crow = torch.searchsorted(keys, torch.arange(self.num_nodes + 1, device=self.device) * self.num_nodes)
         return Graph(crow, keys % max(self.num_nodes, 1), weight, mutual=mutual)
 
+    @property
+    def _repr_of_classes(self) -> str:
+        ranks = world_size(self.classes)
+        return f", classes {rank_of(self.classes)} of {ranks}" if ranks > 1 else ""
+
     def __repr__(self) -> str:
         return (
-            f"SplitGraph(rank {rank_of(self.group)} of {world_size(self.group)}, num_rows={self.num_rows},"
-            f" num_ghosts={self.num_ghosts}, num_edges={self.num_edges}, dtype={self.dtype}, device='{self.device}')"
+            f"SplitGraph(rank {rank_of(self.group)} of {world_size(self.group)}{self._repr_of_classes},"
+            f" num_rows={self.num_rows}, num_ghosts={self.num_ghosts}, num_edges={self.num_edges},"
+            f" dtype={self.dtype}, device='{self.device}')"
         )
 
 
