@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ssmkernels import data, metrics, reference
-from ssmkernels.trainers import RunConfig, Slade, SladeConfig, SladeDataConfig, train_folds, train_slade
+from ssmkernels.trainers import RunConfig, Slade, SladeConfig, SladeDataConfig, slade, train_folds, train_slade
 from ssmkernels.trainers.checkpoint import load_checkpoint
 from ssmkernels.trainers.cli import config_names, main, parse_config
 from ssmkernels.trainers.loop import make_fabric
@@ -590,11 +590,15 @@ from dataclasses import asdict
 from ssmkernels import data
 from ssmkernels.distributed import gather_rows
 from ssmkernels.trainers import RunConfig, Slade, SladeConfig, SladeDataConfig
+from ssmkernels.trainers import slade
 from ssmkernels.trainers.loop import fit, make_fabric
 
+out, ranking_loss, similarity_loss = sys.argv[1:]
+if (ranking_loss, similarity_loss) == ("contrastive", "sd"):
+    slade.gather_rows = slade.all_gather_rows = None  # the rows of other ranks come round in blocks
 config = SladeConfig(
     data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6),
-    model="convnet-small", embedding_dim=8, k=6,
+    model="convnet-small", embedding_dim=8, k=6, ranking_loss=ranking_loss, similarity_loss=similarity_loss,
     batch_size=16, optimizer="rmsprop", learning_rate=1e-5, teacher_steps=2, warm_up_steps=2, student_steps=3,
     run=RunConfig(eval_every=4, log_every=1, accelerator="cpu", bar=False),
 )
@@ -616,14 +620,17 @@ gathered.square().sum().backward()
 state = {name: part for name, part in trainer.state_dict().items() if name != "optimizer"}
 torch.save({"state": state, "history": result.history, "gradients": gradients, "gathered": gathered.detach(),
             "rows": rows.grad},
-           f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
+           f"{out}/rank{fabric.global_rank}.pt")
 """
 
 
-def test_two_ranks_have_the_losses_and_gradients_of_one(two_ranks, tmp_path, monkeypatch):
-    first, second = two_ranks(RANKS, tmp_path)
+@pytest.mark.parametrize("losses", [("contrastive", "sd"), ("multi-similarity", "global-ce")])
+def test_two_ranks_have_the_losses_and_gradients_of_one(two_ranks, tmp_path, monkeypatch, losses):
+    first, second = two_ranks(RANKS, tmp_path, *losses)
     (tmp_path / "alone").mkdir()
-    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "alone")])
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "alone"), *losses])
+    for name in ("gather_rows", "all_gather_rows"):  # which the script takes away
+        monkeypatch.setattr(slade, name, getattr(slade, name))
     runpy.run_path(str(tmp_path / "script.py"))
     alone = torch.load(tmp_path / "alone" / "rank0.pt", weights_only=True)
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from ssmkernels import data, metrics, models, ops
 from ssmkernels._files import write_atomically
-from ssmkernels.distributed import all_gather_rows, all_reduce_mean, gather_rows
+from ssmkernels.distributed import Group, all_gather_rows, all_reduce_mean, for_ddp, gather_rows
 from ssmkernels.nn import (
     ContrastiveLoss,
     FeatureBasis,
@@ -211,7 +211,6 @@ class Slade(Trainer):
         self.fabric.backward(losses["loss"])
         for parameter in self.basis_parameters:
             if parameter.grad is not None:
-                # Of the whole batch on every rank, equal but for rounding
                 parameter.grad = all_reduce_mean(parameter.grad)
         self.optimizer.step()
         self.done += 1
@@ -224,7 +223,9 @@ class Slade(Trainer):
         return step >= config.steps - (config.student_steps if config.uses_unlabeled else config.teacher_steps)
 
     def losses(self, batch: SladeBatch, stage: Stage) -> dict[str, Tensor]:
-        """The losses of a stage, over the pairs of the whole batch on every rank; those that it does not have are 0."""
+        """The losses of a stage, over the pairs of the whole batch, the same on every rank; those that it does not have
+        are 0. The mean over ranks of their gradients is that of the whole batch.
+        """
         config, labeled, pseudo_labeled = self.config, batch.labeled, batch.pseudo_labeled
         zero = torch.zeros((), device=self.fabric.device)
         losses = {"loss_labeled": zero}
@@ -232,42 +233,53 @@ class Slade(Trainer):
             losses["loss_unlabeled"] = zero
         if config.uses_basis:
             losses |= {"loss_cross_entropy": zero, "loss_similarity": zero}
-        labels = self.labels[all_gather_rows(labeled.positions)]
+        labels = self.labels[labeled.positions]
         if pseudo_labeled is None:
-            losses["loss_labeled"] = self.rank(gather_rows(self.network(labeled.images)[1]), labels)
+            losses["loss_labeled"] = for_ddp(self.rank(self.network(labeled.images)[1], labels))
             return {"loss": losses["loss_labeled"], **losses}
 
-        pseudo_labels = self.pseudo_labels[all_gather_rows(pseudo_labeled.positions)]
+        pseudo_labels = self.pseudo_labels[pseudo_labeled.positions]
         with torch.set_grad_enabled(stage == "joint"):
             _, embeddings = self.network(torch.cat([labeled.images, pseudo_labeled.images]))
         rows = [len(labeled.images), len(pseudo_labeled.images)]
-        f_l, f_u = (gather_rows(part) for part in embeddings.split(rows))
+        f_l, f_u = embeddings.split(rows)
         loss = zero
         if config.uses_basis:
-            losses["loss_cross_entropy"] = self.basis.cross_entropy(f_l, labels)
-            losses["loss_similarity"] = self.similarity(self.basis(f_u), pseudo_labels)  # sets T1 and T2 first
+            losses["loss_cross_entropy"] = _mean_over_ranks(self.basis.cross_entropy(f_l, labels))
+            losses["loss_similarity"] = self._similarity_loss(f_u, pseudo_labels)  # sets T1 and T2 first
             loss = config.lambda_2 * (losses["loss_cross_entropy"] + losses["loss_similarity"])
         if stage == "joint":
-            losses["loss_labeled"] = self.rank(f_l, labels)
+            losses["loss_labeled"] = for_ddp(self.rank(f_l, labels))
             losses["loss_unlabeled"] = (
-                self._mined_rank(f_u) if config.student == "mining" else self.rank(f_u, pseudo_labels)
+                self._mined_rank(f_u) if config.student == "mining" else for_ddp(self.rank(f_u, pseudo_labels))
             )
             loss = losses["loss_labeled"] + config.lambda_1 * losses["loss_unlabeled"] + loss
         return {"loss": loss, **losses}
+
+    def _similarity_loss(self, embeddings: Tensor, pseudo_labels: Tensor) -> Tensor:
+        """The similarity-distribution loss has sums over the pairs of all ranks; the two that stand in its place take
+        the rows of all.
+        """
+        if isinstance(self.similarity, SimilarityDistributionLoss):
+            return for_ddp(self.similarity(self.basis(embeddings), pseudo_labels))
+        return self.similarity(self.basis(gather_rows(embeddings)), all_gather_rows(pseudo_labels))
 
     def _mined_rank(self, embeddings: Tensor) -> Tensor:
         """L_rank over the pairs with s ≥ T1, as positives, and with s ≤ T2, as negatives."""
         config = self.config
         t_1, t_2 = self.similarity.positive_mean, self.similarity.negative_mean
         if config.ranking_loss == "contrastive":
-            return ops.mined_pair_ranking_loss(
+            loss = ops.mined_pair_ranking_loss(
                 embeddings,
                 self.basis(embeddings.detach()),
                 positive_threshold=t_1,
                 negative_threshold=t_2,
                 positive_margin=config.positive_margin,
                 negative_margin=config.negative_margin,
+                group=None,
             )
+            return for_ddp(loss)
+        embeddings = gather_rows(embeddings)
         similarities = self.basis.similarities(embeddings.detach())
         others = ~torch.eye(len(similarities), dtype=torch.bool, device=similarities.device)
         # As long as T1 < T2 a pair can be both, which eq. (1) lets cancel out; a loss of exponentials cannot take it.
@@ -275,7 +287,7 @@ class Slade(Trainer):
             (similarities >= t_1) & others & (similarities > t_2),
             (similarities <= t_2) & others & (similarities < t_1),
         )
-        return self.rank(
+        return _ranking_loss(config, group="local")(
             embeddings, indices_tuple=(*positives.nonzero(as_tuple=True), *negatives.nonzero(as_tuple=True))
         )
 
@@ -540,10 +552,15 @@ def _retrieval(name: str, embeddings: Tensor, labels: Tensor, queries: np.ndarra
     return {f"{name}_{figure}": figures[figure] for figure in FIGURES}
 
 
-def _ranking_loss(config: SladeConfig) -> nn.Module:
+def _mean_over_ranks(mean: Tensor) -> Tensor:
+    """The mean of what ranks with as many rows have, with the gradient of the own one."""
+    return mean - mean.detach() + all_reduce_mean(mean.detach())
+
+
+def _ranking_loss(config: SladeConfig, group: Group = None) -> nn.Module:
     if config.ranking_loss == "contrastive":
-        return ContrastiveLoss(config.positive_margin, config.negative_margin)
-    return MultiSimilarityLoss(config.ms_alpha, config.ms_beta, config.ms_base)
+        return ContrastiveLoss(config.positive_margin, config.negative_margin, group=group)
+    return MultiSimilarityLoss(config.ms_alpha, config.ms_beta, config.ms_base, group=group)
 
 
 def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMoments:
@@ -552,7 +569,7 @@ def _similarity_loss(config: SladeConfig, num_basis: int) -> RunningSimilarityMo
     if config.similarity_loss == "global-ce":
         return GlobalCrossEntropy(num_basis, config.k, momentum=config.moment_momentum)
     return SimilarityDistributionLoss(
-        config.sd_margin, config.sd_variance_weight, config.moment_momentum, config.moment_gradient
+        config.sd_margin, config.sd_variance_weight, config.moment_momentum, config.moment_gradient, group=None
     )
 
 
