@@ -229,6 +229,21 @@ def test_glyphs(tmp_path):
     assert (len(collection), collection.augmentation) == (30, "crop")
 
 
+def test_glyphs_of_a_script(tmp_path):
+    images = np.arange(4 * 16, dtype=np.uint8).reshape(4, 4, 4)
+    arrays = {"images": images, "labels": np.arange(4), "faces": [1, 5, 1, 5]}
+    np.savez(tmp_path / "glyphs.npz", **arrays)
+    with pytest.raises(ValueError, match=r"glyphs-latin: .* should have an array characters"):
+        load_collection("glyphs-latin", tmp_path)
+    np.savez(tmp_path / "glyphs.npz", **arrays, characters=["A", "Ω", "ß", "%"])
+    assert load_dataset("glyphs", tmp_path).class_names == ("A", "Ω", "ß", "%")
+    for name, characters in (("glyphs-latin", ("A", "ß")), ("glyphs-other", ("Ω", "%"))):
+        collection = load_collection(name, tmp_path)
+        assert collection.class_names == characters
+        pixels = {int(np.asarray(collection.images.image(i))[0, 0]): int(collection.labels[i]) for i in range(2)}
+        assert pixels == {16 * "AΩß%".index(character): number for number, character in enumerate(characters)}
+
+
 def test_bad_glyphs(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"glyphs: looked for .*glyphs\.npz and found none"):
         load_dataset("glyphs", tmp_path)

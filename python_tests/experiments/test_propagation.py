@@ -121,9 +121,28 @@ def test_features_of_a_folder_are_made_once_unless_they_are_damaged(tmp_path, mo
         assert kept.read_bytes() == whole
 
 
+def test_components_of_glyphs(tmp_path, monkeypatch):
+    """The cosines of centred pixels, in as many components as there are pixels; and some of the images."""
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    labels, faces = np.arange(200) % 7, np.arange(200) % 11
+    np.savez(tmp_path / "glyphs.npz", images=images, labels=labels, faces=faces)
+    assert feature_sets.available(["glyphs", "glyphs-10k", "flowers17"], str(tmp_path)) == ["glyphs", "glyphs-10k"]
+    points = feature_sets.load("glyphs", str(tmp_path), tmp_path)
+    order = np.argsort(faces % 5 == 0, kind="stable")  # to train on, then to test on
+    assert points.labels.tolist() == labels[order].tolist()
+    pixels = torch.from_numpy(images[order].reshape(200, 64)).double()
+    pixels -= pixels.mean(dim=0)
+    inner_products = pixels @ pixels.T
+    rounding = 64 * torch.finfo(torch.float32).eps * float(inner_products.abs().max())  # of the components' lengths
+    torch.testing.assert_close((points.features @ points.features.T).double(), inner_products, rtol=0, atol=rounding)
+    monkeypatch.setitem(feature_sets.GLYPHS, "glyphs-10k", 50)
+    assert feature_sets.load("glyphs-10k", str(tmp_path), tmp_path).features.shape == (50, 64)
+
+
 def test_a_folder_without_the_files_is_an_error(tmp_path, capsys):
     assert main(["mixed-lp-table3", "--data", str(tmp_path), "--out", str(tmp_path)]) == 1
-    assert "it should have at least one of cifar10.npz, flowers17.npz" in capsys.readouterr().err
+    assert "it should have at least one of cifar10.npz, flowers17.npz, glyphs.npz" in capsys.readouterr().err
     assert main(["mixed-lp-table3", "--data", str(tmp_path / "no"), "--out", str(tmp_path)]) == 1
     assert "which is no folder" in capsys.readouterr().err
 

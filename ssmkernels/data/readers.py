@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,8 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
                in root, in root/val or in the development kit as root/ILSVRC2012_devkit_t12
     folder     files ``root/train/<class>/*`` and ``root/val/<class>/*`` or ``root/test/<class>/*``
     glyphs     a file ``root/glyphs.npz`` of arrays images (uint8 [N, S, S]), labels and faces (integers [N]):
-               characters, not flipped; the typefaces whose number is a multiple of 5 are to test on
+               characters, not flipped; the typefaces whose number is a multiple of 5 are to test on; an array
+               characters names the classes
     npz        a file ``root`` of arrays train_x, test_x (uint8, [N, H, W] or [N, H, W, 3], square) and train_y, test_y
                (integers [N]); or of JPEG files with a common header: header, tails, tail_len [N], labels [N] and
                n_train
@@ -183,10 +185,12 @@ def _glyphs(root: Path, download: bool) -> ImageSplits:
         if missing:
             raise ValueError(f"{file} lacks the arrays {', '.join(sorted(missing))}")
         images, labels, faces = (archive[name] for name in ("images", "labels", "faces"))
+        names = archive["characters"].tolist() if "characters" in archive else None
     tested = faces % 5 == 0
     classes = int(labels.max()) + 1
     train, test = (ArrayImages(images[part], labels[part], classes) for part in (~tested, tested))
-    return _arrays(train, test, augmentation="crop")
+    splits = _arrays(train, test, augmentation="crop")
+    return splits if names is None else replace(splits, class_names=tuple(names))
 
 
 DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {

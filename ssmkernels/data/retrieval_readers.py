@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ import numpy as np
 from ssmkernels.data.images import ArrayImages, FileImages
 from ssmkernels.data.packed import COMMON_HEADER, ONE_AFTER_ANOTHER, is_packed, packed_arrays
 from ssmkernels.data.readers import _arrays, _require, load_dataset, outside
-from ssmkernels.data.retrieval import ImageCollection
+from ssmkernels.data.retrieval import ImageCollection, class_subset
 
 
 def load_collection(name: str, root: str | Path | None = None, *, download: bool = False) -> ImageCollection:
@@ -39,6 +40,8 @@ def load_collection(name: str, root: str | Path | None = None, *, download: bool
     flowers102            torchvision's Flowers102, three splits
     folder                files root/<class>/*
     glyphs                those of ``load_dataset``, all typefaces; characters are not flipped
+    glyphs-latin          its Latin characters, where it has an array characters
+    glyphs-other          its other characters: Greek, Cyrillic, digits and signs
     npz                   a file ``root`` of arrays x (uint8, [N, H, W] or [N, H, W, 3]) and y (integers [N] from 0); or
                           of data (the bytes of N image files of one size, one after another), offsets [N + 1] and
                           labels [N]; or of JPEG files with a common header, as ``load_dataset`` takes them
@@ -314,6 +317,15 @@ def _merged(name: str, root: Path, download: bool) -> ImageCollection:
     return ImageCollection(merged, splits.class_names, splits.mean, splits.std, splits.image_size, splits.augmentation)
 
 
+def _glyphs_of_a_script(name: str, root: Path, download: bool) -> ImageCollection:
+    """Latin characters, or all others."""
+    glyphs = _merged("glyphs", root, download)
+    latin = np.array([len(c) == 1 and unicodedata.name(c, "").startswith("LATIN") for c in glyphs.class_names])
+    if latin.all() or not latin.any():
+        raise ValueError(f"{name}: glyphs.npz should have an array characters, with Latin ones and others")
+    return class_subset(glyphs, np.flatnonzero(latin if name == "glyphs-latin" else ~latin))
+
+
 COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "cub200": _cub200,
     "cars196": _cars196,
@@ -333,6 +345,8 @@ COLLECTIONS: dict[str, Callable[[str, Path, bool], ImageCollection]] = {
     "flowers102": _flowers102,
     "folder": _folder,
     "glyphs": _merged,
+    "glyphs-latin": _glyphs_of_a_script,
+    "glyphs-other": _glyphs_of_a_script,
     "npz": _npz,
     "digits": _merged,
     "mnist5k": _merged,

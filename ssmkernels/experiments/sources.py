@@ -43,7 +43,9 @@ class Source:
         """For a trainer."""
         if self.path is None:
             return ()
-        return ("--data.root", self.path) if self.kind == "folder" else ("--data.name", "npz", "--data.root", self.path)
+        if self.kind == "folder" or Path(self.path).stem == "glyphs":
+            return ("--data.root", self.path)
+        return ("--data.name", "npz", "--data.root", self.path)
 
     def swav_weights(self) -> Path | None:
         """The file that SwAV is fine-tuned from, where it is there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ssmkernels.models.convnet import PlainConvNet, SmallConvNet
+from ssmkernels.models.convnet import PlainConvNet, SmallConvNet, convnet_widths
 from ssmkernels.models.packages import require
 from ssmkernels.models.projection import ProjectionModel
 from ssmkernels.models.timm_models import TIMM, TimmFeatures
@@ -74,9 +74,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def _backbone(name: str, in_channels: int, image_size: int | None) -> nn.Module:
     if name == "convnet-small":
         return SmallConvNet(in_channels)
-    plain = re.fullmatch(r"convnet((-[1-9]\d*)+)", name)
-    if plain is not None:
-        return PlainConvNet(in_channels, [int(width) for width in plain[1][1:].split("-")])
+    widths = convnet_widths(name)
+    if widths is not None:
+        return PlainConvNet(in_channels, widths)
     if name == "resnet50":
         return _resnet50(in_channels)
     if name.startswith(TIMM):

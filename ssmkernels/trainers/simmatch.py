@@ -66,6 +66,9 @@ class SimMatchConfig(Settings):
     """Target q̂ of the instance-matching loss; without, q^w, the paper's ablation "w/o q̂"."""
     hard_pseudo_labels: bool = False
     """Learn argmax p̂ instead of p̂, as FixMatch does."""
+    strong_views: Literal["randaugment", "weak"] = "randaugment"
+    """Views that learn the pseudo-labels of weak ones; other weak ones are those of pseudo-labelling without FixMatch.
+    """
     alignment_queue: CountOrZero = 32
     """Batches in the running mean of distribution alignment; 0 turns it off."""
     memory: Literal["temporal", "teacher"] = "temporal"
@@ -197,8 +200,9 @@ class SimMatch(ClassifierTrainer):
         return parts if self.memory is None else {**parts, "memory": self.memory}
 
     def batches(self, start_step: int) -> Iterable[data.Batch]:
-        mu = self.config.mu if self.config.uses_unlabeled else 0
-        return self.training_batches(start_step, mu=mu, strong=self.transforms.strong)
+        config = self.config
+        strong = self.transforms.strong if config.strong_views == "randaugment" else self.transforms.weak
+        return self.training_batches(start_step, mu=config.mu if config.uses_unlabeled else 0, strong=strong)
 
     def step(self, batch: data.Batch, step: int) -> dict[str, Tensor]:
         """One pass through the body of Algorithm 1's inner loop."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Real images as features for propagation: pixels of those inside packages, features of a network of those in a folder.
+"""Real images as features for propagation: pixels of those inside packages, principal components of the pixels of
+glyphs, features of a network of photographs.
 
 The network of the paper's sets is BN-Inception where its weights are in the folder, as in the paper, and else
 EfficientNet-Lite0.
@@ -45,6 +46,10 @@ ARCHIVES = {
     "cifar10-train": Archive("cifar10.npz", slice(10_000), 128),
 }
 """The sets of archives; what else is not inside packages :func:`ssmkernels.data.load_collection` reads by its name."""
+GLYPHS = {"glyphs-10k": 10_000, "glyphs": None}
+"""How many images of glyphs.npz, drawn at random, are in a set; None for all."""
+COMPONENTS = 64
+"""Principal components of their pixels."""
 
 
 def available(names: Iterable[str], folder: str | None) -> list[str]:
@@ -57,8 +62,8 @@ def available(names: Iterable[str], folder: str | None) -> list[str]:
     others = [name for name in names if name not in INSIDE_PACKAGES]
     there = [name for name in others if folder is not None and _is_there(name, Path(folder))]
     if folder is not None and not there:
-        files = sorted({ARCHIVES[name].file for name in others if name in ARCHIVES})
-        collections = [name for name in others if name not in ARCHIVES]
+        files = sorted({_archive_file(name) for name in others if name in ARCHIVES or name in GLYPHS})
+        collections = [name for name in others if name not in ARCHIVES and name not in GLYPHS]
         raise FileNotFoundError(
             f"--data is {folder!r}; it should have at least one of {', '.join(files)}, or of the paper's sets"
             f" {', '.join(collections)} in the form that they are published in; ssmkernels.data.load_collection says of"
@@ -68,13 +73,17 @@ def available(names: Iterable[str], folder: str | None) -> list[str]:
 
 
 def _is_there(name: str, folder: Path) -> bool:
-    if name in ARCHIVES:
-        return (folder / ARCHIVES[name].file).is_file()
+    if name in ARCHIVES or name in GLYPHS:
+        return (folder / _archive_file(name)).is_file()
     try:
         data.load_collection(name, folder)
     except FileNotFoundError:
         return False
     return True
+
+
+def _archive_file(name: str) -> str:
+    return ARCHIVES[name].file if name in ARCHIVES else "glyphs.npz"
 
 
 def network_of(folder: str | None) -> str:
@@ -88,6 +97,8 @@ def load(name: str, folder: str | None, cache: Path) -> FeatureSet:
         images = data.load_collection(name).images
         pixels = np.stack([np.asarray(images.image(i), dtype=np.float32).ravel() for i in range(len(images))])
         return FeatureSet(torch.from_numpy(pixels), torch.from_numpy(images.labels))
+    if name in GLYPHS:
+        return _components(Path(folder or "."), GLYPHS[name])
     archive = ARCHIVES.get(name)
     backbone = network_of(folder) if archive is None else "efficientnet-lite0"
     kept = cache / f"{name}-{backbone if archive is None else f'{archive.size}px'}.npz"
@@ -102,6 +113,19 @@ def load(name: str, folder: str | None, cache: Path) -> FeatureSet:
             np.savez(file, features=features.numpy(), labels=images.labels)
     with np.load(kept) as arrays:
         return FeatureSet(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+
+
+def _components(folder: Path, count: int | None) -> FeatureSet:
+    """The pixels of ``count`` glyphs, centred, in the basis of their first principal components."""
+    collection = data.load_collection("glyphs", folder)
+    images, labels = collection.images, torch.from_numpy(collection.images.labels)
+    chosen = torch.arange(len(labels))
+    if count is not None:
+        chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:count]
+    pixels = torch.from_numpy(np.stack([np.asarray(images.image(i)).ravel() for i in chosen.tolist()])).float()
+    pixels -= pixels.mean(dim=0)
+    axes = torch.linalg.eigh(pixels.T @ pixels).eigenvectors[:, -COMPONENTS:]
+    return FeatureSet(pixels @ axes, labels[chosen])
 
 
 def _batches(name: str, backbone: str, folder: Path) -> tuple[data.ImageDataset, Iterable[Any]]:

@@ -2,9 +2,9 @@
 """Table 3 and Figures 4 and 5 of mixed label propagation (Zhuang and Moulin, CVPR 2023): accuracy over all points,
 (36).
 
-Without --data these are images inside packages; with a folder, also those of the paper's ten sets, of 17-flowers and of
-CIFAR-10 in it. A table's columns name the sets; a row's argument is the key of its accuracy in what a job leaves, which
-has all rows of a column.
+Without --data these are images inside packages; with a folder, also those of the paper's ten sets, of 17-flowers,
+CIFAR-10 and glyphs in it. A table's columns name the sets; a row's argument is the key of its accuracy in what a job
+leaves, which has all rows of a column.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssmkernels import graph
 from ssmkernels.experiments.analyses import feature_sets
-from ssmkernels.experiments.analyses.feature_sets import ARCHIVES, BN_INCEPTION
+from ssmkernels.experiments.analyses.feature_sets import ARCHIVES, BN_INCEPTION, GLYPHS
 from ssmkernels.experiments.jobs import Job
 from ssmkernels.experiments.run import Cells, Request, numbers
 from ssmkernels.experiments.sources import INSIDE_PACKAGES
@@ -49,13 +49,13 @@ def _cells(table: Table, request: Request, predict: Predict, labelings: Iterable
             figures = (Figure("accuracy", str(key), unit=""),)
             cells.append(Cell(row, column, figures, numbers(table, request, row, column), job))
     deviations = [*table.deviations]
-    small = {*INSIDE_PACKAGES, *ARCHIVES}
-    if small & {*names}:
+    others = {*INSIDE_PACKAGES, *ARCHIVES, *GLYPHS}
+    if others & {*names}:
         deviations.append(
-            "Small sets stand in for the paper's, or beside them: pixels of digits, EfficientNet-Lite0 features of"
-            " photographs."
+            "Other sets stand in for the paper's, or beside them: pixels of digits, principal components of glyphs,"
+            " EfficientNet-Lite0 features of photographs."
         )
-    if {*names} - small and feature_sets.network_of(folder) != "bn-inception":
+    if {*names} - others and feature_sets.network_of(folder) != "bn-inception":
         deviations.append(f"EfficientNet-Lite0 in place of BN-Inception, as {BN_INCEPTION} is not in --data.")
     return Cells(replace(table, deviations=deviations), tuple(cells))
 

@@ -360,16 +360,24 @@ struct Shown {
   }
 };
 
+// Each lane writes its part of what the warp shows, into memory as long as an Exchange, and sees the whole.
+template <class Write>
+const Exchange& exchange_parts(Write write, const char* instruction) {
+  Exchange& buffer = machine().block->exchanges[machine().current / 32][this_thread().turn];
+  this_thread().turn ^= 1;
+  write(buffer.bytes[0], machine().current % 32);
+  pause(State::at_warp, instruction);
+  return buffer;
+}
+
 // Each lane shows `mine` and sees what all show.
 template <class T>
 Shown<T> exchange(const T& mine, const char* instruction) {
   static_assert(sizeof(T) <= sizeof(Exchange::bytes[0]));
-  const int warp = machine().current / 32, lane = machine().current % 32;
-  Exchange& buffer = machine().block->exchanges[warp][this_thread().turn];
-  this_thread().turn ^= 1;
-  std::memcpy(buffer.bytes[lane], &mine, sizeof(T));
-  pause(State::at_warp, instruction);
-  return {buffer};
+  const auto write = [&](unsigned char* shown, int lane) {
+    std::memcpy(shown + lane * sizeof(Exchange::bytes[0]), &mine, sizeof(T));
+  };
+  return {exchange_parts(write, instruction)};
 }
 
 }  // namespace emulator

@@ -66,44 +66,65 @@ float half_value(uint16_t bits) {
   return std::is_same_v<Storage, bfloat16> ? host::bfloat_to_float(bits) : host::half_to_float(bits);
 }
 
+// What a warp multiplies: a [16, K] by rows and b [K, 8] by columns.
+template <int K>
+struct Operands {
+  float a[16][K], b[8][K];
+
+  static const Operands& of(const emulator::Exchange& shown) {
+    return reinterpret_cast<const Operands&>(shown);
+  }
+};
+
+// This lane's four elements of sum += a b.
+template <int K>
+void add_products(float (&sum)[4], const Operands<K>& operands) {
+  static_assert(sizeof(Operands<K>) <= sizeof(emulator::Exchange));
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  float upper[2] = {sum[0], sum[1]}, lower[2] = {sum[2], sum[3]};  // in registers
+  for (int k = 0; k < K; ++k) {
+    const float up = operands.a[row][k], low = operands.a[row + 8][k];
+    const float left = operands.b[column][k], right = operands.b[column + 1][k];
+    upper[0] += up * left;
+    upper[1] += up * right;
+    lower[0] += low * left;
+    lower[1] += low * right;
+  }
+  sum[0] = upper[0], sum[1] = upper[1], sum[2] = lower[0], sum[3] = lower[1];
+}
+
 // m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1
 // (2t + 8…, g).
 template <class Storage>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Operands {
-    float a[8], b[4];
-  } mine;
-  for (int i = 0; i < 8; ++i) mine.a[i] = half_value<Storage>(static_cast<uint16_t>(a[i / 2] >> 16 * (i % 2)));
-  for (int i = 0; i < 4; ++i) mine.b[i] = half_value<Storage>(static_cast<uint16_t>((i < 2 ? b0 : b1) >> 16 * (i % 2)));
-  const auto all = emulator::exchange(mine, std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16");
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k)
-      sum[i] += all[row % 8 * 4 + k % 8 / 2].a[(row / 8 + 2 * (k / 8)) * 2 + k % 2] *
-                all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
-  }
+  const auto write = [&](unsigned char* shown, int lane) {
+    auto& operands = *reinterpret_cast<Operands<16>*>(shown);
+    const int g = lane / 4, k = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      const auto value = [&](uint32_t pair) { return half_value<Storage>(static_cast<uint16_t>(pair >> 16 * half)); };
+      for (int i = 0; i < 4; ++i) operands.a[g + 8 * (i % 2)][k + 8 * (i / 2) + half] = value(a[i]);
+      operands.b[g][k + half] = value(b0);
+      operands.b[g][k + 8 + half] = value(b1);
+    }
+  };
+  const char* instruction = std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16";
+  add_products(sum, Operands<16>::of(emulator::exchange_parts(write, instruction)));
 }
 
 // m16n8k8 of tf32: a0 is (row g, k t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 is (k t, column g), b1 (t +
 // 4, g).
 template <>
 inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Operands {
-    float a[4], b[2];
-  } mine;
   for (uint32_t bits : {a[0], a[1], a[2], a[3], b0, b1})
     if (bits & 0x1fff) emulator::fail("an operand is not tf32");
-  for (int i = 0; i < 4; ++i) mine.a[i] = __uint_as_float(a[i]);
-  mine.b[0] = __uint_as_float(b0);
-  mine.b[1] = __uint_as_float(b1);
-  const auto all = emulator::exchange(mine, "mma.tf32");
-  const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 8; ++k)
-      sum[i] += all[row % 8 * 4 + k % 4].a[row / 8 + 2 * (k / 4)] * all[column * 4 + k % 4].b[k / 4];
-  }
+  const auto write = [&](unsigned char* shown, int lane) {
+    auto& operands = *reinterpret_cast<Operands<8>*>(shown);
+    const int g = lane / 4, k = lane % 4;
+    for (int i = 0; i < 4; ++i) operands.a[g + 8 * (i % 2)][k + 4 * (i / 2)] = __uint_as_float(a[i]);
+    operands.b[g][k] = __uint_as_float(b0);
+    operands.b[g][k + 4] = __uint_as_float(b1);
+  };
+  add_products(sum, Operands<8>::of(emulator::exchange_parts(write, "mma.tf32")));
 }
 
 // Round to nearest, ties away from zero, to 10 bits of fraction.
