@@ -71,7 +71,7 @@ class NearlySingular:
         """A X = B.
 
         Args:
-            rhs: [N, C] float64 B.
+            rhs: [N, C] float64 B, which is written.
             totals: [components, C] float64, the sums of B over each component, without rounding where they are to be
                 equal.
         """
@@ -79,15 +79,19 @@ class NearlySingular:
         groups = self.groups
         constant = self.per_whole * totals
         of_constant = self.row_sums[:, None] * constant[component]
-        rest = rhs - of_constant
+        terms = rhs.abs() + of_constant.abs()
+        rest = rhs.sub_(of_constant)
+        del of_constant
         coarse = groups.solve(rest)
-        rest -= groups.product(coarse)
+        if len(groups.joined):
+            rest -= groups.product(coarse)
+            terms += groups.row_terms[:, None] * groups.largest(coarse)
         # What rounding left of terms that cancel: nothing else may be there in a row, and no row would be solved for
         # it.
-        terms = rhs.abs() + of_constant.abs() + groups.row_terms[:, None] * groups.largest(coarse)
         rest[rest.abs() <= 4 * torch.finfo(rest.dtype).eps * terms] = 0
-        del of_constant, terms
-        values, iterations = torch.zeros_like(rest), torch.zeros(rhs.shape[1], dtype=torch.int64, device=rhs.device)
+        del terms
+        values: Tensor | None = None
+        iterations = torch.zeros(rest.shape[1], dtype=torch.int64, device=rest.device)
         # In float64 throughout: started anew from float32's solution, the same iterations take as long again.
         # What the projection changed is checked by the second, which seldom takes an iteration.
         for _ in range(2 if len(groups.joined) else 1):
@@ -95,17 +99,20 @@ class NearlySingular:
             iterations += steps
             if len(groups.joined):
                 values += groups.solve(rest - groups.product(values))
+        assert values is not None
+        del rest, rhs
         values += coarse
         left = self.per_whole * total(self.graph, sum_by(component, count, self.row_sums[:, None] * values))
         return Deviation(constant, values - left[component], iterations, residual)
 
     def _conjugate_gradients(
-        self, rhs: Tensor, start: Tensor, rtol: float, max_iter: int
+        self, rhs: Tensor, start: Tensor | None, rtol: float, max_iter: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Solution [N, C], iterations [C] and residual [C], in float64."""
         if isinstance(self.graph, SplitGraph):
             system = self.graph, self.weight, self.dissimilarity, self.diagonal, rhs
             return conjugate_gradients(*system, initial=start, rtol=rtol, max_iter=max_iter)[:3]
+        start = torch.zeros_like(rhs) if start is None else start
         solution, iterations, residual, _ = ops.graph.solve_with_curvature(
             self.graph.crow,
             self.graph.col,
@@ -192,9 +199,8 @@ class Groups:
 
     def solve(self, residual: Tensor) -> Tensor:
         """[N, C] constants of the groups, P (Pᵀ A P)⁻¹ Pᵀ applied to ``residual``; 0 where a component is one group."""
-        out = torch.zeros_like(residual)
         if len(self.joined) == 0:
-            return out
+            return residual.new_zeros(()).expand_as(residual)
         sums = total(self.graph, sum_by(self.group, self.count, residual))[self.joined].cpu()
         shift = self.scale[:, None] * torch.linalg.solve(self.matrix, self.scale[:, None] * sums)
         constants = residual.new_zeros(self.count, residual.shape[1])

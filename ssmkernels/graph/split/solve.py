@@ -61,6 +61,9 @@ def conjugate_gradients(
     return Iteration(matrix, rhs, initial, rtol, max_iter).run()
 
 
+COLUMNS_AT_ONCE = 32  # of the residual that is measured, whose terms take memory
+
+
 def exponent_of(x: float) -> int:
     """n with 2^(n − 1) ≤ x < 2^n; 0 where x is not above 0, or not finite."""
     return math.frexp(x)[1] if 0 < x < math.inf else 0
@@ -160,15 +163,20 @@ class Iteration:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What :func:`conjugate_gradients` returns."""
+        self._iterate()  # whose vectors are gone then
+        state = self.state
+        return self._solution(), state.iterations, state.residual().to(self.rhs.dtype), self._curvature()
+
+    def _iterate(self) -> None:
         state, graph = self.state, self.graph
         r, p, s, w = (self.rhs.new_zeros(self.x.shape) for _ in range(4))
         extended = self.rhs.new_zeros(self.extended.shape)
         u = extended[: graph.num_rows]
-        residual = self._measure()
+        residual = self._measure(w)
         while state.judge():
-            anew = state.restarts & state.active
-            r[:, anew] = residual[:, anew].to(r.dtype)
-            p[:, anew] = s[:, anew] = 0
+            for column in (state.restarts & state.active).nonzero()[:, 0].tolist():
+                r[:, column] = residual[:, column]
+                p[:, column] = s[:, column] = 0
             torch.mul(self.matrix.step[:, None], r, out=u)
             while True:
                 product, along, squares = self.matrix.multiply_(w, extended, r)
@@ -176,8 +184,7 @@ class Iteration:
                 if not state.step(product):
                     break
                 self._step(r, p, s, u, w)
-            residual = self._measure()
-        return self._solution(), state.iterations, state.residual().to(self.rhs.dtype), self._curvature()
+            residual = self._measure(w)
 
     def _step(self, r: Tensor, p: Tensor, s: Tensor, u: Tensor, w: Tensor) -> None:
         state, dtype = self.state, r.dtype
@@ -194,24 +201,31 @@ class Iteration:
             alpha=torch.where(state.active, state.alpha, 0).to(dtype),
         )
 
-    def _measure(self) -> Tensor:
-        """b − A x [n, C] in float64, and what it says of the columns."""
+    def _measure(self, out: Tensor) -> Tensor:
+        """b − A x [n, C] in float64, and what it says of the columns, some of them at a time; in ``out`` where that is
+        of float64.
+        """
         graph, matrix = self.graph, self.matrix
         request = graph.halo.start(self.x, self.extended[graph.num_rows :])
         largest = graph.largest(_largest(self.x))
         if request is not None:
             request.wait()
-        product, terms = kernels.multiply_in_double(matrix.rows, self.extended)
-        residual, terms = self.b - product, terms + self.b.abs()
-        inverse = matrix.inverse.double()[:, None]
-        sums = [
-            (residual * matrix.step.double()[:, None] * residual).sum(dim=0),
-            (inverse * residual).square().sum(dim=0),
-        ]
-        along, squares = graph.total(torch.stack(sums))
-        share = imbalance(residual, terms, matrix.diagonal, self.x, largest)
-        self.state.measure(along, squares, graph.largest(_largest(torch.where(inverse > 0, share, 0))))
-        return residual
+        whole = out if out.dtype == torch.float64 else torch.empty_like(self.x)
+        inverse, step = matrix.inverse.double()[:, None], matrix.step.double()[:, None]
+        sums, shares = self.x.new_empty(2, self.x.shape[1]), torch.empty_like(largest)
+        for begin in range(0, self.x.shape[1], COLUMNS_AT_ONCE):
+            some = slice(begin, begin + COLUMNS_AT_ONCE)
+            product, terms = kernels.multiply_in_double(matrix.rows, self.extended[:, some].contiguous())
+            b, x = self.b[:, some], self.x[:, some]
+            residual, terms = b - product, terms + b.abs()
+            sums[0, some] = (residual * step * residual).sum(dim=0)
+            sums[1, some] = (inverse * residual).square().sum(dim=0)
+            share = imbalance(residual, terms, matrix.diagonal, x, largest[some])
+            shares[some] = _largest(torch.where(inverse > 0, share, 0))
+            whole[:, some] = residual
+        along, squares = graph.total(sums)
+        self.state.measure(along, squares, graph.largest(shares))
+        return whole
 
     def _solution(self) -> Tensor:
         solution = self.grow.times(self.x).to(self.rhs.dtype)
