@@ -144,7 +144,7 @@ def checksummed_archive(path: Path) -> Iterator[BinaryIO]:
         yield file
         file.seek(-_COMMENT_LENGTH.size, os.SEEK_END)
         file.write(_COMMENT_LENGTH.pack(_COMMENT_BYTES))
-        file.write(_PREFIX + _digest(file, file.seek(0, os.SEEK_END)).encode())
+        file.write(_PREFIX + sha256_of(file, file.seek(0, os.SEEK_END)).encode())
 
 
 def verify_checksum(path: Path) -> None:
@@ -157,7 +157,7 @@ def verify_checksum(path: Path) -> None:
     """
     if has_checksum(path):
         with open(path, "rb") as file:
-            digest = _digest(file, path.stat().st_size - _COMMENT_BYTES)
+            digest = sha256_of(file, path.stat().st_size - _COMMENT_BYTES)
             if file.read() != _PREFIX + digest.encode():
                 raise DamagedFile(path, "its SHA-256 is not that of what was written")
         return
@@ -205,7 +205,7 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def _digest(file: BinaryIO, count: int) -> str:
+def sha256_of(file: BinaryIO, count: int) -> str:
     """SHA-256 of the first ``count`` bytes, behind which the file then stands."""
     file.seek(0)
     digest = hashlib.sha256()

@@ -24,7 +24,7 @@ from ssmkernels.trainers import (
     swav,
 )
 from ssmkernels.trainers.base import channels_last
-from ssmkernels.trainers.checkpoint import load_checkpoint, one_line
+from ssmkernels.trainers.checkpoint import latest_checkpoint, load_checkpoint, one_line
 
 NEEDED = ("config", "images", "step", "history", "trainer")
 
@@ -84,8 +84,8 @@ def load_run(folder: str | Path, *, best: bool = False) -> FinishedRun:
         ValueError: one is damaged, or of no method of this version; the message names it.
     """
     folder = Path(folder)
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
+    path = latest_checkpoint(folder) if folder.is_dir() else None
+    if path is None:
         raise FileNotFoundError(no_checkpoint(folder))
     state = load_checkpoint(path)
     missing = [name for name in NEEDED if name not in state]
@@ -108,9 +108,9 @@ def load_run(folder: str | Path, *, best: bool = False) -> FinishedRun:
 
 def fold_names(folder: Path) -> list[str]:
     """The folders of the folds of a run, where it has a network for each."""
-    if (folder / "checkpoint.pt").exists():
+    if latest_checkpoint(folder) is not None:
         return []
-    return sorted(path.parent.name for path in folder.glob("fold*/checkpoint.pt"))
+    return sorted(path.name for path in folder.glob("fold*") if latest_checkpoint(path) is not None)
 
 
 def no_checkpoint(folder: Path) -> str:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from ssmkernels._files import checksummed_archive, verify_checksum
+from ssmkernels.trainers import sharded
+
+FILE = "checkpoint.pt"
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -24,13 +27,16 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state saved at ``path``, on the CPU. Tensors and plain values only: nothing in the file is executed.
+    """The state saved at ``path``, on the CPU; in a folder, by :mod:`ssmkernels.trainers.sharded`. Tensors and plain
+    values only: nothing in the file is executed.
 
     Raises:
         DamagedFile: it is not what was written.
         FileNotFoundError: there is none.
         ValueError: it holds something else.
     """
+    if path.is_dir():
+        return sharded.load(path)
     verify_checksum(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -39,6 +45,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}; it should be a dict")
     return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the run in ``folder``, a file or the folder of a sharded one; None where there is none."""
+    forms = [folder / FILE, sharded.latest(folder / sharded.FOLDER)]
+    there = [path for path in forms if path is not None and path.exists()]
+    return max(there, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def one_line(error: Exception) -> str:

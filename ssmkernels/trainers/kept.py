@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from ssmkernels import data
-from ssmkernels.trainers.checkpoint import load_checkpoint
+from ssmkernels.trainers.checkpoint import latest_checkpoint, load_checkpoint
 from ssmkernels.trainers.ranks import this_rank
 
-CHECKPOINT = "checkpoint.pt"
 CLASSES = "classes.txt"
 LABELS = "labels.txt"
 START = "start.pt"
@@ -23,7 +22,7 @@ START = "start.pt"
 
 def has_begun(config: Any) -> bool:
     """Whether the run of ``config`` has a checkpoint."""
-    return config.run.out is not None and Path(config.run.out, CHECKPOINT).exists()
+    return config.run.out is not None and latest_checkpoint(Path(config.run.out)) is not None
 
 
 def kept_file(name: str, config: Any, before: Path | None = None) -> Path | None:
@@ -71,7 +70,8 @@ def _read(
     chosen = read(own)
     if not given.is_file() or _says(given, chosen, read):
         return chosen
-    if has_begun(config) and load_checkpoint(Path(config.run.out, CHECKPOINT))["config"]["data"][setting] != str(given):
+    checkpoint = latest_checkpoint(Path(config.run.out)) if has_begun(config) else None
+    if checkpoint is not None and load_checkpoint(checkpoint)["config"]["data"][setting] != str(given):
         what = "labelled images" if name == LABELS else "classes"
         raise ValueError(
             f"{own} has other {what} than {given}; give it as --data.{setting}, or another folder with --run.out"

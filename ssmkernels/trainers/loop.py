@@ -9,6 +9,7 @@ algorithm.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import statistics
 import threading
@@ -25,7 +26,15 @@ import torch
 from ssmkernels._files import WriteError
 from ssmkernels._locks import FolderInUse, folder_lock
 from ssmkernels.distributed import all_reduce_sum
-from ssmkernels.trainers.checkpoint import check_same_config, load_checkpoint, one_line, save_checkpoint
+from ssmkernels.trainers import sharded
+from ssmkernels.trainers.checkpoint import (
+    FILE,
+    check_same_config,
+    latest_checkpoint,
+    load_checkpoint,
+    one_line,
+    save_checkpoint,
+)
 from ssmkernels.trainers.loggers import LoggerName
 from ssmkernels.trainers.progress import RunLog
 from ssmkernels.trainers.settings import Count, Positive, Settings
@@ -41,6 +50,7 @@ except ImportError:  # the same code inside the one big package
     from lightning.fabric.strategies import DDPStrategy  # type: ignore[no-redef]
 
 
+CheckpointForm = Literal["file", "sharded"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Accelerator = Literal["auto", "cpu", "cuda", "gpu", "mps"]
 
@@ -71,6 +81,10 @@ class RunConfig(Settings):
     """
     checkpoint_every: Count | None = None
     """Steps between checkpoints; none for the end of every epoch."""
+    checkpoint: CheckpointForm = "file"
+    """How checkpoints are kept: checkpoint.pt, which the first rank writes while all wait; or a folder, checkpoint, of
+    which every rank writes a share while training goes on. Any number of ranks resumes from either.
+    """
     accelerator: Accelerator = "auto"
     """What to train on; auto takes a GPU where there is one."""
     workers: int = 0
@@ -189,7 +203,7 @@ def fit(
             steps=steps,
             run=run,
             config=config,
-            path=None if folder is None else folder / "checkpoint.pt",
+            folder=folder,
             resume=resume,
             epoch_ends=range(EPOCH, steps + 1, EPOCH) if epoch_ends is None else epoch_ends,
             best=best,
@@ -204,25 +218,27 @@ def _fit(
     steps: int,
     run: RunConfig,
     config: dict[str, Any],
-    path: Path | None,
+    folder: Path | None,
     resume: bool,
     epoch_ends: Container[int],
     best: str | None,
     ended: Callable[[int], bool],
 ) -> RunResult:
-    """:func:`fit`, with a checkpoint at ``path`` in a folder that no other process uses."""
+    """:func:`fit`, with checkpoints in a ``folder`` that no other process uses."""
     done = RunResult(finished=False, step=0, steps=steps)
     window: dict[str, float] = {}
-    if path is not None and path.exists():
+    path = None if folder is None else latest_checkpoint(folder)
+    if path is not None:
         if not resume:
             raise ValueError(f"{path} exists; go on from it with --resume, or give another folder with --run.out")
-        done, window = _load_run(path, trainer, fabric, steps, config)
+        done, window = _load_run(path, folder, trainer, fabric, steps, config)
         done.finished |= ended(done.step)
     if done.finished:
         return done
-    if path is not None and fabric.is_global_zero:
-        trainer.keep_inputs(path.parent)
+    if folder is not None and fabric.is_global_zero:
+        trainer.keep_inputs(folder)
     fabric.barrier()
+    checkpoints = None if folder is None else _Checkpoints(folder, run, fabric)
 
     def due(every: int | None) -> bool:
         return done.finished or (done.step in epoch_ends if every is None else done.step % every == 0)
@@ -230,7 +246,7 @@ def _fit(
     with (
         StopSignals() as stop,
         RunLog(
-            None if path is None else path.parent,
+            folder,
             steps=steps,
             start=done.step,
             window=window,
@@ -257,11 +273,11 @@ def _fit(
                 done.history.append({"step": done.step, **log.evaluation(trainer.evaluate())})
                 done.finished |= ended(done.step)
                 saving = saving or done.finished
-            if evaluating and best is not None and path is not None and done.best(best) is done.history[-1]:
+            if evaluating and best is not None and folder is not None and done.best(best) is done.history[-1]:
                 weights = {"evaluation": done.history[-1], "model": trainer.state_dict()["model"]}
                 if fabric.is_global_zero:
-                    save_checkpoint(path.with_name("best.pt"), weights)
-            if saving and path is not None:
+                    save_checkpoint(folder / "best.pt", weights)
+            if saving and checkpoints is not None:
                 state = {
                     "config": config,
                     "images": asdict(trainer.seen),
@@ -273,12 +289,38 @@ def _fit(
                 }
                 if fabric.is_global_zero:
                     log.sync()  # a checkpoint never knows of more steps than the log
-                    save_checkpoint(path, state)
+                checkpoints.save(state, done.step)
             if stopping and not done.finished:
                 done.stopped_by = stop.number
             if stopping or done.finished:
                 break
+        if checkpoints is not None:
+            checkpoints.wait()
     return done
+
+
+class _Checkpoints:
+    """The checkpoints of a run, in the form that ``run.checkpoint`` says; one of the other form goes when the first is
+    written.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig, fabric: Fabric) -> None:
+        self.folder, self.fabric = folder, fabric
+        is_sharded = run.checkpoint == "sharded"
+        self.saver = sharded.Saver(folder / sharded.FOLDER, run.timeout) if is_sharded else None
+
+    def save(self, state: dict[str, Any], step: int) -> None:
+        if self.saver is not None:
+            self.saver.save(state, step)
+        elif self.fabric.is_global_zero:
+            save_checkpoint(self.folder / FILE, state)
+            shutil.rmtree(self.folder / sharded.FOLDER, ignore_errors=True)
+
+    def wait(self) -> None:
+        if self.saver is not None:
+            self.saver.wait()
+            if self.fabric.is_global_zero and sharded.latest(self.saver.folder) is not None:
+                (self.folder / FILE).unlink(missing_ok=True)
 
 
 def _check_same_labels(path: Path, labels: str | None) -> None:
@@ -290,7 +332,7 @@ def _check_same_labels(path: Path, labels: str | None) -> None:
 
 
 def _load_run(
-    path: Path, trainer: Trainer, fabric: Fabric, steps: int, config: dict[str, Any]
+    path: Path, folder: Path | None, trainer: Trainer, fabric: Fabric, steps: int, config: dict[str, Any]
 ) -> tuple[RunResult, dict[str, float]]:
     """Puts the trainer where the checkpoint at ``path`` was made, and returns what was done until then and the sums
     since the last evaluation.
@@ -303,7 +345,7 @@ def _load_run(
     if missing:
         raise ValueError(f"{path} is not the checkpoint of a run: it lacks {', '.join(missing)}")
     check_same_config(state["config"], config, ignore=MAY_DIFFER, path=path)
-    _check_same_labels(path.with_name("labels.txt"), trainer.labels_text())
+    _check_same_labels(Path(folder or path.parent, "labels.txt"), trainer.labels_text())
     if state["step"] > steps:
         raise ValueError(f"{path} was made after step {state['step']}; it should be of a run of at most {steps} steps")
     try:
