@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks README.md and docs/**/*.md: ```python blocks and the commands "$ ssmkernels …" of ```console blocks run (one
-namespace and one empty folder a page), links lead somewhere, every op has its entry.
+namespace and one empty folder a page), links lead somewhere, every op has its entry, files that are named exist, and
+rows copied from a table in bench/results are still those of that table.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^```\w+\n.*?^```", re.MULTILINE | re.DOTALL)  # where [](int64_t n) is no link
 COMMAND = re.compile(r"^\$ ssmkernels ((?:.*\\\n)*.*)$", re.MULTILINE)
+NAMED = re.compile(r"(?<!\S)((?:csrc|ssmkernels|python_tests|bench|docs|examples|\.ci)/[\w./-]*\w)/?(?=[\s,;:)]|$)")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 
 
@@ -62,6 +65,49 @@ def missing_ops(texts: list[str]) -> list[str]:
     return [f"ops.{name} has no entry in docs/" for name in names if not re.search(rf"\b{name}\b", code)]
 
 
+def rows_of(text: str) -> list[tuple[str, ...]]:
+    """The cells of every line of every table."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and set(line) - set("|-: ")]
+    return [tuple(cell.strip() for cell in line.strip().strip("|").split("|")) for line in lines]
+
+
+@functools.cache
+def committed_rows() -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """The rows of the tables in bench/results by their first two cells."""
+    rows: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for path in sorted((ROOT / "bench" / "results").glob("*.md")):
+        for row in rows_of(path.read_text()):
+            rows.setdefault(row[:2], []).append(row)
+    return rows
+
+
+def stale_rows(page: Path, text: str) -> list[str]:
+    """Rows that begin as committed ones of as many cells do, and go on otherwise."""
+    problems = []
+    for row in rows_of(text):
+        committed = [other for other in committed_rows().get(row[:2], ()) if len(other) == len(row)]
+        if committed and row not in committed:
+            problems.append(f"{page.name}: bench/results has {' | '.join(committed[0])}, not {' | '.join(row)}")
+    return problems
+
+
+@functools.cache
+def files_of_the_tree() -> tuple[str, ...]:
+    folders = ("csrc", "ssmkernels", "python_tests", "bench", "docs", "examples", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return tuple(path.relative_to(ROOT).as_posix() for path in [*files, *ROOT.iterdir()])
+
+
+def missing_files(page: Path, text: str) -> list[str]:
+    """Paths in backquotes that begin with a folder of the tree; "bench/targets.py" in "python bench/targets.py"."""
+    named = [path for code in re.findall(r"`([^`\n]+)`", text) for path in NAMED.findall(code)]
+    return [
+        f"{page.name}: there is no {path}"
+        for path in named
+        if not any(file == path or file.startswith(f"{path}/") for file in files_of_the_tree())
+    ]
+
+
 def main() -> int:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     pages = [page for page in pages if page.parent.name not in ("api", "measurements")]  # directives alone
@@ -70,7 +116,8 @@ def main() -> int:
     for page, text in zip(pages, texts, strict=True):
         print(f"{page.relative_to(ROOT)}: {len(BLOCK.findall(text))} examples", flush=True)
         problems += run_blocks(page, text) + broken_links(page, text)
-    print("\n".join(problems) or "all examples run, all links lead somewhere, every op has its entry")
+        problems += stale_rows(page, text) + missing_files(page, text)
+    print("\n".join(problems) or "all examples run, all links lead somewhere, files are there, copied rows are right")
     return 1 if problems else 0
 
 

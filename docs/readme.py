@@ -256,7 +256,7 @@ def draw(results: Sequence[Result], digest: str) -> None:
     )
     time_axes.set_yticks(range(len(PLOTTED)), [bars.label for bars in PLOTTED], fontsize="small")
     time_axes.invert_yaxis()
-    _plots.shared_legend(figure, columns=4)
+    _plots.shared_legend(figure)
     _plots.save(figure, PLOT, description=digest)
 
 

@@ -16,10 +16,25 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DPI = 200
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#882255")
-"""The colours of Okabe and Ito (2008), which people who confuse red and green can separate, and two more; the first is
-ours."""
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#000000",
+    "#882255",
+    "#999933",
+)
+"""The colours of Okabe and Ito (2008), which people who confuse red and green can separate, and three more; the first
+is ours. Ten, as many as the digits have classes."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h", "p")
+CHARACTERS_PER_INCH = 14
+"""Of a legend's text, small."""
+HANDLE_CHARACTERS = 8
+"""That the line before a label and the space behind it take."""
 SPREAD_ALPHA = 0.18
 """Opacity of the band between the smallest and the largest value of a line."""
 
@@ -55,13 +70,18 @@ def label_axes(axes: Axes, *, title: str = "", xlabel: str, ylabel: str, **scale
     axes.set_axisbelow(True)
 
 
-def shared_legend(figure: Figure, *, columns: int = 3) -> None:
-    """One legend below all axes, each label once: it covers nothing, however many lines there are."""
+def shared_legend(figure: Figure) -> None:
+    """One legend below all axes, each label once, in as many columns as fit: it covers nothing, however many lines
+    there are.
+    """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
+        columns = max(
+            1, int(CHARACTERS_PER_INCH * figure.get_figwidth() / (max(map(len, handles)) + HANDLE_CHARACTERS))
+        )
         figure.legend(
             list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize="small"
         )

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from ssmkernels._text import markdown_table
-from ssmkernels.experiments.plots import curve, plot_curves, plot_points
+from ssmkernels.experiments.plots import Point, curve, plot_curves, plot_points, points_of
 from ssmkernels.experiments.record import Claim, Entry, Record
 from ssmkernels.experiments.statistics import half_width, mean_and_std, paired_difference, verdicts
 
@@ -38,9 +38,22 @@ def test_plots_say_what_is_seen(tmp_path):
     runs = {"ours": [[{"step": 1, "a": 0.25}, {"step": 2, "a": 0.75}]], "theirs": [[{"step": 2, "a": 0.5}]]}
     words = plot_curves(tmp_path / "curves.png", {"Accuracy": "a", "None": "b"}, runs)
     assert words == "Accuracy: ours from 0.25 to 0.75 at step 2; theirs from 0.5 to 0.5 at step 2."
-    panels = {"β": {"ours": {1.0: [0.5, 0.7], 0.1: [0.2]}}, "γ": {"theirs": {None: [0.25, 0.75]}}}
+    panels = {
+        "β": {"ours": {1.0: Point(0.6, 0.1), 0.1: Point(0.2, 0.0)}},
+        "γ": {"theirs": {None: Point(0.5, 0.25)}},
+    }
     words = plot_points(tmp_path / "points.png", panels, xlabel=None, ylabel="MAP@R", log=True)
     assert words == "β: ours is highest, 0.6, at 1, and 0.2 at 0.1. γ: theirs is 0.5."
+
+
+def test_points_are_means_with_their_intervals():
+    entries = [
+        Entry("β = 0.1", "digits", "accuracy", "", "-", (1.0, 2.0, 3.0)),
+        Entry("without", "digits", "accuracy", "", "-", (4.0,)),
+        Entry("β = 1", "digits", "accuracy", "", "-", ()),
+    ]
+    lines = points_of(entries, r"(?P<line>β|without)(?: = (?P<x>.*))? \| (?P<panel>.*) \| .*")["digits"]
+    assert lines == {"β": {0.1: Point(2.0, half_width([1.0, 2.0, 3.0]))}, "without": {None: Point(4.0, 0.0)}}
 
 
 def test_intervals():

@@ -33,8 +33,8 @@ def measured_on(document: Mapping[str, Any]) -> str:
 
 
 def plot(results: Sequence[Result], out: Path, rates: Rates, where: str) -> list[str]:
-    """A plot of each family that was measured and a roofline of all cases, beside ``out``, with ``where`` they were
-    measured above; their names.
+    """A plot of each family that was measured and a roofline of its cases with flops, beside ``out``, with ``where``
+    they were measured above; their names.
     """
     families = [result for result in results if not result.phase.endswith(("growth", "small"))]
     figures = {
@@ -44,12 +44,15 @@ def plot(results: Sequence[Result], out: Path, rates: Rates, where: str) -> list
         "ranking": _ranking(families),
         "growth": _growth(results),
     }
+    roofline = _roofline(families, rates)
     drawn = {family: figure for family, figure in figures.items() if figure is not None}
     names = []
     for family, figure in drawn.items():
         path = out.with_suffix(".png") if len(drawn) == 1 else out.with_name(f"{out.stem}-{family}.png")
         names.append(_save(figure, path, where))
-    return [*names, _save(_roofline(results, rates), out.with_name(f"{out.stem}-roofline.png"), where)]
+    if roofline is not None:
+        names.append(_save(roofline, out.with_name(f"{out.stem}-roofline.png"), where))
+    return names
 
 
 def _save(figure: Figure, path: Path, where: str) -> str:
@@ -83,17 +86,19 @@ def _spread(axes: Axes, number: int, x: Sequence[float], timings: Sequence[Timin
     )
 
 
-def _roofline(results: Sequence[Result], rates: Rates) -> Figure:
+def _roofline(results: Sequence[Result], rates: Rates) -> Figure | None:
     """The rate of every case against its arithmetic intensity, below what the copy rate and the rate of matrix products
     allow.
 
     A case can be above the roof: flops are those of the plain algorithm, of which symmetry and inactive pairs spare
     some.
     """
+    chosen = [result for result in results if result.flops and result.bytes]  # moving rows has none
+    if not chosen:
+        return None
     title = "rate of each case below the roofline (flops of the plain algorithm)"
     figure, (axes,) = _plots.new_figure(1, title=title, width=7.5, height=5.0)
-    chosen = [result for result in results if result.flops and result.bytes]  # calls of small batches have none
-    intensities = [result.flops / result.bytes for result in chosen] or [1.0]
+    intensities = [result.flops / result.bytes for result in chosen]
     ends = min(intensities) / 2, max(intensities) * 2
     for number, (dtype, matmul) in enumerate(rates.matmul.items()):
         knee = min(max(matmul / rates.copy, ends[0]), ends[1])
@@ -106,7 +111,7 @@ def _roofline(results: Sequence[Result], rates: Rates) -> Figure:
         _line(axes, number, x, [result.flops / result.ours.median / 1e9 for result in cases], op, joined=False)
     xlabel, ylabel = "arithmetic intensity (flops per byte)", "rate (GFLOP/s)"
     _plots.label_axes(axes, xlabel=xlabel, ylabel=ylabel, **LOGARITHMIC)
-    _plots.shared_legend(figure, columns=2)
+    _plots.shared_legend(figure)
     return figure
 
 
@@ -126,7 +131,7 @@ def _growth(results: Sequence[Result]) -> Figure | None:
     xlabel = "units: pairs, entries, rows × slots, rows"
     _plots.label_axes(time_axes, title="time per unit", xlabel=xlabel, ylabel="time (ns)", **LOGARITHMIC)
     _plots.label_axes(memory_axes, title="peak extra memory", xlabel=xlabel, ylabel="peak (MiB)", **LOGARITHMIC)
-    _plots.shared_legend(figure, columns=4)
+    _plots.shared_legend(figure)
     return figure
 
 
@@ -243,7 +248,7 @@ def _graph(results: Sequence[Result]) -> Figure | None:
     )
     title, ylabel = "peers beside ours, both ops", "times longer than ours"
     _plots.label_axes(ratio_axes, title=title, xlabel="entries × classes (E·C)", ylabel=ylabel, **LOGARITHMIC)
-    _plots.shared_legend(figure, columns=4)
+    _plots.shared_legend(figure)
     return figure
 
 

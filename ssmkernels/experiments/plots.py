@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ssmkernels._plots import SPREAD_ALPHA, colour, draw_panels, label_axes, marker
 from ssmkernels.experiments.record import Entry, Plot
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 History = Sequence[Mapping[str, float]]
-Line = Mapping[float | None, Sequence[float]]
-"""x -> values; a line whose only x is None is a level."""
+
+
+class Point(NamedTuple):
+    """A mean and half of its 95 % interval."""
+
+    mean: float
+    half_width: float
+
+
+Line = Mapping[float | None, Point]
+"""x -> point; a line whose only x is None is a level."""
 Points = Mapping[str, Mapping[str, Line]]
 """Panels of lines."""
 
@@ -46,13 +56,14 @@ def draw(
 
 
 def points_of(entries: Sequence[Entry], pattern: str) -> Points:
-    """The values of the entries that match ``pattern`` by its groups panel, line and x; one without x is a level."""
-    panels: dict[str, dict[str, dict[float | None, Sequence[float]]]] = {}
+    """The entries that match ``pattern`` by its groups panel, line and x; one without x is a level."""
+    panels: dict[str, dict[str, dict[float | None, Point]]] = {}
     for entry in entries:
         match = re.fullmatch(pattern, f"{entry.row} | {entry.column} | {entry.figure}")
         if match is not None and entry.values:
             x = None if match["x"] is None else float(match["x"])
-            panels.setdefault(match["panel"], {}).setdefault(match["line"], {})[x] = entry.values
+            point = Point(statistics.fmean(entry.values), half_width(entry.values))
+            panels.setdefault(match["panel"], {}).setdefault(match["line"], {})[x] = point
     return panels
 
 
@@ -91,29 +102,42 @@ def plot_curves(
     return draw_panels(path, panels, draw_lines, title=title)
 
 
+def beside(xs: Sequence[float], steps: float, log: bool) -> list[float]:
+    """``xs`` moved by so many steps of .6 % of their range, so that intervals of several lines do not cover each
+    other.
+    """
+    if log:
+        return [math.exp(x) for x in beside([math.log(x) for x in xs], steps, log=False)]
+    return [x + 0.006 * steps * (xs[-1] - xs[0]) for x in xs]
+
+
 def plot_points(path: Path, panels: Points, *, xlabel: str | None, ylabel: str, log: bool = False) -> str:
-    """One panel per entry of ``panels``, one line per entry of those: x -> values, drawn as their mean with its 95 %
-    interval; a level lies across the panel. Without an ``xlabel`` x is what the panel's title says. Returns what is
-    seen, in words.
+    """One panel per entry of ``panels``, one line per entry of those, with the intervals; a level lies across the
+    panel. Without an ``xlabel`` x is what the panel's title says. Returns what is seen, in words.
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
 
     def draw_line(axes: Axes, label: str, points: Line) -> str:
         number = labels.index(label)  # a method has one colour in every panel
         if None in points:
-            level = statistics.fmean(points[None])
+            level = points[None].mean
             axes.axhline(level, label=label, color=colour(number), linestyle="--", linewidth=1.2)
             return f"{label} is {level:.3g}"
         xs = sorted(x for x in points if x is not None)
-        means, widths = [statistics.fmean(points[x]) for x in xs], [half_width(points[x]) for x in xs]
+        means, widths = [points[x].mean for x in xs], [points[x].half_width for x in xs]
         style: dict[str, Any] = {"color": colour(number), "marker": marker(number), "capsize": 2, "linewidth": 1.2}
-        axes.errorbar(xs, means, yerr=widths, label=label, **style)
+        places = beside(xs, number - (len(labels) - 1) / 2, log)
+        axes.errorbar(places, means, yerr=widths, label=label, **style)
         best = max(means)
         return f"{label} is highest, {best:.3g}, at {xs[means.index(best)]:g}, and {means[0]:.3g} at {xs[0]:g}"
 
     def draw_lines(axes: Axes, title: str, lines: Mapping[str, Line]) -> str:
         seen = [draw_line(axes, label, points) for label, points in lines.items()]
         label_axes(axes, title=title, xlabel=xlabel or title, ylabel=ylabel, xscale="log" if log else "linear")
+        if log:  # few values, chosen by hand: they say more than powers of ten
+            ticks = sorted({x for points in lines.values() for x in points if x is not None})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.set_xticks([], minor=True)
         return "; ".join(seen)
 
     return draw_panels(path, panels, draw_lines)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels import data as images
-from ssmkernels._plots import PALETTE, draw_panels
+from ssmkernels._plots import PALETTE, colour, draw_panels, label_axes
 from ssmkernels.experiments.record import Entry, Plot
 from ssmkernels.experiments.run import Request, Result, Values
 from ssmkernels.experiments.spec import Cell, Table
@@ -72,12 +72,12 @@ def confident(trainer: MLSN) -> tuple[Panels, dict[tuple[str, float], tuple[floa
     places = tsne(torch.cat([labeled, unlabeled]))
     known, others = places[: len(labeled)], places[len(labeled) :]
     ground: Cloud = (places, "gainsboro", 2.0, "all images")
-    marked: Cloud = (known, PALETTE[1], 10.0, "labelled")
+    marked: Cloud = (known, PALETTE[1], 10.0, "(b), (c) labelled")
     panels: Panels = {
         f"(a) the {len(labeled)} labelled images": [ground, (known, labels.cpu().numpy(), 14.0, "labelled, by class")],
     }
     for title, kind, shade in (("(b)", "self-training", "black"), ("(c)", "similarity", PALETTE[0])):
-        confident_half: Cloud = (others[chosen[kind]], shade, 4.0, "confident")
+        confident_half: Cloud = (others[chosen[kind]], shade, 4.0, f"{title} confident")
         panels[f"{title} {kind}, confident half"] = [ground, confident_half, marked]
     return panels, figures
 
@@ -148,14 +148,24 @@ def tsne(features: Tensor) -> np.ndarray:
     )
 
 
+def draw_cloud(axes: Axes, places: np.ndarray, shade: Any, size: float, label: str) -> None:
+    """Points of one colour; or of the colour of each one's class, with the classes in the legend."""
+    if isinstance(shade, str):
+        axes.scatter(places[:, 0], places[:, 1], color=shade, s=size, linewidths=0, label=label)
+        return
+    for number in np.unique(shade):
+        chosen = places[shade == number]
+        axes.scatter(chosen[:, 0], chosen[:, 1], color=colour(number), s=size, linewidths=0, label=f"class {number}")
+
+
 def plot_clouds(table: Table, request: Request, panels: Panels) -> Plot:
     """One panel per entry, its clouds over one another."""
 
     def draw_clouds(axes: Axes, title: str, clouds: Sequence[Cloud]) -> str:
         for places, shade, size, label in clouds:
-            cmap = None if isinstance(shade, str) else "tab10"
-            axes.scatter(places[:, 0], places[:, 1], c=shade, s=size, cmap=cmap, linewidths=0, label=label)
-        axes.set(title=title, xticks=[], yticks=[], xlabel="t-SNE, 1st dimension", ylabel="2nd dimension")
+            draw_cloud(axes, places, shade, size, label)
+        names = {"xlabel": "t-SNE, 1st dimension", "ylabel": "t-SNE, 2nd dimension"}
+        label_axes(axes, title=title, **names, xticks=[], yticks=[])  # only distances mean something
         return ", ".join(f"{len(places)} points ({label})" for places, _, _, label in clouds)
 
     plot = table.plot

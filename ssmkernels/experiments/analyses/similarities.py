@@ -216,7 +216,9 @@ def plot_similarities(path: Path, stages: Mapping[str, Similarities], *, title: 
             label, color = f"{name} pairs", colour(number)
             axes.hist(values, bins=BINS, range=(-1, 1), density=True, alpha=0.5, color=color, label=label)
             axes.axvline(values.mean(), color=color, linestyle="--", linewidth=1.2)
-        label_axes(axes, title=stage, xlabel="$s_{ij}$", ylabel="density", xticks=(-1, -0.5, 0, 0.5, 1))
+        label_axes(
+            axes, title=stage, xlabel="similarity $s_{ij}$ of a pair", ylabel="density", xticks=(-1, -0.5, 0, 0.5, 1)
+        )
         means = f"{pairs.positives.mean():.2f} and {pairs.negatives.mean():.2f}"
         return f"the means of positive and negative pairs are {means}"
 
