@@ -18,10 +18,10 @@ from ssmkernels.data.batched_augment import (
     BatchRandAugment,
     BatchStrong,
     BatchWeak,
-    batch_transforms,
     normalize,
 )
 from ssmkernels.data.batched_ops import GROUPS, KINDS, apply_ops
+from ssmkernels.data.batched_views import batch_transforms
 from ssmkernels.data.randaugment import SIGNED
 
 RNG = np.random.default_rng(0)

@@ -32,6 +32,7 @@ from ssmkernels.trainers import (
     SladeDataConfig,
     SwAV,
     SwAVConfig,
+    SwAVDataConfig,
 )
 from ssmkernels.trainers.linear_evaluation import linear_evaluation
 from ssmkernels.trainers.loop import make_fabric
@@ -55,7 +56,7 @@ def mlsn(images=DIGITS, **settings):
 
 def mixed_lp():
     config = MixedLPConfig(
-        data=CollectionConfig(images_per_class=12),
+        data=CollectionConfig(images_per_class=12, augment="pil"),
         model="convnet-small",
         embedding_dim=8,
         k=10,
@@ -72,7 +73,7 @@ def mixed_lp():
 
 def slade():
     config = SladeConfig(
-        data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6),
+        data=SladeDataConfig(test_fraction=0.3, folds=3, fold=1, labeled_fraction=0.6, augment="pil"),
         model="convnet-small",
         embedding_dim=8,
         k=6,
@@ -89,6 +90,7 @@ def slade():
 
 def swav():
     config = SwAVConfig(
+        data=SwAVDataConfig(augment="pil"),
         model="convnet-small",
         hidden_dim=16,
         embedding_dim=8,

@@ -7,7 +7,7 @@ resumes at any step, with any number of loading processes and ranks, on the same
 
 from ssmkernels.data import augment, batched_augment
 from ssmkernels.data.augment import default_transforms, to_tensor
-from ssmkernels.data.batched_augment import batch_transforms
+from ssmkernels.data.batched_views import batch_transforms
 from ssmkernels.data.batches import Batch, CollectionBatch, CollectionBatches, TrainBatches, evaluation_batches
 from ssmkernels.data.class_lists import read_classes
 from ssmkernels.data.device_batches import DevicePixels, DeviceTrainBatches

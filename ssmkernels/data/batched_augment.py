@@ -12,17 +12,18 @@ A draw is uniform to 2^−32; of n choices each has probability 1/n ± 2^−32.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from ssmkernels.data import batched_ops
-from ssmkernels.data.augment import Cutout, Weak, scale_and_shift, shift_and_flip
+from ssmkernels.data.augment import Cutout, Weak, scale_and_shift
 from ssmkernels.data.batched_ops import to_device
-from ssmkernels.data.images import ImageSplits
 from ssmkernels.data.philox import uniforms
 from ssmkernels.data.randaugment import OPS, SIGNED, Colour, RandAugment, variant_named
+
+_SIGNED = np.array([name in SIGNED for name in OPS])
 
 
 class BatchTransform(Protocol):
@@ -32,24 +33,6 @@ class BatchTransform(Protocol):
     """Numbers that an image takes."""
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor: ...
-
-
-class BatchTransforms(NamedTuple):
-    weak: BatchTransform
-    strong: BatchTransform
-    evaluation: None = None
-    """Test images are taken as they are."""
-
-
-def batch_transforms(
-    splits: ImageSplits, *, variant: str = "fixmatch", flip: bool | None = None, shift: int | None = None
-) -> BatchTransforms:
-    """The batched counterparts of :func:`ssmkernels.data.default_transforms`, for "crop-flip" and "crop"."""
-    if splits.augmentation == "imagenet":
-        raise ValueError("augmentation is 'imagenet'; images of many sizes are augmented one at a time")
-    size = splits.image_size
-    padding, flip = shift_and_flip(splits, shift, flip)
-    return BatchTransforms(BatchWeak(size, padding, flip), BatchStrong(size, padding, flip, variant=variant))
 
 
 def augment(
@@ -95,8 +78,8 @@ class BatchWeak:
         rows, columns = (self.settings.reflected[start[:, None] + np.arange(size)] for start in (top, left))
         if self.settings.flip:
             columns = np.where(draws[:, 2:] < 0.5, columns[:, ::-1], columns)
-        rows, columns = to_device(rows, images), to_device(columns, images)
-        index = (rows[:, :, None] * size + columns[:, None, :]).view(count, 1, -1)
+        rows, columns = to_device(rows * size, images), to_device(columns, images)
+        index = (rows[:, :, None] + columns[:, None, :]).view(count, 1, -1)
         return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
 
 
@@ -132,8 +115,7 @@ class BatchRandAugment:
         for name, magnitude in self.recipe.magnitudes.items():
             rows = drawn == batched_ops.KINDS[name]
             magnitudes[rows] = magnitude(levels[rows])
-        signed = np.isin(drawn, [batched_ops.KINDS[name] for name in SIGNED])
-        magnitudes = np.where(signed & (signs < 0.5), -magnitudes, magnitudes)
+        magnitudes = np.where(_SIGNED[drawn] & (signs < 0.5), -magnitudes, magnitudes)
         return np.where(applied < self.settings.probability, drawn, -1), magnitudes
 
 
@@ -156,8 +138,7 @@ class BatchCutout:
         settings = self.settings
         share = settings.share * draws[:, 0] if settings.uniform else np.full(len(draws), settings.share)
         columns, rows = self._covered(draws[:, 1], share, width), self._covered(draws[:, 2], share, height)
-        square = to_device(rows, images)[:, None, :, None] & to_device(columns, images)[:, None, None, :]
-        return batched_ops.paint(images, square, settings.fill)
+        return batched_ops.paint(images, rows, columns, settings.fill)
 
     @staticmethod
     def _covered(middle: np.ndarray, share: np.ndarray, side: int) -> np.ndarray:

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssmkernels.data.augment import EvaluationTransform, Transform, to_pixels, to_tensors
 from ssmkernels.data.batched_augment import BatchTransform
+from ssmkernels.data.batched_crops import CropTransform, finished_views, random_crops
 from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.philox import uniforms
 from ssmkernels.data.streams import IndexStream, Stream, generator, remaining
 
 
@@ -44,6 +46,13 @@ def check_steps(batch_size: int, start_step: int, num_steps: int, rank: int, wor
         raise ValueError(f"start_step is {start_step}; it should be in [0, num_steps], num_steps being {num_steps}")
 
 
+_VIEWS = {
+    "labeled_weak": Stream.LABELED_WEAK,
+    "unlabeled_weak": Stream.UNLABELED_WEAK,
+    "unlabeled_strong": Stream.UNLABELED_STRONG,
+}
+
+
 class TrainBatches(Dataset[Batch]):
     """The batches of the steps ``start_step`` … ``num_steps`` − 1, for ``DataLoader(batches, batch_size=None,
     num_workers=k)``.
@@ -56,7 +65,8 @@ class TrainBatches(Dataset[Batch]):
         labeled: where labelled images come from.
         labeled_index: [K] which of them are labelled; drawn in seeded shuffles of all K.
         unlabeled: where unlabelled images come from, all of them, drawn in seeded shuffles too.
-        weak, strong: transforms, see :mod:`ssmkernels.data.augment`.
+        weak, strong: transforms, see :mod:`ssmkernels.data.augment`; or both of :mod:`ssmkernels.data.batched_crops`:
+            batches then have crops, uint8, of which :meth:`finish` makes the views.
         batch_size: B, labelled images of a step, all ranks together.
         mu: μ, unlabelled images per labelled one; with 0 none is loaded and the unlabelled tensors are empty.
         seed: seed of order and augmentation.
@@ -74,8 +84,8 @@ class TrainBatches(Dataset[Batch]):
         labeled_index: np.ndarray,
         unlabeled: ImageDataset,
         *,
-        weak: Transform | BatchTransform,
-        strong: Transform | BatchTransform,
+        weak: Transform | BatchTransform | CropTransform,
+        strong: Transform | BatchTransform | CropTransform,
         batch_size: int,
         mu: int,
         seed: int,
@@ -128,8 +138,7 @@ class TrainBatches(Dataset[Batch]):
         mine = self._slice(self.batch_size)
         slots = self._labeled_order.batch(step, self.batch_size)[mine]
         index = self.labeled_index[slots]
-        images = self._images(self.labeled, index)
-        labeled_weak = self._views(images, self.weak, Stream.LABELED_WEAK, step, mine.start)
+        (labeled_weak,) = self._views(self.labeled, index, ["labeled_weak"], step)
         labels, slots_tensor = torch.from_numpy(self.labeled.labels[index]), torch.from_numpy(slots)
         if self.mu == 0:
             empty = labeled_weak[:0]
@@ -137,29 +146,55 @@ class TrainBatches(Dataset[Batch]):
 
         mine = self._slice(self.mu * self.batch_size)
         index = remaining(self._unlabeled_order.batch(step, self.mu * self.batch_size)[mine], self._left_out)
-        images = self._images(self.unlabeled, index)
-        return Batch(
-            labeled_weak,
-            labels,
-            slots_tensor,
-            self._views(images, self.weak, Stream.UNLABELED_WEAK, step, mine.start),
-            self._views(images, self.strong, Stream.UNLABELED_STRONG, step, mine.start),
-            torch.from_numpy(self.unlabeled.labels[index]),
-        )
+        weak, strong = self._views(self.unlabeled, index, ["unlabeled_weak", "unlabeled_strong"], step)
+        unlabeled_labels = torch.from_numpy(self.unlabeled.labels[index])
+        return Batch(labeled_weak, labels, slots_tensor, weak, strong, unlabeled_labels)
+
+    @property
+    def cropped(self) -> bool:
+        """Whether batches have crops, uint8, of which :meth:`finish` makes views."""
+        return isinstance(self.weak, CropTransform)
+
+    def finish(self, batch: Batch, step: int) -> Batch:
+        """The batch of a step with views instead of crops, made on the device where it is."""
+        views = {name: self._finished(getattr(batch, name), name, step) for name in _VIEWS if len(getattr(batch, name))}
+        none = views["labeled_weak"][:0]
+        return batch._replace(**{name: views.get(name, none) for name in _VIEWS})
 
     def _slice(self, rows: int) -> slice:
         share = rows // self.world_size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def _images(self, dataset: ImageDataset, index: np.ndarray) -> Any:
-        return [dataset.image(i) for i in index]
+    def _views(self, dataset: ImageDataset, index: np.ndarray, names: Sequence[str], step: int) -> list[Tensor]:
+        """The views of those names of some images, this rank's of the step."""
+        if self.cropped:
+            views = [(self._transform(name), self._draws(name, len(index), step)) for name in names]
+            return random_crops(dataset, index, views)
+        images = [dataset.image(i) for i in index]
+        tensors = []
+        for name in names:
+            transform, stream = self._transform(name), _VIEWS[name]
+            positions = self._positions(len(images))
+            views_of_name = [
+                transform(image, generator(self.seed, stream, step, int(position)))
+                for image, position in zip(images, positions, strict=True)
+            ]
+            tensors.append(to_tensors(views_of_name, self.mean, self.std))
+        return tensors
 
-    def _views(self, images: Any, transform: Any, stream: Stream, step: int, first: int) -> Tensor:
-        views = [
-            transform(image, generator(self.seed, stream, step, position))
-            for position, image in enumerate(images, start=first)
-        ]
-        return to_tensors(views, self.mean, self.std)
+    def _transform(self, name: str) -> Any:
+        return self.strong if name == "unlabeled_strong" else self.weak
+
+    def _positions(self, count: int) -> np.ndarray:
+        """Places of this rank's images in a batch of all ranks."""
+        return self.rank * count + np.arange(count)
+
+    def _draws(self, name: str, count: int, step: int) -> np.ndarray:
+        return uniforms(self.seed, _VIEWS[name], step, self._positions(count), self._transform(name).num_draws)
+
+    def _finished(self, crops: Tensor, name: str, step: int) -> Tensor:
+        draws = self._draws(name, len(crops), step)
+        return finished_views(crops, self._transform(name), draws, self.mean, self.std)
 
 
 class CollectionBatch(NamedTuple):
@@ -197,7 +232,7 @@ class CollectionBatches(Dataset[CollectionBatch]):
         images: ImageDataset,
         index: np.ndarray,
         *,
-        transform: Transform,
+        transform: Transform | CropTransform,
         batch_size: int,
         seed: int,
         start_step: int,
@@ -232,11 +267,33 @@ class CollectionBatches(Dataset[CollectionBatch]):
             raise IndexError(f"item {item} of {len(self)} batches")
         step = self.start_step + item
         positions = self.index[self._places(step)[self._mine]]
+        if isinstance(self.transform, CropTransform):
+            (crops,) = random_crops(self.images, positions, [(self.transform, self._draws(step))])
+            return CollectionBatch(crops, torch.from_numpy(positions))
         views = [
             self.transform(self.images.image(i), self._view_generator(step, place))
             for place, i in enumerate(positions, start=self._mine.start)
         ]
         return CollectionBatch(to_tensors(views, self.mean, self.std), torch.from_numpy(positions))
+
+    @property
+    def cropped(self) -> bool:
+        """Whether batches have crops, uint8, of which :meth:`finish` makes views."""
+        return isinstance(self.transform, CropTransform)
+
+    def finish(self, batch: CollectionBatch, step: int) -> CollectionBatch:
+        """The batch of a step with views instead of crops, made on the device where it is."""
+        transform: Any = self.transform
+        views = finished_views(batch.images, transform, self._draws(step), self.mean, self.std)
+        return batch._replace(images=views)
+
+    def _draws(self, step: int) -> np.ndarray:
+        transform: Any = self.transform
+        places = np.arange(self._mine.start, self._mine.stop)
+        return uniforms(self.seed, self._view_stream(), step, places, transform.num_draws)
+
+    def _view_stream(self) -> int:
+        return Stream.COLLECTION_VIEW
 
     def _places(self, step: int) -> np.ndarray:
         """Places in ``index`` of the images of a step, all ranks together."""

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssmkernels.data.batched_augment import BatchTransform, augment, normalize
+from ssmkernels.data.batched_augment import normalize
 from ssmkernels.data.batched_ops import to_device
 from ssmkernels.data.batches import TrainBatches
 from ssmkernels.data.images import ArrayImages, ImageDataset
 from ssmkernels.data.retrieval import ImageSubset
-from ssmkernels.data.streams import Stream
 
 
 class DevicePixels:
@@ -68,10 +68,7 @@ class DeviceTrainBatches(TrainBatches):
         if self.mu and self.unlabeled is not self.labeled:
             self.pixels[id(self.unlabeled)] = DevicePixels(self.unlabeled, device)
 
-    def _images(self, dataset: ImageDataset, index: np.ndarray) -> Tensor:
-        return self.pixels[id(dataset)][index]
-
-    def _views(self, images: Tensor, transform: BatchTransform, stream: Stream, step: int, first: int) -> Tensor:
-        positions = np.arange(first, first + len(images))
-        views = augment(images, transform, seed=self.seed, stream=stream, step=step, positions=positions)
-        return normalize(views, self.mean, self.std)
+    def _views(self, dataset: ImageDataset, index: np.ndarray, names: Sequence[str], step: int) -> list[Tensor]:
+        images = self.pixels[id(dataset)][index]
+        views = [self._transform(name)(images, self._draws(name, len(index), step)) for name in names]
+        return [normalize(view, self.mean, self.std) for view in views]

@@ -94,6 +94,12 @@ class FileImages:
         return numbers
 
 
+def file_of(dataset: ImageDataset, index: int) -> str | None:
+    """The file of an image; None where the data set does not say that it is in one, by a method ``path``."""
+    path = getattr(dataset, "path", None)
+    return None if path is None else path(index)
+
+
 @dataclass(frozen=True)
 class ImageSplits:
     """A data set: images to train on, with and without their labels, and images to test on.

@@ -5,16 +5,19 @@ all distorted.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssmkernels.data.augment import MoCoV2, Transform, to_tensors
+from ssmkernels.data.batched_crops import BatchMoCoV2, CropTransform, finished_views, random_crops
 from ssmkernels.data.batches import check_steps
 from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.philox import uniforms
 from ssmkernels.data.retrieval import ImageCollection, MeanAndStd, _normalization, _TrainingView
 from ssmkernels.data.streams import IndexStream, Stream, generator
 
@@ -24,8 +27,8 @@ class CropViews(NamedTuple):
     tensors with.
     """
 
-    large: Transform
-    small: Transform
+    large: Transform | CropTransform
+    small: Transform | CropTransform
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -40,6 +43,7 @@ def crop_views(
     small_scale: tuple[float, float] = (0.05, 0.14),
     jitter: float = 0.8,
     blur: float = 2.0,
+    batched: bool = False,
 ) -> CropViews:
     """SwAV's views: random crops, flipped where the collection may be, with SimCLR's distortion of colours (Chen et
     al., 2020), and blur.
@@ -52,16 +56,22 @@ def crop_views(
         jitter: largest change of brightness, contrast and saturation; that of the hue, as a share of the circle, is a
             quarter of it.
         blur: greatest σ in pixels; 0 for no blur.
+        batched: make the views in two parts, see :mod:`ssmkernels.data.batched_crops`, instead of image by image by
+            Pillow.
     """
     for name, side in (("size", size), ("small_size", small_size)):
         if side < 1:
             raise ValueError(f"{name} is {side}; it should be at least 1")
     mean, std, order = _normalization(collection, normalization)
     flip = collection.augmentation in ("imagenet", "crop-flip")
-    large, small = (
-        _TrainingView(MoCoV2(side, share, flip=flip, jitter=jitter, blur=blur), order)
-        for side, share in ((size, scale), (small_size, small_scale))
-    )
+    settings: dict[str, Any] = {"flip": flip, "jitter": jitter, "blur": blur}
+    kinds = ((size, scale), (small_size, small_scale))
+    large: Transform | CropTransform
+    small: Transform | CropTransform
+    if batched:
+        large, small = (BatchMoCoV2(side, share, order=order, **settings) for side, share in kinds)
+    else:
+        large, small = (_TrainingView(MoCoV2(side, share, **settings), order) for side, share in kinds)
     return CropViews(large, small, mean, std)
 
 
@@ -120,12 +130,46 @@ class MultiCropBatches(Dataset[MultiCropBatch]):
             raise IndexError(f"item {item} of {len(self)} batches")
         step = self.start_step + item
         positions = self._order.batch(step, self.batch_size)[self._mine]
+        if self.cropped:
+            return self._random_crops(positions, step)
         images = [self.images.image(i) for i in positions]
         large = self._crops(images, self.views.large, range(2), step)
         small = self._crops(images, self.views.small, range(2, 2 + self.num_small), step)
         return MultiCropBatch(large, small, torch.from_numpy(positions))
 
-    def _crops(self, images: list[Image.Image], transform: Transform, numbers: range, step: int) -> Tensor:
+    @property
+    def cropped(self) -> bool:
+        """Whether batches have crops, uint8, of which :meth:`finish` makes views."""
+        return isinstance(self.views.large, CropTransform)
+
+    def finish(self, batch: MultiCropBatch, step: int) -> MultiCropBatch:
+        """The batch of a step with views instead of crops, made on the device where it is."""
+        views = []
+        for crops, numbers in ((batch.large, range(2)), (batch.small, range(2, 2 + self.num_small))):
+            transform: Any = self._transform(numbers.start)
+            draws = [self._draws(number, step) for number in numbers]
+            views.append(
+                finished_views(crops, transform, np.concatenate(draws), self.views.mean, self.views.std)
+                if draws
+                else crops.float()
+            )
+        return batch._replace(large=views[0], small=views[1])
+
+    def _random_crops(self, positions: np.ndarray, step: int) -> MultiCropBatch:
+        numbers = range(2 + self.num_small)
+        views = [(self._transform(number), self._draws(number, step)) for number in numbers]
+        crops = random_crops(self.images, positions, views)
+        small = torch.cat(crops[2:]) if self.num_small else torch.empty(0, dtype=torch.uint8)
+        return MultiCropBatch(torch.cat(crops[:2]), small, torch.from_numpy(positions))
+
+    def _transform(self, number: int) -> Any:
+        return self.views.large if number < 2 else self.views.small
+
+    def _draws(self, number: int, step: int) -> np.ndarray:
+        places = number * self.batch_size + np.arange(self._mine.start, self._mine.stop)
+        return uniforms(self.seed, Stream.MULTI_CROP, step, places, self._transform(number).num_draws)
+
+    def _crops(self, images: list[Image.Image], transform: Any, numbers: range, step: int) -> Tensor:
         if len(numbers) == 0:
             return torch.empty(0)
         crops = [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssmkernels.data.augment import Transform
+from ssmkernels.data.batched_crops import CropTransform
 from ssmkernels.data.batches import CollectionBatches
 from ssmkernels.data.images import ImageDataset
 from ssmkernels.data.streams import Stream, generator
@@ -44,7 +45,7 @@ class PKBatches(CollectionBatches):
         index: np.ndarray,
         labels: np.ndarray,
         *,
-        transform: Transform,
+        transform: Transform | CropTransform,
         batch_size: int,
         per_class: int = 4,
         seed: int,
@@ -105,6 +106,11 @@ class PKBatches(CollectionBatches):
             members, count = self._members[label], len(rows) * self.per_class
             places[rows] = draw.choice(members, count, replace=count > len(members)).reshape(-1, self.per_class)
         return places.ravel()
+
+    def _view_stream(self) -> int:
+        if self.stream >= 2**8:
+            raise ValueError(f"stream is {self.stream}; of views in batches it should be below 256")
+        return (self.stream << 8) + Stream.PK_VIEW
 
     def _view_generator(self, step: int, place: int) -> np.random.Generator:
         return generator(self.seed, Stream.PK_VIEW, step, (self.stream << 32) + place)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ssmkernels.data.augment import EvaluationTransform, ImageNetWeak, ResizeCenterCrop, Transform, Weak
-from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.batched_crops import BatchImageNetWeak, CropTransform
+from ssmkernels.data.images import ImageDataset, file_of
 from ssmkernels.data.readers import IMAGENET_MEAN, IMAGENET_STD
 from ssmkernels.data.streams import Stream, generator
 
@@ -79,6 +80,9 @@ class ImageSubset:
 
     def image(self, index: int) -> Image.Image:
         return self.dataset.image(self.index[index])
+
+    def path(self, index: int) -> str | None:
+        return file_of(self.dataset, self.index[index])
 
 
 def split_classes(
@@ -179,7 +183,7 @@ class RetrievalViews(NamedTuple):
     ``evaluation`` is None where images are taken as they are.
     """
 
-    training: Transform
+    training: Transform | CropTransform
     evaluation: EvaluationTransform | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -192,6 +196,7 @@ def retrieval_views(
     size: int | None = None,
     resize: int | None = None,
     crop_scale: tuple[float, float] = CROP_SCALE,
+    batched: bool = False,
 ) -> RetrievalViews:
     """Views of photographs: a random crop resized to ``size`` and flipped to train on; shorter side to ``resize``, then
     the central square, to evaluate on. Small images at their own size are shifted by up to an eighth, and evaluated as
@@ -208,6 +213,8 @@ def retrieval_views(
         resize: shorter side of an evaluated photograph before its centre is cut out, by default 8/7 · ``size`` (256 for
             224).
         crop_scale: least and greatest share of a photograph that a training crop covers.
+        batched: make the training views of photographs in two parts, see :mod:`ssmkernels.data.batched_crops`, instead
+            of image by image by Pillow.
     """
     mean, std, order = _normalization(collection, normalization)
     size = collection.image_size if size is None else size
@@ -218,9 +225,10 @@ def retrieval_views(
         as_they_are = None if order == "native" else EvaluationView(None, order)
         return RetrievalViews(_TrainingView(Weak(size, size // 8, flip), order), as_they_are, mean, std)
     evaluation = ResizeCenterCrop(round(size * 256 / 224) if resize is None else resize, size)
-    return RetrievalViews(
-        _TrainingView(ImageNetWeak(size, crop_scale, flip), order), EvaluationView(evaluation, order), mean, std
-    )
+    training: Any = _TrainingView(ImageNetWeak(size, crop_scale, flip), order)
+    if batched:
+        training = BatchImageNetWeak(size, crop_scale, flip, order=order)
+    return RetrievalViews(training, EvaluationView(evaluation, order), mean, std)
 
 
 def _normalization(collection: ImageCollection, name: str | MeanAndStd) -> Normalization:

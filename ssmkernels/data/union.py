@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from ssmkernels.data.images import ImageDataset
+from ssmkernels.data.images import ImageDataset, file_of
 from ssmkernels.data.retrieval import ImageCollection
 
 
@@ -36,8 +36,15 @@ class ImageUnion:
         return len(self.labels)
 
     def image(self, index: int) -> Image.Image:
+        dataset, place = self._place(index)
+        return dataset.image(place)
+
+    def path(self, index: int) -> str | None:
+        return file_of(*self._place(index))
+
+    def _place(self, index: int) -> tuple[ImageDataset, int]:
         which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.datasets[which].image(index - self._starts[which])
+        return self.datasets[which], int(index - self._starts[which])
 
 
 def unite(first: ImageCollection, *others: ImageCollection) -> ImageCollection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -145,7 +145,7 @@ class Trainer(ABC):
     def take_weights(self, model: nn.Module, weights: str | Path) -> None:
         self.fabric.print(models.load_weights(model, weights, name=self.config.model), file=sys.stderr)
 
-    def loader(self, batches: Dataset[Any]) -> DataLoader[Any]:
+    def loader(self, batches: Dataset[Any]) -> Iterable[Any]:
         return training_loader(batches, self.fabric, self.config.run)
 
     def embed(self, network: nn.Module, images: data.ImageDataset, views: Views) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,15 +174,29 @@ class Trainer(ABC):
         return {"fused": True} if self.fabric.device.type == "cuda" and not scaled else {}
 
 
-def training_loader(batches: Dataset[Any], fabric: Fabric, run: RunConfig) -> DataLoader[Any]:
-    """Loads batches that a data set makes whole, in ``run.workers`` processes."""
-    return DataLoader(
+def training_loader(batches: Any, fabric: Fabric, run: RunConfig) -> Iterable[Any]:
+    """Loads batches that a data set makes whole, in ``run.workers`` processes; of crops the views are made on the
+    device.
+    """
+    loader: DataLoader[Any] = DataLoader(
         batches,
         batch_size=None,
         num_workers=run.workers,
         worker_init_fn=ignore_stop_signals,
         pin_memory=fabric.device.type == "cuda",
     )
+    return FinishedBatches(loader, batches, fabric) if batches.cropped else loader
+
+
+class FinishedBatches:
+    """Batches of a loader whose crops become views on the device, see :mod:`ssmkernels.data.batched_crops`."""
+
+    def __init__(self, loader: DataLoader[Any], batches: Any, fabric: Fabric) -> None:
+        self.loader, self.batches, self.fabric = loader, batches, fabric
+
+    def __iter__(self) -> Iterator[Any]:
+        for step, batch in enumerate(self.loader, start=self.batches.start_step):
+            yield self.batches.finish(self.fabric.to_device(batch), step)
 
 
 def evaluation_loader(images: data.ImageDataset, fabric: Fabric, run: RunConfig, views: Views) -> EvaluationSet:

@@ -46,8 +46,9 @@ class DataConfig(Settings):
     labels_in_unlabeled: bool = True
     """Whether the labelled images are also among the unlabelled ones."""
     augment: Literal["batched", "pil"] = "batched"
-    """Views of whole batches on the device of training, which holds all images, or image by image by Pillow in loading
-    processes. The distribution is the same, the draws are not. Photographs of many sizes are always seen by Pillow.
+    """Views of whole batches on the device of training, or image by image by Pillow in loading processes. The
+    distribution is the same, the draws are not. Small images are all held on the device; of photographs loading
+    processes decode and cut the crops.
     """
     flip: bool | None = None
     """Whether images are mirrored; none for what is natural for the data set."""
@@ -84,14 +85,18 @@ class ClassifierTrainer(Trainer):
         splits, self.held_out = _hold_out(splits, config.data.held_out, config.seed)
         self.splits, self.steps = splits, config.steps
         self.measures_pseudo_labels = bool((splits.train.labels >= 0).all())
-        self.batched = config.data.augment == "batched" and splits.augmentation != "imagenet"
+        self.batched = config.data.augment == "batched"
         chosen = {"flip": config.data.flip, "shift": config.data.shift}
         self.transforms: Any = data.default_transforms(splits, **chosen)
         self.evaluation_view = EvaluationView(self.transforms.evaluation, splits.mean, splits.std)
         if self.batched:
             self.transforms = data.batch_transforms(splits, **chosen)
         self.seen = data.SeenImages.of(
-            self.transforms.evaluation, splits.mean, splits.std, size=splits.image_size, class_names=splits.class_names
+            self.evaluation_view.evaluation,
+            splits.mean,
+            splits.std,
+            size=splits.image_size,
+            class_names=splits.class_names,
         )
         if config.data.labels_file is not None:
             self.labeled_index = kept.read_labels(config, splits.train, splits.class_names)
@@ -137,7 +142,7 @@ class ClassifierTrainer(Trainer):
             **self.ranks,
         }
         images = splits.train, self.labeled_index, splits.train
-        if self.batched:
+        if self.batched and splits.augmentation != "imagenet":
             batches: Any = data.DeviceTrainBatches(*images, **settings, device=self.fabric.device)
             return batches
         return self.loader(data.TrainBatches(*images, **settings))

@@ -55,6 +55,10 @@ class CollectionConfig(Settings):
     """Folder or file of the images; none for those that come inside packages."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none for the collection's own."""
+    augment: Literal["batched", "pil"] = "batched"
+    """Views of photographs in batches: loading processes decode and cut the crops, the device does the rest; or image
+    by image by Pillow, as those of small images always are.
+    """
     images_per_class: Count | None = None
     """Images taken of each class, its first ones; none for all."""
     labels_per_class: Count = 5
@@ -207,7 +211,9 @@ class MixedLP(Trainer):
         self.steps = self.labeled_steps + config.epochs * self.epoch_steps
 
         normalization = "native" if model is not None else models.preprocessing(config.model)
-        self.views = data.retrieval_views(images, normalization, size=config.data.image_size)
+        self.views = data.retrieval_views(
+            images, normalization, size=config.data.image_size, batched=config.data.augment == "batched"
+        )
         self.seen = data.SeenImages.of(*self.views[1:], size=config.data.image_size or images.image_size)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)

@@ -42,6 +42,10 @@ class SladeDataConfig(Settings):
     """Of the training classes, drawn by the seed, to keep their labels where some lose them."""
     image_size: int | None = None
     """Side of the images that the network sees, in pixels; none for the labelled collection's own."""
+    augment: Literal["batched", "pil"] = "batched"
+    """Views of photographs in batches: loading processes decode and cut the crops, the device does the rest; or image
+    by image by Pillow, as those of small images always are.
+    """
     test_fraction: PartialShare = 0.5
     """Of the classes, the last ones, to test on."""
     classes_file: str | None = None

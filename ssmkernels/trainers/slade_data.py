@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ssmkernels import data, models
 from ssmkernels.trainers import kept
@@ -75,6 +74,7 @@ class SladeImages:
             size=size,
             resize=round(size * EVALUATION_SCALE),
             crop_scale=CROP_SCALE,
+            batched=self.config.data.augment == "batched",
         )
 
     def seen(self, images: data.ImageCollection) -> data.SeenImages:
@@ -84,7 +84,7 @@ class SladeImages:
 
     def training_batches(
         self, images: data.ImageCollection, labels: Tensor, fabric: Fabric, *, start_step: int, end: int, stream: int
-    ) -> DataLoader[data.CollectionBatch]:
+    ) -> Iterable[data.CollectionBatch]:
         """``per_class`` images of each of some classes, for every step from ``start_step`` to ``end``."""
         config, views = self.config, self.views(images)
         batches = data.PKBatches(

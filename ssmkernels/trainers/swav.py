@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -66,6 +66,10 @@ class SwAVDataConfig(Settings):
     """
     image_size: int | None = None
     """Side of the large crops in pixels; none for the first collection's own."""
+    augment: Literal["batched", "pil"] = "batched"
+    """Views in batches: loading processes decode and cut the crops, the device does the rest; or image by image by
+    Pillow.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,6 +188,7 @@ class SwAV(Trainer):
             small_scale=config.small_crop_scale,
             jitter=config.jitter,
             blur=config.blur,
+            batched=config.data.augment == "batched",
         )
         self.evaluation_views = data.retrieval_views(evaluation_images, normalization, size=size)
         self.seen = data.SeenImages.of(*self.evaluation_views[1:], size=size)
