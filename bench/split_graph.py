@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ssmkernels import graph
+from ssmkernels._files import atomic_file
 from ssmkernels.distributed import (
     Group,
     all_gather_rows,
@@ -80,9 +81,9 @@ def halved(features: Tensor, rows: Tensor, least: int) -> Tensor:
 def sort(paths: tuple[Path, Path], folder: Path) -> None:
     features, classes = read(paths, slice(None))
     order = halved(features, torch.arange(len(features)), 256)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "features.npy", features[order].numpy())
-    np.save(folder / "classes.npy", classes[order].numpy())
+    for name, values in (("features", features), ("classes", classes)):
+        with atomic_file(folder / f"{name}.npy") as file:
+            np.save(file, values[order].numpy())
 
 
 def some_labels(classes: Tensor, rows: slice, count: int, group: Group) -> tuple[Tensor, int]:

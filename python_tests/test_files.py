@@ -235,6 +235,8 @@ FUNCTIONS = {
 THE_WRITERS_THEMSELVES = ("ssmkernels/_files.py", "ssmkernels/_locks.py")
 OF_OTHER_FILES = {
     ("ssmkernels/bench/measure.py", "write_text"),  # in /proc
+    ("bench/pairs_over_ranks.py", "write_text"),  # likewise
+    ("ssmkernels/trainers/sharded.py", "save"),  # in memory
     ("bench/margins.py", "save"),  # in a temporary folder
     ("bench/gpu/runner.py", "open"),  # the output of a command, as it comes
     ("bench/gpu/build.py", "copy2"),  # the library

@@ -102,6 +102,60 @@ torch.save({
 """
 
 
+SLOW = """
+import sys, time
+import torch
+from ssmkernels.trainers import RunConfig
+from ssmkernels.trainers.first_rank import on_first_rank
+from ssmkernels.trainers.loop import make_fabric
+
+fabric = make_fabric(RunConfig(accelerator="cpu", timeout=4.0))
+
+def works():
+    time.sleep(10)  # more than the ranks wait for each other
+    return torch.ones(2, requires_grad=True) * 3
+
+def fails():
+    raise ValueError("k is 9; it should be at most 8")
+
+outcome = [on_first_rank(works, fabric, 4.0)]
+try:
+    on_first_rank(fails, fabric, 4.0)
+except ValueError as error:
+    outcome.append(str(error))
+torch.save(outcome, f"{sys.argv[1]}/rank{fabric.global_rank}.pt")
+"""
+
+STOPS_IN_A_SOLVE = """
+import os, signal, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from ssmkernels import graph
+from ssmkernels.distributed import is_of_lost_rank, split_rows
+from ssmkernels.graph.split.solve import Iteration
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+rank = dist.get_rank()
+step, steps = Iteration._step, []
+
+def stops(self, *vectors):
+    steps.append(None)
+    if rank == 1 and len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    step(self, *vectors)
+
+Iteration._step = stops
+features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+own = split_rows(60, rank, 2)
+split = graph.knn_graph(features[own], 5, group=None)
+try:
+    graph.label_propagation(split, torch.where(torch.arange(60) < 9, torch.arange(60) % 3, -1)[own], num_classes=3)
+except RuntimeError as error:
+    assert len(steps) == 3 and is_of_lost_rank(error), (len(steps), error)
+    sys.exit(7)
+"""
+
 STEPS_OF_LOST = [
     *["simmatch", "--data.name", "digits", "--data.labels", "20", "--model", "convnet-small", "--batch_size", "8"],
     *["--mu", "2", "--steps", "9", "--run.eval_every", "9", "--run.checkpoint_every", "3", "--run.accelerator", "cpu"],
@@ -200,6 +254,19 @@ def test_a_rank_that_is_lost_ends_the_others_and_the_run_resumes(ranks, two_rank
     assert resumed == [0, 0]
     first, second = (load_checkpoint(folder / "checkpoint.pt")["trainer"] for folder in (whole, lost))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_rank_that_is_lost_in_a_split_solve_ends_the_others(ranks, tmp_path):
+    (tmp_path / "stops.py").write_text(STOPS_IN_A_SOLVE)
+    statuses, output = ranks(2, tmp_path / "stops.py")
+    assert statuses == [7, -signal.SIGKILL], output  # the second only when the first had ended
+
+
+def test_the_first_rank_may_work_for_longer_than_the_others_wait(two_ranks, tmp_path):
+    for outcome in two_ranks(SLOW, tmp_path):
+        assert outcome[0].tolist() == [3, 3]
+        assert not outcome[0].requires_grad
+        assert outcome[1] == "k is 9; it should be at most 8"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from ssmkernels._files import write_atomically
 from ssmkernels.distributed import broadcast_buffers
 from ssmkernels.trainers import kept
 from ssmkernels.trainers.evaluation import EvaluationSet, embed
+from ssmkernels.trainers.first_rank import on_first_rank
 from ssmkernels.trainers.loop import Fabric, RunConfig, RunResult, fit, ignore_stop_signals
+
+T = TypeVar("T")
 
 
 class Views(Protocol):
@@ -110,6 +113,10 @@ class Trainer(ABC):
     def ended(self, step: int) -> bool:
         """Whether the run is over after ``step`` steps, although there are more."""
         return False
+
+    def on_first_rank(self, work: Callable[[], T]) -> T:
+        """What ``work()`` gives on the first rank, see :func:`ssmkernels.trainers.first_rank.on_first_rank`."""
+        return on_first_rank(work, self.fabric, self.config.run.timeout)
 
     @property
     def learning_rate(self) -> float:

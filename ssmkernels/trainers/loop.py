@@ -98,8 +98,8 @@ class RunConfig(Settings):
     bar: bool = True
     """Show a progress bar."""
     timeout: Positive = 1800.0
-    """Seconds that a rank waits for the others, which may be in a search or a clustering that the first one does alone;
-    then it ends with an error, and the run can be resumed.
+    """Seconds that a rank waits for the others; then it ends with an error, and the run can be resumed. While the first
+    rank searches or clusters alone, the others hear of it more often than that.
     """
     logger: LoggerName = "tensorboard"
     """Where the scalars of metrics.jsonl go too: TensorBoard's events, a table in csv/metrics.csv, Weights & Biases

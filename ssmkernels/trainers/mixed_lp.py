@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -270,8 +271,8 @@ class MixedLP(Trainer):
         are now.
         """
         features, _, _ = self.embed(self.network, self.train.images, self.views)
-        propagated: Any = None
-        if self.fabric.is_global_zero:
+
+        def propagated() -> tuple[Tensor, Tensor, dict[str, float]]:
             result = self._propagate(graph.knn_graph(features, self.config.k, gamma=self.config.gamma))
             labels, confidence = result.pseudo_labels.cpu(), result.confidence.float().cpu()
             unlabeled = self.given_labels < 0
@@ -282,12 +283,10 @@ class MixedLP(Trainer):
                 "undecided": float((labels < 0).float().mean()),
                 "cg_iterations": float(result.iterations.max()),
             }
-            propagated = (
-                torch.where(unlabeled, labels, self.given_labels),
-                torch.where(unlabeled, confidence, confidence.max()),
-                figures,
-            )
-        labels, confidence, self.propagation = self.fabric.broadcast(propagated)
+            labels = torch.where(unlabeled, labels, self.given_labels)
+            return labels, torch.where(unlabeled, confidence, confidence.max()), figures
+
+        labels, confidence, self.propagation = self.on_first_rank(propagated)
         self.labels, self.confidence = labels.to(self.fabric.device), confidence.to(self.fabric.device)
 
     def _propagate(self, neighbours: graph.Graph) -> graph.MixedLabelPropagation:
@@ -317,10 +316,9 @@ class MixedLP(Trainer):
             if images is None:
                 continue
             _, embeddings, labels = self.embed(self.network, images.images, self.views)
-            if self.fabric.is_global_zero:
-                retrieved = retrieval_figures(embeddings, labels, images.queries)
-                figures |= {f"{name}_{key}": value for key, value in retrieved.items()}
-        return self.fabric.broadcast(figures)
+            retrieved = self.on_first_rank(partial(retrieval_figures, embeddings, labels, images.queries))
+            figures |= {f"{name}_{key}": value for key, value in retrieved.items()}
+        return figures
 
     def batches(self, start_step: int) -> Iterator[data.CollectionBatch]:
         everything = self.labeled_index if self.config.pseudo_labels == "none" else np.arange(len(self.train))

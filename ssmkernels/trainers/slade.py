@@ -31,6 +31,7 @@ import statistics
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -183,12 +184,13 @@ class Slade(Trainer):
         if self.best:
             self.model.load_state_dict(self.best["model"])
         embeddings, true_labels = self._embed(self.unlabeled)
-        clustered: Any = None
-        if self.fabric.is_global_zero:
+
+        def clustered() -> tuple[Tensor, dict[str, float]]:
             pseudo_labels = cluster(embeddings, self.config.k, seed=self.config.seed)
             nmi = metrics.nmi_of_clusters(true_labels.cpu(), pseudo_labels)  # measured, never learnt from
-            clustered = pseudo_labels, {"pseudo_label_NMI": nmi}
-        pseudo_labels, self.clustering = self.fabric.broadcast(clustered)
+            return pseudo_labels, {"pseudo_label_NMI": nmi}
+
+        pseudo_labels, self.clustering = self.on_first_rank(clustered)
         self.pseudo_labels = pseudo_labels.to(self.fabric.device)
         for name, part in self.parts().items():
             part.load_state_dict(self.start[name])
@@ -303,11 +305,8 @@ class Slade(Trainer):
         figures: dict[str, float] = {}
         for name, images in (("validation", self.images.validation), ("test", self.images.test)):
             embeddings, labels = self._embed(images)
-            if self.fabric.is_global_zero:
-                figures |= _retrieval(name, embeddings, labels, images.queries)
-        if self.fabric.is_global_zero:
-            figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
-        figures = self.fabric.broadcast(figures)
+            figures |= self.on_first_rank(partial(_retrieval, name, embeddings, labels, images.queries))
+        figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
         if self.config.patience is not None:
             self.end_at_plateau(figures["validation_MAP@R"], self.config.patience)
         return figures
