@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BENCH_OUT ?= build/bench/cpu.json
 
-# For the devices that are here, or to see that it compiles. `pip install .` builds for every architecture.
+# For the devices that are here, or to see that it compiles. `pip install .` and `make wheel`, whose results go to other
+# machines, build for every architecture.
 DEVICES := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u)
+ifeq ($(filter wheel,$(MAKECMDGOALS)),)
 export TORCH_CUDA_ARCH_LIST ?= $(or $(DEVICES),9.0+PTX)
+endif
 
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
@@ -20,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test cpptest bench gpu gpu-bundle wheel registers asan docs examples fuzz new-user format lint \
+.PHONY: help demo test cpptest bench gpu gpu-bundle wheel registers asan docs axe examples fuzz new-user format lint \
   setup clean
 
 help:  ## this list
@@ -57,6 +60,10 @@ docs: setup  ## build the site in build/docs, run the examples of README.md and 
 	$(BIN)/python -m sphinx -W --keep-going -n -q -E -b html docs build/docs
 	$(BIN)/python docs/check_site.py build/docs
 	$(BIN)/python docs/check.py
+
+axe: setup  ## look at the pages of build/docs in Chromium, where there is one: axe-core, nothing wider than the screen
+	@if command -v chromedriver >/dev/null; then $(MAKE) --no-print-directory $(VENV)/axe; fi
+	$(BIN)/python docs/axe.py build/docs
 
 examples: setup  ## run examples/ as a user does; stops at the first that fails
 	@for example in examples/*.py; do \
@@ -107,6 +114,12 @@ $(VENV)/packages: pyproject.toml $(VENV)/tools
 
 $(VENV)/lightning: $(VENV)/packages
 	$(PIP) --no-compile pytorch-lightning
+	@touch $@
+
+# axe-core comes inside a package that drives browsers by playwright, which is not needed: selenium drives this one.
+$(VENV)/axe: $(VENV)/packages
+	$(PIP) selenium
+	$(PIP) --no-deps axe-playwright-python
 	@touch $@
 
 $(VENV)/kernels: $(VENV)/tools $(SOURCES)
