@@ -118,6 +118,13 @@ __device__ inline float relu(float x) {
   return out;
 }
 
+// The maximum; NaN where a is.
+__device__ inline float larger(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
 // 2^x within 2 ulp; subnormal results are 0.
 __device__ inline float exp2_of(float x) {
   float out;
@@ -133,6 +140,10 @@ namespace ssmkernels::cuda {
 
 __device__ inline double relu(double x) {
   return x <= 0 ? 0 : x;
+}
+
+__device__ inline double larger(double a, double b) {
+  return a <= b ? b : a;
 }
 
 __device__ inline double exp2_of(double x) {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j).
+// Pairs under φ = [x_i, y_j]: hidden units are relu(A_i + B_j) = max(A_i, −B_j) + B_j, and of all pairs the second term
+// is a sum per row of y, as on the CPU:
+//   logit_ij = Σ_h w2_h max(A_ih, −B_jh) + c_j,  c_j = Σ_h w2_h B_jh + b2
 //
 // All pairs: a block of four warps takes tiles of 32 rows × 64 columns. Their logits are summed over chunks of hidden
 // units that pass through shared memory, 4 × 4 pairs to a thread. ∂L/∂logit then lies in shared memory, and each warp
@@ -19,10 +21,12 @@
 namespace ssmkernels::cuda::pairs {
 
 inline constexpr int kConcatThreads = 128, kConcatWarps = kConcatThreads / 32;
-inline constexpr int kConcatRows = 32, kConcatColumns = 64;  // of a tile
-inline constexpr int kThreadRows = 4, kThreadColumns = 4;    // of a thread: every eighth row, every sixteenth column
-inline constexpr int kChunkVectors = 8;                      // of hidden units in shared memory
-inline constexpr int kChunkPitch = kChunkVectors + 1;        // vectors: rows start in different banks
+inline constexpr int kConcatRows = 32, kConcatColumns = 64;     // of a tile
+inline constexpr int kThreadRows = 4, kThreadColumns = 4;       // of a thread: every eighth row, every sixteenth column
+inline constexpr int kChunkVectors = 8;                         // of hidden units in shared memory
+inline constexpr int kChunkPitch = kChunkVectors + 1;           // vectors: rows start in different banks
+inline constexpr int kStaged = kConcatThreads / kChunkVectors;  // rows of a chunk that the threads load at once
+static_assert(kConcatRows % kStaged == 0 && kConcatColumns % kStaged == 0 && 32 % kChunkVectors == 0);
 
 template <class Real>
 struct ConcatSweep {
@@ -42,38 +46,45 @@ struct ConcatTile {
 
   Vector<Real> a[kConcatRows * kChunkPitch], b[kConcatColumns * kChunkPitch], w2[kChunkVectors];
   Vector<Real> values[kConcatColumns * kGradPitch / kVector<Real>];  // logits, then ∂L/∂logit: [column][row]
+  Real constants[kConcatColumns];                                    // c_j, which the logits here are without
 
   __device__ Real& value(int row, int column) {
     return values[(column * kGradPitch + row) / kVector<Real>].values[row % kVector<Real>];
   }
 };
 
-// The logits of a tile, without b2. They are written behind a barrier, when the values of the tile before are done
-// with.
+// The logits of a tile, without c_j, and c_j.
 template <class Real>
 __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int64_t first_column,
                             ConcatTile<Real>& tile) {
   constexpr int kWidth = kVector<Real>;
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
+  const int staged_row = threadIdx.x / kChunkVectors, staged_vector = threadIdx.x % kChunkVectors;
   Real sums[kThreadRows][kThreadColumns] = {};
+  Real constants[kConcatColumns / kStaged] = {};  // what this thread's vectors add to c_j of its columns
+  __syncthreads();                                // the tile before is done with
   for (int64_t chunk = 0; chunk < in.hidden; chunk += kChunkVectors * kWidth) {
-    __syncthreads();
+    const int64_t at = chunk + staged_vector * kWidth;
+    const Vector<Real> weights = load_padded(in.w2, at, in.hidden);
+    if (staged_row == 0) tile.w2[staged_vector] = weights;
 #pragma unroll
-    for (int i = threadIdx.x; i < (kConcatRows + kConcatColumns) * kChunkVectors; i += kConcatThreads) {
-      const int r = i / kChunkVectors, k = i % kChunkVectors;
-      if (r < kConcatRows) {
-        const int64_t row = first_row + r;
-        tile.a[r * kChunkPitch + k] =
-            load_padded(row < in.rows ? in.a + row * in.pitch : nullptr, chunk + k * kWidth, in.hidden);
-      } else {
-        const int64_t column = first_column + r - kConcatRows;
-        tile.b[(r - kConcatRows) * kChunkPitch + k] =
-            load_padded(column < in.columns ? in.b + column * in.pitch : nullptr, chunk + k * kWidth, in.hidden);
-      }
+    for (int k = 0; k < kConcatRows / kStaged; ++k) {
+      const int r = staged_row + k * kStaged;
+      const int64_t row = first_row + r;
+      tile.a[r * kChunkPitch + staged_vector] =
+          load_padded(row < in.rows ? in.a + row * in.pitch : nullptr, at, in.hidden);
     }
-    if (threadIdx.x < kChunkVectors) tile.w2[threadIdx.x] = load_padded(in.w2, chunk + threadIdx.x * kWidth, in.hidden);
+#pragma unroll
+    for (int k = 0; k < kConcatColumns / kStaged; ++k) {
+      const int c = staged_row + k * kStaged;
+      const int64_t column = first_column + c;
+      const Vector<Real> b = load_padded(column < in.columns ? in.b + column * in.pitch : nullptr, at, in.hidden);
+      tile.b[c * kChunkPitch + staged_vector] = b;
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) constants[k] += weights.values[v] * b.values[v];
+    }
     __syncthreads();
-#pragma unroll 2
+#pragma unroll(sizeof(Real) == 8 ? 1 : 2)
     for (int k = 0; k < kChunkVectors; ++k) {
       const Vector<Real> w = tile.w2[k];
       Vector<Real> a[kThreadRows];
@@ -85,14 +96,21 @@ __device__ void tile_logits(const ConcatSweep<Real>& in, int64_t first_row, int6
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r)
 #pragma unroll
-          for (int v = 0; v < kWidth; ++v) sums[r][c] += w.values[v] * relu(a[r].values[v] + b.values[v]);
+          for (int v = 0; v < kWidth; ++v) sums[r][c] += w.values[v] * larger(a[r].values[v], -b.values[v]);
       }
     }
+    __syncthreads();
   }
 #pragma unroll
   for (int r = 0; r < kThreadRows; ++r)
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) tile.value(ty + 8 * r, tx + 16 * c) = sums[r][c];
+#pragma unroll
+  for (int k = 0; k < kConcatColumns / kStaged; ++k) {
+#pragma unroll
+    for (int step = 1; step < kChunkVectors; step *= 2) constants[k] += __shfl_xor_sync(kAllLanes, constants[k], step);
+    if (staged_vector == 0) tile.constants[staged_row + k * kStaged] = constants[k] + *in.b2;
+  }
 }
 
 // U and V of a tile. The block has met these rows and columns before unless it is the first visit.
@@ -144,7 +162,7 @@ __device__ void add_gradients(const ConcatSweep<Real>& in, int64_t first_row, in
 }
 
 template <class Real, bool kGradients>
-__global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
+__global__ void __launch_bounds__(kConcatThreads, kGradients ? 3 : 4)
     sweep_concat(const __grid_constant__ ConcatSweep<Real> in) {
   SSM_SHARED(tile, ConcatTile<Real>);
   SSM_SHARED(scratch, double[kConcatWarps]);
@@ -153,7 +171,6 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
   const int64_t row_begin = row_part * grid.tiles_down, row_end = min(row_begin + grid.tiles_down, grid.row_tiles);
   const int64_t column_begin = column_part * grid.tiles_across,
                 column_end = min(column_begin + grid.tiles_across, grid.column_tiles);
-  const Real bias = *in.b2;
   PairSums sums{};
   for (int64_t column_tile = column_begin; column_tile < column_end; ++column_tile)
     for (int64_t row_tile = row_begin; row_tile < row_end; ++row_tile) {
@@ -165,8 +182,9 @@ __global__ void __launch_bounds__(kConcatThreads, kGradients ? 2 : 4)
         const int r = e / kConcatColumns, c = e % kConcatColumns;
         const int64_t i = first_row + r, j = first_column + c;
         Real& value = tile.value(r, c);
-        const Real grad_logit =
-            i < in.rows && j < in.columns ? in.head(value + bias, i, j, i * in.columns + j, sums.values) : Real(0);
+        const Real grad_logit = i < in.rows && j < in.columns
+                                    ? in.head(value + tile.constants[c], i, j, i * in.columns + j, sums.values)
+                                    : Real(0);
         if constexpr (kGradients) {
           value = grad_logit;
           sums.grad_logits += grad_logit;

@@ -6,7 +6,8 @@
 // bit s: whether it is active. The bits are all that the gradients need once g = ∂L/∂logit is known. With T = Σ g s φᵀ
 // and S = Σ g s over the pairs,
 //   ∂φ = g (w2∘s) w1,  ∂w1 = w2∘T,  ∂b1 = w2∘S,  and, since relu(z) = s z,  ∂w2_h = w1_h·T_h + b1_h S_h.
-// s is exact in every type; what half types round is φ g over its largest in the tile, and w1∘w2 over the largest w2.
+// What half types round is φ, g over its largest in the tile, and w1∘w2 over the largest w2; the products' operand of
+// hidden units is g s.
 //
 // T, S and the parts of ∂x and ∂y lie in global memory, where each element belongs to one thread of a block at a time.
 // Listed pairs are swept in the order of their rows of x, for all but ∂y, and then in the order of their rows of y.

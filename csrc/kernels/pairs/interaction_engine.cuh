@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The three matrix products of a tile of 128 pairs, by a block of eight warps, with operands in shared memory:
-//   hidden units [pairs, h] = φ w1ᵀ,  ∂φ [pairs, d] = s w1,  ∂w1 [h, d] = sᵀ φ,  s [pairs, h] being 1 where a unit is
-//   active, else 0.
+//   hidden units [pairs, h] = φ w1ᵀ,  ∂φ [pairs, d] = s w1,  ∂w1 [h, d] = sᵀ φ,  s [pairs, h] being ∂L/∂logit where a
+//   unit is active, else 0.
 // The engines differ in how they multiply and in which elements of a product a thread has; they all give rows and
 // columns of these.
 #pragma once

@@ -12,42 +12,54 @@ __device__ Real interaction_derivative(bool product, Real own, Real other) {
   return product ? other : own > other ? Real(1) : own < other ? Real(-1) : Real(0);
 }
 
-// ∂x and ∂y of the 8 rows and 16 columns of a tile, features [first, first + kDim), from ∂φ in shared memory.
-template <class Engine>
+// ∂x and ∂y of the 8 rows and 16 columns of a tile, features [first, first + kDim), from ∂φ in shared memory, which is
+// 0 where there is no pair. A thread has one feature of all rows and of its share of the columns: each ∂φ is read once,
+// x and y are in registers. What the shares have of the rows is then added up.
+template <class Engine, bool kProduct>
 __device__ void add_grid_rows(const InteractionSweep<typename Engine::Storage>& in, const InteractionTile<Engine>& tile,
-                              const Walk& walk, int64_t first, const typename Engine::Real* grads) {
+                              const Walk& walk, int64_t first, typename Engine::Real* grads) {
   using Real = typename Engine::Real;
-  const int64_t features = in.network.features;
-  const bool product = in.network.interaction == Interaction::product;
-  const auto add = [&](Real* parts, int64_t row, int64_t rows, int64_t part, bool first_visit, int64_t d, Real sum) {
-    Real* to = parts + (part * rows + row) * features + d;
+  constexpr int kShares = kInteractionThreads / Engine::kDim, kColumns = kTileColumns / kShares;
+  static_assert(kShares * kColumns == kTileColumns && kTileRows % kShares == 0);
+  const unsigned thread = thread_here();
+  const int k = thread % Engine::kDim, share = thread / Engine::kDim;
+  const int64_t features = in.network.features, d = first + k;
+  const bool inside = d < features;
+  const auto value = [&](const typename Engine::Storage* row) {
+    return inside && row ? to_real(in_global(row)[d]) : Real(0);
+  };
+  const auto add = [&](Real* parts, int64_t row, bool first_visit, Real sum) {
+    Real* to = parts + row * features + d;
     *to = first_visit ? sum : *to + sum;
   };
-  const auto term = [&](int p, int64_t d, bool of_x) {
-    const Real x = to_real(in_global(tile.x[p])[d]), y = to_real(in_global(tile.y[p])[d]),
-               grad = grads[p * InteractionMemory<Engine>::kGradPitch + d - first];
-    return grad * (of_x ? interaction_derivative(product, x, y) : interaction_derivative(product, y, x));
-  };
+  Real x[kTileRows], row_sums[kTileRows] = {};
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) x[r] = value(tile.x[r * kTileColumns]);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < (kTileRows + kTileColumns) * Engine::kDim; i += kInteractionThreads) {
-    const int line = i / Engine::kDim;
-    const int64_t d = first + i % Engine::kDim;
-    if (d >= features) continue;
+  for (int c = share * kColumns; c < (share + 1) * kColumns; ++c) {
+    const Real y = value(tile.y[c]);
     Real sum = 0;
-    if (line < kTileRows) {
-      if (!tile.x[line * kTileColumns]) continue;
-#pragma unroll 4
-      for (int c = 0; c < kTileColumns; ++c)
-        if (tile.x[line * kTileColumns + c]) sum += term(line * kTileColumns + c, d, true);
-      add(in.x_parts, walk.first_row() + line, in.network.x_rows, walk.column_part, walk.across == 0, d, sum);
-    } else {
-      const int c = line - kTileRows;
-      if (!tile.x[c]) continue;
-#pragma unroll 4
-      for (int r = 0; r < kTileRows; ++r)
-        if (tile.x[r * kTileColumns + c]) sum += term(r * kTileColumns + c, d, false);
-      add(in.y_parts, walk.first_column() + c, in.network.y_rows, walk.row_part, walk.down == 0, d, sum);
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      const Real grad = grads[(r * kTileColumns + c) * InteractionMemory<Engine>::kGradPitch + k];
+      const Real slope = interaction_derivative(kProduct, x[r], y);
+      row_sums[r] += grad * slope;
+      sum += grad * (kProduct ? x[r] : -slope);
     }
+    if (inside && tile.y[c])
+      add(in.y_parts, walk.row_part * in.network.y_rows + walk.first_column() + c, walk.down == 0, sum);
+  }
+  __syncthreads();  // ∂φ is read
+#pragma unroll
+  for (int r = 0; r < kTileRows; ++r) grads[(share * kTileRows + r) * Engine::kDim + k] = row_sums[r];
+  __syncthreads();
+#pragma unroll 1
+  for (int r = share; r < kTileRows; r += kShares) {
+    Real sum = 0;
+#pragma unroll
+    for (int other = 0; other < kShares; ++other) sum += grads[(other * kTileRows + r) * Engine::kDim + k];
+    if (inside && tile.x[r * kTileColumns])
+      add(in.x_parts, walk.column_part * in.network.x_rows + walk.first_row() + r, walk.across == 0, sum);
   }
 }
 
@@ -95,20 +107,26 @@ __device__ void add_weights(const InteractionSweep<typename Engine::Storage>& in
   const int rows_left = static_cast<int>(min<int64_t>(in.network.hidden - h, Engine::kHidden)),
             columns_left = static_cast<int>(min<int64_t>(pitch - d, Engine::kDim));
   typename Engine::Real* row = in.weights + (blockIdx.x * in.network.hidden + h) * pitch + d;
+  const auto add = [&](auto is_whole) {
 #pragma unroll
-  for (int r = 0; r < Share::kRows; ++r, row += Share::kRowStep * pitch) {
-    if (r * Share::kRowStep >= rows_left) continue;
+    for (int r = 0; r < Share::kRows; ++r, row += Share::kRowStep * pitch) {
+      if (!is_whole() && r * Share::kRowStep >= rows_left) continue;
 #pragma unroll
-    for (int c = 0; c < Share::kColumns; c += Share::kRun) {
-      const int to_right = Share::column(c) - Share::column(0);
-      if (to_right >= columns_left) continue;
-      Pack* to = reinterpret_cast<Pack*>(row + to_right);
-      Pack pack = first_tile ? Pack{} : *to;
+      for (int c = 0; c < Share::kColumns; c += Share::kRun) {
+        const int to_right = Share::column(c) - Share::column(0);
+        if (!is_whole() && to_right >= columns_left) continue;
+        Pack* to = reinterpret_cast<Pack*>(row + to_right);
+        Pack pack = first_tile ? Pack{} : *to;
 #pragma unroll
-      for (int k = 0; k < Share::kRun; ++k) pack.values[k] += sums.at(r, c + k) * factor;
-      *to = pack;
+        for (int k = 0; k < Share::kRun; ++k) pack.values[k] += sums.at(r, c + k) * factor;
+        *to = pack;
+      }
     }
-  }
+  };
+  if (in.network.hidden - unit >= Engine::kHidden && pitch - first >= Engine::kDim)
+    add(std::true_type());
+  else
+    add(std::false_type());
 }
 
 // S += Σ g s; a lane has the hidden unit of its bit.
@@ -149,14 +167,16 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
   if (in.weights) add_biases(in, tile, masks, walk.at_first());
 #pragma unroll 1
   for (int64_t first = 0; first < in.network.features; first += Engine::kDim) {
-    __syncthreads();
-    stage_phi<Engine, true>(in, tile, first, largest, memory.phi);
+    if (in.network.features > Engine::kDim) {  // else φ is still there
+      __syncthreads();
+      stage_phi(in, tile, first, memory.phi);
+    }
     PhiGradient phi_gradient;
 #pragma unroll 1
     for (int64_t unit = 0; unit < in.network.hidden; unit += Engine::kHidden) {
-      if (unit > 0) __syncthreads();
+      __syncthreads();
       stage_w1<Engine, true>(in, unit, first, largest_w2, memory.w1);
-      stage_active<Engine>(masks, unit, memory.active);
+      stage_active(tile, masks, unit, largest, memory.active);
       __syncthreads();
       Engine::phi_gradient(phi_gradient, memory.active, memory.w1);
       if (!in.weights) continue;
@@ -166,19 +186,18 @@ __device__ void add_gradients(const InteractionSweep<typename Engine::Storage>& 
     }
     __syncthreads();
 #pragma unroll
-    for (int r = 0; r < PhiGradient::kRows; ++r) {
-      const int p = PhiGradient::row(r);
-      const Real factor = tile.grad_logit(p) * largest_w2;
+    for (int r = 0; r < PhiGradient::kRows; ++r)
 #pragma unroll
       for (int c = 0; c < PhiGradient::kColumns; ++c)
-        memory.grads[p * InteractionMemory<Engine>::kGradPitch + PhiGradient::column(c)] =
-            phi_gradient.at(r, c) * factor;
-    }
+        memory.grads[PhiGradient::row(r) * InteractionMemory<Engine>::kGradPitch + PhiGradient::column(c)] =
+            phi_gradient.at(r, c) * (largest * largest_w2);
     __syncthreads();
     if (in.network.pairs)
       add_list_rows(in, tile, walk, first, memory.grads);
+    else if (in.network.interaction == Interaction::product)
+      add_grid_rows<Engine, true>(in, tile, walk, first, memory.grads);
     else
-      add_grid_rows(in, tile, walk, first, memory.grads);
+      add_grid_rows<Engine, false>(in, tile, walk, first, memory.grads);
   }
 }
 

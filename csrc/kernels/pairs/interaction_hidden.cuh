@@ -6,10 +6,10 @@
 
 namespace ssmkernels::cuda::pairs {
 
-// φ of the tile, features [first, first + kDim); with kScaled times g / largest.
-template <class Engine, bool kScaled>
+// φ of the tile, features [first, first + kDim).
+template <class Engine>
 __device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, InteractionTile<Engine>& tile,
-                          int64_t first, typename Engine::Real largest, typename Engine::Storage* to) {
+                          int64_t first, typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   using Real = typename Engine::Real;
   constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
@@ -21,12 +21,11 @@ __device__ void stage_phi(const InteractionSweep<typename Engine::Storage>& in, 
     const int p = step + thread / kVectors, d = thread % kVectors * kWidth;
     const Vector<Storage> x = load_padded(tile.x[p], first + d, in.network.features);
     const Vector<Storage> y = load_padded(tile.y[p], first + d, in.network.features);
-    const Real factor = kScaled ? tile.grad_logit(p) / largest : Real(1);
     Vector<Storage> phi;
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) {
       const Real a = to_real(x.values[v]), b = to_real(y.values[v]);
-      phi.values[v] = to_operand<Storage>((product ? a * b : fabs(a - b)) * factor);
+      phi.values[v] = to_operand<Storage>(product ? a * b : fabs(a - b));
     }
     *reinterpret_cast<Vector<Storage>*>(to + p * Engine::kPitch + d) = phi;
   }
@@ -41,35 +40,46 @@ __device__ void stage_w1(const InteractionSweep<typename Engine::Storage>& in, i
   constexpr int kWidth = kVector<Storage>, kVectors = Engine::kDim / kWidth, kStep = kInteractionThreads / kVectors;
   static_assert(Engine::kHidden % kStep == 0);
   const unsigned thread = thread_here();
+  const int row = thread / kVectors, d = thread % kVectors * kWidth;
+  const int rows_left = first + d < in.network.features
+                            ? static_cast<int>(min<int64_t>(in.network.hidden - unit, Engine::kHidden)) - row
+                            : 0;
+  const Storage* from = in.rows.w + (unit + row) * in.rows.pitch + first + d;
+  const Real* weight = in.network.w2 + unit + row;
+  to += row * Engine::kPitch + d;
 #pragma unroll 2
   for (int step = 0; step < Engine::kHidden; step += kStep) {
-    const int r = step + thread / kVectors, d = thread % kVectors * kWidth;
-    const int64_t h = unit + r;
-    const bool inside = h < in.network.hidden;
-    Vector<Storage> w1 = load_padded(inside ? in.rows.w + h * in.rows.pitch : nullptr, first + d, in.network.features);
-    if constexpr (kScaled) {
-      const Real factor = inside ? in.network.w2[h] / largest : Real(0);
+    Vector<Storage> w1{};
+    if (step < rows_left) {
+      w1 = vector_at(in_global(from));
+      if constexpr (kScaled) {
+        const Real factor = weight[step] / largest;
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) w1.values[v] = to_operand<Storage>(to_real(w1.values[v]) * factor);
+        for (int v = 0; v < kWidth; ++v) w1.values[v] = to_operand<Storage>(to_real(w1.values[v]) * factor);
+      }
     }
-    *reinterpret_cast<Vector<Storage>*>(to + r * Engine::kPitch + d) = w1;
+    *reinterpret_cast<Vector<Storage>*>(to) = w1;
+    from += kStep * in.rows.pitch;
+    to += kStep * Engine::kPitch;
   }
 }
 
-// s of hidden units from `unit` on: 1 or 0.
+// g / largest of the pairs where hidden units from `unit` on are active, 0 where they are not.
 template <class Engine>
-__device__ void stage_active(const uint32_t* masks, int64_t unit, typename Engine::Storage* to) {
+__device__ void stage_active(InteractionTile<Engine>& tile, const uint32_t* masks, int64_t unit,
+                             typename Engine::Real largest, typename Engine::Storage* to) {
   using Storage = typename Engine::Storage;
   constexpr int kWidth = kVector<Storage>;
-  const Storage one = from_real<Storage>(1), zero = from_real<Storage>(0);
+  const Storage zero = from_real<Storage>(0);
   for (int i = threadIdx.x; i < kTilePairs * (Engine::kHidden / 32); i += kInteractionThreads) {
     const int p = i % kTilePairs, word = i / kTilePairs;
+    const Storage grad = from_real<Storage>(tile.grad_logit(p) / largest);
     const uint32_t bits = masks[(unit / 32 + word) * kTilePairs + p];
 #pragma unroll
     for (int k = 0; k < 32; k += kWidth) {
       Vector<Storage> active;
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) active.values[v] = bits >> (k + v) & 1 ? one : zero;
+      for (int v = 0; v < kWidth; ++v) active.values[v] = bits >> (k + v) & 1 ? grad : zero;
       *reinterpret_cast<Vector<Storage>*>(to + p * Engine::kActivePitch + word * 32 + k) = active;
     }
   }
@@ -90,7 +100,7 @@ __device__ void hidden_units(const InteractionSweep<typename Engine::Storage>& i
 #pragma unroll 1
     for (int64_t first = 0; first < network.features; first += Engine::kDim) {
       __syncthreads();
-      if (unit == 0 || network.features > Engine::kDim) stage_phi<Engine, false>(in, tile, first, Real(1), memory.phi);
+      if (unit == 0 || network.features > Engine::kDim) stage_phi(in, tile, first, memory.phi);
       stage_w1<Engine, false>(in, unit, first, Real(1), memory.w1);
       __syncthreads();
       Engine::hidden(hidden, memory.phi, memory.w1,

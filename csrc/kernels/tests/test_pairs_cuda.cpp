@@ -161,11 +161,11 @@ class Reference {
       double sum = in.b2[0], sizes = std::fabs(in.b2[0]), moved = 0;
       for (int64_t h = 0; h < in.shape.hidden; ++h) {
         const Unit unit = unit_of(i, j, h);
-        if (!unit.possible()) continue;
         const double weight = in.w2[h];
+        sizes += std::fabs(weight) * summed(unit, i, j, h);
+        if (!unit.possible()) continue;
         sum += weight * std::max(unit.value, 0.0);
         moved += std::fabs(weight) * unit.error;
-        sizes += std::fabs(weight) * (std::fabs(unit.value) + unit.error);
       }
       logits.set(k, sum, moved + R::gamma(static_cast<double>(in.shape.hidden) + 3) * sizes);
       if (in.x_labels[i] == in.kIgnored || in.y_labels[j] == in.kIgnored) continue;
@@ -190,7 +190,7 @@ class Reference {
     double largest_g = 0, largest_w2 = 0;  // what operands of half types are first divided by
     for (const double each : g.value) largest_g = std::max(largest_g, std::fabs(each));
     for (int64_t h = 0; h < hidden; ++h) largest_w2 = std::max(largest_w2, std::fabs(double{in.w2[h]}));
-    // φ g and w1 w2 are rounded to half types, below whose range they lose everything.
+    // g and w1 w2 are rounded to half types, below whose range they lose everything.
     const double tiny = R::kHalfTiny, all = static_cast<double>(in.count),
                  of_row = in.shape.listed < 0 ? static_cast<double>(std::max(n, m)) : all, half = 4 * R::kHalf,
                  rows = gamma_of_sum(of_row, static_cast<double>(hidden) + 6) + half, pairs = gamma_of_sum(all, 6),
@@ -219,10 +219,11 @@ class Reference {
                        w = host::to_real(in.w1[h * d + c]), along_phi = phi(a, b);
           const double lost = largest_g * tiny;
           out.w1.add(h * d + c, u * along_phi,
-                     (doubt + (pairs + half) * size) * std::fabs(along_phi) + lost * std::fabs(weight));
-          out.w2.error[h] += std::fabs(w) * lost;
+                     (doubt + (pairs + half) * size + lost * std::fabs(weight)) * std::fabs(along_phi));
+          out.w2.error[h] += std::fabs(w * along_phi) * lost;
           const double of_x = product ? b : a > b ? 1 : a < b ? -1 : 0, of_y = product ? a : -of_x;
-          const double w_error = (doubt + rows * size) * std::fabs(w) + g_size * largest_w2 * tiny;
+          const double w_error =
+              (doubt + rows * size + lost * std::fabs(weight)) * std::fabs(w) + g_size * largest_w2 * tiny;
           out.x.add(i * d + c, u * w * of_x, w_error * std::fabs(of_x));
           out.y.add(j * d + c, u * w * of_y, w_error * std::fabs(of_y));
         }
@@ -254,6 +255,13 @@ class Reference {
   // in double. `more` roundings of each term.
   static double gamma_of_sum(double terms, double more) {
     return R::product_gamma(std::min(terms, 1024 + terms / 1024) + more) + Rounding<double>::gamma(terms);
+  }
+  // What w2 is multiplied with in a sum, by magnitude: of all pairs under concat max(A, −B) and B, of units that are
+  // off too.
+  double summed(const Unit& unit, int64_t i, int64_t j, int64_t h) const {
+    if (!in.is_concat() || in.shape.listed >= 0) return unit.possible() ? std::fabs(unit.value) + unit.error : 0;
+    const double a = host::to_real(in.x[i * in.width + h]), b = host::to_real(in.y[j * in.width + h]);
+    return std::fabs(std::max(a, -b)) + std::fabs(b) + unit.error;
   }
   // Half types: rounded, as what decides which units are active.
   double phi(double a, double b) const {
@@ -465,39 +473,78 @@ void test_range(const char* name) {
 
 // A row of NaN makes NaN of its own logits and of no gradient of another row.
 template <class Storage>
-void test_not_finite(const char* name, Interaction interaction, int64_t listed) {
+void test_not_finite(const char* name, Interaction interaction, int64_t listed, bool in_y) {
   using Real = Compute<Storage>;
-  context = std::string(name) + " NaN, interaction " + std::to_string(static_cast<int>(interaction)) + " listed " +
-            std::to_string(listed);
+  context = std::string(name) + " NaN in " + (in_y ? "y" : "x") + ", interaction " +
+            std::to_string(static_cast<int>(interaction)) + " listed " + std::to_string(listed);
   Shape shape{interaction, 9, 17, 5, 6};
   shape.listed = listed;
   std::mt19937 random(11);
   const Problem<Storage> problem(shape, random);
   constexpr int64_t kRow = 2;
   for (int64_t c = 0; c < problem.width; ++c)
-    problem.x[kRow * problem.width + c] = host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
+    (in_y ? problem.y : problem.x)[kRow * problem.width + c] =
+        host::from_real<Storage>(std::numeric_limits<Real>::quiet_NaN());
   const Workspace workspace(cuda::pair_workspace(problem.view(), true));
   Guarded<Real> logits(problem.count);
   succeeds(cuda::pair_logits(problem.view(), logits.data(), workspace.data(), nullptr), "pair_logits");
   bool right = true;
   for (int64_t k = 0; k < problem.count; ++k) {
     int64_t i, j;
-    right &= std::isnan(logits[k]) == (problem.pair(k, i, j) && i == kRow);
+    right &= std::isnan(logits[k]) == (problem.pair(k, i, j) && (in_y ? j : i) == kRow);
   }
   check(right, "logits");
   const Output<Storage> out(problem);
   succeeds(cuda::pair_logits_backward(problem.view(), problem.grad.data(), out.view(), workspace.data(), nullptr),
            "pair_logits_backward");
   bool finite = true;
-  for (size_t k = 0; k < out.x.size(); ++k)
-    finite &= static_cast<bool>(std::isfinite(out.x[k])) || k / problem.width == kRow;
-  check(finite, "∂x of the other rows");
+  const Guarded<Real>& of_rows = in_y ? out.y : out.x;
+  for (size_t k = 0; k < of_rows.size(); ++k)
+    finite &= static_cast<bool>(std::isfinite(of_rows[k])) || k / problem.width == kRow;
+  check(finite, "gradients of the other rows");
   check(std::isnan(out.w2[0]), "∂w2");
 }
 
+#ifdef SSM_CUDA_EMULATOR
+// What small calls launch: the sweep; the sums over blocks; with gradients those of rows, of columns and of w2; for the
+// mean two that count.
+template <class Storage>
+void test_launches(const char* name, Interaction interaction) {
+  using Real = Compute<Storage>;
+  context = std::string(name) + " launches, interaction " + std::to_string(static_cast<int>(interaction));
+  std::mt19937 random(3);
+  const Problem<Storage> problem({interaction, 64, 64, 64, 64}, random);
+  const PairNetwork<Storage> network = problem.view();
+  const Workspace workspace(cuda::pair_workspace(network, true));
+  const Output<Storage> out(problem);
+  const PairGradients<Real> gradients = out.view();
+  const Guarded<Real> loss(1), logits(problem.count);
+  const auto count = [&](const char* what, unsigned expected, const auto& call) {
+    const unsigned before = launches();
+    succeeds(call(), what);
+    check(launches() - before == expected, what, launches() - before);
+  };
+  count("pair_logits", 1, [&] { return cuda::pair_logits(network, logits.data(), workspace.data(), nullptr); });
+  count("pair_logits_backward", 5,
+        [&] { return cuda::pair_logits_backward(network, problem.grad.data(), gradients, workspace.data(), nullptr); });
+  for (const bool mean : {false, true}) {
+    const unsigned counting = mean ? 2 : 0;
+    count("loss", 2 + counting, [&] {
+      return cuda::pair_focal_loss_sum(network, problem.focal(), {mean, loss.data(), nullptr}, workspace.data(),
+                                       nullptr);
+    });
+    count("loss with gradients", 5 + counting, [&] {
+      return cuda::pair_focal_loss_sum(network, problem.focal(), {mean, loss.data(), &gradients}, workspace.data(),
+                                       nullptr);
+    });
+  }
+}
+#endif
+
 template <class Storage>
 void test_concat(const char* name) {
-  for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(name, Interaction::concat, listed);
+  for (const int64_t listed : {-1, 90})
+    for (const bool in_y : {false, true}) test_not_finite<Storage>(name, Interaction::concat, listed, in_y);
   constexpr Interaction kind = Interaction::concat;
   std::mt19937 random(1234);
   const auto test = [&](const Shape& shape) { test_problem<Storage>(name, shape, random); };
@@ -526,7 +573,8 @@ void test_concat(const char* name) {
 template <class Storage>
 void test_interactions(const char* name) {
   for (const Interaction interaction : {Interaction::absdiff, Interaction::product})
-    for (const int64_t listed : {-1, 90}) test_not_finite<Storage>(name, interaction, listed);
+    for (const int64_t listed : {-1, 90})
+      for (const bool in_y : {false, true}) test_not_finite<Storage>(name, interaction, listed, in_y);
   std::mt19937 random(1234);
   const bool half = sizeof(Storage) == 2;
   for (const Interaction kind : {Interaction::absdiff, Interaction::product}) {
@@ -563,6 +611,10 @@ int main() {
     test_concat<double>("float64");
     test_saturated<float>("float32");
     test_saturated<double>("float64");
+#ifdef SSM_CUDA_EMULATOR
+    test_launches<float>("float32", Interaction::concat);
+    test_launches<bfloat16>("bfloat16", Interaction::absdiff);
+#endif
     test_interactions<float>("float32");
     test_interactions<double>("float64");
     test_interactions<bfloat16>("bfloat16");

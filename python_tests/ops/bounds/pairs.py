@@ -74,6 +74,8 @@ class _Network:
         s_size = ((grad.abs() + grad_error)[..., None] * self.possible) * w2
         s_error = (grad_error[..., None] * self.possible + grad.abs()[..., None] * self.maybe) * w2
         s_error = s_error + rounding.tiny * (s_size > 0).double()
+        if self.operand and grad.numel():  # rounded over the largest
+            s_error = s_error + rounding.half_tiny * (grad.abs() + grad_error).max() * self.possible * w2
         s = (grad[..., None] * self.on) * self.w2
         weights, half = self.w1.abs(), 4 * self.operand
         pairs = rows * columns

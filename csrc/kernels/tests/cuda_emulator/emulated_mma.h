@@ -150,6 +150,10 @@ inline float relu(float x) {
   return x <= 0 ? 0 : x;
 }
 
+inline float larger(float a, float b) {
+  return a <= b ? b : a;
+}
+
 // As wrong as ex2.approx may be: up to 2 ulp, either way, by the argument. 2^0 is exact.
 inline float exp2_of(float x) {
   const float power = x < -126 ? 0.0f : std::exp2(x);
