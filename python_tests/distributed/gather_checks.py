@@ -14,6 +14,12 @@ from ssmkernels import distributed
 from ssmkernels.distributed import RowGather, all_gather_rows, gather_rows, gather_sizes, pack_rows, unpack_rows
 
 
+def check_gather_on_first(group: dist.ProcessGroup) -> None:
+    whole = normal(11, 3, seed=0)
+    gathered = distributed.gather_on_first(whole[shard(11, group)], group=group)
+    assert torch.equal(gathered, whole if dist.get_rank(group) == 0 else whole[:0])
+
+
 def check_gather_rows_and_its_gradient(group: dist.ProcessGroup) -> None:
     whole, weights = normal(11, 3, seed=0), normal(11, 3, seed=1)
     own = shard(11, group)

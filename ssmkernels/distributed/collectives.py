@@ -120,6 +120,22 @@ def all_gather_counted(tensor: Tensor, counts: Sequence[int], *, group: Group = 
     return torch.cat([part[:count] for part, count in zip(everyone.split(most), counts, strict=True)])
 
 
+@torch.no_grad()
+def gather_on_first(tensor: Tensor, *, group: Group = None) -> Tensor:
+    """The rows of every rank on the first rank of the group, in rank order, and none on the others. As
+    :func:`all_gather_rows` otherwise.
+    """
+    if not is_distributed(group):
+        return tensor
+    counts = [count for (count,) in gather_sizes([tensor.shape[0]], tensor.device, group=group)]
+    own, of, is_first = _padded(tensor, max(counts)), process_group(group), rank_of(group) == 0
+    parts = [torch.empty_like(own) for _ in counts] if is_first else None
+    dist.gather(own, parts, dst=0 if of is None else dist.get_global_rank(of, 0), group=of)
+    if parts is None:
+        return tensor[:0]
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def _reduce_scatter(tensor: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """The sum over ranks of [Σ n_r, ...], of which rank r gets its n_r rows."""
     most = max(counts)

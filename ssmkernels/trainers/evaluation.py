@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ssmkernels import data, metrics
 from ssmkernels.data.batched_augment import normalize
-from ssmkernels.distributed import all_gather_rows, all_reduce_sum, is_distributed
+from ssmkernels.distributed import all_gather_rows, all_reduce_sum, gather_on_first, is_distributed
 
 KEPT_BYTES = 2**30
 """Up to so many bytes of a rank's share of some images stay on the device between evaluations."""
@@ -114,15 +114,17 @@ def embed(
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    on_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features v [N, d], embeddings z [N, δ], at least float32, and labels [N] of all images of a data set in its
-    order, on every rank.
+    order, on every rank; or on the first rank alone, where the others get no rows.
 
     Args:
         model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
         batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every
             R-th image.
         autocast: the precision.
+        on_first: only the first rank needs them.
     """
     with evaluating(model), autocast():
         parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
@@ -131,7 +133,9 @@ def embed(
     ranks = dist.get_world_size() if is_distributed() else 1
     count = int(all_reduce_sum(torch.tensor(len(labels), device=device)))
     order = torch.cat([torch.arange(rank, count, ranks, device=device) for rank in range(ranks)]).argsort()
-    return all_gather_rows(features)[order], all_gather_rows(embeddings)[order], all_gather_rows(labels)[order]
+    gathered = [(gather_on_first if on_first else all_gather_rows)(part) for part in (features, embeddings, labels)]
+    features, embeddings, labels = (part[order[: len(part)]] for part in gathered)
+    return features, embeddings, labels
 
 
 def retrieval(embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None, **at: Any) -> dict[str, float]:

@@ -369,7 +369,7 @@ class Slade(Trainer):
         return iter(batches)
 
     def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
-        """Embeddings and true labels of all images."""
+        """Embeddings and true labels of all images, on the first rank."""
         return self.embed(self.model, images.images, self.images.views(images))[1:]
 
 
