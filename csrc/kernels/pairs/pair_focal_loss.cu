@@ -8,12 +8,18 @@ namespace {
 using pairs::PairCount;
 
 constexpr int kCountThreads = 256, kCountWarps = kCountThreads / 32;
+constexpr int64_t kCountAlone = 4 * kCountThreads;  // rows that one block counts, which then needs no second launch
 
 struct CountInput {
   FocalLoss focal;
   const int64_t* pairs;
   int64_t x_rows, y_rows, count;
 };
+
+__device__ void set_scale(const PairCount& count, int64_t left, int64_t right, bool listed) {
+  const double counted = static_cast<double>(left) * (listed ? 1.0 : static_cast<double>(right));
+  *count.scale = counted > 0 ? 1 / counted : 0;
+}
 
 __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, PairCount out) {
   SSM_SHARED(scratch, int64_t[kCountWarps]);
@@ -32,6 +38,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs(CountInput in, Pair
   left = block_sum<kCountWarps>(left, scratch);
   right = block_sum<kCountWarps>(right, scratch);
   if (threadIdx.x > 0) return;
+  if (gridDim.x == 1) return set_scale(out, left, right, in.pairs);
   out.parts[2 * blockIdx.x] = left;
   out.parts[2 * blockIdx.x + 1] = right;
 }
@@ -42,8 +49,7 @@ __global__ void __launch_bounds__(PairCount::kBlocks) finish_count(PairCount cou
   const bool mine = threadIdx.x < blocks;
   const int64_t left = block_sum<kWarps>(mine ? count.parts[2 * threadIdx.x] : int64_t{0}, scratch);
   const int64_t right = block_sum<kWarps>(mine ? count.parts[2 * threadIdx.x + 1] : int64_t{0}, scratch);
-  const double counted = static_cast<double>(left) * (listed ? 1.0 : static_cast<double>(right));
-  if (threadIdx.x == 0) *count.scale = counted > 0 ? 1 / counted : 0;
+  if (threadIdx.x == 0) set_scale(count, left, right, listed);
 }
 
 }  // namespace
@@ -73,12 +79,14 @@ const char* pair_focal_loss_sum(const PairNetwork<Storage>& network, const Focal
   const PairCount count = pairs::take_pair_count(workspace);
   if (out.mean) {
     const int64_t rows = network.pairs ? network.count : max(network.x_rows, network.y_rows);
-    const int64_t blocks = min<int64_t>(ceil_div<int64_t>(rows, kCountThreads), PairCount::kBlocks);
+    const int64_t blocks =
+        rows <= kCountAlone ? 1 : min<int64_t>(ceil_div<int64_t>(rows, kCountThreads), PairCount::kBlocks);
     const CountInput in{focal, network.pairs, network.x_rows, network.y_rows, network.count};
     if (const char* error = launch(count_pairs, blocks, kCountThreads, 0, stream, in, count)) return error;
-    if (const char* error =
-            launch(finish_count, 1, PairCount::kBlocks, 0, stream, count, blocks, network.pairs != nullptr))
-      return error;
+    if (blocks > 1)
+      if (const char* error =
+              launch(finish_count, 1, PairCount::kBlocks, 0, stream, count, blocks, network.pairs != nullptr))
+        return error;
   }
   const pairs::PairHead<Compute<Storage>> head{focal, nullptr, nullptr, out.mean ? count.scale : nullptr, out.loss};
   return pairs::sweep_pairs<Storage>(network, head, out.gradients, workspace, stream);
