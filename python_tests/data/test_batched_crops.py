@@ -14,8 +14,14 @@ from ssmkernels.data.batched_crops import CROP_DRAWS, BatchImageNetWeak, BatchMo
 from ssmkernels.data.philox import uniforms
 from ssmkernels.data.streams import Stream
 
-RNG = np.random.default_rng(0)
+RNG: np.random.Generator
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.1)}
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order_of_tests():
+    global RNG
+    RNG = np.random.default_rng(0)
 
 
 def picture(width, height, coarse=12):
@@ -27,6 +33,8 @@ def picture(width, height, coarse=12):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Six photographs: of JPEG four, one of them grey and one in CMYK, and a PNG."""
+    global RNG
+    RNG = np.random.default_rng(1)
     folder = tmp_path_factory.mktemp("photographs")
     images = [picture(*size) for size in ((120, 90), (90, 130), (64, 64), (100, 80), (110, 70), (61, 95))]
     images[3], images[4] = images[3].convert("L"), images[4].convert("CMYK")
@@ -176,14 +184,15 @@ def test_a_change_of_colours_is_pillows(number):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0, 4.0])
 def test_a_blur_is_pillows_to_the_rounding_of_its_passes(sigma, channels):
-    images = [picture(40, 32, coarse).convert("L" if channels == 1 else "RGB") for coarse in (4, 9, 30)]
+    images = [picture(80, 64, coarse).convert("L" if channels == 1 else "RGB") for coarse in (4, 9, 30)]
     pixels = torch.stack([decoding._to_tensor(image) for image in images])
     ours = batched_colour.blurred(pixels, np.full(3, sigma), 4.0)
     theirs = [decoding._to_tensor(image.filter(ImageFilter.GaussianBlur(sigma))) for image in images]
-    border = 8  # Pillow extends the image anew in each pass
     apart = levels_apart(ours, torch.stack(theirs))
-    assert apart[..., border:-border, border:-border].max() <= 3  # half a level in each of six passes
-    assert apart.float().mean() < 1
+    border = 3 * (int(batched_colour.box_radius(np.array([sigma]))[0]) + 1)
+    # Half a level in each of six passes; at the border, which Pillow extends anew in each pass, more.
+    assert apart[..., border:-border, border:-border].max() <= 3
+    assert apart.float().mean() < 2
 
 
 def test_flips_and_grey():

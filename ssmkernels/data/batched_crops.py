@@ -67,7 +67,7 @@ class BatchImageNetWeak:
     def __call__(self, crops: Tensor, draws: np.ndarray) -> Tensor:
         if not self.settings.flip:
             return crops
-        views = crops.clone()
+        views = crops.clone(memory_format=torch.contiguous_format)
         batched_colour.flip_(views, draws[:, CROP_DRAWS] < 0.5)
         return views
 
@@ -96,7 +96,7 @@ class BatchMoCoV2:
         self.size, self.scale, self.order = size, scale, order
 
     def __call__(self, crops: Tensor, draws: np.ndarray) -> Tensor:
-        views = crops.clone()
+        views = crops.clone(memory_format=torch.contiguous_format)
         if self.settings.crop.flip:
             batched_colour.flip_(views, draws[:, CROP_DRAWS] < 0.5)
         batched_colour.jitter_(views, *self.jitter(draws))
@@ -166,7 +166,8 @@ def random_crops(
         of_views = photograph.crops([of_view[number] for of_view in boxes], sides)
         for of_view, crop in zip(crops, of_views, strict=True):
             of_view.append(crop)
-    return [torch.stack(of_view) for of_view in crops]
+    # Channels last, as decoders and resizing have them: the device rearranges them, faster than a loading process.
+    return [torch.stack([crop.permute(1, 2, 0) for crop in of_view]).permute(0, 3, 1, 2) for of_view in crops]
 
 
 def finished_views(
