@@ -6,8 +6,9 @@ and 448 unlabelled images, 960 views; SimMatch's on ImageNet, 64 and 320 images,
 
 Milliseconds of processor time on one core, the least of steps that alternate between the two, since other programs
 only add to it. Small images are noise, which costs what photographs cost: no operation looks at them. Photographs are
-made, 500 by 375 pixels and about 80 KB (ImageNet's have 110 on average), written as JPEG and read from the page cache. "Loading" is what loading processes do of it, to decode and to cut; the rest is done where the network
-is, and costs a processor nothing where that is a GPU.
+made, 500 by 375 pixels and about 80 KB (ImageNet's have 110 on average), written as JPEG and read from the page cache.
+"Loading" is what loading processes do of it, to decode and to cut; the rest is done where the network is, and costs a
+processor nothing where that is a GPU.
 """
 
 from __future__ import annotations
