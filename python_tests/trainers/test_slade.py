@@ -700,7 +700,7 @@ def test_settings_that_do_not_fit_the_images(make_config, make_trainer, collecti
 def test_shipped_configurations():
     names = config_names("slade")
     paper = {"cub200-nabirds", "cub200-nabirds-ms", "cars196-compcars", "cars196-compcars-ms", "inshop-fashion200k"}
-    assert set(names) == paper | {"cub200-nabirds-bf16", "digits", "mnist5k", "flowers17"}
+    assert set(names) == paper | {"cub200-nabirds-bf16", "digits", "mnist5k", "flowers17", "glyphs"}
     for name in names:
         config, _ = parse_config("slade", ["--config", name])
         assert (config.student, config.similarity_loss, config.lambda_1, config.lambda_2) == ("mining", "sd", 1, 0.25)

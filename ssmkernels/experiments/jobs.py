@@ -153,7 +153,7 @@ LATER: dict[str, dict[str, Any]] = {
     "data": {"labels_file": None, "held_out": 0, "classes_file": None, "augment": "pil", "flip": None, "shift": None},
     "mixed-lp": {"learn_bn_affine": False, "warm_up_images": "labeled"},
     "mlsn": {"weights": None, "self_pairs": True},
-    "simmatch": {"weights": None, "split_memory_above": 2**30, "optimizer": "sgd"},
+    "simmatch": {"weights": None, "split_memory_above": 2**30, "optimizer": "sgd", "strong_views": "randaugment"},
     "slade": {"patience": None},
 }
 """Settings of a method, and of its data, that came after the first records, with what they were before: names of jobs
