@@ -234,6 +234,8 @@ def test_images_of_a_file_serve_the_set_that_it_is_named_after(tmp_path, capsys)
     assert "arrays of a file" in record.deviations[0] and all(entry.paper == "-" for entry in record.entries)
     (done,) = (entry for entry in record.entries if entry.values)
     assert (done.row, done.column) == ("SimMatch", "cifar10-40")
+    page = next((tmp_path / "out").glob("simmatch-table1-short*/report.md")).read_text()
+    assert "Settings not run: cifar10-250; cifar10-4000" in page
     place.rename(tmp_path / "images.npz")
     assert main([*command[:4], str(tmp_path / "images.npz"), *command[5:]]) == 1
     assert "the images of images by its name; this needs cifar10" in capsys.readouterr().err

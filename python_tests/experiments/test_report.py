@@ -88,6 +88,7 @@ def test_claims_have_verdicts():
     assert verdict == "holds (in 3 of 3 seeds)"
     assert verdicts(record(ours, theirs))[0][3] == "the opposite holds (in 0 of 3 seeds)"
     assert verdicts(record(ours)) == []
+    assert verdicts(record(entry("ours", ()), entry("theirs", ()))) == []
 
 
 def test_claims_are_of_the_seeds_that_finished_both():

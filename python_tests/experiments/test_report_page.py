@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssmkernels import cli
 from ssmkernels._text import duration
-from ssmkernels.experiments.record import Entry, Plot, Record, write_record
+from ssmkernels.experiments.record import Claim, Entry, Plot, Record, write_record
 from ssmkernels.experiments.report import (
     difference,
     failures,
@@ -333,6 +333,18 @@ def test_rows_of_the_paper_are_quoted(tmp_path):
     html, markdown = make(tmp_path, replace(TABLE1, entries=(*TABLE1.entries, quoted)))
     assert ["CoMatch", "not run", "93.09 ± 1.39", "-"] in Page(html).rows
     assert "not run" in markdown and "5/8, 1 failed" in markdown
+
+
+def test_settings_of_which_nothing_was_run_are_named_alone(tmp_path):
+    claimed = replace(TABLE1, claims=(Claim("SimMatch", "FixMatch", "top-1"),))
+    unfinished = tuple(
+        replace(entry, values=(), failed=()) if entry.column == "250 labels" else entry for entry in TABLE1.entries
+    )
+    html, markdown = make(tmp_path, replace(claimed, entries=unfinished))
+    for text in (Page(html).text(), markdown):
+        assert "250 labels" in text.partition("Settings not run")[2] and text.count("250 labels") == 1
+    _, text = make(tmp_path, replace(TABLE1, entries=unfinished[2:]))  # nothing at all: what there will be
+    assert "Settings not run" not in text and text.count("250 labels") == 2
 
 
 def test_a_plus_minus_means_one_thing(tmp_path):

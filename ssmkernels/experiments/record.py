@@ -38,6 +38,11 @@ class Entry:
     """False for a row of the paper that is quoted only."""
 
     @property
+    def has_run(self) -> bool:
+        """Whether a seed of it came to an end, or failed."""
+        return bool(self.values or self.failed)
+
+    @property
     def titled(self) -> str:
         """The figure with its unit."""
         return f"{self.figure}, {self.unit}" if self.unit else self.figure

@@ -232,9 +232,11 @@ def _picture(folder: Path, plot: Plot) -> Picture:
 
 def grid(record: Record) -> Grid:
     """The entries of a record as one table: a part for each setting, in which those of a method stand together; ours
-    first, columns of dashes left out, the figure in the caption where there is one alone.
+    first, columns of dashes and settings of which nothing was run left out, the figure in the caption where there is
+    one alone.
     """
-    entries = record.entries
+    left_out = settings_left_out(record)
+    entries = [entry for entry in record.entries if entry.column not in left_out]
     titles = list(dict.fromkeys(entry.titled for entry in entries))
     columns = {
         "figure": [entry.titled if len(titles) > 1 else "-" for entry in entries],
@@ -253,6 +255,13 @@ def grid(record: Record) -> Grid:
     whose = "Ours and the paper's" if "paper" in header else "Ours"
     caption = f"{titles[0]}: {whose[0].lower()}{whose[1:]}" if len(titles) == 1 else whose
     return Grid(header, caption, settings)
+
+
+def settings_left_out(record: Record) -> list[str]:
+    """The settings of which nothing was run, where something was of another."""
+    settings = dict.fromkeys(entry.column for entry in record.entries)
+    with_results = {entry.column for entry in record.entries if entry.has_run}
+    return [setting for setting in settings if setting not in with_results] if with_results else []
 
 
 def ours(entry: Entry, seeds: int) -> str:
@@ -311,11 +320,13 @@ def summary(record: Record) -> tuple[str, ...]:
 
 def facts(record: Record) -> dict[str, str]:
     """The circumstances of the numbers."""
+    left_out = settings_left_out(record)
     return {
         "Budget": record.budget,
         "Data": record.data,
         "Seeds": ", ".join(map(str, record.seeds)) or "-",
         "Cells finished": progress(record),
+        **({"Settings not run": "; ".join(left_out)} if left_out else {}),
         "Run time": f"{duration(record.seconds)} on {record.machine}",
         "Versions": ", ".join(f"{name} {version}" for name, version in record.versions.items()) or "-",
     }

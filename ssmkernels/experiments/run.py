@@ -317,7 +317,7 @@ def _record(
         title=table.title,
         paper=table.paper,
         budget=request.budget,
-        data=_data_in_words(request, planned.cells),
+        data=_data_in_words(request, [cell for cell in planned.cells if _has_run(planned, cell, outcomes)]),
         seeds=planned.seeds,
         command=request.command(table.name),
         entries=(*entries, *quoted_entries(table, request, entries)),
@@ -329,6 +329,12 @@ def _record(
         versions=versions(PACKAGES),
         claims=table.read_claims(),
     )
+
+
+def _has_run(planned: Plan, cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
+    """Whether a seed of the cell was asked for now or finished earlier."""
+    names = [planned.jobs[cell, seed].name for seed in planned.seeds]
+    return any(name in planned.chosen or outcomes[name].finished for name in names)
 
 
 def entries_of(cell: Cell, outcomes: Mapping[int, Outcome]) -> list[Entry]:

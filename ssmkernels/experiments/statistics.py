@@ -70,14 +70,14 @@ class Verdict(NamedTuple):
 
 
 def verdicts(record: Record) -> list[Verdict]:
-    """One for every claim in every setting that has both of its rows."""
+    """One for every claim in every setting that has both of its rows, of which one at least was run."""
     entries = {(entry.row, entry.column, entry.figure): entry for entry in record.entries}
     verdicts = []
     for claim in record.claims:
         for column in dict.fromkeys(entry.column for entry in record.entries):
             better = entries.get((claim.better, column, claim.figure))
             worse = entries.get((claim.worse, column, claim.figure))
-            if better is not None and worse is not None:
+            if better is not None and worse is not None and (better.has_run or worse.has_run):
                 relation = "below" if claim.lower else "above"
                 text = f"{claim.better} {relation} {claim.worse}, {better.titled}"
                 verdicts.append(Verdict(text, column, *_verdict(claim, better, worse)))
