@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
+
+from ssmkernels.data.paths import PathList
 
 
 class ImageDataset(Protocol):
@@ -57,41 +59,99 @@ class FileImages:
     """Images read from their files when they are asked for, as RGB.
 
     Args:
-        paths: N files that Pillow can read.
-        labels: [N] integers in [0, num_classes), or −1 where none is known.
+        paths: N files that Pillow can read. They are gone through once, and kept in as many bytes as they are long.
+        labels: [N] integers in [0, num_classes), or −1 where none is known. An array of int64 is not copied.
         num_classes: number of classes L.
     """
 
-    def __init__(self, paths: Sequence[str | Path], labels: np.ndarray, num_classes: int) -> None:
-        # One array, not a million strings whose reference counts would unshare the memory of loading processes.
-        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-        self.labels = _checked_labels(labels, len(paths), num_classes)
+    def __init__(self, paths: Iterable[str | Path] | PathList, labels: np.ndarray, num_classes: int) -> None:
+        self._paths = paths if isinstance(paths, PathList) else PathList.of(paths)
+        self._folder = b""
+        self.labels = _checked_labels(labels, len(self._paths), num_classes)
         self.num_classes = num_classes
+        self._labels_file: Path | None = None
+
+    @classmethod
+    def listed(cls, paths: str | Path, labels: str | Path, num_classes: int) -> FileImages:
+        """The files that a text file names, a path in every line, from the folder of that file where it is not
+        absolute. Both lists are memory-mapped: the processes of a machine have them in memory once, ranks and their
+        loading processes alike.
+
+        Args:
+            paths: the text file, of N lines.
+            labels: .npy, [N] integers as above; only those of int64 are mapped, others are converted in memory.
+            num_classes: number of classes L.
+
+        Raises:
+            FileNotFoundError: one of the two is not there.
+            ValueError: one is not as said above; the message names it.
+        """
+        paths, labels = Path(paths).absolute(), Path(labels).absolute()
+        images = cls.__new__(cls)
+        images._paths, images._folder = PathList.mapped(paths), os.fsencode(paths.parent)
+        numbers = mapped_integers(labels)
+        try:
+            images.labels = _checked_labels(numbers, len(images._paths), num_classes)
+        except ValueError as error:
+            raise ValueError(f"{labels}, for the lines of {paths}: {error}") from error
+        images.num_classes = num_classes
+        images._labels_file = labels if numbers.dtype == np.int64 else None
+        return images
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({} if self._labels_file is None else {"labels": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._labels_file is not None:
+            self.labels = mapped_integers(self._labels_file)
 
     def image(self, index: int) -> Image.Image:
         with Image.open(self.path(index)) as image:
             return image.convert("RGB")
 
     def path(self, index: int) -> str:
-        return os.fsdecode(self._paths[index])
+        return os.fsdecode(os.path.join(self._folder, self._paths[index]))
 
     def names(self, index: np.ndarray) -> list[str]:
         """Paths of some images from the folder that all N are in."""
-        files = self._paths.tolist()
-        folder = os.path.commonpath([os.path.dirname(path) for path in (min(files), max(files))])
-        return [os.fsdecode(os.path.relpath(files[place], folder or b".")) for place in index]
+        first = last = os.fsencode(self.path(0))
+        for line in self._paths:
+            path = os.path.join(self._folder, line)
+            first, last = min(first, path), max(last, path)
+        folder = os.fsdecode(os.path.commonpath([os.path.dirname(path) for path in (first, last)]))
+        return [os.path.relpath(self.path(place), folder or ".") for place in index]
 
     def by_base_name(self, wanted: Collection[str]) -> dict[str, list[int]]:
         """The images whose files have one of some names, their folders left out."""
         numbers: dict[str, list[int]] = {}
-        for number, path in enumerate(self._paths.tolist()):
+        for number, path in enumerate(self._paths):
             name = os.fsdecode(path.rpartition(b"/")[2])
             if name in wanted:
                 numbers.setdefault(name, []).append(number)
         return numbers
+
+
+def mapped_integers(path: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file, or not of integers [N].
+    """
+    try:
+        numbers = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
+    if not isinstance(numbers, np.ndarray) or numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        what = f"{numbers.dtype} of shape {numbers.shape}" if isinstance(numbers, np.ndarray) else "an archive"
+        raise ValueError(f"{path} holds {what}; it should hold integers of shape [K]")
+    return numbers
 
 
 def file_of(dataset: ImageDataset, index: int) -> str | None:
@@ -133,4 +193,4 @@ def _checked_labels(labels: np.ndarray, count: int, num_classes: int) -> np.ndar
             f"labels are in [{labels.min()}, {labels.max()}]; they should be in [0, {num_classes}), up to num_classes,"
             " or -1 where none is known"
         )
-    return labels.astype(np.int64)
+    return labels.astype(np.int64, copy=False)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ssmkernels.data.images import FileImages, ImageDataset
+from ssmkernels.data.images import FileImages, ImageDataset, mapped_integers
 from ssmkernels.data.retrieval import ImageSubset
 
 CIFAR_FILE = re.compile(r"(\d+)_.+\.png")
@@ -59,12 +59,16 @@ def read_labels(path: str | Path, images: ImageDataset, class_names: Sequence[st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such list of labelled images")
-    entries = _entries(path)
-    if not entries:
-        raise ValueError(f"{path} lists no images; it should list at least one")
     base, index = _base(images)
     position = np.full(len(base), -1, dtype=np.int64)
     position[index] = np.arange(len(index))
+    if path.suffix == ".npy":
+        numbered = _positions_of(mapped_integers(path), position, images)
+        if numbered is not None:
+            return numbered
+    entries = _entries(path)
+    if not entries:
+        raise ValueError(f"{path} lists no images; it should list at least one")
     lookup = _FileNames(base, entries)
     number_of_class: dict[str, int] = {}
     place_of_image: dict[int, str] = {}
@@ -83,6 +87,19 @@ def read_labels(path: str | Path, images: ImageDataset, class_names: Sequence[st
             )
         place_of_image[number] = entry.place
     return np.sort(position[list(place_of_image)])
+
+
+def _positions_of(numbers: np.ndarray, position: np.ndarray, images: ImageDataset) -> np.ndarray | None:
+    """The sorted positions of images by their numbers, without an object for each; None where one is wrong, which is
+    then looked for among the entries.
+    """
+    if len(numbers) == 0 or numbers.min() < 0 or numbers.max() >= len(position):
+        return None
+    positions = np.sort(position[numbers])
+    is_right = (
+        positions[0] >= 0 and bool((np.diff(positions) > 0).all()) and bool((images.labels[positions] >= 0).all())
+    )
+    return positions if is_right else None
 
 
 def labels_text(index: np.ndarray, images: ImageDataset, class_names: Sequence[str]) -> str:
@@ -145,7 +162,7 @@ class _FileNames:
 
 def _entries(path: Path) -> list[_Entry]:
     if path.suffix == ".npy":
-        return [_Entry(f"entry {place}", str(number)) for place, number in enumerate(_npy(path))]
+        return [_Entry(f"entry {place}", str(number)) for place, number in enumerate(mapped_integers(path))]
     text = _text(path)
     if path.suffix == ".json":
         return [_Entry(f"entry {place}", str(number)) for place, number in enumerate(_json(path, text))]
@@ -164,17 +181,6 @@ def _name_and_class(entry: _Entry) -> list[tuple[str, str]]:
     """A line with a space between a name and a class."""
     name, space, class_name = entry.image.partition(" ")
     return [(name, class_name.strip())] if space and entry.class_name is None else []
-
-
-def _npy(path: Path) -> list[int]:
-    try:
-        numbers = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
-    if not isinstance(numbers, np.ndarray) or numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        what = f"{numbers.dtype} of shape {numbers.shape}" if isinstance(numbers, np.ndarray) else "an archive"
-        raise ValueError(f"{path} holds {what}; it should hold integers of shape [K]")
-    return numbers.tolist()
 
 
 def _json(path: Path, text: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ssmkernels.data.imagenet import listed_validation
-from ssmkernels.data.images import ArrayImages, FileImages, ImageSplits
+from ssmkernels.data.images import ArrayImages, FileImages, ImageSplits, mapped_integers
 from ssmkernels.data.packed import COMMON_HEADER, packed_arrays
+from ssmkernels.data.paths import PathList
 from ssmkernels.data.split import split_labels
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,6 +38,9 @@ def load_dataset(name: str, root: str | Path | None = None, *, download: bool = 
                "file class", Kaggle's LOC_val_solution.csv, or ILSVRC2012_validation_ground_truth.txt beside meta.mat,
                in root, in root/val or in the development kit as root/ILSVRC2012_devkit_t12
     folder     files ``root/train/<class>/*`` and ``root/val/<class>/*`` or ``root/test/<class>/*``
+    list       files that ``root/train.txt`` and ``root/test.txt`` name, a path in every line, from root where it is not
+               absolute; their classes in ``root/train.npy`` and ``root/test.npy``, integers [N], −1 where none is
+               known; ``root/classes.txt`` may name the classes, one in every line. All processes share both in memory
     glyphs     a file ``root/glyphs.npz`` of arrays images (uint8 [N, S, S]), labels and faces (integers [N]):
                characters, not flipped; the typefaces whose number is a multiple of 5 are to test on; an array
                characters names the classes
@@ -136,14 +140,32 @@ def _imagenet(root: Path, download: bool) -> ImageSplits:
     hint = "get ILSVRC2012 from image-net.org and unpack it into train/<class>/*.JPEG and val/<class>/*.JPEG"
     val = root / "val"
     if val.is_dir() and (root / "train").is_dir() and not any(entry.is_dir() for entry in os.scandir(val)):
-        train = _class_folders(root / "train")
-        return _split_of_files(train, listed_validation(root, train[1]))
+        train, names = class_folders(root / "train")
+        paths, labels = zip(*listed_validation(root, names), strict=True)
+        return _split_of_files(train, FileImages(paths, np.array(labels), len(names)), names)
     return _folders("imagenet", root, ("val",), hint)
 
 
 def _folder(root: Path, download: bool) -> ImageSplits:
     hint = "put the images into train/<class>/ and val/<class>/ or test/<class>/, or give another root"
     return _folders("folder", root, ("val", "test"), hint)
+
+
+def _list(root: Path, download: bool) -> ImageSplits:
+    files = [root / f"{part}.{suffix}" for part in ("train", "test") for suffix in ("txt", "npy")]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"list: looked for {', '.join(missing)} in {root.resolve()} and found none; put the paths of images there,"
+            " one in every line, and their classes, or give another root"
+        )
+    class_names = root / "classes.txt"
+    if class_names.is_file():
+        names = tuple(class_names.read_text(encoding="utf-8-sig").splitlines())
+    else:
+        names = tuple(map(str, range(1 + int(mapped_integers(files[1]).max(initial=0)))))
+    train, test = (FileImages.listed(paths, labels, len(names)) for paths, labels in (files[:2], files[2:]))
+    return _split_of_files(train, test, names)
 
 
 def _npz(root: Path, download: bool) -> ImageSplits:
@@ -203,6 +225,7 @@ DATASETS: dict[str, Callable[[Path, bool], ImageSplits]] = {
     "stl10": _stl10,
     "imagenet": _imagenet,
     "folder": _folder,
+    "list": _list,
     "glyphs": _glyphs,
     "npz": _npz,
 }
@@ -262,33 +285,38 @@ def _folders(name: str, root: Path, tests: tuple[str, ...], hint: str) -> ImageS
     for part in parts:
         if not part.is_dir():
             raise FileNotFoundError(f"{name}: looked for the folder {part.resolve()} and found none; {hint}")
-    train, test = (_class_folders(part) for part in parts)
-    if train[1] != test[1]:
-        differing = sorted(set(train[1]) ^ set(test[1]))
+    (train, names), (test, test_names) = (class_folders(part) for part in parts)
+    if names != test_names:
+        differing = sorted(set(names) ^ set(test_names))
         raise ValueError(
             f"{parts[0]} and {parts[1]} should have the same classes; {', '.join(differing[:5])} are in one of them"
             " only"
         )
-    return _split_of_files(train, test[0])
+    return _split_of_files(train, test, names)
 
 
-def _class_folders(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    """Files and their classes, and the names of these: those of the folders, sorted."""
-    part = _require("torchvision.datasets", "torchvision").ImageFolder(folder)
-    return part.samples, tuple(part.classes)
+def class_folders(folder: Path) -> tuple[FileImages, tuple[str, ...]]:
+    """The files of torchvision's ImageFolder, in its order, and the names of the classes: those of the folders, sorted.
+    There is a list of the files of one class at a time.
+    """
+    reader = _require("torchvision.datasets.folder", "torchvision")
+    names, _ = reader.find_classes(folder)
+    sizes = []
+
+    def paths() -> Iterator[str]:
+        for name in names:
+            samples = reader.make_dataset(folder, {name: 0}, reader.IMG_EXTENSIONS)
+            sizes.append(len(samples))
+            yield from (path for path, _ in samples)
+
+    listed = PathList.of(paths())
+    return FileImages(listed, np.repeat(np.arange(len(names)), sizes), len(names)), tuple(names)
 
 
-def _split_of_files(
-    train: tuple[list[tuple[str, int]], tuple[str, ...]], test: Sequence[tuple[str | Path, int]]
-) -> ImageSplits:
-    names = train[1]
-    images = [
-        FileImages([path for path, _ in samples], np.array([label for _, label in samples]), len(names))
-        for samples in (train[0], test)
-    ]
+def _split_of_files(train: FileImages, test: FileImages, names: tuple[str, ...]) -> ImageSplits:
     return ImageSplits(
-        train=images[0],
-        test=images[1],
+        train=train,
+        test=test,
         num_classes=len(names),
         class_names=names,
         mean=IMAGENET_MEAN,

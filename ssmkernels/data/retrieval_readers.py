@@ -14,7 +14,7 @@ import numpy as np
 
 from ssmkernels.data.images import ArrayImages, FileImages
 from ssmkernels.data.packed import COMMON_HEADER, ONE_AFTER_ANOTHER, is_packed, packed_arrays
-from ssmkernels.data.readers import _arrays, _require, load_dataset, outside
+from ssmkernels.data.readers import _arrays, _require, class_folders, load_dataset, outside
 from ssmkernels.data.retrieval import ImageCollection, class_subset
 
 
@@ -363,9 +363,11 @@ def _files(
 ) -> ImageCollection:
     paths, labels = zip(*samples, strict=True)
     names = tuple(class_names)
-    return ImageCollection(
-        FileImages(paths, np.array(labels), len(names)), names, augmentation="imagenet" if flip else "imagenet-no-flip"
-    )
+    return _collection(FileImages(paths, np.array(labels), len(names)), names, flip=flip)
+
+
+def _collection(images: FileImages, class_names: tuple[str, ...], *, flip: bool = True) -> ImageCollection:
+    return ImageCollection(images, class_names, augmentation="imagenet" if flip else "imagenet-no-flip")
 
 
 def _named(samples: Iterable[tuple[Path, str]], class_names: Sequence[str]) -> ImageCollection:
@@ -374,10 +376,9 @@ def _named(samples: Iterable[tuple[Path, str]], class_names: Sequence[str]) -> I
 
 
 def _class_folders(name: str, root: Path, hint: str, *, class_name: Callable[[str], str] = str) -> ImageCollection:
-    folder = _require("torchvision.datasets", "torchvision").ImageFolder
     with _missing_data_explained(name, root, "<class>/*", hint):
-        part = folder(root)
-    return _files(part.samples, map(class_name, part.classes))
+        images, names = class_folders(root)
+    return _collection(images, tuple(map(class_name, names)))
 
 
 def path_itself(path: str | Path) -> str | Path:

@@ -133,7 +133,7 @@ def frozen_features(
     transform = None if image_size is None else CentralSquare(image_size)
     batches = data.evaluation_batches(images, 256, mean=mean, std=std, transform=transform, workers=workers)
     features = models.extract_features(_Pair(backbone), batches, device=device, progress=False)
-    return features.to(device), torch.from_numpy(images.labels).to(device)
+    return features.to(device), torch.tensor(images.labels, device=device)
 
 
 def transfer(

@@ -239,7 +239,7 @@ class MixedLP(Trainer):
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, **self.fused)
         self.losses, self.optimizer = fabric.setup(_Losses(self.compiled(self.network), self.proxies), optimizer)
 
-        self.true_labels = torch.as_tensor(self.train.labels)
+        self.true_labels = torch.tensor(self.train.labels)
         self.given_labels = torch.full((count,), -1)
         self.given_labels[self.labeled_index] = self.true_labels[self.labeled_index]
         self.labels = self.given_labels.to(fabric.device)  # those of the running epoch, with their confidence

@@ -179,7 +179,7 @@ class SimMatch(ClassifierTrainer):
         self.align.to(fabric.device)
         self.memory = None
         if config.uses_memory:
-            labels = torch.as_tensor(splits.train.labels)[self.labeled_index]
+            labels = torch.as_tensor(splits.train.labels[self.labeled_index])
             size = len(labels) * config.projection_dim * torch.float32.itemsize
             split = ranks > 1 and size > config.split_memory_above
             if ranks > 1:
