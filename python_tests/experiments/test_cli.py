@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from ssmkernels.experiments import cli, run, spec
+from ssmkernels.experiments import cli, costs, run, spec
 from ssmkernels.experiments.cli import main
 from ssmkernels.experiments.record import Entry, read_record
 from ssmkernels.experiments.run import Request, configure, find_cells
@@ -16,6 +16,7 @@ from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import BUDGETS, PAPERS, Figure, load_tables
 from ssmkernels.trainers import RunResult
 from ssmkernels.trainers.cli import METHODS
+from ssmkernels.trainers.step_memory import StepMemory
 
 TABLES = load_tables()
 FEW = ("--set", "steps=4", "--set", "run.eval_every=4", "--set", "run.log_every=4")
@@ -151,7 +152,14 @@ def test_cells_are_listed_and_nothing_is_run(tmp_path, capsys):
         re.match(r"\| SimMatch +\| cifar10-40 +\| [1-5] +\| simmatch-cifar10-40-seed", line) for line in listed
     )
     assert main([*command, "--columns", "cifar10-40", "--rows", "SimMatch", "--dry-run"]) == 0
-    assert "1,048,576" in capsys.readouterr().out  # steps
+    printed = capsys.readouterr().out
+    assert "1,048,576" in printed  # steps
+    (parts,) = re.findall(r"and 4 more \|(.*)\|\n", printed + "\n")  # five seeds take the same memory
+    network, optimizer, average, memory, images, batch, rest, total = map(float, parts.replace(",", "").split("|"))
+    assert images == 146.5 and network == average >= optimizer > memory and batch == 11.3  # MiB
+    # WRN-28-2 keeps about 5 MiB of each of 960 views
+    assert 4500 < rest < 6000 and f"| {total / 1024:.2f} " in printed
+    assert total == pytest.approx(network + optimizer + average + memory + images + batch + rest, abs=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -164,6 +172,8 @@ def test_cells_of_imagenet_take_the_papers_pieces_of_a_batch(tmp_path, capsys, m
         train=lambda config, resume: trained.append(config) or RunResult(True, 1, 1, [])
     )
     monkeypatch.setitem(METHODS, "simmatch", method)
+    asked = []
+    monkeypatch.setattr(costs, "step_memory", lambda *_, **shares: asked.append(shares) or StepMemory(*[2**30] * 7))
     for budget in ("short", "paper"):
         request = Request(budget, Source(str(tmp_path)), tmp_path, check=False)
         for name in ("simmatch-table2", "simmatch-figure4", "simmatch-figure5", "simmatch-table5"):
@@ -172,6 +182,7 @@ def test_cells_of_imagenet_take_the_papers_pieces_of_a_batch(tmp_path, capsys, m
             find_cells(TABLES[name], request).cells[-1].job(1).run(tmp_path)
     assert {config.accumulate for config in trained} == {8 // ranks} and len(trained) == 8
     assert {config.precision for config in trained} == {"bf16-mixed"}
+    assert all(shares == {"pieces": 8 // ranks, "ranks": ranks} for shares in asked) and asked
 
 
 def test_wrong_arguments(tmp_path, capsys):

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 try:
     from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
     from lightning_fabric.strategies import DDPStrategy
 except ImportError:  # the same code inside the one big package
     from lightning.fabric import Fabric  # type: ignore[no-redef]
@@ -159,6 +160,12 @@ def make_fabric(
     fabric.launch()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = run.deterministic, not run.deterministic
     return fabric
+
+
+def lone_fabric(precision: Precision = "32-true") -> Fabric:
+    """A process on the CPU without the others that there may be; half precision is bfloat16."""
+    half = None if precision == "32-true" else MixedPrecision("bf16-mixed", "cpu")
+    return Fabric(accelerator="cpu", devices=1, plugins=half)
 
 
 def fit(
