@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ssmkernels import metrics
+from ssmkernels.metrics import search
 
 KEYS_OF_PEER = {"precision_at_1": "P@1", "r_precision": "RP", "mean_average_precision_at_r": "MAP@R"}
 
@@ -120,22 +121,22 @@ def test_equal_distances_rank_by_index():
 def test_chunks_change_nothing(monkeypatch):
     embeddings, labels = random_set(203, 8, 6, seed=8)
     whole = metrics.retrieval(embeddings, labels)
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 203)
+    monkeypatch.setattr(search, "_CHUNK_ENTRIES", 7 * 203)
     assert metrics.retrieval(embeddings, labels) == whole
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 1)
+    monkeypatch.setattr(search, "_CHUNK_ENTRIES", 1)
     assert metrics.retrieval(embeddings, labels) == whole
 
 
 def test_lists_are_made_of_few_queries_at_a_time(monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 4 * 7 * (120 + 8))
+    monkeypatch.setattr(search, "_CHUNK_ENTRIES", 4 * 7 * (120 + 8))
     sizes = []
-    search = metrics._FusedSearch.nearest
+    nearest = search.FusedSearch.nearest
 
     def counted(self, queries, k, itself):
         sizes.append((len(queries), k))
-        return search(self, queries, k, itself)
+        return nearest(self, queries, k, itself)
 
-    monkeypatch.setattr(metrics._FusedSearch, "nearest", counted)
+    monkeypatch.setattr(search.FusedSearch, "nearest", counted)
     embeddings, _ = random_set(1003, 4, 10, seed=0)
     metrics.retrieval(embeddings, torch.arange(1003) % 10, recall_at=120)
     assert set(sizes) == {(7, 120), (2, 120)}
@@ -148,10 +149,10 @@ def test_other_devices_search_by_stored_distances(within, monkeypatch):
     references = torch.randint(0, 3, (203, 4), generator=draw).double()
     queries = references if within else torch.randint(0, 3, (61, 4), generator=draw).double()
     itself = torch.arange(203) if within else None
-    stored, fused = metrics._Distances(references), metrics._FusedSearch(references)
+    stored, fused = search.Distances(references), search.FusedSearch(references)
     for k in (1, 50, 203 - within):
         assert stored.nearest(queries, k, itself).equal(fused.nearest(queries, k, itself))
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 7 * 203)
+    monkeypatch.setattr(search, "_CHUNK_ENTRIES", 7 * 203)
     assert stored.rows_at_once(50) == 7
 
 

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 
+import evaluation_checks
 import gather_checks
 import graph_checks
 import loss_checks
@@ -23,6 +24,7 @@ import split_solve_checks
 import torch.distributed as dist
 
 MODULES = (
+    evaluation_checks,
     gather_checks,
     graph_checks,
     loss_checks,

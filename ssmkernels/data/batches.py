@@ -321,7 +321,7 @@ def evaluation_batches(
     Args:
         mean, std: per channel, see :func:`ssmkernels.data.to_tensor`; without them the images are uint8.
         transform: of an image before it becomes a tensor; none if the images are all of one size already.
-        rank, world_size: take every ``world_size``-th image from ``rank`` on.
+        rank, world_size: take the run of images that is this rank's, where runs are as equal as can be.
         workers, worker_init_fn: loading processes, as in ``torch.utils.data.DataLoader``.
     """
     if batch_size < 1:
@@ -330,7 +330,7 @@ def evaluation_batches(
         raise ValueError(f"rank is {rank}; it should be in [0, world_size), world_size being {world_size}")
     batches = _EvaluationBatches(
         dataset,
-        np.arange(rank, len(dataset), world_size),
+        np.arange(rank * len(dataset) // world_size, (rank + 1) * len(dataset) // world_size),
         batch_size,
         transform,
         None if mean is None or std is None else (tuple(mean), tuple(std)),

@@ -16,7 +16,7 @@ from ssmkernels.graph.split import SplitGraph, assemble, cells, search
 from ssmkernels.graph.split.mesh import Ranks, groups_of
 from ssmkernels.graph.split.structure import starts_of
 from ssmkernels.graph.structure import Graph
-from ssmkernels.metrics import smallest
+from ssmkernels.metrics.search import smallest
 from ssmkernels.ops import _checks as check
 from ssmkernels.ops import _neighbours as kernels
 

@@ -156,12 +156,12 @@ class Trainer(ABC):
         return training_loader(batches, self.fabric, self.config.run)
 
     def embed(self, network: nn.Module, images: data.ImageDataset, views: Views) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, embeddings and labels of all images on the first rank, none on the others, see
+        """Features, embeddings and labels of this rank's run of images, see
         :func:`ssmkernels.trainers.evaluation.embed`.
         """
         broadcast_buffers(network)
         batches = self.evaluation_set(images, views)
-        return embed(network, batches, device=self.fabric.device, autocast=self.fabric.autocast, on_first=True)
+        return embed(network, batches, device=self.fabric.device, autocast=self.fabric.autocast)
 
     def evaluation_set(self, images: data.ImageDataset, views: Views) -> EvaluationSet:
         """This rank's share of the images, kept from one evaluation to the next."""

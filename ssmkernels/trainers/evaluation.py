@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssmkernels import data, metrics
 from ssmkernels.data.batched_augment import normalize
-from ssmkernels.distributed import all_gather_rows, all_reduce_sum, gather_on_first, is_distributed
+from ssmkernels.distributed import Group, all_reduce_sum, gather_sizes, rank_of, split_rows, world_size
 
 KEPT_BYTES = 2**30
 """Up to so many bytes of a rank's share of some images stay on the device between evaluations."""
@@ -114,44 +113,54 @@ def embed(
     *,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    on_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features v [N, d], embeddings z [N, δ], at least float32, and labels [N] of all images of a data set in its
-    order, on every rank; or on the first rank alone, where the others get no rows.
+    """Features v [n, d], embeddings z [n, δ], at least float32, and labels [n] of this rank's images. In rank order,
+    as ``gather_on_first`` gathers them, they are in the order of the data set.
 
     Args:
-        model: images [N, C, H, W] -> (v, z); it is put in eval mode for the time.
-        batches: (images, labels [n]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out: every
-            R-th image.
+        model: images [b, C, H, W] -> (v, z); it is put in eval mode for the time.
+        batches: (images, labels [b]) of this rank, as :func:`ssmkernels.data.evaluation_batches` deals them out; also
+            none, unless no rank has any.
         autocast: the precision.
-        on_first: only the first rank needs them.
     """
     with evaluating(model), autocast():
         parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
-    features, embeddings, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-    features, embeddings = (part.float() if part.dtype.itemsize < 4 else part for part in (features, embeddings))
-    ranks = dist.get_world_size() if is_distributed() else 1
-    count = int(all_reduce_sum(torch.tensor(len(labels), device=device)))
-    order = torch.cat([torch.arange(rank, count, ranks, device=device) for rank in range(ranks)]).argsort()
-    gathered = [(gather_on_first if on_first else all_gather_rows)(part) for part in (features, embeddings, labels)]
-    features, embeddings, labels = (part[order[: len(part)]] for part in gathered)
-    return features, embeddings, labels
+    rows: list[Tensor] = []
+    if parts:
+        features, embeddings, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        rows = [part.float() if part.dtype.itemsize < 4 else part for part in (features, embeddings)]
+    sizes = [rows[0].shape[1], rows[1].shape[1], rows[0].dtype.itemsize, rows[1].dtype.itemsize] if rows else [0] * 4
+    if not rows:
+        labels = torch.empty(0, dtype=torch.int64, device=device)
+    widths = torch.tensor(gather_sizes(sizes, device)).amax(dim=0).tolist()
+    if not rows:
+        dtypes = {4: torch.float32, 8: torch.float64}
+        rows = [torch.empty(0, widths[i], dtype=dtypes[widths[2 + i]], device=device) for i in (0, 1)]
+    return rows[0], rows[1], labels
 
 
-def retrieval(embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None, **at: Any) -> dict[str, float]:
-    """:func:`ssmkernels.metrics.retrieval` of each image among all others; or, where some are ``queries`` [N] bool
-    (:class:`ssmkernels.data.ImageCollection`), of those among the rest.
+def retrieval(
+    embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None, *, group: Group = None, **at: Any
+) -> dict[str, float]:
+    """:func:`ssmkernels.metrics.retrieval` of each image of all ranks among all others; or, where some are ``queries``
+    [N] bool (:class:`ssmkernels.data.ImageCollection`), of those among the rest.
     """
     if queries is None or not queries.any():
-        return metrics.retrieval(embeddings, labels, **at)
-    asked = torch.from_numpy(queries).to(embeddings.device)
+        return metrics.retrieval(embeddings, labels, group=group, **at)
+    own = queries[split_rows(len(queries), rank_of(group), world_size(group))]
+    asked = torch.from_numpy(own).to(embeddings.device)
     return metrics.retrieval(
-        embeddings[asked], labels[asked], references=embeddings[~asked], reference_labels=labels[~asked], **at
+        embeddings[asked],
+        labels[asked],
+        references=embeddings[~asked],
+        reference_labels=labels[~asked],
+        group=group,
+        **at,
     )
 
 
 def retrieval_figures(embeddings: Tensor, labels: Tensor, queries: np.ndarray | None = None) -> dict[str, float]:
     """R@k and P@k for k = 1, 2, 4, 8, RP, MAP@R and NMI, equations (30)-(35) of mixed label propagation, by the
-    names of the metrics.
+    names of the metrics, of the images of all ranks.
     """
-    return {**retrieval(embeddings, labels, queries), "NMI": metrics.nmi(embeddings, labels)}
+    return {**retrieval(embeddings, labels, queries), "NMI": metrics.nmi(embeddings, labels, group=None)}

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ssmkernels import data, graph, models
+from ssmkernels.distributed import gather_on_first
 from ssmkernels.nn import ProxyLoss
 from ssmkernels.trainers import kept
 from ssmkernels.trainers.base import Trainer, channels_last
@@ -270,7 +270,7 @@ class MixedLP(Trainer):
         """Labels and confidences for the coming epoch, from the graph of the features of all training images as they
         are now.
         """
-        features, _, _ = self.embed(self.network, self.train.images, self.views)
+        features = gather_on_first(self.embed(self.network, self.train.images, self.views)[0])
 
         def propagated() -> tuple[Tensor, Tensor, dict[str, float]]:
             result = self._propagate(graph.knn_graph(features, self.config.k, gamma=self.config.gamma))
@@ -316,7 +316,7 @@ class MixedLP(Trainer):
             if images is None:
                 continue
             _, embeddings, labels = self.embed(self.network, images.images, self.views)
-            retrieved = self.on_first_rank(partial(retrieval_figures, embeddings, labels, images.queries))
+            retrieved = retrieval_figures(embeddings, labels, images.queries)
             figures |= {f"{name}_{key}": value for key, value in retrieved.items()}
         return figures
 

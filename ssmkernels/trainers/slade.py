@@ -31,7 +31,6 @@ import statistics
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +40,7 @@ from torch import Tensor, nn
 
 from ssmkernels import data, metrics, models, ops
 from ssmkernels._files import write_atomically
-from ssmkernels.distributed import Group, all_gather_rows, all_reduce_mean, for_ddp, gather_rows
+from ssmkernels.distributed import Group, all_gather_rows, all_reduce_mean, for_ddp, gather_on_first, gather_rows
 from ssmkernels.nn import (
     ContrastiveLoss,
     FeatureBasis,
@@ -183,7 +182,7 @@ class Slade(Trainer):
         """
         if self.best:
             self.model.load_state_dict(self.best["model"])
-        embeddings, true_labels = self._embed(self.unlabeled)
+        embeddings, true_labels = (gather_on_first(part) for part in self._embed(self.unlabeled))
 
         def clustered() -> tuple[Tensor, dict[str, float]]:
             pseudo_labels = cluster(embeddings, self.config.k, seed=self.config.seed)
@@ -305,7 +304,7 @@ class Slade(Trainer):
         figures: dict[str, float] = {}
         for name, images in (("validation", self.images.validation), ("test", self.images.test)):
             embeddings, labels = self._embed(images)
-            figures |= self.on_first_rank(partial(_retrieval, name, embeddings, labels, images.queries))
+            figures |= _retrieval(name, embeddings, labels, images.queries)
         figures[SELECTED_BY] = figures["validation_MAP@R"] if self.final else 0.0
         if self.config.patience is not None:
             self.end_at_plateau(figures["validation_MAP@R"], self.config.patience)
@@ -369,7 +368,7 @@ class Slade(Trainer):
         return iter(batches)
 
     def _embed(self, images: data.ImageCollection) -> tuple[Tensor, Tensor]:
-        """Embeddings and true labels of all images, on the first rank."""
+        """Embeddings and true labels of this rank's run of images."""
         return self.embed(self.model, images.images, self.images.views(images))[1:]
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -254,7 +253,7 @@ class SwAV(Trainer):
         """Retrieval by the cosine of pooled features of the backbone: P@1, R@k, P@k, RP and MAP@R."""
         images = self.evaluation_images
         features, _, labels = self.embed(UnitFeatures(self.network), images.images, self.evaluation_views)
-        figures = self.on_first_rank(partial(retrieval, features, labels, images.queries))
+        figures = retrieval(features, labels, images.queries)
         return {f"test_{name}": value for name, value in figures.items()}
 
     def batches(self, start_step: int) -> Iterable[data.MultiCropBatch]:

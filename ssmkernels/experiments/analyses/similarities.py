@@ -20,6 +20,7 @@ from ssmkernels import data as images
 from ssmkernels import metrics
 from ssmkernels._files import checksummed_archive, is_whole, set_aside, verify_checksum
 from ssmkernels._plots import colour, draw_panels, label_axes
+from ssmkernels.distributed import all_gather_rows
 from ssmkernels.experiments.jobs import Job, training_name
 from ssmkernels.experiments.record import Plot
 from ssmkernels.experiments.run import Cells, Request, Result, Values, cells_of_columns, configure, training_cells
@@ -69,7 +70,7 @@ def unlabeled_map(config: SladeConfig, best: Path, folder: Path) -> float:
     fabric = make_fabric(config.run)
     batches = parts.evaluation_batches(parts.unlabeled, fabric)
     _, embeddings, labels = embed(network.to(fabric.device), batches, device=fabric.device)
-    return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=())["MAP@R"]
+    return 100 * metrics.retrieval(embeddings, labels, recall_at=(), precision_at=(), group=None)["MAP@R"]
 
 
 class Similarities(NamedTuple):
@@ -189,7 +190,8 @@ def pair_similarities(trainer: Slade) -> Similarities:
     index = np.sort(np.random.default_rng(0).permutation(len(unlabeled))[:POINTS])
     sample = images.ImageSubset(unlabeled.images, index, unlabeled.labels[index], unlabeled.num_classes)
     batches = trainer.images.evaluation_batches(replace(unlabeled, images=sample), trainer.fabric)
-    _, embeddings, labels = embed(trainer.model, batches, device=trainer.fabric.device)
+    embedded = embed(trainer.model, batches, device=trainer.fabric.device)
+    _, embeddings, labels = (all_gather_rows(part) for part in embedded)
     cosines: Tensor = trainer.basis.similarities(embeddings)
     clusters = trainer.pseudo_labels[torch.as_tensor(index, device=labels.device)]
     pairs = torch.ones_like(cosines, dtype=torch.bool).triu(diagonal=1)
