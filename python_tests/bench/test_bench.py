@@ -9,7 +9,20 @@ import pytest
 import torch
 
 from ssmkernels import bench, info, ops
-from ssmkernels.bench import case, graph, growth, measure, memory, neighbours, overhead, plots, ranking, report
+from ssmkernels.bench import (
+    case,
+    graph,
+    growth,
+    measure,
+    memory,
+    neighbours,
+    overhead,
+    plots,
+    ranking,
+    report,
+    training,
+    views,
+)
 
 
 def small_case(**changes):
@@ -242,6 +255,49 @@ def test_kernels_of_a_call_are_its_operators_alone():
         kernels()
     names = [func.overloadpacket.__name__ for func, _ in recorder.calls]
     assert names == ["pair_ranking_loss", "pair_ranking_loss_backward"]
+
+
+@pytest.mark.parametrize("variant", ["fixmatch", "torchssl"])
+def test_views_of_all_ways_have_the_shapes_of_a_step(variant):
+    op_case = training.small_views(views.small_images(24), variant, 2, "cpu")
+    first, second = op_case.ours(), op_case.ours()
+    assert [len(first.labeled_weak), len(first.unlabeled_weak), len(first.unlabeled_strong)] == [2, 14, 14]
+    assert not first.unlabeled_strong.equal(second.unlabeled_strong)  # every call is a step of its own
+    pil, torchvision = (op_case.peers[name]() for name in (training.PIL, training.V2))
+    assert [part.shape for part in pil] == [part.shape for part in first]
+    assert [part.shape for part in torchvision] == [part.shape for part in first if part.ndim == 4]
+    assert all(part.dtype == torch.float32 for part in torchvision)
+    assert op_case.bytes == 30 * 3 * 32 * 32 * 5  # uint8 once, float32 once
+
+
+def test_views_of_photographs_have_the_shapes_of_a_step(tmp_path):
+    splits = views.photographs(tmp_path, 3)
+    simmatch, swav = training.photograph_views(splits, 1, "cpu"), training.multi_crop_views(splits, 1, "cpu")
+    for op_case, shapes in ((simmatch, [(1, 224), (5, 224), (5, 224)]), (swav, [(2, 224), (6, 96)])):
+        wanted = [(count, 3, side, side) for count, side in shapes]
+        for batch in (op_case.ours(), *(peer() for peer in op_case.peers.values())):
+            assert [tuple(part.shape) for part in batch if part.ndim == 4] == wanted
+            assert all(part.dtype == torch.float32 for part in batch if part.ndim == 4)
+        assert op_case.bytes == 5 * sum(count * 3 * side**2 for count, side in shapes)
+
+
+def test_a_step_of_simmatch_has_the_formulas_in_place_of_the_ops():
+    op_case = training.simmatch_step(views.small_images(480), "wrn-10-1", 1, "cpu")
+    with overhead._Recorder() as recorder:
+        op_case.peers["eager formulas"]()
+        op_case.products["network"]()
+    assert recorder.calls == []
+    with overhead._Recorder() as recorder:
+        metrics = op_case.ours()
+    names = {func.overloadpacket.__name__ for func, _ in recorder.calls}
+    assert {"instance_matching", "memory_update_"} <= names and metrics["loss"].isfinite()
+
+
+def test_an_evaluation_is_the_same_by_either_way():
+    op_case = training.evaluation(views.small_images(480), 300, "cpu")
+    together = op_case.ours()
+    apart = op_case.peers[training.PIL]()
+    assert together == apart[0] | apart[1] == op_case.products["networks"]() and together.keys() == {"student", "ema"}
 
 
 @pytest.mark.long

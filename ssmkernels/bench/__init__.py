@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 STORED = Path("bench/results")
 """Where each kind of processor has its table of each family."""
 
-FAMILIES = ("memory", "graph", "neighbours", "pairs", "ranking", "overhead", "growth")
+FAMILIES = ("memory", "graph", "neighbours", "pairs", "ranking", "overhead", "training", "growth")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,18 +128,10 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> Mea
     """One family in this process."""
     import torch
 
-    from ssmkernels.bench import case, graph, growth, measure, memory, neighbours, overhead, pairs, ranking
+    from ssmkernels.bench import case, measure
 
-    modules = {
-        "memory": memory,
-        "graph": graph,
-        "neighbours": neighbours,
-        "pairs": pairs,
-        "ranking": ranking,
-        "overhead": overhead,
-        "growth": growth,
-    }
     (family,) = args.families
+    module = importlib.import_module(f"ssmkernels.bench.{family}")  # that of training takes trainers with it
     dtype = getattr(torch, args.dtype)
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} CPU threads, {args.dtype}; times are"
@@ -149,7 +142,7 @@ def _measure(args: argparse.Namespace, argv: list[str] | None, out: Path) -> Mea
     print(f"copy {rates.copy / 1e9:.0f} GB/s, matrix product {rates.matmul[args.dtype] / 1e9:.0f} GFLOP/s", flush=True)
     results: list[Result] = []
     try:
-        for op_case in modules[family].cases(device=args.device, dtype=dtype, quick=args.quick):
+        for op_case in module.cases(device=args.device, dtype=dtype, quick=args.quick):
             if args.op not in (None, op_case.op):
                 continue
             torch.compiler.reset()  # every size is compiled for itself, as its user would have it
