@@ -70,6 +70,53 @@ saver.save({**state, "step": 2}, 2)
 saver.wait()
 """
 
+SPLIT = """
+import sys
+import torch
+import torch.distributed as dist
+from pathlib import Path
+from unittest import mock
+from ssmkernels import nn
+from ssmkernels.distributed import RowShard, sharded_states, split_rows
+from ssmkernels.trainers import sharded
+
+K, D, L = 61, 8, 7
+folder, size, before, step = Path(sys.argv[1]), *map(int, sys.argv[2:])
+if size > 1:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if size > 1 else 0
+rows = split_rows(K, rank, size)
+labels = torch.arange(K) * 3 % L
+
+def drawn(seed):
+    return torch.randn(K, D, generator=torch.Generator().manual_seed(seed))
+
+def made(**group):
+    return nn.LabeledMemory(K, D, L, labels=labels, mode="teacher", **group)
+
+memory, alone = made(split=True), made(group="local")
+if before:
+    state = sharded.load(sharded.latest(folder))["memory"]
+    of_ranks = [split_rows(K, other, before) for other in range(before)]
+    needed = sum(max(run.start, rows.start) < min(run.stop, rows.stop) for run in of_ranks)
+    with mock.patch.object(sharded, "_read", side_effect=sharded._read) as reads:
+        memory.load_state_dict(state)
+    assert reads.call_count == (2 * needed if before > 1 else 0)  # embeddings and labels; no part of other rows
+    alone.load_state_dict(state)
+    torch.testing.assert_close(alone.features(), torch.nn.functional.normalize(drawn(step - 1), dim=1))
+    assert memory.features().equal(alone.features())
+    assert state["bank"].shape == (K, D) and state["bank"][20:41].equal(alone.bank[20:41])
+memory.update(torch.arange(K)[rows], drawn(step)[rows], labels[rows])
+with mock.patch.object(dist, "all_gather_into_tensor", side_effect=AssertionError("nothing is gathered")):
+    with sharded_states():
+        state = {"step": step, "memory": memory.state_dict(), "other": torch.ones(3)}
+if size > 1:
+    assert isinstance(state["memory"]["bank"], RowShard) and len(state["memory"]["bank"].rows) == rows.stop - rows.start
+saver = sharded.Saver(folder, 20.0)
+saver.save(state, step)
+saver.wait()
+"""
+
 
 def state():
     return {
@@ -153,6 +200,16 @@ def test_the_later_of_two_forms_counts(tmp_path):
     assert latest_checkpoint(tmp_path) == path
     os.utime(tmp_path / "checkpoint.pt", ns=(path.stat().st_mtime_ns + 1,) * 2)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint.pt"
+
+
+def test_a_split_memory_is_written_in_parts_and_read_by_other_numbers_of_ranks(ranks, tmp_path):
+    """2 → 4 → 1 → 3 ranks; each rank writes its own rows, and reads no others of a rank whose rows it does not have."""
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT)
+    for step, (before, size) in enumerate(((0, 2), (2, 4), (4, 1), (1, 3)), start=1):
+        statuses, output = ranks(size, script, tmp_path / "checkpoint", size, before, step)
+        assert statuses == [0] * size, output
+        assert len(list(tmp_path.glob("checkpoint/*/*.distcp"))) == size
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):

@@ -31,10 +31,12 @@ from ssmkernels.distributed.collectives import (
 )
 from ssmkernels.distributed.packing import RowGather, pack_rows, unpack_rows
 from ssmkernels.distributed.ring import ring_blocks
+from ssmkernels.distributed.states import RowShard, sharded_states, states_are_sharded
 
 __all__ = [
     "Group",
     "RowGather",
+    "RowShard",
     "agree_on",
     "all_gather_counted",
     "all_gather_rows",
@@ -57,7 +59,9 @@ __all__ = [
     "rank_of",
     "ring_blocks",
     "send_rows",
+    "sharded_states",
     "split_rows",
+    "states_are_sharded",
     "unpack_rows",
     "world_size",
 ]

@@ -13,10 +13,12 @@ from ssmkernels import ops
 from ssmkernels.distributed import (
     Group,
     RowGather,
+    RowShard,
     all_gather_counted,
     is_distributed,
     rank_of,
     split_rows,
+    states_are_sharded,
     world_size,
 )
 from ssmkernels.nn._group import WithGroup
@@ -39,7 +41,8 @@ class LabeledMemory(WithGroup):
     rank has all of it, or, with ``split``, one R-th: K·D/R numbers, for which the queries of all ranks go to every rank
     and partial sums come back. The results are those of one process; every rank has to make every call, also with no
     rows of its own. :meth:`state_dict` and :meth:`features` then collect the whole memory, on every rank, so that a
-    state loads on any number of ranks.
+    state loads on any number of ranks; within :func:`ssmkernels.distributed.sharded_states` a state has this rank's
+    part alone.
 
     Args:
         num_slots: K ≥ 1.
@@ -178,13 +181,20 @@ class LabeledMemory(WithGroup):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("bank", "labels"):
-            destination[prefix + name] = self._whole(destination[prefix + name])
+            own = destination[prefix + name]
+            if self.split and states_are_sharded():
+                destination[prefix + name] = RowShard(own, self.own.start, self.num_slots)
+            else:
+                destination[prefix + name] = self._whole(own)
 
     def _load_from_state_dict(self, state_dict: OrderedDict[str, Any], prefix: str, *rest: Any) -> None:
+        """Takes the whole memory, as a tensor or as anything that reads rows, or this rank's part."""
         for name in ("bank", "labels"):
-            whole = state_dict.get(prefix + name)
-            if self.split and whole is not None and whole.shape[0] == self.num_slots:
-                state_dict[prefix + name] = whole[self.own]
+            value: Any = state_dict.get(prefix + name)
+            if isinstance(value, RowShard):
+                state_dict[prefix + name] = value.rows
+            elif getattr(value, "shape", ())[:1] == (self.num_slots,):
+                state_dict[prefix + name] = value[self.own]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

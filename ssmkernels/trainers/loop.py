@@ -25,7 +25,7 @@ import torch
 
 from ssmkernels._files import WriteError
 from ssmkernels._locks import FolderInUse, folder_lock
-from ssmkernels.distributed import all_reduce_sum
+from ssmkernels.distributed import all_reduce_sum, sharded_states
 from ssmkernels.trainers import sharded
 from ssmkernels.trainers.checkpoint import (
     FILE,
@@ -291,7 +291,7 @@ def _fit(
                     "step": done.step,
                     "history": done.history,
                     "window": log.window,
-                    "trainer": trainer.state_dict(),
+                    "trainer": checkpoints.state_of(trainer),
                     "precision": fabric.strategy.precision.state_dict(),
                 }
                 if fabric.is_global_zero:
@@ -315,6 +315,12 @@ class _Checkpoints:
         self.folder, self.fabric = folder, fabric
         is_sharded = run.checkpoint == "sharded"
         self.saver = sharded.Saver(folder / sharded.FOLDER, run.timeout) if is_sharded else None
+
+    def state_of(self, trainer: Trainer) -> dict[str, Any]:
+        if self.saver is None:
+            return trainer.state_dict()
+        with sharded_states():
+            return trainer.state_dict()
 
     def save(self, state: dict[str, Any], step: int) -> None:
         if self.saver is not None:

@@ -4,17 +4,19 @@
 A checkpoint is a folder ``step-N`` of DCP's files, and beside each of them its SHA-256. That of ``.metadata`` comes
 last, when all ranks have written, so that a folder without it is none; the checkpoint before is removed only then. All
 values are tensors to DCP, and nothing that it would unpickle is made but what describes tensors. Any number of ranks
-reads what any other wrote.
+reads what any other wrote. Of a tensor whose rows are split over ranks every rank writes its own, under a key of its
+own, and reads those that it wants.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -27,14 +29,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from ssmkernels._files import DamagedFile, WriteError, sha256_of, sync_folder, write_atomically
-from ssmkernels.distributed import is_distributed, rank_of
+from ssmkernels.distributed import RowShard, is_distributed, rank_of
 
 FOLDER = "checkpoint"
 _NAME = re.compile(r"step-(\d+)")
 _DESCRIPTION = ".metadata"
 _CHECKSUM = ".sha256"
 _PLAIN = "plain values"  # the key of what is no tensor
-_TENSOR = "ssmkernels.tensor"
+_TENSOR, _ROWS = "ssmkernels.tensor", "ssmkernels.rows"
 _NO_GROUP = "torch.distributed is (disabled|unavailable)"  # what DCP warns of in one process
 
 
@@ -71,12 +73,12 @@ class Saver:
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Begins to write ``state``, which is copied first; waits for the checkpoint before. Of what is no tensor the
-        first rank's is kept.
+        first rank's is kept, of a ``RowShard`` every rank's.
         """
         self.wait()
         path = self.folder / f"step-{step}"
         tensors: dict[str, Tensor] = {}
-        plain = _without_tensors(dict(state), tensors)
+        plain = _without_tensors(dict(state), tensors, itertools.count())
         if rank_of() == 0:
             file = io.BytesIO()
             torch.save(plain, file)
@@ -115,7 +117,7 @@ class Saver:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state in the folder ``path``, on the CPU.
+    """The state in the folder ``path``, on the CPU; what was a ``RowShard`` is a :class:`StoredRows`.
 
     Raises:
         DamagedFile: a file is not what was written, or is missing; the message names it.
@@ -127,35 +129,86 @@ def load(path: Path) -> dict[str, Any]:
         description = reader.read_metadata()
         files = sorted({info.relative_path for info in description.storage_data.values()})
         sizes = description.state_dict_metadata
-        tensors = {name: torch.empty(of.size, dtype=of.properties.dtype) for name, of in sizes.items()}
+        parts = {name: _empty(of) for name, of in sizes.items() if _part(name)}
+        tensors = {name: _empty(of) for name, of in sizes.items() if not _part(name)}
     except Exception as error:  # a pickle can raise anything
         raise ValueError(f"{path / _DESCRIPTION} does not describe a checkpoint: {error}") from error
     for name in files:
         _verify(path / Path(name).name)
+    _read(tensors, reader)
+    plain = torch.load(io.BytesIO(tensors[_PLAIN].numpy().tobytes()), weights_only=True)
+    split: dict[str, dict[int, Tensor]] = {}
+    for name, part in parts.items():
+        of, rank = name.split(".")
+        split.setdefault(of, {})[int(rank)] = part
+    stored = {of: StoredRows(path, of, dict(sorted(ranks.items()))) for of, ranks in split.items()}
+    return _with_tensors(plain, {**tensors, **stored})
+
+
+class StoredRows:
+    """A tensor [N, ...] in a checkpoint, of which ranks wrote runs of rows: ``[first:last]`` reads some of them."""
+
+    def __init__(self, path: Path, name: str, parts: Mapping[int, Tensor]) -> None:
+        self.path, self.name = path, name
+        self.like = next(iter(parts.values()))[:0]
+        self.keys = [f"{name}.{rank}" for rank in parts]
+        self.starts = list(itertools.accumulate((len(part) for part in parts.values()), initial=0))
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.starts[-1], *self.like.shape[1:]))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(self.starts[-1])
+        wanted = self.like.new_empty(max(0, last - first), *self.like.shape[1:])
+        for key, start, end in zip(self.keys, self.starts, self.starts[1:], strict=False):
+            begin, stop = max(first, start), min(last, end)
+            if begin < stop:
+                part = self.like.new_empty(end - start, *self.like.shape[1:])
+                _read({key: part}, _Reader(self.path))
+                wanted[begin - first : stop - first] = part[begin - start : stop - start]
+        return wanted
+
+
+def _empty(description: Any) -> Tensor:
+    return torch.empty(description.size, dtype=description.properties.dtype)
+
+
+def _part(name: str) -> bool:
+    """Whether it is the key of the rows of one rank."""
+    return "." in name
+
+
+def _read(tensors: dict[str, Tensor], reader: _Reader) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_NO_GROUP)
         dcp.load(tensors, storage_reader=reader, planner=_Planner(flatten_state_dict=False), no_dist=True)
-    plain = torch.load(io.BytesIO(tensors[_PLAIN].numpy().tobytes()), weights_only=True)
-    return _with_tensors(plain, tensors)
 
 
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """``value`` with the place in ``tensors`` for every tensor, which is put there."""
+def _without_tensors(value: Any, tensors: dict[str, Tensor], numbers: Iterator[int]) -> Any:
+    """``value`` with the place in ``tensors`` for every tensor, which is put there, by a number that is the same on
+    every rank.
+    """
     if isinstance(value, Tensor):
-        name = str(len(tensors))
+        name = str(next(numbers))
         tensors[name] = value.detach()
         return {_TENSOR: name}
+    if isinstance(value, RowShard):
+        name = str(next(numbers))
+        if len(value.rows):
+            tensors[f"{name}.{rank_of()}"] = value.rows.detach()
+        return {_ROWS: name}
     if isinstance(value, Mapping):
-        return {key: _without_tensors(item, tensors) for key, item in value.items()}
+        return {key: _without_tensors(item, tensors, numbers) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_without_tensors(item, tensors) for item in value)
+        return type(value)(_without_tensors(item, tensors, numbers) for item in value)
     return value
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Mapping[str, Any]) -> Any:
     if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return tensors[value[_TENSOR]]
+        if set(value) in ({_TENSOR}, {_ROWS}):
+            return tensors[next(iter(value.values()))]
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_with_tensors(item, tensors) for item in value)
