@@ -12,11 +12,12 @@
 namespace ssmkernels::host {
 
 inline float half_to_float(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
-                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
+  const uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023, sign = uint32_t{bits & 0x8000u} << 16;
+  if (exponent == 0) return (sign ? -0x1p-24f : 0x1p-24f) * static_cast<float>(fraction);
+  const uint32_t whole = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+  float x;
+  std::memcpy(&x, &whole, sizeof x);
+  return x;
 }
 inline uint16_t float_to_half(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;

@@ -60,6 +60,7 @@ inline int most_resident_threads = 2048;  // of a multiprocessor: fewer where re
 inline unsigned seed = 0;                 // of the order of warps and lanes, and of what shared memory starts as
 inline constexpr int kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 256 * 1024;
+inline constexpr size_t kStackShift = 9 * 64;  // or the tops of all stacks would share a few lines of the cache
 inline constexpr size_t kMaxShared = 227 * 1024;
 inline constexpr size_t kUnasked = 48 * 1024;       // shared memory that a kernel has without asking
 inline constexpr size_t kSharedOfAll = 228 * 1024;  // of a multiprocessor
@@ -85,15 +86,17 @@ struct Copy {
 // hundred instructions; switches are most of what the emulator does.
 using Place = void* [5];
 
-struct Thread {
+struct alignas(64) Thread {  // what every switch reads and writes, in one line of the cache
   Place here;
-  ucontext_t start;
-  bool started = false;
-  State state = State::done;
   const char* at = nullptr;  // the instruction it waits at
-  int turn = 0;              // which of the warp's two exchange buffers is next
-  std::vector<std::vector<Copy>> copies;
-  std::vector<Copy> open_copies;
+  State state = State::done;
+  bool started = false;
+  int turn = 0;  // which of the warp's two exchange buffers is next
+};
+
+struct Copies {  // asynchronous ones of a thread
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
 };
 
 // What the lanes of a warp show each other at an instruction.
@@ -103,6 +106,7 @@ struct Exchange {
 
 struct Block {
   Thread threads[kMaxThreads];
+  Copies copies[kMaxThreads];
   Exchange exchanges[kMaxThreads / 32][2];
   unsigned char* shared_page = nullptr;
   unsigned char* shared = nullptr;  // dynamic
@@ -134,7 +138,10 @@ struct Machine {
   std::vector<Block*> blocks;  // more than one in a cooperative launch only
   Block* block = nullptr;      // the one that runs
   Place scheduler;
-  int current = 0;  // thread
+  int current = 0;                          // thread
+  int next = -1;                            // that goes on; -1: the warp waits for more than itself
+  int warp = 0, lanes = 0, lanes_seen = 0;  // of the warp that runs, in this round of its lanes
+  bool down = false;                        // the lanes' order in it
   std::function<void()> body;
   const void* kernel = nullptr;
   size_t allowed_shared = kUnasked;              // static and dynamic
@@ -151,6 +158,9 @@ inline Machine& machine() {
 
 inline Thread& this_thread() {
   return machine().block->threads[machine().current];
+}
+inline Copies& copies_here() {
+  return machine().block->copies[machine().current];
 }
 
 // A variable in static shared memory.
@@ -184,11 +194,51 @@ inline bool is_shared(const void* at, size_t bytes) {
   return within(block.shared, block.shared_bytes) || within(block.static_shared, block.static_end);
 }
 
-[[gnu::noinline]] inline void pause(State state, const char* at) {
+// The thread of the running warp that goes on next, as the order of its lanes has it. When all lanes have come to an
+// instruction of the warp, the next round of them begins, the other way round. -1: each of them waits for more than the
+// warp, or is done.
+inline int next_thread() {
+  Machine& m = machine();
+  Thread* threads = m.block->threads + m.warp * 32;
+  for (;;) {
+    while (m.lanes_seen < m.lanes) {
+      const int lane = m.down ? m.lanes - 1 - m.lanes_seen : m.lanes_seen;
+      ++m.lanes_seen;
+      if (threads[lane].state == State::ready) return m.warp * 32 + lane;
+    }
+    int waiting = 0;
+    for (int lane = 0; lane < m.lanes; ++lane) waiting += threads[lane].state == State::at_warp;
+    if (waiting == 0) return -1;
+    if (waiting != m.lanes) fail("a warp's lanes do not meet");
+    for (int lane = 0; lane < m.lanes; ++lane) {
+      if (threads[lane].at != threads[0].at && std::strcmp(threads[lane].at, threads[0].at) != 0)
+        fail("a warp's lanes meet at different instructions");
+      threads[lane].state = State::ready;
+    }
+    m.lanes_seen = 0;
+    m.down = !m.down;
+  }
+}
+
+inline void make_current(int thread) {
+  machine().current = thread;
+  threadIdx = dim3(thread);
+  threadIdx.y = threadIdx.z = 0;
+}
+
+// Goes to the next thread without the scheduler between: switches are most of what the emulator does. The compiler must
+// not see through this function nor `resume`: what they return to is another thread.
+[[gnu::noipa]] inline void pause(State state, const char* at) {
+  Machine& m = machine();
   Thread& me = this_thread();
   me.state = state;
   me.at = at;
-  if (!__builtin_setjmp(me.here)) __builtin_longjmp(machine().scheduler, 1);
+  m.next = next_thread();
+  if (m.next == m.current) return;
+  if (__builtin_setjmp(me.here)) return;
+  if (m.next < 0 || !m.block->threads[m.next].started) __builtin_longjmp(m.scheduler, 1);
+  make_current(m.next);
+  __builtin_longjmp(this_thread().here, 1);
 }
 
 inline void fiber_main() {
@@ -198,43 +248,33 @@ inline void fiber_main() {
   }
 }
 
-[[gnu::noinline]] inline void resume(int thread) {
+// Returns when no started thread of the warp goes on.
+[[gnu::noipa]] inline void resume(int thread) {
   Machine& m = machine();
   Thread& t = m.block->threads[thread];
-  m.current = thread;
-  threadIdx = dim3(thread);
-  threadIdx.y = threadIdx.z = 0;
+  make_current(thread);
   if (__builtin_setjmp(m.scheduler)) return;
   if (t.started) __builtin_longjmp(t.here, 1);
   t.started = true;
-  getcontext(&t.start);
   void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (stack == MAP_FAILED) fail("no stack");
-  t.start.uc_stack.ss_sp = stack;
-  t.start.uc_stack.ss_size = kStackBytes;
-  t.start.uc_link = nullptr;
-  makecontext(&t.start, fiber_main, 0);
-  setcontext(&t.start);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = stack;
+  start.uc_stack.ss_size = kStackBytes - thread % 64 * kStackShift;
+  start.uc_link = nullptr;
+  makecontext(&start, fiber_main, 0);
+  setcontext(&start);
 }
 
 // Runs a warp until each of its threads waits for more than the warp, or is done. Its lanes go up or down.
 inline void run_warp(int warp, int lanes, bool down) {
-  Thread* threads = machine().block->threads + warp * 32;
-  for (;; down = !down) {
-    int waiting = 0;
-    for (int i = 0; i < lanes; ++i) {
-      const int lane = down ? lanes - 1 - i : i;
-      if (threads[lane].state == State::ready) resume(warp * 32 + lane);
-      waiting += threads[lane].state == State::at_warp;
-    }
-    if (waiting == 0) return;
-    if (waiting != lanes) fail("a warp's lanes do not meet");
-    for (int lane = 0; lane < lanes; ++lane) {
-      if (threads[lane].at != threads[0].at && std::strcmp(threads[lane].at, threads[0].at) != 0)
-        fail("a warp's lanes meet at different instructions");
-      threads[lane].state = State::ready;
-    }
-  }
+  Machine& m = machine();
+  m.warp = warp;
+  m.lanes = lanes;
+  m.lanes_seen = 0;
+  m.down = down;
+  for (m.next = next_thread(); m.next >= 0;) resume(m.next);
 }
 
 inline void start_block(Block& block, unsigned index, int threads, size_t shared_bytes) {
@@ -263,8 +303,7 @@ inline void start_block(Block& block, unsigned index, int threads, size_t shared
 // The end of a block: what it must not leave behind.
 inline void check_end(Block& block, int threads) {
   for (int t = 0; t < threads; ++t)
-    if (!block.threads[t].copies.empty() || !block.threads[t].open_copies.empty())
-      fail("a thread ended with copies under way");
+    if (!block.copies[t].groups.empty() || !block.copies[t].open.empty()) fail("a thread ended with copies under way");
   for (const unsigned char* gap : block.gaps)
     for (size_t i = 0; i < kGap; ++i)
       if (gap[i] != kUnwritten) fail("static shared memory is written past its end");

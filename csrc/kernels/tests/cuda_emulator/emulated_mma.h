@@ -21,15 +21,16 @@ inline void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     emulator::fail("cp.async is not aligned");
   if (!emulator::is_shared(shared, 16)) emulator::fail("cp.async does not write shared memory");
-  emulator::this_thread().open_copies.push_back({shared, global, inside ? 16 : 0});
+  emulator::copies_here().open.push_back({shared, global, inside ? 16 : 0});
 }
 inline void copy_async_commit() {
-  emulator::this_thread().copies.push_back(std::move(emulator::this_thread().open_copies));
-  emulator::this_thread().open_copies.clear();
+  emulator::Copies& copies = emulator::copies_here();
+  copies.groups.push_back(std::move(copies.open));
+  copies.open.clear();
 }
 template <int kPending>
 void copy_async_wait() {
-  auto& groups = emulator::this_thread().copies;
+  auto& groups = emulator::copies_here().groups;
   while (static_cast<int>(groups.size()) > kPending) {
     for (const emulator::Copy& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
