@@ -3,13 +3,18 @@
 and where it goes.
 
     python bench/profile_steps.py [--steps 20] [--out bench/results/cpu-steps.md]
+    python bench/profile_steps.py --before-after [--out bench/results/cpu-steps-before-after.md]
 
 Each method trains on images from packages with its shipped small configuration, alternating between the two; medians of
 the steps after the first ones. The share of the ops is that of the library's operators, forward and backward, in
 torch.profiler; "waiting" is what the loop spends in getting its next batch; "reads" counts the values that the host
 reads from tensors in a step. A second table has the parts of a step: waiting for data (images that are augmented on the
-device are made then), the forward pass with the losses, backward, optimiser; and the first evaluation, which loads its
-images, and a later one.
+device are made then), the forward pass with the losses, backward, the library's operators in both, optimiser; and the
+first evaluation, which loads its images, and a later one.
+
+``--before-after`` has those parts with views by Pillow, image by image, and evaluations that load their images anew,
+as they all did, and as they are by default. Both load in the process itself; the milliseconds are of processor time, of
+all threads, the two in turn.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from ssmkernels._files import write_atomically
 from ssmkernels._text import markdown_table
 from ssmkernels.bench.graph import torch_sparse_cg
 from ssmkernels.bench.memory import vectorised_update
-from ssmkernels.trainers import base, loop
+from ssmkernels.trainers import base, evaluation, loop
 from ssmkernels.trainers.cli import METHODS, parse_config
 
 WARM_UP = 5
@@ -43,6 +48,12 @@ RUNS: dict[str, list[str]] = {
     "mlsn": ["--config", "mnist5k", "--batch_size", "100"],
     "mixed-lp": ["--config", "digits", "--labeled_epochs", "1", "--epochs", "12"],
     "slade": ["--config", "mnist5k", "--batch_size", "240", "--teacher_steps", "2", "--warm_up_steps", "2"],
+}
+# Of the methods whose views of small images are made in batches.
+BEFORE_AFTER = {
+    "simmatch": RUNS["simmatch"],
+    "mlsn": RUNS["mlsn"],
+    "swav": ["--data.name", "mnist5k", "--model", "convnet-small", "--batch_size", "64", "--epochs", "1"],
 }
 
 
@@ -57,8 +68,13 @@ def eager_solve(crow: Any, col: Any, weight: Any, dissimilarity: Any, diagonal: 
     return ops.LaplacianSolution(solution, counts, residual)
 
 
+def eager_matching(*args: Any, group: Any, **options: Any) -> Any:
+    """Of one process."""
+    return reference.instance_matching(*args, **options)
+
+
 EAGER = {
-    "instance_matching": reference.instance_matching,
+    "instance_matching": eager_matching,
     "memory_update_": lambda *args, **options: vectorised_update(*args),
     "pair_logits": reference.pair_logits,
     "pair_focal_loss": reference.pair_focal_loss,
@@ -70,18 +86,21 @@ EAGER = {
 }
 
 
+Clock = Callable[[], float]
+
+
 class Watch:
     """Wraps a trainer: seconds of each step and of each wait for a batch."""
 
-    def __init__(self, trainer: Any, steps: int) -> None:
-        self.trainer, self.limit = trainer, steps
+    def __init__(self, trainer: Any, clock: Clock) -> None:
+        self.trainer, self.clock = trainer, clock
         self.step_seconds: list[float] = []
         self.wait_seconds: list[float] = []
         self.backward_seconds: list[float] = []
         self.optimizer_seconds: list[float] = []
         self.evaluation_seconds: list[float] = []
-        trainer.fabric.backward = timed(trainer.fabric.backward, self.backward_seconds)
-        trainer.optimizer.step = timed(trainer.optimizer.step, self.optimizer_seconds)
+        trainer.fabric.backward = timed(trainer.fabric.backward, self.backward_seconds, clock)
+        trainer.optimizer.step = timed(trainer.optimizer.step, self.optimizer_seconds, clock)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trainer, name)
@@ -89,46 +108,50 @@ class Watch:
     def batches(self, start: int) -> Iterator[Any]:
         source = iter(self.trainer.batches(start))
         while True:
-            begin = time.perf_counter()
+            begin = self.clock()
             try:
                 batch = next(source)
             except StopIteration:
                 return
-            self.wait_seconds.append(time.perf_counter() - begin)
+            self.wait_seconds.append(self.clock() - begin)
             yield batch
 
     def step(self, batch: Any, step: int) -> Any:
-        begin = time.perf_counter()
+        begin = self.clock()
         metrics = self.trainer.step(batch, step)
-        self.step_seconds.append(time.perf_counter() - begin)
+        self.step_seconds.append(self.clock() - begin)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
         if not self.evaluation_seconds:  # the first loads the images
             for _ in range(2):
-                timed(self.trainer.evaluate, self.evaluation_seconds)()
+                timed(self.trainer.evaluate, self.evaluation_seconds, self.clock)()
         return dict.fromkeys(("test_MAP@R", "validation_MAP@R", "validation_P@8", "final_MAP@R"), 0.0)
 
 
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+def timed(function: Callable[..., Any], seconds: list[float], clock: Clock) -> Callable[..., Any]:
     """The function, which appends how long it took."""
 
     def call(*args: Any, **options: Any) -> Any:
-        begin = time.perf_counter()
+        begin = clock()
         result = function(*args, **options)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(clock() - begin)
         return result
 
     return call
 
 
-def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tuple[Watch, Any]:
-    """The last stage of a short run."""
-    arguments = RUNS[method]
+def train(
+    method: str, steps: int, *, eager: bool = False, profiled: bool = False, before: bool | None = None
+) -> tuple[Watch, Any]:
+    """The last stage of a short run. Where ``before`` says which of the two that --before-after compares, in processor
+    time.
+    """
+    arguments = RUNS[method] if before is None else BEFORE_AFTER[method]
     watches: list[Watch] = []
 
     def fit(trainer: Any, **options: Any) -> Any:
-        watches.append(Watch(trainer, steps))
+        watches.append(Watch(trainer, time.perf_counter if before is None else time.process_time))
         return loop.fit(watches[-1], **options)
 
     with contextlib.ExitStack() as stack:
@@ -136,16 +159,13 @@ def train(method: str, steps: int, *, eager: bool, profiled: bool = False) -> tu
         stack.enter_context(mock.patch.object(base, "fit", fit))
         for name, formula in EAGER.items() if eager else ():
             stack.enter_context(mock.patch.object(ops, name, formula))
-        limit = {"slade": "--student_steps", "mixed-lp": None}.get(method, "--steps")
+        limit = {"slade": "--student_steps", "mixed-lp": None, "swav": None}.get(method, "--steps")
         more = [limit, str(steps)] if limit else []
-        quiet = [
-            "--run.bar",
-            "false",
-            "--run.eval_every",
-            "100000",
-            "--run.workers",
-            "0" if method in ("mixed-lp", "slade") else "1",
-        ]
+        quiet = ["--run.bar", "false", "--run.eval_every", "100000", "--run.workers"]
+        quiet.append("0" if method in ("mixed-lp", "slade") or before is not None else "1")
+        if before:
+            stack.enter_context(mock.patch.object(evaluation, "KEPT_BYTES", -1))
+            more += ["--data.augment", "pil"]
         config, _ = parse_config(method, [*arguments, *more, *quiet, "--run.out", folder])
         profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU])) if profiled else None
         METHODS[method].train(config)
@@ -164,43 +184,77 @@ PARTS = (
     "data, ms",
     "forward and losses, ms",
     "backward, ms",
+    "ops in both, ms",
     "optimiser, ms",
     "first evaluation, ms",
     "later ones, ms",
 )
 
 
-def parts_of(watch: Watch) -> list[str]:
-    """Where the time of a step went, medians, and two evaluations."""
+def parts_of(watch: Watch, in_ops: float | None = None) -> list[str]:
+    """Where the time of a step went, medians, and two evaluations; with the seconds of a step ``in_ops``, where they
+    are known.
+    """
     step, data, backward, optimizer = (
         statistics.median(seconds[WARM_UP:])
         for seconds in (watch.step_seconds, watch.wait_seconds, watch.backward_seconds, watch.optimizer_seconds)
     )
     forward = step - backward - optimizer
-    return [f"{1e3 * part:.1f}" for part in (data, forward, backward, optimizer, *watch.evaluation_seconds)]
+    known = [] if in_ops is None else [in_ops]
+    return [f"{1e3 * part:.1f}" for part in (data, forward, backward, *known, optimizer, *watch.evaluation_seconds)]
+
+
+def before_and_after(methods: list[str], steps: int, rounds: int) -> str:
+    """The parts of a step of each method, before and after, medians of all rounds."""
+    rows = []
+    for method in methods:
+        watches: dict[bool, list[Watch]] = {True: [], False: []}
+        for _ in range(rounds):
+            for before, of_way in watches.items():
+                of_way.append(train(method, steps, before=before)[0])
+        for before, of_way in watches.items():
+            parts = [[float(part) for part in parts_of(watch)] for watch in of_way]
+            medians = [statistics.median(part) for part in zip(*parts, strict=True)]
+            step = sum(medians[:4])
+            row = [f"{method}, {'before' if before else 'after'}", *(f"{part:.1f}" for part in medians)]
+            rows.append([*row, f"{1e3 * of_way[0].images_per_step / step:.0f}"])
+            print(rows[-1], flush=True)
+    return markdown_table([*(title for title in PARTS if "ops" not in title), "images a second"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--method", choices=RUNS)
+    parser.add_argument("--method", help="only this one")
+    parser.add_argument("--before-after", action="store_true", help="the parts of steps by Pillow, and as they are")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    methods = list(BEFORE_AFTER if args.before_after else RUNS)
+    if args.method not in (None, *methods):
+        parser.error(f"--method is {args.method!r}; it should be one of {', '.join(methods)}")
+    methods = [args.method] if args.method else methods
+    machine = info.collect()
+    cpu = f"{torch.get_num_threads()} threads of an {machine['cpu']['model']}, torch {torch.__version__}"
+    command = f"python bench/profile_steps.py --steps {args.steps} --rounds {args.rounds}"
+    if args.before_after:
+        table = before_and_after(methods, args.steps, args.rounds)
+        finish(f"{cpu}; `{command} --before-after`\n\n{table}\n", args.out)
+        return
     rows, parts = [], []
-    for method in [args.method] if args.method else RUNS:
+    for method in methods:
         samples: dict[bool, list[float]] = {False: [], True: []}
         waits: list[float] = []
-        newest: list[str] = []
         for _ in range(args.rounds):
             for eager in (False, True):
                 watch, _ = train(method, args.steps, eager=eager)
                 samples[eager] += watch.step_seconds[WARM_UP:]
-                waits += [] if eager else watch.wait_seconds[WARM_UP:]
-                newest = parts_of(watch) if not eager else newest
-        parts.append([method, *newest])
+                if not eager:
+                    waits += watch.wait_seconds[WARM_UP:]
+                    newest = watch
         watch, profiler = train(method, args.steps, eager=False, profiled=True)
         own, reads = own_seconds(profiler)
+        parts.append([method, *parts_of(newest, own / len(watch.step_seconds))])
         ours, eager_step = (statistics.median(samples[is_eager]) for is_eager in (False, True))
         whole = sum(watch.step_seconds)
         share = own / whole
@@ -226,16 +280,13 @@ def main() -> None:
         "waiting for data",
         "reads a step",
     ]
-    machine = info.collect()
-    cpu = f"{machine['cpu']['processors']} cores of an {machine['cpu']['model']}, torch {torch.__version__}"
-    text = (
-        f"{cpu}; `python bench/profile_steps.py --steps {args.steps} --rounds"
-        f" {args.rounds}`\n\n{markdown_table(titles, rows)}\n\n"
-        f"{markdown_table(PARTS, parts)}\n"
-    )
+    finish(f"{cpu}; `{command}`\n\n{markdown_table(titles, rows)}\n\n{markdown_table(PARTS, parts)}\n", args.out)
+
+
+def finish(text: str, out: Path | None) -> None:
     print(text)
-    if args.out:
-        write_atomically(args.out, text)
+    if out:
+        write_atomically(out, text)
 
 
 if __name__ == "__main__":
