@@ -94,22 +94,24 @@ setup:  ## .venv with pinned packages and the built library
 $(VENV)/tools: constraints.txt
 	@echo "== $(VENV): a virtual environment"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) cmake ninja pybind11 setuptools wheel
+	$(PIP) cmake ninja pybind11 setuptools uv wheel
 	@touch $@
 
 # Extras that are not here from the start. Lightning brings torchmetrics, which Fabric then imports with all of
 # torchvision: three seconds at every start of a trainer. pynndescent, the peer, brings a compiler.
 LATER = lightning peers
 
-# Modules are compiled when they are first imported: most of what lies in torch never is.
+# uv takes a third of pip's processor time for them, and pip where uv, which does not read pip's settings, cannot have
+# one. Modules are compiled when they are first imported: most of what lies in torch never is.
 $(VENV)/packages: pyproject.toml $(VENV)/tools
-	@echo "== torch, torchvision and what trainers, benchmarks and checks need (about 3 minutes, 6 GB)"
+	@echo "== torch, torchvision and what trainers, benchmarks and checks need (one to three minutes, 6 GB)"
 	$(BIN)/python -c "from setuptools.config.pyprojecttoml import read_configuration as read; \
 	  project = read('pyproject.toml', expand=False)['project']; \
 	  extras = project['optional-dependencies']; [extras.pop(name) for name in '$(LATER)'.split()]; \
 	  print(*project['dependencies'], *sum(extras.values(), []), sep='\n')" \
 	  >$(VENV)/requirements.txt
-	$(PIP) --no-compile -r $(VENV)/requirements.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -r $(VENV)/requirements.txt || \
+	  $(PIP) --no-compile -r $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/lightning: $(VENV)/packages
