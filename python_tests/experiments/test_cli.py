@@ -10,12 +10,13 @@ import pytest
 
 from ssmkernels.experiments import cli, costs, run, spec
 from ssmkernels.experiments.cli import main
+from ssmkernels.experiments.jobs import training_job
 from ssmkernels.experiments.record import Entry, read_record
 from ssmkernels.experiments.run import Request, configure, find_cells
 from ssmkernels.experiments.sources import Source
 from ssmkernels.experiments.spec import BUDGETS, PAPERS, Figure, load_tables
 from ssmkernels.trainers import RunResult
-from ssmkernels.trainers.cli import METHODS
+from ssmkernels.trainers.cli import METHODS, parse_config
 from ssmkernels.trainers.step_memory import StepMemory
 
 TABLES = load_tables()
@@ -158,7 +159,7 @@ def test_cells_are_listed_and_nothing_is_run(tmp_path, capsys):
     network, optimizer, average, memory, images, batch, rest, total = map(float, parts.replace(",", "").split("|"))
     assert images == 146.5 and network == average >= optimizer > memory and batch == 11.3  # MiB
     # WRN-28-2 keeps about 5 MiB of each of 960 views
-    assert 4500 < rest < 6000 and f"| {total / 1024:.2f} " in printed
+    assert 4500 < rest < 6000 and printed.count(f"| {total:,.1f} ") == 6
     assert total == pytest.approx(network + optimizer + average + memory + images + batch + rest, abs=1)
     assert not (tmp_path / "out").exists()
 
@@ -348,6 +349,17 @@ def test_figures_of_runs():
     history = [{"step": s, "v": p, "n": n} for s, p, n in ((1, 0.5, 0.7), (2, 0.9, 0.6), (3, 0.8, 0.8))]
     assert Figure("NMI", "n", best="v").of({"history": history}) == pytest.approx(60)
     assert Figure("share", "x", unit="").of({"x": 0.5}) == 0.5 and Figure("MAP@R", "x", unit="").of(12.5) == 12.5
+
+
+def test_memory_is_not_known_where_values_decide():
+    """SLADE's multi-similarity loss is given the pairs that similarities choose; the one on pairs of all is not."""
+    small = ["--config", "digits", "--ranking_loss", "multi-similarity"]
+    known = {}
+    for student in ("none", "mining"):
+        config, _ = parse_config("slade", [*small, "--student", student])
+        known[student] = costs._memory([training_job("slade", config, "a title")])
+    assert [*known["mining"].values()] == [None]
+    assert all(of_step.total > 10**6 for of_step in known["none"].values())
 
 
 def test_costs_are_those_of_jobs_that_are_alike(tmp_path, capsys):

@@ -18,7 +18,7 @@ from ssmkernels.trainers.cli import METHODS
 from ssmkernels.trainers.ranks import this_rank
 from ssmkernels.trainers.step_memory import StepMemory, step_memory
 
-HEADER = ("job", "state", "images a step", "steps", "images", "GiB", "s a step", "time")
+HEADER = ("job", "state", "images a step", "steps", "images", "MiB a step", "s a step", "time")
 MEMORY_HEADER = ("MiB of a step, its peak", *StepMemory._fields, "total")
 NO_MEMORY = ("seed", "steps", "run", "weights", "learning_rate", "weight_decay")
 """Settings that memory does not depend on, and those of the data below."""
@@ -32,7 +32,7 @@ def estimate(table: Table, request: Request) -> str:
 
     Images of a step are those that the losses are of, in as many pieces as pass through the network one after another,
     with the precision. Seconds a step are the median of finished jobs in the same folder that are alike: of the same
-    network, data and batches. GiB are those of a step on each device, see :mod:`ssmkernels.trainers.step_memory`; a
+    network, data and batches. MiB are those of a step on each device, see :mod:`ssmkernels.trainers.step_memory`; a
     second table has their parts, a row for all jobs that take the same. A dash is what is not known.
     """
     planned = plan(table, request)
@@ -54,7 +54,7 @@ def estimate(table: Table, request: Request) -> str:
                 _batch(job),
                 "-" if steps is None else f"{steps:,}",
                 "-" if steps is None or images is None else f"{steps * sum(images):,}",
-                "-" if of_step is None else f"{of_step.total / 2**30:.2f}",
+                "-" if of_step is None else f"{of_step.total / 2**20:,.1f}",
                 "-" if per_step is None else f"{per_step:.3g}",
                 "-" if seconds is None else duration(seconds),
             ]
@@ -95,8 +95,8 @@ def _batch(job: Job) -> str:
 
 
 def _memory(jobs: Iterable[Job]) -> dict[str, StepMemory | None]:
-    """Of a step of each job, by its name; None of those that train nothing, and where images of unknown size or a
-    package are missing.
+    """Of a step of each job, by its name; None of those that train nothing, where images of unknown size or a package
+    are missing, and where values decide how much it is, as of the pairs that SLADE's multi-similarity loss is given.
     """
     known: dict[str, StepMemory | None] = {}
     of_jobs: dict[str, StepMemory | None] = {}
@@ -119,7 +119,7 @@ def _memory_of(job: Job) -> StepMemory | None:
     (method,) = (name for name, method in METHODS.items() if type(job.config) is method.config)
     try:
         return step_memory(method, job.config, pieces=pieces_of(job.config, job.devices), ranks=ranks)
-    except (*EXPECTED, RuntimeError):  # the latter from an op of a network that has no shapes alone
+    except (*EXPECTED, RuntimeError):  # the latter from an op that has no shapes alone
         return None
 
 
