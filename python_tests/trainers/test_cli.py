@@ -145,6 +145,24 @@ def test_bad_settings_are_one_line(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "content", "message"),
+    [
+        (["--treshold", "0.9"], "", "unrecognized arguments: --treshold 0.9; did you mean threshold?"),
+        (["--run.acelerator=cpu"], "", "--run.acelerator=cpu; did you mean run.accelerator?"),
+        (["--qqqq", "3"], "", "unrecognized arguments: --qqqq 3\n"),
+        (["--config", "{file}"], "treshold: 0.9", "Option 'treshold' is not accepted; did you mean threshold?"),
+        (["--config", "{file}"], "run: {evalevery: 3}", "'evalevery'; did you mean run.eval_every or run.log_every?"),
+    ],
+)
+def test_a_misspelt_setting_lists_the_near_ones(tmp_path, capsys, arguments, content, message):
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        main(["simmatch", *(argument.format(file=file) for argument in arguments)])
+    assert message in capsys.readouterr().err
+
+
 def test_unknown_method(capsys):
     assert main(["simmatsch"]) == 2
     assert capsys.readouterr().err == ("ssmkernels train: there is no method 'simmatsch'; did you mean simmatch?\n")

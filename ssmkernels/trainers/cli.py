@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
@@ -180,10 +181,25 @@ class PlainHelp(DefaultHelpFormatter):
         return text.replace("``", "")
 
 
+class NearNames(ArgumentParser):
+    """Says which settings a misspelt one is near to."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        wrong = re.match(r"unrecognized arguments: --(?P<name>[^\s=]+)", message)
+        wrong = wrong or re.match(r"(Group '(?P<group>[^']+)' does not accept o|O)ption '(?P<name>[^']+)'", message)
+        if wrong:
+            parts = wrong.groupdict()
+            name = f"{parts['group']}.{parts['name']}" if parts.get("group") else parts["name"]
+            names = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+            near = get_close_matches(name, names, n=3, cutoff=0.7)
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        super().error(message, ex)
+
+
 def _parser(method: str) -> ArgumentParser:
     if find_spec("docstring_parser") is not None:  # the help then says what each setting is
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = NearNames(
         prog=f"ssmkernels train {method}",
         formatter_class=PlainHelp,
         usage=(
