@@ -148,10 +148,10 @@ def test_bad_settings_are_one_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "content", "message"),
     [
-        (["--treshold", "0.9"], "", "unrecognized arguments: --treshold 0.9; did you mean threshold?"),
-        (["--run.acelerator=cpu"], "", "--run.acelerator=cpu; did you mean run.accelerator?"),
+        (["--thresholds", "0.9"], "", "unrecognized arguments: --thresholds 0.9; did you mean threshold?"),
+        (["--run.accelerators=cpu"], "", "--run.accelerators=cpu; did you mean run.accelerator?"),
         (["--qqqq", "3"], "", "unrecognized arguments: --qqqq 3\n"),
-        (["--config", "{file}"], "treshold: 0.9", "Option 'treshold' is not accepted; did you mean threshold?"),
+        (["--config", "{file}"], "thresholds: 0.9", "Option 'thresholds' is not accepted; did you mean threshold?"),
         (["--config", "{file}"], "run: {evalevery: 3}", "'evalevery'; did you mean run.eval_every or run.log_every?"),
     ],
 )
