@@ -238,6 +238,8 @@ OF_OTHER_FILES = {
     ("bench/pairs_over_ranks.py", "write_text"),  # likewise
     ("ssmkernels/trainers/sharded.py", "save"),  # in memory
     ("bench/margins.py", "save"),  # in a temporary folder
+    ("bench/file_lists.py", "save"),  # likewise
+    ("bench/file_lists.py", "open"),
     ("bench/gpu/runner.py", "open"),  # the output of a command, as it comes
     ("bench/gpu/build.py", "copy2"),  # the library
 }
