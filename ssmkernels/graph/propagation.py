@@ -313,6 +313,7 @@ class LabelSystem:
             deviation = solution.values + (solution.constant - self.offset[:, None])[self.component]
             largest.add(deviation, classes.start)
             out[:, self._columns(classes)] = deviation.to(out.dtype)
+            del solution, deviation  # while the next block is solved for
         largest.merge(self.classes)
         return largest.keep(out)
 
@@ -338,6 +339,7 @@ class LabelSystem:
             scores[:, self._columns(classes)] = (deviation + most[self.component, None]).to(scores.dtype)
             iterations.append(solution.iterations)
             residual.append(solution.residual)
+            del solution, deviation  # while the next block is solved for
         largest.merge(self.classes)
         highest = largest.value + most[self.component]
         decided = (highest > 0) & (self.offset[self.component] > 0)
@@ -368,6 +370,7 @@ class LabelSystem:
             solution = system.solve(self._rhs_of(classes), self._totals_of(classes), rtol=rtol, max_iter=max_iter)
             residuals.append(solution.residual)
             yield classes, solution
+            del solution
         largest_residual = torch.cat(residuals).max()
         if is_distributed(self.classes):
             largest_residual = all_reduce_max(largest_residual.nan_to_num(nan=torch.inf), group=self.classes)

@@ -61,7 +61,7 @@ def conjugate_gradients(
     return Iteration(matrix, rhs, initial, rtol, max_iter).run()
 
 
-COLUMNS_AT_ONCE = 32  # of the residual that is measured, whose terms take memory
+COLUMNS_AT_ONCE = 8  # of the residual that is measured, whose terms take memory
 
 
 def exponent_of(x: float) -> int:
@@ -132,12 +132,20 @@ class SplitMatrix:
         return self.graph.total(sums)
 
 
+def vectors(graph: SplitGraph, spare: list[int], columns: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Zeros [n + spare, columns] for each of some numbers of spare rows, in one piece of memory: an allocator that
+    keeps what is freed, as that of the C library does below 32 MiB, would find no use for the many of different sizes.
+    """
+    sizes = [graph.num_rows + rows for rows in spare]
+    return torch.zeros(sum(sizes), columns, dtype=dtype).split(sizes)
+
+
 class Iteration:
     """The vectors of conjugate gradients, which are those of the problem times powers of two."""
 
     def __init__(self, matrix: SplitMatrix, rhs: Tensor, initial: Tensor | None, rtol: float, max_iter: int) -> None:
         graph = self.graph = matrix.graph
-        self.matrix, self.rhs, self.initial = matrix, rhs, initial
+        self.matrix, self.initial, self.dtype = matrix, initial, rhs.dtype
         columns = rhs.shape[1]
         tops = [_largest(rhs), torch.zeros(columns, dtype=torch.float64) if initial is None else _largest(initial)]
         top, top_start = graph.largest(torch.stack(tops))
@@ -150,13 +158,14 @@ class Iteration:
             exponent = exponent_of(b) + exponent_of(z)
             exponents.append(max(exponent, exponent_of(start) + matrix.exponent) if start > 0 else exponent)
         self.grow = PowersOf2([exponent - matrix.exponent for exponent in exponents])
-        self.b = PowersOf2([-exponent for exponent in exponents]).times(rhs).masked_fill(~finite, 0)
+        self.b, self.extended = vectors(graph, [0, graph.num_ghosts], columns, torch.float64)
+        shrink = PowersOf2([-exponent for exponent in exponents])
+        torch.mul(rhs, shrink.first, out=self.b).mul_(shrink.second).masked_fill_(~finite, 0)
         sums = torch.stack(
             [(self.b * inverse).square().sum(dim=0), ((self.b != 0) & (inverse == 0)).double().sum(dim=0)]
         )
         squares, outside = graph.total(sums)
         self.state = Convergence(finite, top > 0, squares.sqrt(), outside > 0, rtol, max_iter)
-        self.extended = torch.zeros(graph.num_rows + graph.num_ghosts, columns, dtype=torch.float64)
         self.x = self.extended[: graph.num_rows]
         if initial is not None:
             self.x.copy_(self.grow.divide(initial).masked_fill(~finite, 0))
@@ -165,12 +174,11 @@ class Iteration:
         """What :func:`conjugate_gradients` returns."""
         self._iterate()  # whose vectors are gone then
         state = self.state
-        return self._solution(), state.iterations, state.residual().to(self.rhs.dtype), self._curvature()
+        return self._solution(), state.iterations, state.residual().to(self.dtype), self._curvature()
 
     def _iterate(self) -> None:
         state, graph = self.state, self.graph
-        r, p, s, w = (self.rhs.new_zeros(self.x.shape) for _ in range(4))
-        extended = self.rhs.new_zeros(self.extended.shape)
+        r, p, s, w, extended = vectors(graph, [0, 0, 0, 0, graph.num_ghosts], self.x.shape[1], self.dtype)
         u = extended[: graph.num_rows]
         residual = self._measure(w)
         while state.judge():
@@ -228,7 +236,7 @@ class Iteration:
         return whole
 
     def _solution(self) -> Tensor:
-        solution = self.grow.times(self.x).to(self.rhs.dtype)
+        solution = self.grow.times(self.x).to(self.dtype)
         solution = torch.where(self.matrix.inverse[:, None] > 0, solution, 0 if self.initial is None else self.initial)
         solution[:, ~self.state.has_right_side] = 0
         solution[:, ~self.state.finite] = torch.nan
@@ -238,7 +246,7 @@ class Iteration:
         curvature = self.state.curvature
         if self.matrix.step is not self.matrix.inverse:  # p·A p/p·p of the matrix as it is given
             curvature = PowersOf2([self.matrix.exponent]).times(curvature)
-        return torch.where(self.state.finite, curvature, torch.nan).to(self.rhs.dtype)
+        return torch.where(self.state.finite, curvature, torch.nan).to(self.dtype)
 
 
 def _largest(x: Tensor) -> Tensor:
