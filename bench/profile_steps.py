@@ -37,6 +37,7 @@ from ssmkernels._files import write_atomically
 from ssmkernels._text import markdown_table
 from ssmkernels.bench.graph import torch_sparse_cg
 from ssmkernels.bench.memory import vectorised_update
+from ssmkernels.bench.training import eager_matching
 from ssmkernels.trainers import base, evaluation, loop
 from ssmkernels.trainers.cli import METHODS, parse_config
 
@@ -66,11 +67,6 @@ def eager_solve(crow: Any, col: Any, weight: Any, dissimilarity: Any, diagonal: 
     solution = torch_sparse_cg(crow, col, weight, diagonal, rhs, rtol=options.get("rtol", 1e-6))
     counts, residual = torch.zeros(rhs.shape[1], dtype=torch.int64), torch.zeros(rhs.shape[1], dtype=rhs.dtype)
     return ops.LaplacianSolution(solution, counts, residual)
-
-
-def eager_matching(*args: Any, group: Any, **options: Any) -> Any:
-    """Of one process."""
-    return reference.instance_matching(*args, **options)
 
 
 EAGER = {

@@ -139,7 +139,7 @@ def simmatch_step(splits: data.ImageSplits, model: str, rows: int, device: str) 
 
     def eager() -> dict[str, Tensor]:
         with (
-            mock.patch.object(ops, "instance_matching", _eager_matching),
+            mock.patch.object(ops, "instance_matching", eager_matching),
             mock.patch.object(ops, "memory_update_", lambda *args, momentum: vectorised_update(*args)),
         ):
             return step()
@@ -163,7 +163,8 @@ def simmatch_step(splits: data.ImageSplits, model: str, rows: int, device: str) 
     )
 
 
-def _eager_matching(*args: Any, group: Any, **options: Any) -> Any:
+def eager_matching(*args: Any, group: Any, **options: Any) -> Any:
+    """Of one process."""
     return reference.instance_matching(*args, **options)
 
 

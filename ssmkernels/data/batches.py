@@ -321,7 +321,8 @@ def evaluation_batches(
     Args:
         mean, std: per channel, see :func:`ssmkernels.data.to_tensor`; without them the images are uint8.
         transform: of an image before it becomes a tensor; none if the images are all of one size already.
-        rank, world_size: take the run of images that is this rank's, where runs are as equal as can be.
+        rank, world_size: take the run of images that is this rank's, as :func:`ssmkernels.distributed.split_rows`
+            deals rows out.
         workers, worker_init_fn: loading processes, as in ``torch.utils.data.DataLoader``.
     """
     if batch_size < 1:

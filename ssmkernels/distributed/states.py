@@ -15,13 +15,9 @@ _OWN_ROWS = ContextVar("states_have_own_rows", default=False)
 
 @dataclass(frozen=True)
 class RowShard:
-    """This rank's rows of a tensor that no rank has whole."""
+    """This rank's rows [n, ...] of a tensor that no rank has whole, and which is those of all ranks in their order."""
 
     rows: Tensor
-    """[n, ...], from row ``start`` on."""
-    start: int
-    total: int
-    """Of all ranks."""
 
 
 @contextmanager

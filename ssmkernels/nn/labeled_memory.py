@@ -183,7 +183,7 @@ class LabeledMemory(WithGroup):
         for name in ("bank", "labels"):
             own = destination[prefix + name]
             if self.split and states_are_sharded():
-                destination[prefix + name] = RowShard(own, self.own.start, self.num_slots)
+                destination[prefix + name] = RowShard(own)
             else:
                 destination[prefix + name] = self._whole(own)
 

@@ -125,17 +125,18 @@ def embed(
     """
     with evaluating(model), autocast():
         parts = [(*model(images.to(device)), labels.to(device)) for images, labels in batches]
-    rows: list[Tensor] = []
+    rows, labels = [], torch.empty(0, dtype=torch.int64, device=device)
     if parts:
-        features, embeddings, labels = (torch.cat(column) for column in zip(*parts, strict=True))
-        rows = [part.float() if part.dtype.itemsize < 4 else part for part in (features, embeddings)]
-    sizes = [rows[0].shape[1], rows[1].shape[1], rows[0].dtype.itemsize, rows[1].dtype.itemsize] if rows else [0] * 4
-    if not rows:
-        labels = torch.empty(0, dtype=torch.int64, device=device)
-    widths = torch.tensor(gather_sizes(sizes, device)).amax(dim=0).tolist()
+        *rows, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        rows = [part.float() if part.dtype.itemsize < 4 else part for part in rows]
+    kinds = [number for part in rows for number in (part.shape[1], part.dtype.itemsize)] or [0] * 4
+    width, itemsize, other_width, other_itemsize = torch.tensor(gather_sizes(kinds, device)).amax(dim=0).tolist()
     if not rows:
         dtypes = {4: torch.float32, 8: torch.float64}
-        rows = [torch.empty(0, widths[i], dtype=dtypes[widths[2 + i]], device=device) for i in (0, 1)]
+        rows = [
+            torch.empty(0, width, dtype=dtypes[itemsize], device=device),
+            torch.empty(0, other_width, dtype=dtypes[other_itemsize], device=device),
+        ]
     return rows[0], rows[1], labels
 
 

@@ -79,9 +79,9 @@ class PowersOf2:
         self.first = torch.tensor([math.ldexp(1, first) for first, _ in halves], dtype=torch.float64)
         self.second = torch.tensor([math.ldexp(1, second) for _, second in halves], dtype=torch.float64)
 
-    def times(self, x: Tensor) -> Tensor:
-        """``x`` [..., C], or [...] for a single n, as float64."""
-        return x.double() * self.first * self.second
+    def times(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x`` [..., C], or [...] for a single n, as float64; in ``out``, where it is given."""
+        return torch.mul(x, self.first, out=out).mul_(self.second)
 
     def divide(self, x: Tensor) -> Tensor:
         return x.double() / self.first / self.second
@@ -159,8 +159,7 @@ class Iteration:
             exponents.append(max(exponent, exponent_of(start) + matrix.exponent) if start > 0 else exponent)
         self.grow = PowersOf2([exponent - matrix.exponent for exponent in exponents])
         self.b, self.extended = vectors(graph, [0, graph.num_ghosts], columns, torch.float64)
-        shrink = PowersOf2([-exponent for exponent in exponents])
-        torch.mul(rhs, shrink.first, out=self.b).mul_(shrink.second).masked_fill_(~finite, 0)
+        PowersOf2([-exponent for exponent in exponents]).times(rhs, out=self.b).masked_fill_(~finite, 0)
         sums = torch.stack(
             [(self.b * inverse).square().sum(dim=0), ((self.b != 0) & (inverse == 0)).double().sum(dim=0)]
         )
