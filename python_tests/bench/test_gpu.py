@@ -99,7 +99,7 @@ def ends(status):
 def test_a_step_that_hangs_is_ended_with_its_children(gpu, tmp_path, monkeypatch, name, stubborn):
     monkeypatch.setattr(gpu.runner, "GRACE", 0.2)
     script = ("trap '' INT; " if stubborn else "") + f"sleep 600 & echo $! >{tmp_path}/child; wait; wait"
-    outcomes = gpu.runner.run(replaced(gpu.steps.STEPS, name, "sh", "-c", script, seconds=1), tmp_path)
+    outcomes = gpu.runner.run(replaced(gpu.steps.STEPS, name, "sh", "-c", script, seconds=0.5), tmp_path)
     assert by_name(outcomes) == dict.fromkeys(STEP_NAMES, "passed") | {name: "timed out"}
     assert ends(Path("/proc", (tmp_path / "child").read_text().strip(), "status"))
 
