@@ -151,6 +151,18 @@ def test_the_weak_view_of_the_same_numbers_has_the_bits_of_pillow(padding):
     assert torch.equal(BatchWeak(8, padding)(stacked(images), draws), stacked(expected))
 
 
+@pytest.mark.parametrize("padding", [0, 1, 7])
+def test_the_kernel_of_a_gpu_shifts_as_a_processor_does(padding):
+    rng = np.random.default_rng(padding)
+    images = torch.from_numpy(rng.integers(0, 256, (50, 3, 8, 8), dtype=np.uint8))
+    top, left = rng.integers(2 * padding + 1, size=(2, 50))
+    flipped = rng.random(50) < 0.5
+    views = batched_augment.cut(images, top, left, flipped, padding)
+    reflected = np.pad(np.arange(8), padding, mode="reflect")
+    assert views.is_contiguous() and not torch.equal(views, images)
+    assert torch.equal(views, batched_augment.gathered(images, top, left, flipped, reflected))
+
+
 def frequencies_agree(values, probabilities):
     """Counts within five standard deviations of a binomial; ``probabilities`` by value."""
     values = np.asarray(values)

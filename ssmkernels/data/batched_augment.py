@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkernels.data import batched_ops
@@ -70,17 +72,36 @@ class BatchWeak:
         self.settings = Weak(size, padding, flip)
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        count, channels, height, width = images.shape
+        height, width = images.shape[2:]
         size, padding = self.settings.size, self.settings.padding
         if (height, width) != (size, size):
             raise ValueError(f"images are {width}x{height}; they should be {size}x{size}")
         top, left = (draws[:, :2] * (2 * padding + 1)).astype(np.int64).T
-        rows, columns = (self.settings.reflected[start[:, None] + np.arange(size)] for start in (top, left))
-        if self.settings.flip:
-            columns = np.where(draws[:, 2:] < 0.5, columns[:, ::-1], columns)
-        rows, columns = to_device(rows * size, images), to_device(columns, images)
-        index = (rows[:, :, None] + columns[:, None, :]).view(count, 1, -1)
-        return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
+        flipped = (draws[:, 2] < 0.5) & self.settings.flip
+        if images.device.type == "cpu":
+            return cut(images, top, left, flipped, padding)
+        return gathered(images, top, left, flipped, self.settings.reflected)
+
+
+def cut(images: Tensor, top: np.ndarray, left: np.ndarray, flipped: np.ndarray, padding: int) -> Tensor:
+    """Windows of the reflected images at ``top`` and ``left``, those ``flipped`` mirrored; all [B]. Rows are copied, in
+    half the time that a processor takes to gather pixels.
+    """
+    padded = F.pad(images, (padding,) * 4, mode="reflect").numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[2:], axis=(2, 3))
+    views = torch.from_numpy(windows[np.arange(len(images)), :, top, left])
+    turned = to_device(np.negative(flipped.view(np.uint8)), images)[:, None, None, None]  # 255 where true
+    return views ^ ((views ^ views.flip(3)) & turned)
+
+
+def gathered(images: Tensor, top: np.ndarray, left: np.ndarray, flipped: np.ndarray, reflected: np.ndarray) -> Tensor:
+    """The same by one kernel, where ``reflected`` [H + 2 · padding] is the row or column that each of the padded is."""
+    count, channels, size, _ = images.shape
+    rows, columns = (reflected[start[:, None] + np.arange(size)] for start in (top, left))
+    columns = np.where(flipped[:, None], columns[:, ::-1], columns)
+    first, within = to_device(rows * size, images), to_device(columns, images)
+    index = (first[:, :, None] + within[:, None, :]).view(count, 1, -1)
+    return images.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
 
 
 class BatchRandAugment:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import signal
@@ -196,6 +197,7 @@ class NearNames(ArgumentParser):
         super().error(message, ex)
 
 
+@functools.cache  # to make it takes four times as long as to parse, and experiments parse hundreds of configurations
 def _parser(method: str) -> ArgumentParser:
     if find_spec("docstring_parser") is not None:  # the help then says what each setting is
         set_parsing_settings(docstring_parse_attribute_docstrings=True)

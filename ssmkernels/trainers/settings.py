@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -42,10 +43,10 @@ class Settings:
     """What stands before the name of a field on the command line: "data." or "run."."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
+        settings: type[Any] = type(self)
+        for name, optional, conditions in _conditions_of_fields(settings):
             value = getattr(self, name)
-            optional = type(None) in get_args(hint)
-            for condition in _conditions(hint):
+            for condition in conditions:
                 if not (optional and value is None) and not condition.holds(value):
                     words = condition.words + (", or null" if optional else "")
                     raise ValueError(f"{self.section}{name} is {value!r}; it should be {words}")
@@ -54,6 +55,13 @@ class Settings:
         """Raises a ``ValueError`` unless the field ``name`` is a multiple of a number that only the run knows."""
         if getattr(self, name) % of:
             raise ValueError(f"{name} is {getattr(self, name)}; it should be a multiple of {words}")
+
+
+@functools.cache
+def _conditions_of_fields(settings: type) -> list[tuple[str, bool, list[Allowed]]]:
+    """Of each field its name, whether it may be None, and its conditions."""
+    hints = get_type_hints(settings, include_extras=True)
+    return [(name, type(None) in get_args(hint), list(_conditions(hint))) for name, hint in hints.items()]
 
 
 def _conditions(hint: Any) -> Iterator[Allowed]:

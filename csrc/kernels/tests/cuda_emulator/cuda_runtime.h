@@ -101,7 +101,7 @@ struct Copies {  // asynchronous ones of a thread
 
 // What the lanes of a warp show each other at an instruction.
 struct Exchange {
-  alignas(16) unsigned char bytes[32][64];
+  alignas(16) unsigned char bytes[33][64];  // one more than lanes: the operands of mma, their sums and a mark
 };
 
 struct Block {
@@ -151,9 +151,10 @@ struct Machine {
   unsigned launches = 0;  // of kernels and copies
 };
 
+inline Machine* const the_machine = new Machine;  // not in the function: every call would ask whether it is there
+
 inline Machine& machine() {
-  static Machine* it = new Machine;
-  return *it;
+  return *the_machine;
 }
 
 inline Thread& this_thread() {
@@ -238,7 +239,7 @@ inline void make_current(int thread) {
   if (__builtin_setjmp(me.here)) return;
   if (m.next < 0 || !m.block->threads[m.next].started) __builtin_longjmp(m.scheduler, 1);
   make_current(m.next);
-  __builtin_longjmp(this_thread().here, 1);
+  __builtin_longjmp(m.block->threads[m.next].here, 1);
 }
 
 inline void fiber_main() {
@@ -401,7 +402,7 @@ struct Shown {
 
 // Each lane writes its part of what the warp shows, into memory as long as an Exchange, and sees the whole.
 template <class Write>
-const Exchange& exchange_parts(Write write, const char* instruction) {
+Exchange& exchange_parts(Write write, const char* instruction) {
   Exchange& buffer = machine().block->exchanges[machine().current / 32][this_thread().turn];
   this_thread().turn ^= 1;
   write(buffer.bytes[0], machine().current % 32);

@@ -67,49 +67,59 @@ float half_value(uint16_t bits) {
   return std::is_same_v<Storage, bfloat16> ? host::bfloat_to_float(bits) : host::half_to_float(bits);
 }
 
-// What a warp multiplies: a [16, K] by rows and b [K, 8] by columns.
+// What a warp multiplies, a [16, K] and b [K, 8], and the sums that the products are added to.
 template <int K>
-struct Operands {
-  float a[16][K], b[8][K];
+struct Product {
+  using Four [[gnu::vector_size(16)]] = float;  // -O1 makes none
+  float a[16][K];
+  Four b[K][2], sum[16][2];  // eight columns
+  bool added;
 
-  static const Operands& of(const emulator::Exchange& shown) {
-    return reinterpret_cast<const Operands&>(shown);
+  void add() {
+    for (int row = 0; row < 16; ++row) {
+      Four left = sum[row][0], right = sum[row][1];
+      for (int k = 0; k < K; ++k) {
+        left += a[row][k] * b[k][0];
+        right += a[row][k] * b[k][1];
+      }
+      sum[row][0] = left, sum[row][1] = right;
+    }
+    added = true;
   }
 };
 
-// This lane's four elements of sum += a b.
-template <int K>
-void add_products(float (&sum)[4], const Operands<K>& operands) {
-  static_assert(sizeof(Operands<K>) <= sizeof(emulator::Exchange));
+// This lane's four elements of sum += a b, of which `write` puts its parts into a product; the first lane after all
+// have written multiplies for the warp.
+template <int K, class Write>
+void add_products(float (&sum)[4], Write write, const char* instruction) {
+  static_assert(sizeof(Product<K>) <= sizeof(emulator::Exchange));
   const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-  float upper[2] = {sum[0], sum[1]}, lower[2] = {sum[2], sum[3]};  // in registers
-  for (int k = 0; k < K; ++k) {
-    const float up = operands.a[row][k], low = operands.a[row + 8][k];
-    const float left = operands.b[column][k], right = operands.b[column + 1][k];
-    upper[0] += up * left;
-    upper[1] += up * right;
-    lower[0] += low * left;
-    lower[1] += low * right;
-  }
-  sum[0] = upper[0], sum[1] = upper[1], sum[2] = lower[0], sum[3] = lower[1];
+  const auto write_all = [&](unsigned char* shown, int lane) {
+    Product<K>& product = *reinterpret_cast<Product<K>*>(shown);
+    product.added = false;
+    for (int i = 0; i < 4; ++i) product.sum[row + i / 2 * 8][column / 4][column % 4 + i % 2] = sum[i];
+    write(product, lane);
+  };
+  Product<K>& product = reinterpret_cast<Product<K>&>(emulator::exchange_parts(write_all, instruction));
+  if (!product.added) product.add();
+  for (int i = 0; i < 4; ++i) sum[i] = product.sum[row + i / 2 * 8][column / 4][column % 4 + i % 2];
 }
 
 // m16n8k16: a0 is (row g, k 2t…), a1 (g + 8, 2t…), a2 (g, 2t + 8…), a3 (g + 8, 2t + 8…); b0 is (k 2t…, column g), b1
 // (2t + 8…, g).
 template <class Storage>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const auto write = [&](unsigned char* shown, int lane) {
-    auto& operands = *reinterpret_cast<Operands<16>*>(shown);
+  const auto write = [&](Product<16>& product, int lane) {
     const int g = lane / 4, k = lane % 4 * 2;
     for (int half = 0; half < 2; ++half) {
       const auto value = [&](uint32_t pair) { return half_value<Storage>(static_cast<uint16_t>(pair >> 16 * half)); };
-      for (int i = 0; i < 4; ++i) operands.a[g + 8 * (i % 2)][k + 8 * (i / 2) + half] = value(a[i]);
-      operands.b[g][k + half] = value(b0);
-      operands.b[g][k + 8 + half] = value(b1);
+      for (int i = 0; i < 4; ++i) product.a[g + 8 * (i % 2)][k + 8 * (i / 2) + half] = value(a[i]);
+      product.b[k + half][g / 4][g % 4] = value(b0);
+      product.b[k + 8 + half][g / 4][g % 4] = value(b1);
     }
   };
   const char* instruction = std::is_same_v<Storage, bfloat16> ? "mma.bf16" : "mma.f16";
-  add_products(sum, Operands<16>::of(emulator::exchange_parts(write, instruction)));
+  add_products<16>(sum, write, instruction);
 }
 
 // m16n8k8 of tf32: a0 is (row g, k t), a1 (g + 8, t), a2 (g, t + 4), a3 (g + 8, t + 4); b0 is (k t, column g), b1 (t +
@@ -118,14 +128,13 @@ template <>
 inline void multiply_add<float>(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   for (uint32_t bits : {a[0], a[1], a[2], a[3], b0, b1})
     if (bits & 0x1fff) emulator::fail("an operand is not tf32");
-  const auto write = [&](unsigned char* shown, int lane) {
-    auto& operands = *reinterpret_cast<Operands<8>*>(shown);
+  const auto write = [&](Product<8>& product, int lane) {
     const int g = lane / 4, k = lane % 4;
-    for (int i = 0; i < 4; ++i) operands.a[g + 8 * (i % 2)][k + 4 * (i / 2)] = __uint_as_float(a[i]);
-    operands.b[g][k] = __uint_as_float(b0);
-    operands.b[g][k + 4] = __uint_as_float(b1);
+    for (int i = 0; i < 4; ++i) product.a[g + 8 * (i % 2)][k + 4 * (i / 2)] = __uint_as_float(a[i]);
+    product.b[k][g / 4][g % 4] = __uint_as_float(b0);
+    product.b[k + 4][g / 4][g % 4] = __uint_as_float(b1);
   };
-  add_products(sum, Operands<8>::of(emulator::exchange_parts(write, "mma.tf32")));
+  add_products<8>(sum, write, "mma.tf32");
 }
 
 // Round to nearest, ties away from zero, to 10 bits of fraction.
