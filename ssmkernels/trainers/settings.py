@@ -43,8 +43,8 @@ class Settings:
     """What stands before the name of a field on the command line: "data." or "run."."""
 
     def __post_init__(self) -> None:
-        settings: type[Any] = type(self)
-        for name, optional, conditions in _conditions_of_fields(settings):
+        # mypy takes a class for as unhashable as its instances.
+        for name, optional, conditions in _conditions_of_fields(type(self)):  # type: ignore[arg-type]
             value = getattr(self, name)
             for condition in conditions:
                 if not (optional and value is None) and not condition.holds(value):
