@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``ssmkernels info``: what was built, what machine this is, and what is wrong, with the command that fixes it.
 
-Needs the standard library only, and works where torch or the compiled library is missing or broken: both are looked at
-from a process of their own, so that even a crash of theirs is but a line of the report.
+Needs the standard library only, and works where torch or the compiled library is missing or broken: unless they are
+loaded already, they are asked in a process of their own, so that even a crash of theirs is but a line of the report.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,7 @@ VECTORS = {"amx_tile": "amx", "avx512f": "avx512", "avx2": "avx2"}
 
 Report = dict[str, Any]
 
-# Run by a Python of its own: prints one line of JSON after _MARK, whatever else the imports print.
-_MARK = "ssmkernels-probe:"
-_PROBE_TORCH = """
-import json, torch
-cuda = torch.cuda.is_available()
-devices = [{"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
-           for i in range(torch.cuda.device_count())] if cuda else []
-print("MARK" + json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "cuda_available": cuda,
-                            "devices": devices,
-                           "threads": torch.get_num_threads(),
-                            "cpu_capability": torch.backends.cpu.get_cpu_capability()}))
-"""
-_PROBE_LIBRARY = """
-import json, torch
-from ssmkernels import _C
-print("MARK" + json.dumps({"build": _C.build_info(), "file": _C.__file__, "instruction_set": _C.current_isa(),
-                           "available": _C.available_isas()}))
-"""
+_MARK = "ssmkernels-probe:"  # before the answer of a process, whatever else its imports print
 
 
 def collect() -> Report:
@@ -60,8 +44,8 @@ def collect() -> Report:
         "ssmkernels": {"version": __version__, "location": str(PACKAGE)},
         "python": {"version": platform.python_version(), "executable": sys.executable, "platform": platform.platform()},
         "packages": {name: _installed(name) for name in ("torch", "torchvision", "numpy")},
-        "torch": _probe(_PROBE_TORCH) if importlib.util.find_spec("torch") else None,
-        "library": _probe(_PROBE_LIBRARY) if importlib.util.find_spec("ssmkernels._C") else None,
+        "torch": _answer("torch", torch_here) if importlib.util.find_spec("torch") else None,
+        "library": _answer("ssmkernels._C", library_here) if importlib.util.find_spec("ssmkernels._C") else None,
         "build": _build_info(),
         "cpu": {"model": _cpu_model(), "kind": cpu_kind(), "processors": os.cpu_count(), "flags": _cpu_flags()},
         "cuda": {"nvcc": _nvcc_version(), "driver": _driver_version(), "devices": _nvidia_devices()},
@@ -302,12 +286,51 @@ def _build_info() -> Report | None:
     return build
 
 
-def _probe(code: str) -> Report:
+def torch_here() -> Report:
+    """What torch says of itself, its devices and its threads."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    devices = [
+        {"name": torch.cuda.get_device_name(i), "capability": list(torch.cuda.get_device_capability(i))}
+        for i in range(torch.cuda.device_count() if cuda else 0)
+    ]
+    return {
+        "version": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "cuda_available": cuda,
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def library_here() -> Report:
+    """What the compiled library says of itself."""
+    import importlib
+
+    import torch  # noqa: F401  the library needs it loaded
+
+    library = importlib.import_module("ssmkernels._C")
+    return {
+        "build": library.build_info(),
+        "file": library.__file__,
+        "instruction_set": library.current_isa(),
+        "available": library.available_isas(),
+    }
+
+
+def _answer(module: str, question: Callable[[], Report]) -> Report:
+    """``question()``, which stands on its own, here if ``module`` is loaded, and else in another process."""
+    if module in sys.modules:
+        return question()
+    source, name = inspect.getsource(question), getattr(question, "__name__", "")
+    code = f"from __future__ import annotations\nimport json\n{source}\nprint({_MARK!r} + json.dumps({name}()))"
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    command = [sys.executable, "-c", code.replace("MARK", _MARK)]
+    command = [sys.executable, "-c", code]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
