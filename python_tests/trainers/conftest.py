@@ -6,13 +6,16 @@ from ssmkernels import data
 from ssmkernels.trainers import DataConfig, RunConfig, SimMatchConfig
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Networks this small are slower on more, and far slower where others use the machine."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes that a test starts
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small are slower on more, and far slower where others use the machine. Of a module, because runs
+    of its fixtures have to have the bits of those of its tests.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")  # of processes that a test starts
+        yield
     torch.set_num_threads(threads)
 
 
