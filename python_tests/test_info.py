@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import ssmkernels
 from ssmkernels import _library, cli, info
@@ -326,3 +327,9 @@ def test_interrupt_is_130_without_traceback(monkeypatch, capsys):
     monkeypatch.setattr(info, "main", interrupted)
     assert cli.main(["info"]) == 130
     assert capsys.readouterr().err == "\nssmkernels: interrupted\n"
+
+
+def test_what_is_loaded_is_asked_in_this_process(monkeypatch):
+    monkeypatch.setattr(info.subprocess, "run", lambda *command, **options: pytest.fail("another process"))
+    assert info._answer("torch", info.torch_here)["threads"] == torch.get_num_threads()
+    assert "baseline" in info._answer("ssmkernels._C", info.library_here)["available"]

@@ -314,3 +314,10 @@ def test_configurations_have_each_key_once(method):
     for name, config in configs.items():
         if name.endswith("-bf16"):
             assert config == configs[name.removesuffix("-bf16")] | {"precision": "bf16-mixed"}
+
+
+def test_configurations_of_one_parser_share_nothing():
+    first, second = (parse_config("simmatch", ["--config", "digits"])[0] for _ in range(2))
+    assert first == second
+    first.data.labels, first.run.out = 17, "elsewhere"
+    assert first != second == parse_config("simmatch", ["--config", "digits"])[0]
