@@ -16,7 +16,7 @@ from ssmkernels import graph
 from ssmkernels._text import markdown_table
 from ssmkernels.experiments.analyses import feature_sets
 
-SETS = ("digits", "mnist5k", "glyphs-10k")
+SETS = ("digits", "mnist5k", "glyphs-10k", "glyphs")
 
 
 def shares(name: str, folder: str | None) -> list[str]:
