@@ -25,7 +25,9 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 LOADED = (
-    *("pytest", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.backends.backend_agg"),
+    *("pytest", "torch._dynamo.backends.common", "torch._inductor.pattern_matcher", "torch.utils.tensorboard"),
+    *("torch.distributed.tensor.experimental", "sklearn.cluster", "sklearn.datasets", "faiss"),
+    *("pytorch_metric_learning.losses", "matplotlib.backends.backend_agg"),
     *("ssmkernels.nn", "ssmkernels.trainers.cli", "ssmkernels.experiments.cli"),
 )
 LONGEST = 300  # seconds

@@ -37,7 +37,7 @@ def method(
     """A call with what the constructor takes, what the parameters are and what the method takes."""
 
     def call(**arguments: Any) -> Any:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         module = made(**{setting: arguments.pop(setting) for setting in settings})
         given = {parameter: arguments.pop(parameter) for parameter in state}
         floats = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
@@ -238,7 +238,7 @@ def _eval_head(**settings: Any) -> torch.nn.Module:
 
 
 def _exact_head(features: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     head = nn.PrototypeHead(**sizes).eval().double()
     z = F.normalize(head.projection(features), dim=1)
     return z.detach(), (z @ head.prototypes.weight.t()).detach()
@@ -246,7 +246,7 @@ def _exact_head(features: Tensor, **sizes: int) -> tuple[Tensor, Tensor]:
 
 def _inner_head(features: Tensor, **sizes: int) -> dict[str, Any]:
     """Sums of the two layers by magnitude, and what they become where their result is scaled to unit length."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     first, _, _, second = nn.PrototypeHead(**sizes).double().projection
     hidden = features.abs() @ first.weight.abs().t() + first.bias.abs()
     terms = hidden @ second.weight.abs().t() + second.bias.abs()

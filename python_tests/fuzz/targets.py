@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from fuzz import classifiers, graphs, memory, modules, pairs, propagation, ranking, retrieval, split, structure
-from fuzz.contents import tensors_of
+from fuzz.contents import copied, tensors_of
 from fuzz.oracle import Target, check
 from fuzz.spoil import spoiled
 from fuzz.values import Draw
@@ -21,9 +21,14 @@ def example(draw: Draw, target: Target) -> bool:
     """Draws a call, right or with one argument out of place, and checks it. Returns whether it was accepted."""
     arguments = target.draw(draw)
     wrong = spoiled(draw, target, arguments) if draw(st.integers(0, 2)) == 0 else None
-    note(f"wrong: {wrong}")
-    for name, value in arguments.items():
-        note(f"{name} = {value!r}")
-        if isinstance(value, Graph):
-            note(str(tensors_of(value)))
-    return check(target, arguments, wrong, ones=draw(st.booleans()))
+    ones = draw(st.booleans())
+    given = {name: copied(value) if name in target.writes else value for name, value in arguments.items()}
+    try:
+        return check(target, arguments, wrong, ones)
+    except Exception:  # as text a tensor takes longer than its call
+        note(f"wrong: {wrong}")
+        for name, value in given.items():
+            note(f"{name} = {value!r}")
+            if isinstance(value, Graph):
+                note(str(tensors_of(value)))
+        raise

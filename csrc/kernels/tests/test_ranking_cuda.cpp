@@ -77,6 +77,13 @@ double value(const Guarded<Storage>& matrix, int64_t at) {
 }
 
 template <class Storage>
+Values values(const Guarded<Storage>& matrix) {
+  Values out(matrix.size());
+  for (size_t k = 0; k < matrix.size(); ++k) out[k] = value(matrix, k);
+  return out;
+}
+
+template <class Storage>
 struct Problem {
   using Real = Compute<Storage>;
   Shape shape;
@@ -145,17 +152,6 @@ struct Problem {
   int64_t other_at(int64_t position) const {
     return with_references ? reference_labels.order[position] : at(position);
   }
-  double other(int64_t j, int64_t c) const {
-    return with_references ? value(references, j * shape.dim + c) : value(rows, j * shape.dim + c);
-  }
-  double distance(int64_t i, int64_t j) const {
-    double sum = 0;
-    for (int64_t c = 0; c < shape.dim; ++c) {
-      const double x = value(rows, i * shape.dim + c) - other(j, c);
-      sum += x * x;
-    }
-    return std::sqrt(sum);
-  }
   double cosine(int64_t i, int64_t j) const {
     double sum = 0, left = 0, right = 0;
     for (int64_t c = 0; c < shape.basis_dim; ++c) {
@@ -175,17 +171,24 @@ struct Reference {
   std::vector<uint8_t> active;    // [row, other]: bit 0 a positive with a loss, bit 1 a negative
   std::vector<uint8_t> doubtful;  // likewise: within its error of the margin
   Values distances, distance_errors;
-  Values center;  // which rows of half types do not have
+  int64_t dim;
+  Values rows, others;
+  Values center;                      // which rows of half types do not have
+  Values row_squares, other_squares;  // of distances to the center
 
   explicit Reference(const Problem<Storage>& in)
       : active(in.shape.rows * in.others),
         doubtful(active.size()),
         distances(active.size()),
         distance_errors(active.size()),
-        center(in.shape.dim) {
+        dim(in.shape.dim),
+        rows(values(in.rows)),
+        others(in.with_references ? values(in.references) : rows),
+        center(dim) {
     for (int64_t i = 0; i < in.shape.rows && sizeof(Storage) > 2; ++i)
-      for (int64_t c = 0; c < in.shape.dim; ++c)
-        center[c] += value(in.rows, i * in.shape.dim + c) / static_cast<double>(in.shape.rows);
+      for (int64_t c = 0; c < dim; ++c) center[c] += rows[i * dim + c] / static_cast<double>(in.shape.rows);
+    row_squares = squares(rows, in.shape.rows);
+    other_squares = squares(others, in.others);
     const double margins = R::kUnit * (std::fabs(in.shape.positive_margin) + std::fabs(in.shape.negative_margin));
     for (int64_t i = 0; i < in.shape.rows; ++i)
       for (int64_t j = 0; j < in.others; ++j) {
@@ -196,7 +199,7 @@ struct Reference {
         const bool kinds[2] = {in.is_mined() ? s >= in.thresholds[0] : same,
                                in.is_mined() ? s <= in.thresholds[1] : !same};
         const int64_t at = i * in.others + j;
-        const double d = distances[at] = in.distance(i, j), error = distance_errors[at] = error_of(in, i, j, d);
+        const double d = distances[at] = distance(i, j), error = distance_errors[at] = error_of(i, j, d);
         const double excess[2] = {d - in.shape.positive_margin, in.shape.negative_margin - d};
         for (int kind = 0; kind < 2; ++kind) {
           if (!kinds[kind]) continue;
@@ -227,9 +230,9 @@ struct Reference {
   }
   // K (x_i − x_j) of each pair, K = weight/d with the relative error of d, which for half types is rounded to tf32, the
   // same for the row as for the sum; (Σ K) x_i − Σ K x_j of rows less their center.
-  void gradients(const Problem<Storage>& in, Reduction reduction, double grad, Bounded& rows,
-                 Bounded& references) const {
-    const int64_t d = in.shape.dim;
+  void gradients(const Problem<Storage>& in, Reduction reduction, double grad, Bounded& grad_rows,
+                 Bounded& grad_references) const {
+    Bounded& grad_others = in.with_references ? grad_references : grad_rows;
     const double sum_of_rows = R::product_gamma(static_cast<double>(std::max(in.shape.rows, in.others)) + 8);
     for (int64_t i = 0; i < in.shape.rows; ++i)
       for (int64_t j = 0; j < in.others; ++j) {
@@ -245,12 +248,12 @@ struct Reference {
         }
         const double error =
             doubt + size * (distance_errors[at] / distance + 4 * R::kUnit + (R::kHalf > 0 ? kTf32 : 0));
-        for (int64_t c = 0; c < d; ++c) {
-          const double left = value(in.rows, i * d + c), right = in.other(j, c);
+        for (int64_t c = 0; c < dim; ++c) {
+          const double left = rows[i * dim + c], right = others[j * dim + c];
           const double bound = error * std::fabs(left - right) +
                                sum_of_rows * size * (std::fabs(left - center[c]) + std::fabs(right - center[c]));
-          rows.add(i * d + c, k * (left - right), bound);
-          (in.with_references ? references : rows).add(j * d + c, -k * (left - right), bound);
+          grad_rows.add(i * dim + c, k * (left - right), bound);
+          grad_others.add(j * dim + c, -k * (left - right), bound);
         }
       }
   }
@@ -258,15 +261,25 @@ struct Reference {
  private:
   // By products d² = q_i + q_j − 2 x_i·x_j has the error of 2 γ (q_i + q_j), and is not taken below 1/32 of q_i + q_j;
   // by differences, in double, d has only that of being rounded. Subtracting the center rounds each coordinate.
-  double error_of(const Problem<Storage>& in, int64_t i, int64_t j, double d) const {
-    double squares = 0;
-    for (int64_t c = 0; c < in.shape.dim; ++c)
-      squares +=
-          std::pow(value(in.rows, i * in.shape.dim + c) - center[c], 2) + std::pow(in.other(j, c) - center[c], 2);
+  double error_of(int64_t i, int64_t j, double d) const {
     if (d == 0) return 0;
-    const double by_product = std::min(squares / d, 32 * d);
-    return R::product_gamma(static_cast<double>(in.shape.dim) + 6) * by_product + 2 * R::kUnit * std::sqrt(squares) +
+    const double both = row_squares[i] + other_squares[j], by_product = std::min(both / d, 32 * d);
+    return R::product_gamma(static_cast<double>(dim) + 6) * by_product + 2 * R::kUnit * std::sqrt(both) +
            4 * R::kUnit * d;
+  }
+  double distance(int64_t i, int64_t j) const {
+    double sum = 0;
+    for (int64_t c = 0; c < dim; ++c) {
+      const double x = rows[i * dim + c] - others[j * dim + c];
+      sum += x * x;
+    }
+    return std::sqrt(sum);
+  }
+  Values squares(const Values& of, int64_t count) const {
+    Values out(count);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < dim; ++c) out[i] += std::pow(of[i * dim + c] - center[c], 2);
+    return out;
   }
 };
 
