@@ -10,6 +10,7 @@ torchrun, one that fails takes the others down.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -125,6 +126,7 @@ def main() -> None:
     for name in LOADED:
         with contextlib.suppress(ImportError):  # some need more than torch
             importlib.import_module(name)
+    gc.freeze()  # what is loaded is not looked through again, in no rank
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
 
