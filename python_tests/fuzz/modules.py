@@ -37,7 +37,7 @@ def method(
     """A call with what the constructor takes, what the parameters are and what the method takes."""
 
     def call(**arguments: Any) -> Any:
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed writes down a stack for each kind of device
         module = made(**{setting: arguments.pop(setting) for setting in settings})
         given = {parameter: arguments.pop(parameter) for parameter in state}
         floats = [x for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]

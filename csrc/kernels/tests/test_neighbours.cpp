@@ -131,7 +131,7 @@ void test_sizes(int64_t rows, int64_t columns, int64_t dim, int64_t neighbours, 
 }
 
 #ifdef __SANITIZE_THREAD__
-constexpr int64_t kMany = 400;  // every product is traced there: a minute more for the same paths
+constexpr int64_t kMany = 400;  // every product is traced there; two tiles of rows and a part, where others have more
 #else
 constexpr int64_t kMany = 700;
 #endif
