@@ -153,6 +153,35 @@ static inline Vec<double> sqrt(Vec<double> x) {
 #endif
 }
 
+// a − b·c, rounded once where the processor multiplies and adds in one instruction. Said, and not left to the compiler,
+// where a value that is taken in two places must have the same bits in both: what the compiler joins depends on what
+// surrounds it.
+static inline Vec<float> minus_product(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(b, c, a);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_ps(b, c, a);
+#elif defined(__FP_FAST_FMAF)
+  for (int lane = 0; lane < kLanes<float>; ++lane) a[lane] = __builtin_fmaf(-b[lane], c[lane], a[lane]);
+  return a;
+#else
+  return a - b * c;
+#endif
+}
+
+static inline Vec<double> minus_product(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_pd(b, c, a);
+#elif defined(__AVX2__)
+  return _mm256_fnmadd_pd(b, c, a);
+#elif defined(__FP_FAST_FMA)
+  for (int lane = 0; lane < kLanes<double>; ++lane) a[lane] = __builtin_fma(-b[lane], c[lane], a[lane]);
+  return a;
+#else
+  return a - b * c;
+#endif
+}
+
 // e^r for |r| <= ln2/2, to 3e-9 and 5e-18: a minimax polynomial, and Taylor's.
 inline constexpr double kExpReduced = 0.34657;
 static inline Vec<float> exp_reduced(Vec<float> r) {

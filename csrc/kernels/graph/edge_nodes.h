@@ -19,16 +19,16 @@ template <class Real>
 struct Node {
   const Real* centred;  // [C]  F_i less a constant, and 0 up to the end of the vector
   Real scale;           // λ D_ii
-  Real top;             // max_c scale·centred
+  Real best;            // the centred value whose logit is the node's largest
   Real reach;           // λ max_c |centred|
 };
 
-// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, top and reach, to be
+// Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, best and reach, to be
 // transposed with it.
 template <class Real>
 inline constexpr int kReachLane = kLanes<Real> - 1;
 template <class Real>
-inline constexpr int kTopLane = kLanes<Real> - 2;
+inline constexpr int kBestLane = kLanes<Real> - 2;
 template <class Real>
 inline constexpr int kScaleLane = kLanes<Real> > 2 ? kLanes<Real> - 3 : 0;
 
@@ -114,11 +114,11 @@ class Nodes {
     for (c = 0; c < classes; ++c) centred[c] = f[c] - middle;
     for (; c < row_; ++c) centred[c] = 0;
     scalars[0] = scale;
-    scalars[1] = max(scale * (high - middle), scale * (low - middle));
+    scalars[1] = scale < 0 ? low - middle : high - middle;
     scalars[2] = lambda * max(high - middle, middle - low);
   }
 
-  const int64_t row_;  // the classes, and where they leave no lanes for it a vector with scale, top and reach
+  const int64_t row_;  // the classes, and where they leave no lanes for it a vector with scale, best and reach
   Buffer<Real> values_;
 };
 
@@ -126,13 +126,13 @@ class Nodes {
 template <class Real>
 struct Row {
   Node<Real> node;
-  Real* logits;  // [C]  scale·centred − top
+  Real* logits;  // [C]  scale·(centred − best)
   Real* factor;  // [C]  e^logits, and 0 up to the end of the vector
 
   Row(const Nodes<Real>& nodes, int64_t i, Real* scratch)
       : node(nodes[i]), logits(scratch), factor(scratch + nodes.stride) {
     for (int64_t c = 0; c < nodes.stride; c += kLanes<Real>) {
-      const Vec<Real> logit = load(node.centred + c) * node.scale - node.top;
+      const Vec<Real> logit = (load(node.centred + c) - node.best) * node.scale;
       store(logits + c, logit);
       store(factor + c, first_lanes<Real>(exp(logit), nodes.classes - c));
     }

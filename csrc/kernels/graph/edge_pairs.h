@@ -61,9 +61,11 @@ void for_each_vector(const Pair<Real>& pair, int64_t classes, const F& each) {
   const Node<Real>&i = row.node, &j = pair.other;
   Real shift_i = 0, shift_j = 0;
   const auto argument = [&](int64_t c) { return load(j.centred + c) * pair.logit_weight; };
-  const auto logit_i = [&](int64_t c) { return load(row.logits + c) - argument(c); };
+  const auto logit_i = [&](int64_t c) {
+    return minus_product(load(row.logits + c), load(j.centred + c), broadcast(pair.logit_weight));
+  };
   const auto logit_j = [&](int64_t c) {
-    return (load(j.centred + c) * j.scale - j.top) - load(i.centred + c) * pair.mirrored;
+    return minus_product((load(j.centred + c) - j.best) * j.scale, load(i.centred + c), broadcast(pair.mirrored));
   };
   const Real reach_i = pair.logit_weight * j.reach, reach_j = pair.mirrored * i.reach;
   if (reach_i <= static_cast<Real>(kExpReduced) && reach_j <= kModerate<Real>) {
@@ -204,12 +206,14 @@ template <class Real, class F>
 void for_each_class(const Row<Real>& row, const Pairs<Real>& pairs, int at, const Columns<Real>& centred,
                     int64_t classes, const F& each) {
   const Node<Real>& i = row.node;
-  const Vec<Real> scale = centred.of[kScaleLane<Real>], top = centred.of[kTopLane<Real>],
+  const Vec<Real> scale = centred.of[kScaleLane<Real>], best = centred.of[kBestLane<Real>],
                   reach = centred.of[kReachLane<Real>];
   const Vec<Real> logit_weight = load(pairs.logit_weight + at), mirrored = load(pairs.mirrored + at);
   Vec<Real> shift_i{}, shift_j{};
-  const auto logit_i = [&](int64_t c) { return row.logits[c] - centred.of[c] * logit_weight; };
-  const auto logit_j = [&](int64_t c) { return (centred.of[c] * scale - top) - i.centred[c] * mirrored; };
+  const auto logit_i = [&](int64_t c) { return minus_product(broadcast(row.logits[c]), centred.of[c], logit_weight); };
+  const auto logit_j = [&](int64_t c) {
+    return minus_product((centred.of[c] - best) * scale, broadcast(i.centred[c]), mirrored);
+  };
   if (max_lane<Real>(max(logit_weight * reach, mirrored * i.reach)) > kModerate<Real>) {
     Vec<Real> top_i = logit_i(0), top_j = logit_j(0);
     for (int64_t c = 1; c < classes; ++c) {

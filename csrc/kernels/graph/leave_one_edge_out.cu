@@ -22,17 +22,17 @@ inline constexpr int kStretch = 128;    // entries of a warp
 template <class Real>
 struct alignas(4 * sizeof(Real)) Node {
   Real degree;  // D_ii
-  Real top;     // max_c D_ii f_ic: the first reference of its softmaxes
+  Real best;    // the f_ic whose logit D_ii f_ic is the largest, the first reference of its softmaxes
   Real reach;   // max_c |f_ic|
 };
 
-// What the backward keeps of Z_ij, with e = 2^{a − top_i − reference}: not its normaliser, whose rounding would scale
-// the whole softmax.
+// What the backward keeps of Z_ij, with e = 2^{a − D_ii best_i − reference}: not its normaliser, whose rounding would
+// scale the whole softmax.
 template <class Real>
 struct alignas(4 * sizeof(Real)) Softmax {
   Real reference;
   Real sum;      // Σ e; 0 where no row owns the pair
-  Real mean;     // Σ e (a − top_i − reference)/Σ e
+  Real mean;     // Σ e (a − D_ii best_i − reference)/Σ e
   Real overlap;  // Z_ij·Z_ji
 };
 
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) prepare_rows(const __grid_constant__
   Real* f = problem.f + i * padded;
   for (int64_t c = lane; c < padded; c += 32) f[c] = c < in.classes ? scale * (propagated[c] - middle) : Real(0);
   const Real a = scale * (high - middle), b = scale * (low - middle);
-  if (lane == 0) problem.nodes[i] = {degree, max(degree * a, degree * b), max(fabs(a), fabs(b))};
+  if (lane == 0) problem.nodes[i] = {degree, degree < 0 ? b : a, max(fabs(a), fabs(b))};
 }
 
 // Whether row i is the one to compute the pair (i, j): each pair has one owner, and every row owns about half of its
@@ -125,10 +125,10 @@ __device__ int collect_pairs(const Problem<Real>& problem, int64_t first, Pair<R
   return count;
 }
 
-// a_ij less the largest D_ii f_i, rounded alike wherever it is taken.
+// a_ij less the largest D_ii f_i: 0 there, whatever the rounding, and rounded alike wherever it is taken.
 template <class Real>
-__device__ Real logit(Real degree, Real own, Real top, Real weight, Real other) {
-  return (degree * own - top) - weight * other;
+__device__ Real logit(Real degree, Real own, Real best, Real weight, Real other) {
+  return fma(-weight, other, degree * (own - best));
 }
 
 // x, 0 where it is negative; NaN stays, which max() drops.
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           if (kPadded && pack * kWidth + k >= classes) continue;
-          top_i = max(top_i, logit(i.degree, x.v[k], i.top, w_ij, y.v[k]));
-          top_j = max(top_j, logit(j.degree, y.v[k], j.top, w_ji, x.v[k]));
+          top_i = max(top_i, logit(i.degree, x.v[k], i.best, w_ij, y.v[k]));
+          top_j = max(top_j, logit(j.degree, y.v[k], j.best, w_ji, x.v[k]));
         }
       }
       top_i = max_in_group(top_i, lanes);
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
       const Pack<Real, kWidth> x = load<kWidth>(f_i + pack * kWidth), y = load<kWidth>(f_j + pack * kWidth);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        const Real a_i = logit(i.degree, x.v[k], i.top, w_ij, y.v[k]) - reference_i;
-        const Real a_j = logit(j.degree, y.v[k], j.top, w_ji, x.v[k]) - reference_j;
+        const Real a_i = logit(i.degree, x.v[k], i.best, w_ij, y.v[k]) - reference_i;
+        const Real a_j = logit(j.degree, y.v[k], j.best, w_ji, x.v[k]) - reference_j;
         Real e_i = exp2_of(a_i), e_j = exp2_of(a_j);
         if (kPadded && pack * kWidth + k >= classes) e_i = e_j = 0;
         sum_i += e_i;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads) compute_pairs(const __grid_constant_
 template <class Real>
 struct GradLogits {
   int j;
-  Real weight, mirrored, degree_j, top_j;
+  Real weight, mirrored, degree_j, best_j;
   Real reference_i, reference_j;
   Real constant_i, linear_i, constant_j, linear_j, both;
 
@@ -241,7 +241,7 @@ struct GradLogits {
     at.weight = __shfl_sync(kAllLanes, weight, lane);
     at.mirrored = __shfl_sync(kAllLanes, mirrored, lane);
     at.degree_j = __shfl_sync(kAllLanes, degree_j, lane);
-    at.top_j = __shfl_sync(kAllLanes, top_j, lane);
+    at.best_j = __shfl_sync(kAllLanes, best_j, lane);
     at.reference_i = __shfl_sync(kAllLanes, reference_i, lane);
     at.reference_j = __shfl_sync(kAllLanes, reference_j, lane);
     at.constant_i = __shfl_sync(kAllLanes, constant_i, lane);
@@ -273,7 +273,7 @@ __device__ GradLogits<Real> grad_logits_of(const Problem<Real>& problem, const R
   grad_logits.weight = problem.in.weight[e];
   grad_logits.mirrored = problem.in.weight[mirror];
   grad_logits.degree_j = problem.nodes[j].degree;
-  grad_logits.top_j = problem.nodes[j].top;
+  grad_logits.best_j = problem.nodes[j].best;
   grad_logits.reference_i = own.reference;
   grad_logits.reference_j = other.reference;
   grad_logits.linear_i = apart * omega_j / own.sum;
@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
   const int64_t i = int64_t{blockIdx.x} * kGatherWarps + threadIdx.x / 32;
   if (i >= in.graph.nodes) return;
   const Range entries = entries_of(in.graph, i);
-  const Real degree = problem.nodes[i].degree, top = problem.nodes[i].top;
+  const Real degree = problem.nodes[i].degree, best = problem.nodes[i].best;
   Real grad_degree = 0;
   for (int64_t panel = 0; panel < problem.packs; panel += kPacks * lanes) {
     Pack<Real, kWidth> x[kPacks], own[kPacks]{}, others[kPacks]{};  // f_i, Σ_j G r_ij, Σ_j G w_ji r_ji
@@ -323,8 +323,8 @@ __global__ void __launch_bounds__(32 * kGatherWarps, 2)
           const Pack<Real, kWidth> y = load<kWidth>(f_j + place[p]);
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
-            const Real a_i = logit(degree, x[p].v[k], top, s.weight, y.v[k]) - s.reference_i;
-            const Real a_j = logit(s.degree_j, y.v[k], s.top_j, s.mirrored, x[p].v[k]) - s.reference_j;
+            const Real a_i = logit(degree, x[p].v[k], best, s.weight, y.v[k]) - s.reference_i;
+            const Real a_j = logit(s.degree_j, y.v[k], s.best_j, s.mirrored, x[p].v[k]) - s.reference_j;
             Real e_i = exp2_of(a_i), e_j = exp2_of(a_j);
             if (!holds[p] || (kPadded && place[p] + k >= in.classes)) e_i = e_j = 0;
             const Real r_i = e_i * (s.constant_i + s.linear_i * max(a_i, kPowerZero<Real>) - s.both * e_j);

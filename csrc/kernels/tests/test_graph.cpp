@@ -806,6 +806,27 @@ void test_huge_edges() {
   }
 }
 
+// Edges that weigh next to nothing against their nodes: a node's own logit is as large as its largest one's rounding,
+// and their softmaxes are as good as the node's. Two classes may be closer than rounding: only what holds for any.
+template <class Real>
+void test_huge_logits_of_light_edges() {
+  std::mt19937 random(12);
+  for (const int64_t classes : {2, 3, 10, 17, 40})
+    for (const double size : {1e6, 1e12, 1e20, sizeof(Real) == 4 ? 1e34 : 1e290})
+      for (const double light : {1e-3, 1e-8, 1e-13, 1e-25}) {
+        Edges<Real> in(make_graph<Real>(40, random), classes, 1, random);
+        in.logit_scale = 3.3;  // no power of two, which would round nothing
+        in.graph.for_each([&](int64_t i, int64_t j, int64_t e) {
+          if ((i + j) % 3 == 0) in.graph.weight[e] *= static_cast<Real>(light);
+        });
+        for (Real& f : in.propagated) f = static_cast<Real>(f * size);
+        const LeftOut<Real> out = left_out(in);
+        for (const Real value : out.dissimilarity) check(value >= 0 && value <= 1, "light edges: in [0, 1]");
+        for (const Real grad : out.grad_weight) check(std::isfinite(grad), "light edges: gradient of weight");
+        for (const Real grad : out.grad_propagated) check(std::isfinite(grad), "light edges: gradient of F");
+      }
+}
+
 // NaN in F or in a weight: NaN on the edges of its row, everything else as if it were not there.
 template <class Real>
 void test_nan_edges() {
@@ -861,6 +882,7 @@ void test_all() {
   test_solve_ids_out_of_range<Real>();
   test_edge_ids_out_of_range<Real>();
   test_huge_edges<Real>();
+  test_huge_logits_of_light_edges<Real>();
   test_nan_edges<Real>();
 
   std::mt19937 random(9);

@@ -826,6 +826,34 @@ void test_huge_left_out(std::mt19937& random) {
     }
 }
 
+// Edges that weigh next to nothing against their nodes: a node's own logit is as large as its largest one's rounding.
+// Two classes may be closer than rounding: only what holds for any.
+template <class Real>
+void test_huge_logits_of_light_edges(std::mt19937& random) {
+  context = "light edges";
+  std::normal_distribution<double> normal;
+  for (const int64_t classes : {2, 10, 130})
+    for (const double size : {1e6, 1e12, 1e20, sizeof(Real) == 4 ? 1e34 : 1e290})
+      for (const double light : {1e-3, 1e-13, 1e-25}) {
+        Graph graph = make_graph<Real>(40, 4, random);
+        graph.for_each([&](int64_t i, int64_t j, size_t e) {
+          if ((i + j) % 3 == 0) graph.weight[e] = static_cast<Real>(graph.weight[e] * light);
+        });
+        Values propagated;
+        for (int64_t k = 0; k < 40 * classes; ++k) propagated.push_back(static_cast<Real>(size * normal(random)));
+        // The scale is no power of two, which would round nothing.
+        const LeftOut<Real> out(graph, propagated, classes, 3.3, Values(graph.edges(), 1.0));
+        bool bounded = true, finite = true;
+        for (size_t e = 0; e < graph.edges(); ++e) {
+          bounded &= out.value[e] >= 0 && out.value[e] <= 1;
+          finite &= std::isfinite(out.grad_weight[e]);
+        }
+        for (size_t k = 0; k < propagated.size(); ++k) finite &= std::isfinite(out.grad_propagated[k]);
+        check(bounded, "in [0, 1]");
+        check(finite, "gradient");
+      }
+}
+
 // NaN in F or in a weight: NaN on the edges of its row and in the gradients of their ends, and nowhere else.
 template <class Real>
 void test_nan_left_out(std::mt19937& random) {
@@ -882,6 +910,7 @@ void test_all_left_out(std::mt19937& random) {
     test_left_out<Real>(none, 5, 1, random);
   }
   test_huge_left_out<Real>(random);
+  test_huge_logits_of_light_edges<Real>(random);
   test_nan_left_out<Real>(random);
 
   // What no graph has is not followed.
