@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import torch
 from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts in turn, which tests of Ctrl-C
+# would wait for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What stands above the ops needs more than torch. Where that is missing (`make gpu` with torch alone) it is left out,
 # and the header says so.

@@ -151,23 +151,36 @@ def _central_boxes(sizes: np.ndarray) -> np.ndarray:
 def random_crops(
     dataset: ImageDataset, index: np.ndarray, views: Sequence[tuple[CropTransform, np.ndarray]]
 ) -> list[Tensor]:
-    """The crops of every view of some images, which are decoded once: [n, C, size, size] uint8 for each.
+    """The crops of every view of some images, which are decoded once: [V·n, C, size, size] uint8 for each.
 
     Args:
         index: [n], which images.
-        views: transforms with their draws [n, num_draws].
+        views: transforms with their draws [V·n, num_draws], the first view of all images, then the second one, …
     """
+    count = len(index)
     photographs = [Photograph(dataset, i) for i in index]
     sizes = np.array([photograph.size for photograph in photographs])
-    boxes = [random_boxes(sizes, transform.scale, draws) for transform, draws in views]
-    sides = [transform.size for transform, _ in views]
-    crops: list[list[Tensor]] = [[] for _ in views]
+    boxes = [random_boxes(np.resize(sizes, (len(draws), 2)), view.scale, draws) for view, draws in views]
+    sides = np.repeat([view.size for view, _ in views], [len(draws) // count for _, draws in views])
+    crops: list[Tensor] = []
     for number, photograph in enumerate(photographs):
-        of_views = photograph.crops([of_view[number] for of_view in boxes], sides)
-        for of_view, crop in zip(crops, of_views, strict=True):
-            of_view.append(crop)
+        of_image = photograph.crops([box for of_view in boxes for box in of_view[number::count]], sides.tolist())
+        if number == 0:  # which says how many channels there are
+            crops = [
+                torch.empty((len(draws), view.size, view.size, len(of_image[0])), dtype=torch.uint8)
+                for view, draws in views
+            ]
+        # Copied at once, while they are in the cache, so that their memory serves the next image.
+        places = [of_view[place] for of_view in crops for place in range(number, len(of_view), count)]
+        for place, crop in zip(places, of_image, strict=True):
+            if place.shape[2] != len(crop):
+                raise ValueError(
+                    f"image {index[number]} has {len(crop)} channels and image {index[0]} has {place.shape[2]}; "
+                    "the images of a batch should have the same"
+                )
+            place.copy_(crop.permute(1, 2, 0))
     # Channels last, as decoders and resizing have them: the device rearranges them, faster than a loading process.
-    return [torch.stack([crop.permute(1, 2, 0) for crop in of_view]).permute(0, 3, 1, 2) for of_view in crops]
+    return [of_view.permute(0, 3, 1, 2) for of_view in crops]
 
 
 def finished_views(

@@ -144,30 +144,29 @@ class MultiCropBatches(Dataset[MultiCropBatch]):
 
     def finish(self, batch: MultiCropBatch, step: int) -> MultiCropBatch:
         """The batch of a step with views instead of crops, made on the device where it is."""
-        views = []
-        for crops, numbers in ((batch.large, range(2)), (batch.small, range(2, 2 + self.num_small))):
-            transform: Any = self._transform(numbers.start)
-            draws = [self._draws(number, step) for number in numbers]
-            views.append(
-                finished_views(crops, transform, np.concatenate(draws), self.views.mean, self.views.std)
-                if draws
-                else crops.float()
-            )
-        return batch._replace(large=views[0], small=views[1])
+        views = [
+            finished_views(crops, transform, draws, self.views.mean, self.views.std)
+            for crops, (transform, draws) in zip((batch.large, batch.small), self._kinds(step), strict=False)
+        ]
+        return batch._replace(large=views[0], small=views[1] if self.num_small else batch.small.float())
 
     def _random_crops(self, positions: np.ndarray, step: int) -> MultiCropBatch:
-        numbers = range(2 + self.num_small)
-        views = [(self._transform(number), self._draws(number, step)) for number in numbers]
-        crops = random_crops(self.images, positions, views)
-        small = torch.cat(crops[2:]) if self.num_small else torch.empty(0, dtype=torch.uint8)
-        return MultiCropBatch(torch.cat(crops[:2]), small, torch.from_numpy(positions))
+        crops = random_crops(self.images, positions, self._kinds(step))
+        small = crops[1] if self.num_small else torch.empty(0, dtype=torch.uint8)
+        return MultiCropBatch(crops[0], small, torch.from_numpy(positions))
 
-    def _transform(self, number: int) -> Any:
-        return self.views.large if number < 2 else self.views.small
+    def _kinds(self, step: int) -> list[tuple[Any, np.ndarray]]:
+        """Large and, where there are any, small crops: how they are made, and the draws of all of them."""
+        kinds: list[tuple[Any, np.ndarray]] = [(self.views.large, self._draws(range(2), step))]
+        if self.num_small:
+            kinds.append((self.views.small, self._draws(range(2, 2 + self.num_small), step)))
+        return kinds
 
-    def _draws(self, number: int, step: int) -> np.ndarray:
-        places = number * self.batch_size + np.arange(self._mine.start, self._mine.stop)
-        return uniforms(self.seed, Stream.MULTI_CROP, step, places, self._transform(number).num_draws)
+    def _draws(self, numbers: range, step: int) -> np.ndarray:
+        transform: Any = self.views.large if numbers.start < 2 else self.views.small
+        firsts = self.batch_size * np.array(numbers)[:, None]
+        places = (firsts + np.arange(self._mine.start, self._mine.stop)).ravel()
+        return uniforms(self.seed, Stream.MULTI_CROP, step, places, transform.num_draws)
 
     def _crops(self, images: list[Image.Image], transform: Any, numbers: range, step: int) -> Tensor:
         if len(numbers) == 0:
