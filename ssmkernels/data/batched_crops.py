@@ -166,8 +166,9 @@ def random_crops(
     for number, photograph in enumerate(photographs):
         of_image = photograph.crops([box for of_view in boxes for box in of_view[number::count]], sides.tolist())
         if number == 0:  # which says how many channels there are
+            # By NumPy, which asks for huge pages: the system clears fewer of them, in a third of the time.
             crops = [
-                torch.empty((len(draws), view.size, view.size, len(of_image[0])), dtype=torch.uint8)
+                torch.from_numpy(np.empty((len(draws), view.size, view.size, len(of_image[0])), np.uint8))
                 for view, draws in views
             ]
         # Copied at once, while they are in the cache, so that their memory serves the next image.
