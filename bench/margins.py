@@ -4,8 +4,8 @@
 python bench/margins.py [--seeds 20] [--out docs/internals/margins.md]
 
 Under every instruction set of the kernels with one and two threads, and under the modes of the libraries that torch's
-own products come from, each in a process of its own. A processor has its own section in the file that is written; those
-of others stay.
+own products come from, each in a process of its own. A kind of processor has its own section in the file that is
+written; those of others stay.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def section(margins: dict[str, dict[str, float]], seeds: int) -> str:
         values = [margins[column][key] for column in margins]
         rows[op, result] = [max(pair) for pair in zip(values, rows.get((op, result), values), strict=True)]
     cells = [[f"`{op}`", result, *(f"{value:.2g}" for value in values)] for (op, result), values in rows.items()]
-    model = info.collect()["cpu"]["model"] + (", the lanes of AVX-512 in AVX instructions" if has_lanes_only() else "")
+    model = f"{info.collect()['cpu']['model']} ({info.cpu_kind()})"
+    if has_lanes_only():
+        model += ", the lanes of AVX-512 in AVX instructions"
     heading = (
         f"torch {torch.__version__}; `python bench/margins.py --seeds {seeds}`; {len(keys)} results × {len(margins)}"
         " columns, the largest"
