@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def section(margins: dict[str, dict[str, float]], seeds: int) -> str:
     heading += (
         f" over float64, float32, bfloat16 and float16: {max(max(by_key.values()) for by_key in margins.values()):.2f}"
     )
-    return f"## {model}\n\n{heading}\n\n{markdown_table(['op', 'result', *margins], cells)}\n"
+    return f"## {model}\n\n{textwrap.fill(heading, 120)}\n\n{markdown_table(['op', 'result', *margins], cells)}\n"
 
 
 def write(path: Path, text: str) -> None:
