@@ -330,6 +330,38 @@ def test_ranks_see_together_what_one_sees(files, make):
             assert torch.equal(torch.cat(parts), alone)
 
 
+class Opened:
+    """A data set of the user's own, whose images are as Pillow opens them, of files that it does not name."""
+
+    num_classes = 1
+
+    def __init__(self, *images):
+        self.images, self.labels = images, np.zeros(len(images), dtype=np.int64)
+
+    def __len__(self):
+        return len(self.images)
+
+    def image(self, index):
+        return self.images[index]
+
+
+def test_opened_images_of_a_data_set_without_paths(files):
+    transform = BatchImageNetWeak(24)
+    draws = uniforms(5, 0, 0, np.arange(2), transform.num_draws)
+    opened = Opened(*(Image.open(files.path(index)) for index in (0, 5)))
+    (crops,) = batched_crops.random_crops(opened, np.arange(2), [(transform, draws)])
+    (expected,) = batched_crops.random_crops(files, np.array([0, 5]), [(transform, draws)])
+    assert torch.equal(crops, expected)
+
+
+def test_images_of_a_batch_have_the_same_channels():
+    transform = BatchImageNetWeak(24)
+    draws = uniforms(5, 0, 0, np.arange(2), transform.num_draws)
+    images = Opened(picture(40, 40), picture(40, 40).convert("L"))
+    with pytest.raises(ValueError, match="image 1 has 1 channels and image 0 has 3"):
+        batched_crops.random_crops(images, np.arange(2), [(transform, draws)])
+
+
 def test_views_of_a_batch_are_the_transforms_of_its_images(files):
     batches = train_batches(files)
     batch = batches.finish(batches[3], 3)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +31,11 @@ class Photograph:
         self.image = dataset.image(index) if path is None else Image.open(io.BytesIO(self.bytes))
         self.size = self.image.size
 
+    @property
+    def channels(self) -> int:
+        """Of its crops: files become RGB, arrays stay as they are."""
+        return len(self.image.getbands()) if self.image.format is None else 3
+
     def crops(self, boxes: Sequence[np.ndarray], sizes: Sequence[int]) -> list[Tensor]:
         """Some parts of it, resized to squares: [C, size, size] uint8 each.
 
@@ -39,19 +43,34 @@ class Photograph:
             boxes: left, top, right and bottom in pixels.
             sizes: sides of the squares in pixels.
         """
-        if self.image.format == "JPEG":
-            reduction = self._reduction(boxes, sizes)
-            if reduction > 1:
-                width, height = self.size
-                self.image.draft("RGB", (width // reduction, height // reduction))
-                reduced = self.image.convert("RGB")
-                return [resized_part(reduced, box / reduction, size) for box, size in zip(boxes, sizes, strict=True)]
+        squares = [torch.empty((size, size, self.channels), dtype=torch.uint8) for size in sizes]
+        self.cut(boxes, squares)
+        return [square.permute(2, 0, 1) for square in squares]
+
+    def cut(self, boxes: Sequence[np.ndarray], squares: Sequence[Tensor]) -> None:
+        """Writes such parts to ``squares``, [size, size, C] uint8 each."""
+        reduction = self._reduction(boxes, [len(square) for square in squares]) if self.image.format == "JPEG" else 1
+        if reduction > 1:
+            width, height = self.size
+            self.image.draft("RGB", (width // reduction, height // reduction))
+            reduced = self.image.convert("RGB")
+            for box, square in zip(boxes, squares, strict=True):
+                square.copy_(resized_part(reduced, box / reduction, len(square)).permute(1, 2, 0))
+            return
         pixels = self.pixels()
-        return [_resized(pixels, box, size) for box, size in zip(boxes, sizes, strict=True)]
+        for box, square in zip(boxes, squares, strict=True):
+            left, top, right, bottom = box.tolist()
+            # What torch.nn.functional.interpolate calls, with a place for the result.
+            torch.ops.aten._upsample_bilinear2d_aa.out(
+                pixels[None, :, top:bottom, left:right],
+                square.shape[:2],
+                align_corners=False,
+                out=square.permute(2, 0, 1)[None],
+            )
 
     def pixels(self) -> Tensor:
         """All of it, [C, H, W] uint8."""
-        if self.image.format == "JPEG" and self.image.mode in ("RGB", "L") and _decode_jpeg is not None:
+        if self.bytes and self.image.format == "JPEG" and self.image.mode in ("RGB", "L") and _decode_jpeg is not None:
             try:
                 encoded = torch.frombuffer(bytearray(self.bytes), dtype=torch.uint8)
                 decoded: Tensor = _decode_jpeg(encoded, _RGB, False)
@@ -71,12 +90,6 @@ def resized_part(image: Image.Image, box: Sequence[float] | np.ndarray, size: in
     """A part of an image, resized bilinearly to a square: [C, size, size] uint8."""
     left, top, right, bottom = (float(side) for side in box)
     return _to_tensor(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
-
-
-def _resized(pixels: Tensor, box: np.ndarray, size: int) -> Tensor:
-    left, top, right, bottom = box.tolist()
-    part = pixels[None, :, top:bottom, left:right]
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
