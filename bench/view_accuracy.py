@@ -26,7 +26,7 @@ AUGMENT = ("pil", "batched")
 
 def accuracy(config_name: str, steps: int, augment: str, seed: int) -> float:
     """In per cent."""
-    settings = {"config": config_name, "steps": steps, "data.augment": augment, "seed": seed, "run.progress": "false"}
+    settings = {"config": config_name, "steps": steps, "data.augment": augment, "seed": seed, "run.bar": "false"}
     config, _ = parse_config("simmatch", [f"--{name}={value}" for name, value in settings.items()])
     return 100 * METHODS["simmatch"].train(config).history[-1]["ema_accuracy"]
 

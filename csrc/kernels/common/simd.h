@@ -117,7 +117,7 @@ static inline bool any(Bits bits) {
 // A bit for every lane of a comparison's result, the first lane in the lowest.
 template <class Bits>
 static inline unsigned lane_bits(Bits bits) {
-  constexpr bool kIsFloat = sizeof bits[0] == sizeof(float);
+  [[maybe_unused]] constexpr bool kIsFloat = sizeof bits[0] == sizeof(float);
 #if defined(__AVX512F__)
   return kIsFloat ? _mm512_test_epi32_mask((__m512i)bits, (__m512i)bits)
                   : _mm512_test_epi64_mask((__m512i)bits, (__m512i)bits);
