@@ -87,6 +87,7 @@ TARGETS = {
         words={"reduction": REDUCTIONS},
         gradient=("embeddings",),
         case="mined_pair_ranking_loss",
+        lists=("basis_features",),
     ),
     "ops.similarity_moments": Target(
         draw_moments,

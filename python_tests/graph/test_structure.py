@@ -241,6 +241,8 @@ def test_bad_arrays(change, error, message):
 def test_bad_sources():
     with pytest.raises(ValueError, match=r"the graph must be symmetric.*W \+ W.T makes it so"):
         Graph.from_scipy(sparse.csr_array(np.triu(np.ones((3, 3)), 1)))
+    with pytest.raises(ValueError, match=r"edge_index must be symmetric: it has the entry \(0, 1\) but not \(1, 0\)"):
+        Graph.from_edge_index(torch.tensor([[0, 1, 2], [1, 2, 1]]))
     with pytest.raises(ValueError, match=r"matrix must be square, got shape \(2, 3\)"):
         Graph.from_scipy(sparse.csr_array(np.ones((2, 3))))
     with pytest.raises(TypeError, match=r"matrix must be a scipy\.sparse matrix"):
@@ -268,5 +270,5 @@ def test_bad_sources():
         Graph.from_edge_index(torch.ones(3, 4))
     with pytest.raises(ValueError, match=r"edge_index must be in \[0, 2\), got values from 0 to 2"):
         Graph.from_edge_index(torch.tensor([[0, 2], [2, 0]]), num_nodes=2)
-    with pytest.raises(ValueError, match=r"weight must be \[E\] = \[2\]"):
+    with pytest.raises(ValueError, match=r"weight must be \[E\], E = 2 of edge_index, got \[3\]"):
         Graph.from_edge_index(torch.tensor([[0, 1], [1, 0]]), torch.ones(3))

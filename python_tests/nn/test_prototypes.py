@@ -71,7 +71,8 @@ def test_codes_have_no_gradient_and_half_scores_float32():
         (torch.zeros(3), {}, ValueError, r"scores must be \[N, K\], got shape \[3\]"),
         (torch.zeros(0, 3), {}, ValueError, r"scores must be \[N, K\] with N, K > 0, got shape \[0, 3\]"),
         (torch.zeros(3, 3, dtype=torch.int64), {}, TypeError, "scores must be float32"),
-        (torch.zeros(3, 3), {"epsilon": 0.0}, ValueError, "epsilon must be finite and > 0, got 0"),
+        (torch.zeros(3, 3), {"epsilon": 0.0}, ValueError, r"epsilon must be in \[1e-18, 1e\+18\], got 0"),
+        (torch.zeros(3, 3), {"epsilon": 1e-300}, ValueError, r"epsilon must be in \[1e-18, 1e\+18\], got 1e-300"),
         (torch.zeros(3, 3), {"iterations": 0}, ValueError, "iterations must be at least 1, got 0"),
     ],
 )

@@ -737,10 +737,15 @@ CASES = {
             outputs=("dissimilarity",),
             smooth=("dissimilarity",),
             bound=graph.leave_one_edge_out,
-            variants=({}, {"scale": 0.05}, {"scale": 30.0}),
+            variants=({}, {"scale": 0.05}, {"scale": 30.0}, {"scale": 500.0, "logit_scale": 0.01}),
             batch={"propagated": 1},
             least_batch=2,  # a single class has no entropy
             bad=(
+                (
+                    lambda x: {"logit_scale": 1e300},
+                    ValueError,
+                    r"logit_scale must be at most 3.4e\+38, as torch.float32",
+                ),
                 (lambda x: {"logit_scale": 0}, ValueError, r"logit_scale must be finite and > 0, got 0"),
                 (lambda x: {"reverse": x["reverse"] + 1}, ValueError, r"reverse must be in \[0, "),
                 (lambda x: {"reverse": x["reverse"][1:]}, ValueError, r"reverse must have E of col"),

@@ -220,7 +220,9 @@ def test_margins(margins, reduction, device):
     judge(MINED, MINED.draw((70, 6), torch.float64, **options), device)
 
 
-@pytest.mark.parametrize("thresholds", [(2.0, -2.0), (-2.0, 2.0), (float("-inf"), float("-inf")), (0.1, 0.8)], ids=str)
+@pytest.mark.parametrize(
+    "thresholds", [(2.0, -2.0), (-2.0, 2.0), (float("-inf"), float("-inf")), (1e300, -1e300), (0.1, 0.8)], ids=str
+)
 def test_thresholds(thresholds, device):
     """None mined; every pair mined as both; all positives; some as both. As numbers and as tensors."""
     numbers = dict(zip(("positive_threshold", "negative_threshold"), thresholds, strict=True))

@@ -54,7 +54,8 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     :func:`ssmkernels.data.augment.to_tensors`.
     """
     scale, shift = scale_and_shift(mean, std, images.shape[1])
-    return images.float().mul_(to_device(scale, images)).sub_(to_device(shift, images))
+    floats = batched_ops.empty_batch(images.shape, torch.float32, images.device).copy_(images)
+    return floats.mul_(to_device(scale, images)).sub_(to_device(shift, images))
 
 
 class BatchWeak:
@@ -90,8 +91,9 @@ def cut(images: Tensor, top: np.ndarray, left: np.ndarray, flipped: np.ndarray, 
     padded = F.pad(images, (padding,) * 4, mode="reflect").numpy()
     windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[2:], axis=(2, 3))
     views = torch.from_numpy(windows[np.arange(len(images)), :, top, left])
-    turned = to_device(np.negative(flipped.view(np.uint8)), images)[:, None, None, None]  # 255 where true
-    return views ^ ((views ^ views.flip(3)) & turned)
+    turned = np.flatnonzero(flipped)
+    views.numpy()[turned] = views.index_select(0, torch.from_numpy(turned)).flip(3).numpy()
+    return views
 
 
 def gathered(images: Tensor, top: np.ndarray, left: np.ndarray, flipped: np.ndarray, reflected: np.ndarray) -> Tensor:

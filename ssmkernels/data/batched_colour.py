@@ -14,19 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkernels.data.batched_ops import blend, grey, mean_level, to_device
+from ssmkernels.data.batched_ops import blend, blocks, grey, mean_level, to_device, to_levels
 
 BLUR_PASSES = 3
-CACHED = 2**18
-"""Values that a processor works on together: a large image or some small ones, whose float32 its cache holds."""
 BLURRED_TOGETHER = 4
 """Images at least, where there are as many: convolutions of fewer planes take the slow way through oneDNN."""
-
-
-def blocks(count: int, values: int, device: torch.device, *, least: int = 1) -> list[slice]:
-    """Parts of ``count`` images of ``values`` values each that are worked on together: all on a GPU, few on a CPU."""
-    step = max(CACHED // values, least) if device.type == "cpu" else max(count, 1)
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def change_rows_(
@@ -58,7 +50,7 @@ def jitter_(images: Tensor, order: np.ndarray, factors: np.ndarray, turns: np.nd
         turns: [n], of the hue, as a share of the circle of colours.
     """
     changes: list[Callable[[Tensor, np.ndarray], Tensor]] = [
-        lambda part, rows: blend(part.new_zeros(()), part, factors[rows, 0]),
+        lambda part, rows: blend(part.new_zeros(1, 1, 1, 1), part, factors[rows, 0]),
         lambda part, rows: blend(mean_level(part), part, factors[rows, 1]),
         lambda part, rows: part if part.shape[1] == 1 else blend(grey(part), part, factors[rows, 2]),
         lambda part, rows: part if part.shape[1] == 1 else turned_hue(part, turns[rows]),
@@ -107,7 +99,7 @@ def turned_hue(images: Tensor, turns: np.ndarray) -> Tensor:
         along = _wrapped(hue + first, 6)
         share = torch.minimum(along, 4 - along).clamp_(0, 1)
         channels.append(share.mul_(saturation).neg_().add_(1).mul_(value).add_(0.5))
-    return torch.cat(channels, dim=1).to(torch.uint8)
+    return to_levels(torch.cat(channels, dim=1))
 
 
 def _wrapped(values: Tensor, period: float) -> Tensor:
@@ -129,7 +121,7 @@ def blurred(images: Tensor, sigmas: np.ndarray, largest: float) -> Tensor:
     for shape, padding in (((1, -1), (reach, reach, 0, 0)), ((-1, 1), (0, 0, reach, reach))):
         weight = kernels.view(count * channels, 1, *(2 * reach + 1 if side < 0 else 1 for side in shape))
         planes = F.conv2d(F.pad(planes, padding, mode="replicate"), weight, groups=count * channels)
-    return planes.view(images.shape).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    return to_levels(planes.view(images.shape).add_(0.5).clamp_(0, 255))
 
 
 def box_radius(sigmas: np.ndarray) -> np.ndarray:

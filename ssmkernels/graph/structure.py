@@ -249,7 +249,7 @@ class Graph:
         if not isinstance(weight, Tensor):
             raise TypeError(f"weight must be a tensor [E], got {type(weight).__name__}")
         if weight.shape != edge_index.shape[1:]:
-            raise ValueError(f"weight must be [E] = [{edge_index.shape[1]}], got shape {list(weight.shape)}")
+            raise ValueError(f"weight must be [E], E = {edge_index.shape[1]} of edge_index, got {list(weight.shape)}")
         if weight.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"weight must be float32 or float64, got {weight.dtype}")
         if weight.device != edge_index.device:
@@ -261,7 +261,10 @@ class Graph:
         begins = torch.nn.functional.pad(times.cumsum(0), (1, 0))
         summed = torch.segment_reduce(weight.detach()[order], "sum", offsets=begins, initial=0)
         crow = torch.searchsorted(keys, torch.arange(nodes + 1, device=keys.device) * nodes)
-        return cls(crow, keys % max(nodes, 1), summed)
+        rows, col = keys // max(nodes, 1), keys % max(nodes, 1)
+        mirror = _reverse(crow, rows, col, "edge_index")
+        _check_weight(summed, mirror, rows, col)
+        return cls._trusted(crow, col.int(), summed, mirror, None)
 
     def to_edge_index(self) -> tuple[Tensor, Tensor]:
         """edge_index [2, E] int64 and weight [E]."""
@@ -352,7 +355,7 @@ def _check_rows(rows: Tensor, col: Tensor, nodes: int) -> None:
         )
 
 
-def _reverse(crow: Tensor, rows: Tensor, col: Tensor) -> Tensor:
+def _reverse(crow: Tensor, rows: Tensor, col: Tensor, name: str = "the graph") -> Tensor:
     """The position of (j, i) for every entry (i, j); a ValueError names an entry that has none."""
     nodes = len(crow) - 1
     if crow.device.type == "cpu":
@@ -368,7 +371,7 @@ def _reverse(crow: Tensor, rows: Tensor, col: Tensor) -> Tensor:
         entry = int(missing.nonzero()[0])
         i, j = int(rows[entry]), int(col[entry])
         raise ValueError(
-            f"the graph must be symmetric: it has the entry ({i}, {j}) but not ({j}, {i}); W + W.T makes it so"
+            f"{name} must be symmetric: it has the entry ({i}, {j}) but not ({j}, {i}); W + W.T makes it so"
         )
     return places
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkernels.distributed import all_gather_rows
-from ssmkernels.nn._precision import without_autocast
+from ssmkernels.nn._precision import LARGEST_FACTOR, LEAST_FACTOR, without_autocast
 from ssmkernels.ops import _checks as check
 
 
@@ -74,12 +74,12 @@ def sinkhorn_codes(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3
     but for what it changes.
 
     Under ``torch.distributed`` the prototypes are balanced over the rows of all ranks together, of which each gets the
-    codes of its own. In log space, so no score and no ε overflows; a sum over ranks is then a log-sum-exp of the ranks'
-    [K] logarithms, which are gathered.
+    codes of its own. In log space, so nothing overflows while scores/ε does not; a sum over ranks is then a log-sum-exp
+    of the ranks' [K] logarithms, which are gathered.
 
     Args:
         scores: [N, K] floating point, on every rank at least one row.
-        epsilon: ε > 0; the smaller, the sharper.
+        epsilon: ε in [1e-18, 1e18]; the smaller, the sharper.
         iterations: turns, at least 1.
 
     Returns:
@@ -89,7 +89,7 @@ def sinkhorn_codes(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3
     check.check_floating("scores", scores)
     if 0 in scores.shape:
         raise ValueError(f"scores must be [N, K] with N, K > 0, got shape {list(scores.shape)}")
-    epsilon = check.check_positive("epsilon", epsilon)
+    epsilon = check.check_within("epsilon", epsilon, LEAST_FACTOR, LARGEST_FACTOR)
     iterations = check.check_count("iterations", iterations)
     log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
     for _ in range(iterations):

@@ -153,6 +153,14 @@ def check_positive(name: str, value: object) -> float:
     return number
 
 
+def check_positive_in(name: str, value: object, dtype: torch.dtype) -> float:
+    """A number > 0 that the dtype that ``dtype`` is computed in can hold."""
+    number, computed = check_positive(name, value), compute_dtype(dtype)
+    if not number <= torch.finfo(computed).max:
+        raise ValueError(f"{name} must be at most {torch.finfo(computed).max:.3g}, as {computed} has it, got {number}")
+    return number
+
+
 def check_within(name: str, value: object, low: float, high: float) -> float:
     number = _number(name, value)
     if not low <= number <= high:

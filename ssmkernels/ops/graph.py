@@ -271,7 +271,7 @@ def leave_one_edge_out(
         reverse: [E] int32 or int64, the position of (j, i) for the entry (i, j).
         weight: [E], finite and ≥ 0, symmetric.
         propagated: [N, C] propagated labels F, or their deviation from a constant per node; C ≥ 2.
-        logit_scale: λ > 0.
+        logit_scale: λ > 0, at most the largest number of the dtype that is computed in.
 
     Returns:
         [E] in [0, 1].
@@ -289,7 +289,7 @@ def leave_one_edge_out(
     if propagated.shape[1] < 2:
         raise ValueError(f"propagated must have at least 2 classes in dimension 1, got shape {list(propagated.shape)}")
     given = _same_dtype({"weight": weight, "propagated": propagated})
-    logit_scale = check.check_positive("logit_scale", logit_scale)
+    logit_scale = check.check_positive_in("logit_scale", logit_scale, given["propagated"].dtype)
     if check.values_are_checked(propagated):
         _check_entries(crow, col)
         check.check_range("reverse", reverse, col.shape[0], "the entries of col")

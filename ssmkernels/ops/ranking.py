@@ -9,6 +9,7 @@ bits, for any number of threads. Second derivatives are computed in plain PyTorc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -401,7 +402,9 @@ def _check_labels(name: str, labels: Tensor, shape: str, rows_name: str, rows: T
 def _threshold(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     dtype = check.compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
-        return torch.full((), check.check_threshold(name, value), dtype=dtype, device=like.device)
+        number, largest = check.check_threshold(name, value), torch.finfo(dtype).max
+        number = number if -largest <= number <= largest else math.copysign(math.inf, number)
+        return torch.full((), number, dtype=dtype, device=like.device)
     check.check_tensor(name, value, "[]", 0)
     check.check_floating(name, value)
     check.check_same_device(name, value, "embeddings", like)

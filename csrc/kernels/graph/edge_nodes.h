@@ -20,7 +20,7 @@ struct Node {
   const Real* centred;  // [C]  F_i less a constant, and 0 up to the end of the vector
   Real scale;           // λ D_ii
   Real best;            // the centred value whose logit is the node's largest
-  Real reach;           // λ max_c |centred|
+  Real reach;           // max_c |centred|
 };
 
 // Where a row of classes leaves three lanes of one vector free, its last lanes hold scale, best and reach, to be
@@ -115,7 +115,7 @@ class Nodes {
     for (; c < row_; ++c) centred[c] = 0;
     scalars[0] = scale;
     scalars[1] = scale < 0 ? low - middle : high - middle;
-    scalars[2] = lambda * max(high - middle, middle - low);
+    scalars[2] = max(high - middle, middle - low);
   }
 
   const int64_t row_;  // the classes, and where they leave no lanes for it a vector with scale, best and reach

@@ -775,6 +775,19 @@ void test_edges(int64_t nodes, int64_t classes) {
   check_edges(shifted, sizeof(Real) == 4 ? 5e-4 : tolerance);
 }
 
+// λ and F, of which only the product counts: whatever a logit's size is judged by has to know λ once.
+template <class Real>
+void test_logit_scales() {
+  std::mt19937 random(14);
+  for (const int64_t classes : {3, 6, 17, 40})
+    for (const double scale : {0.05, 0.5, 4.0})
+      for (const double logit_scale : {1e-3, 0.02, 0.5, 100.0}) {
+        Edges<Real> in(make_graph<Real>(40, random), classes, scale * 4 / logit_scale, random);
+        in.logit_scale = logit_scale;
+        check_edges(in, sizeof(Real) == 4 ? 1e-4 : 1e-11);
+      }
+}
+
 // An entry that leads nowhere, or whose reverse does, gets 0; its weight still counts to the degree.
 template <class Real>
 void test_edge_ids_out_of_range() {
@@ -881,6 +894,7 @@ void test_all() {
   test_indefinite<Real>();
   test_solve_ids_out_of_range<Real>();
   test_edge_ids_out_of_range<Real>();
+  test_logit_scales<Real>();
   test_huge_edges<Real>();
   test_huge_logits_of_light_edges<Real>();
   test_nan_edges<Real>();

@@ -172,7 +172,7 @@ def memory_update_(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[str
     for row, slot in enumerate(inputs["index"].tolist()):
         size = momentum * bank[slot].abs() + (1 - momentum) * features[row].abs()
         mixed = momentum * bank[slot] + (1 - momentum) * features[row]
-        mixed_error = momentum * error[slot] + rounding.gamma(3) * size
+        mixed_error = momentum * error[slot] + rounding.gamma(3) * size + rounding.tiny
         norm = torch.linalg.vector_norm(mixed).clamp_min(1e-12)
         norm_error = (mixed.abs() * mixed_error).sum() / norm + rounding.gamma(bank.shape[1] + 3) * norm
         bank[slot] = mixed / norm
