@@ -29,7 +29,9 @@ def draw_pair_logits(draw: Draw) -> dict[str, Any]:
         "b1": (hidden,),
         "w2": (hidden,),
     }
-    arguments = {name: v.values(draw, shape, dtype) for name, shape in (shapes | {"b2": ()}).items()}
+    # The halves of a hidden layer, times w2, have to be representable also where the unit is off.
+    exponent = v.LARGEST_EXPONENT[dtype] * 2 // 3
+    arguments = {name: v.values(draw, shape, dtype, exponent=exponent) for name, shape in (shapes | {"b2": ()}).items()}
     pairs = None
     if n and m and draw(st.booleans()):
         (listed,) = v.sizes(draw, 1)

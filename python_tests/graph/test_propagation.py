@@ -222,6 +222,8 @@ def test_confidence():
     probs = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
     expected = torch.tensor([1.0, 0.0, 0.0, 1 - torch.log(torch.tensor(2.0)) / torch.log(torch.tensor(3.0))])
     torch.testing.assert_close(confidence_of(probs), expected)
+    with pytest.raises(ValueError, match=r"probs must be \[N, C\] with C > 0, got shape \[8, 0\]"):
+        confidence_of(torch.zeros(8, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

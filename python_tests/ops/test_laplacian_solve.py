@@ -5,6 +5,7 @@ separate clusters.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from fractions import Fraction
@@ -15,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 from ssmkernels import ops, reference
-from ssmkernels.graph import knn_graph
+from ssmkernels.graph import Graph, SplitGraph, knn_graph, laplacian_solve
 
 REAL = [torch.float64, torch.float32]
 MU = 1 / 99
@@ -182,6 +183,23 @@ def test_gradients_of_a_tiny_incoming_gradient(dtype):
     solution = ops.laplacian_solve(crow, col, weight, None, diagonal, rhs).solution
     cross_entropy(solution * 60, solution.argmax(dim=1)).backward()
     assert all(x.grad.isfinite().all() for x in given)
+
+
+def test_a_right_side_that_is_nothing_beside_the_start_is_never_converged():
+    """Their ratio is such that squares of the right side vanish: the column keeps its start and says so."""
+    diagonal = torch.tensor([0.66, 0.66], dtype=torch.float64)
+    rhs = torch.tensor([[-1e-309, 1.0], [2e-309, -1.0]], dtype=torch.float64)
+    start = torch.tensor([[0.66, 0.66], [0.62, 0.62]], dtype=torch.float64)
+    empty = torch.zeros(3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    split = SplitGraph.from_graph(Graph(*empty, torch.zeros(0, dtype=torch.float64)))
+    for solve in (
+        functools.partial(ops.laplacian_solve, *empty, torch.zeros(0, dtype=torch.float64)),
+        functools.partial(laplacian_solve, split),
+    ):
+        with pytest.warns(RuntimeWarning, match="did not converge"):
+            out = solve(None, diagonal, rhs, initial=start, rtol=1.0)
+        assert out.residual[0] == float("inf") and out.residual[1] <= 1
+        assert out.solution[:, 0].equal(start[:, 0])
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=str)

@@ -236,6 +236,8 @@ def confidence_of(probs: Tensor) -> Tensor:
     """[N] ω = 1 − H/log C of rows [N, C] that sum to 1, equation (21); 0 for a row of zeros, and 1 or 0 where C = 1."""
     check.check_tensor("probs", probs, "[N, C]", 2)
     check.check_floating("probs", probs)
+    if probs.shape[1] == 0:
+        raise ValueError(f"probs must be [N, C] with C > 0, got shape {list(probs.shape)}")
     wide = probs.to(check.compute_dtype(probs.dtype))
     return _confidence(wide, probs.shape[1], "local").to(probs.dtype)
 

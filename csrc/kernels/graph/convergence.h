@@ -92,6 +92,10 @@ class Convergence {
   SSM_HOST_DEVICE void set_right_side(double squares, bool is_out_of_range) {
     norm_ = std::sqrt(squares);
     is_out_of_range_ = is_out_of_range;
+    // The squares vanish beside a start that is larger by more than the square root of the range: no residual can be
+    // told from b.
+    is_lost_ = has_right_side_ && !is_out_of_range && squares == 0;
+    if (is_lost_) has_ended_ = true;
   }
 
   // Of the residual of the solution: r·M⁻¹r with the preconditioner M, ‖D⁻¹r‖², and the largest imbalance of a row.
@@ -167,12 +171,13 @@ class Convergence {
   SSM_HOST_DEVICE double residual() const {
     if (!is_finite_) return std::numeric_limits<double>::quiet_NaN();
     if (!has_right_side_) return 0;
+    if (is_lost_) return std::numeric_limits<double>::infinity();
     const double unsolved = is_out_of_range_ && imbalance_ < 1 ? 1 : imbalance_;
     return unsolved > kBalanced && unsolved > relative_ ? unsolved : relative_;
   }
 
  private:
-  bool is_finite_ = true, has_right_side_ = false, is_out_of_range_ = false;
+  bool is_finite_ = true, has_right_side_ = false, is_out_of_range_ = false, is_lost_ = false;
   bool has_ended_ = true, is_active_ = false, restarts_ = false;
   double rtol_ = 0, norm_ = 0, limit_ = 0;
   double along_ = 0, squares_ = 0, beta_ = 0;  // of the recurrence

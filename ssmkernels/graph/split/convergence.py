@@ -41,7 +41,10 @@ class Convergence:
     ) -> None:
         self.finite, self.has_right_side, self.norm, self.out_of_range = finite, has_right_side, norm, out_of_range
         self.rtol, self.max_iter = rtol, max_iter
-        self.ended = ~finite | ~has_right_side
+        # The squares vanish beside a start that is larger by more than the square root of the range: no residual can be
+        # told from b.
+        self.lost = finite & has_right_side & ~out_of_range & (norm == 0)
+        self.ended = ~finite | ~has_right_side | self.lost
         self.active = torch.zeros_like(self.ended)
         self.stepped, self.restarts = self.active, self.active
         self.iterations = torch.zeros_like(norm, dtype=torch.int64)
@@ -104,4 +107,5 @@ class Convergence:
         """[C] as :attr:`ssmkernels.ops.LaplacianSolution.residual`."""
         unsolved = torch.where(self.out_of_range, self.imbalance.clamp_min(1), self.imbalance)
         residual = torch.where((unsolved > BALANCED) & (unsolved > self.relative), unsolved, self.relative)
+        residual = residual.masked_fill(self.lost, torch.inf)
         return torch.where(self.finite, torch.where(self.has_right_side, residual, 0), torch.nan)
