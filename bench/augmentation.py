@@ -25,6 +25,7 @@ from ssmkernels import data, info
 from ssmkernels._files import write_atomically
 from ssmkernels._text import markdown_table
 from ssmkernels.bench import views
+from ssmkernels.trainers.host_memory import keep_freed_memory
 
 CIFAR_BAR, PHOTOGRAPH_BAR = 20.0, 5.0  # ms; times less than Pillow's
 TITLES = ["step", "Pillow, ms", "batched, ms", "ratio", "of it loading, ms", "ratio", "aim"]
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as trainers do
     rows = []
     small = views.small_images()
     for variant in data.augment.VARIANTS:

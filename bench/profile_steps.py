@@ -69,6 +69,11 @@ def eager_solve(crow: Any, col: Any, weight: Any, dissimilarity: Any, diagonal: 
     return ops.LaplacianSolution(solution, counts, residual)
 
 
+def in_one_process(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula of an op that may be over the ranks of a group, of which there is one here."""
+    return lambda *args, group=None, **options: formula(*args, **options)
+
+
 EAGER = {
     "instance_matching": eager_matching,
     "memory_update_": lambda *args, **options: vectorised_update(*args),
@@ -76,9 +81,9 @@ EAGER = {
     "pair_focal_loss": reference.pair_focal_loss,
     "leave_one_edge_out": reference.leave_one_edge_out,
     "laplacian_solve": eager_solve,
-    "pair_ranking_loss": reference.pair_ranking_loss,
-    "mined_pair_ranking_loss": reference.mined_pair_ranking_loss,
-    "similarity_moments": reference.similarity_moments,
+    "pair_ranking_loss": in_one_process(reference.pair_ranking_loss),
+    "mined_pair_ranking_loss": in_one_process(reference.mined_pair_ranking_loss),
+    "similarity_moments": in_one_process(reference.similarity_moments),
 }
 
 

@@ -35,6 +35,7 @@ from ssmkernels.trainers.checkpoint import (
     one_line,
     save_checkpoint,
 )
+from ssmkernels.trainers.host_memory import keep_freed_memory
 from ssmkernels.trainers.loggers import LoggerName
 from ssmkernels.trainers.progress import RunLog
 from ssmkernels.trainers.settings import Count, Positive, Settings
@@ -158,6 +159,8 @@ def make_fabric(
         accelerator=accelerator, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
     )
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = run.deterministic, not run.deterministic
     return fabric
 

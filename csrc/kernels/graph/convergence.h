@@ -92,8 +92,8 @@ class Convergence {
   SSM_HOST_DEVICE void set_right_side(double squares, bool is_out_of_range) {
     norm_ = std::sqrt(squares);
     is_out_of_range_ = is_out_of_range;
-    // The squares vanish beside a start that is larger by more than the square root of the range: no residual can be
-    // told from b.
+    // The squares vanish beside a start that is larger by more than the square root of the range: what the residual is
+    // relative to b remains unknown.
     is_lost_ = has_right_side_ && !is_out_of_range && squares == 0;
     if (is_lost_) has_ended_ = true;
   }

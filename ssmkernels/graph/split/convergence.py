@@ -41,8 +41,8 @@ class Convergence:
     ) -> None:
         self.finite, self.has_right_side, self.norm, self.out_of_range = finite, has_right_side, norm, out_of_range
         self.rtol, self.max_iter = rtol, max_iter
-        # The squares vanish beside a start that is larger by more than the square root of the range: no residual can be
-        # told from b.
+        # The squares vanish beside a start that is larger by more than the square root of the range: what the residual
+        # is relative to b remains unknown.
         self.lost = finite & has_right_side & ~out_of_range & (norm == 0)
         self.ended = ~finite | ~has_right_side | self.lost
         self.active = torch.zeros_like(self.ended)
