@@ -23,7 +23,6 @@ COUNT = Number((3, 4, 5), least=1, integer=True, shapes=True)
 IGNORE = Number((-1, 0, -100), integer=True, optional=True)
 POSITIVE = Number((1.0, 8.0, 32, 0.5), least=0, above=True)
 FACTOR = Number((1.0, 8.0, 32, 0.5), least=1e-18, most=1e18)
-EPSILON = Number((1.0, 2, 0.5), least=1e-18, most=1e18)
 MOMENTUM = Number((0.99, 0.5, 0), least=0, most=1, below=True)
 COSINE = Number((0.1, 0, -0.5, 1), least=-1, most=1)
 MARGIN = Number((0.5, 0.0, 1, -0.5))
@@ -259,7 +258,7 @@ def _inner_head(features: Tensor, **sizes: int) -> dict[str, Any]:
 def _draw_sinkhorn(draw: Draw) -> dict[str, Any]:
     shape = tuple(v.sizes(draw, 2, least=1))
     scores = v.values(draw, shape, v.dtype(draw), exponent=3)
-    return {"scores": scores, "epsilon": EPSILON.draw(draw), "iterations": COUNT.draw(draw)}
+    return {"scores": scores, "epsilon": FACTOR.draw(draw), "iterations": COUNT.draw(draw)}
 
 
 def _exact_sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
@@ -595,6 +594,6 @@ TARGETS = {
         _draw_sinkhorn,
         nn.sinkhorn_codes,
         _exact_sinkhorn,
-        numbers={"epsilon": EPSILON, "iterations": COUNT},
+        numbers={"epsilon": FACTOR, "iterations": COUNT},
     ),
 }

@@ -10,6 +10,8 @@ import pytest
 
 from ssmkernels.trainers import host_memory
 
+pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+
 FAULTS = """
 import resource, runpy, sys, torch
 runpy.run_path(sys.argv[1])["keep_freed_memory"]()
@@ -29,13 +31,11 @@ def faults_of(**environment: str) -> int:
     return int(subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_a_step_finds_the_memory_of_the_last_one():
     """Of 20 steps that take 38 MB each: less than one page fault a megabyte, where there are 256 without huge pages."""
     assert faults_of(THP_MEM_ALLOC_ENABLE="0") < 20 * 38
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
 def test_what_the_environment_says_stays():
     given = {"THP_MEM_ALLOC_ENABLE": "0", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
     assert faults_of(**given) >= 20 * 38 * 256 // 2

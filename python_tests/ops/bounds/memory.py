@@ -162,9 +162,9 @@ def _matching(inputs: dict[str, Any], *, parts: int = 1) -> tuple[dict[str, Tens
 def memory_update_(inputs: dict[str, Any], grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """Slot ← mixed/‖mixed‖, mixed = m·old + (1 − m)·new.
 
-    mixed has an error of 3u(m|old| + (1 − m)|new|) per element, its norm one of their length and γ_{D+3} of itself (the
-    sum may be in the dtype of the bank); a slot written again in the same batch starts from a rounded one, so errors
-    add up over its writes.
+    mixed has an error of 3u(m|old| + (1 − m)|new|) per element, and of the smallest normal number, below which results
+    may be flushed; its norm has one of their length and γ_{D+3} of itself (the sum may be in the dtype of the bank). A
+    slot written again in the same batch starts from a rounded one, so errors add up over its writes.
     """
     rounding = Rounding.of(inputs["bank"].dtype)
     bank, features, momentum = inputs["bank"].double().clone(), inputs["features"].double(), inputs.get("momentum", 0.7)
